@@ -1,0 +1,199 @@
+"""What a data set is, and the kind that lies in memory."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class ImageDataset(ABC):
+    """Images of one shape with class labels, read by index.
+
+    Attributes:
+        name: short, for logs and reports.
+        image_shape: `(C, H, W)`.
+        dtype: uint8 for pixels, float32 for latents and other measured values.
+        num_classes: 0 where there are no labels.
+        class_names: one a class where they are known, else empty.
+        fingerprint: sha256 that two data sets share only when names, sizes and labels agree (files) or
+            every value does (arrays); the same on every machine.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        image_shape: tuple[int, int, int],
+        dtype: np.dtype,
+        labels: np.ndarray | None,
+        num_classes: int | None = None,
+        class_names: Sequence[str] = (),
+        fingerprint: str,
+        size: int,
+    ) -> None:
+        self.name = name
+        self.image_shape = image_shape
+        self.dtype = dtype
+        self.class_names = tuple(class_names)
+        self.fingerprint = fingerprint
+        self._size = size
+        self._labels = None if labels is None else checked_labels(labels, size)
+        largest = -1 if self._labels is None else int(self._labels.max())
+        self.num_classes = largest + 1 if num_classes is None else num_classes
+        if largest >= self.num_classes:
+            raise ValueError(
+                f"label {largest} does not fit num_classes {self.num_classes}: labels count from 0, "
+                f"so num_classes must be at least {largest + 1}"
+            )
+
+    def __len__(self) -> int:
+        return self._size
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        """Read images.
+
+        Args:
+            indices: `[B]` integers in [0, len).
+
+        Returns:
+            `[B, C, H, W]` uint8 or float32.
+
+        Raises:
+            IndexError: for an index outside the data set.
+            ValueError: for a damaged image, naming it.
+        """
+        return self._read(self._checked(indices))
+
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        """Classes of images.
+
+        Args:
+            indices: `[B]` integers in [0, len).
+
+        Returns:
+            `[B]` int64 in [0, num_classes).
+
+        Raises:
+            ValueError: where the data set has no labels.
+        """
+        if self._labels is None:
+            raise ValueError(f"data set {self.name!r} has no labels: ask only where num_classes is above 0")
+        return self._labels[self._checked(indices)]
+
+    @abstractmethod
+    def _read(self, indices: np.ndarray) -> np.ndarray: ...
+
+    def _checked(self, indices: np.ndarray) -> np.ndarray:
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.ndim != 1:
+            raise ValueError(f"indices must be one-dimensional, not of shape {indices.shape}")
+        wrong = indices[(indices < 0) | (indices >= len(self))]
+        if len(wrong):
+            raise IndexError(
+                f"image index {wrong[0]} is outside data set {self.name!r} of {len(self)} images"
+            )
+        return indices
+
+
+class ArrayDataset(ImageDataset):
+    """Images that lie in memory.
+
+    Args:
+        images: `[N, C, H, W]` uint8 or a float type.
+        labels: `[N]` integers from 0, or None.
+        name: short, for logs and reports.
+        num_classes: where it is larger than the largest label says.
+        class_names: one a class.
+
+    Raises:
+        ValueError: for another shape or type, no images, or labels that do not fit.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray | None = None,
+        *,
+        name: str = "array",
+        num_classes: int | None = None,
+        class_names: Sequence[str] = (),
+    ) -> None:
+        if images.ndim != 4:
+            raise ValueError(f"images must have the shape [N, C, H, W], not {list(images.shape)}")
+        if 0 in images.shape:
+            raise ValueError(f"data set {name!r} is empty: images have the shape {list(images.shape)}")
+        if images.dtype != np.uint8:
+            if not np.issubdtype(images.dtype, np.floating):
+                raise ValueError(f"images must be uint8 or float, not {images.dtype}: convert them first")
+            images = images.astype(np.float32)
+            if not np.isfinite(images).all():
+                raise ValueError(f"data set {name!r} holds values that are not finite: remove them first")
+        self._images = np.ascontiguousarray(images)
+        super().__init__(
+            name=name,
+            image_shape=(images.shape[1], images.shape[2], images.shape[3]),
+            dtype=images.dtype,
+            labels=labels,
+            num_classes=num_classes,
+            class_names=class_names,
+            fingerprint="",
+            size=len(images),
+        )
+        digest = hashlib.sha256(f"array {images.shape} {images.dtype.name} {self.num_classes}".encode())
+        # One byte order for all machines.
+        digest.update(self._images.astype(images.dtype.newbyteorder("<"), copy=False).data)
+        if self._labels is not None:
+            digest.update(self._labels.astype("<i8", copy=False).data)
+        self.fingerprint = digest.hexdigest()
+
+    def _read(self, indices: np.ndarray) -> np.ndarray:
+        return self._images[indices]
+
+
+class PaddedDataset(ImageDataset):
+    """Another data set's images in the middle of a larger square of zeros.
+
+    Args:
+        dataset: what to pad.
+        size: new height and width in pixels. An odd pixel goes to the bottom and the right.
+
+    Raises:
+        ValueError: where the images are larger than that.
+    """
+
+    def __init__(self, dataset: ImageDataset, size: int) -> None:
+        channels, height, width = dataset.image_shape
+        if size < max(height, width):
+            raise ValueError(
+                f"pad_to {size} is smaller than the images of {dataset.name!r} ({height}x{width}): "
+                f"give at least {max(height, width)}, or leave it out"
+            )
+        self._dataset = dataset
+        top, left = (size - height) // 2, (size - width) // 2
+        self._margins = ((0, 0), (0, 0), (top, size - height - top), (left, size - width - left))
+        super().__init__(
+            name=dataset.name,
+            image_shape=(channels, size, size),
+            dtype=dataset.dtype,
+            labels=dataset.labels(np.arange(len(dataset))) if dataset.num_classes else None,
+            num_classes=dataset.num_classes,
+            class_names=dataset.class_names,
+            fingerprint=hashlib.sha256(f"pad {size} {dataset.fingerprint}".encode()).hexdigest(),
+            size=len(dataset),
+        )
+
+    def _read(self, indices: np.ndarray) -> np.ndarray:
+        return np.pad(self._dataset.images(indices), self._margins)
+
+
+def checked_labels(labels: np.ndarray, size: int) -> np.ndarray:
+    """Labels as `[size]` int64, or a ValueError that says what does not fit."""
+    labels = np.asarray(labels)
+    if labels.shape != (size,):
+        raise ValueError(f"labels must have the shape [{size}], one an image, not {list(labels.shape)}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels must be integers, not {labels.dtype}")
+    if labels.min() < 0:
+        raise ValueError(f"label {labels.min()} is negative: labels count from 0")
+    return labels.astype(np.int64)

@@ -1,0 +1,171 @@
+"""Between stored images and what the network sees: zero mean, standard deviation sigma_data.
+
+The preconditioning (EDM2 Eq. 1) assumes data of that size; with another, its input is not of unit magnitude.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edm2.data.dataset import ImageDataset
+from edm2.data.order import indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatCoding:
+    """Coding of float images such as latents: `(x - mean) / std * sigma_data` per channel.
+
+    Args:
+        mean: of the data, one a channel or one for all.
+        std: of the data, likewise, above 0.
+        sigma_data: standard deviation of the coded data.
+
+    Raises:
+        ValueError: for a value that is not finite or not above 0, or numbers of channels that differ.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (0.5,)
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (all(map(math.isfinite, (*self.mean, *self.std, self.sigma_data))) and self.mean and self.std):
+            raise ValueError(
+                f"mean {self.mean}, std {self.std} and sigma_data {self.sigma_data} must be finite"
+            )
+        if min(*self.std, self.sigma_data) <= 0:
+            raise ValueError(f"std {self.std} and sigma_data {self.sigma_data} must be above 0")
+        if len(self.mean) != len(self.std) and 1 not in (len(self.mean), len(self.std)):
+            raise ValueError(
+                f"mean has {len(self.mean)} channels and std {len(self.std)}: "
+                "give one a channel, or one for all"
+            )
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Stored images to network units, `[B, C, H, W]` float to float32."""
+        if not images.is_floating_point():
+            raise ValueError(f"FloatCoding takes float images, not {images.dtype}: PixelCoding is for uint8")
+        return self._standardise(images.float())
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Network units back to data, `[B, C, H, W]` float32."""
+        return self._restore(x)
+
+    def _standardise(self, x: Tensor) -> Tensor:
+        mean, std = self._moments(x)
+        return (x - mean) * (self.sigma_data / std)
+
+    def _restore(self, x: Tensor) -> Tensor:
+        mean, std = self._moments(x)
+        return x.float() * (std / self.sigma_data) + mean
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        channels = max(len(self.mean), len(self.std))
+        if channels not in (1, x.shape[1]):
+            raise ValueError(f"the coding is for {channels} channels, the images have {x.shape[1]}")
+        mean, std = (torch.tensor(v, device=x.device).reshape(1, -1, 1, 1) for v in (self.mean, self.std))
+        return mean, std
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelCoding(FloatCoding):
+    """Coding of uint8 images: x / 127.5 - 1, then as in `FloatCoding`.
+
+    The defaults leave x / 127.5 - 1 as it is. Decoding undoes encoding exactly.
+
+    Args:
+        mean: of x / 127.5 - 1, one a channel or one for all.
+        std: likewise, above 0.
+        sigma_data: standard deviation of the coded data.
+    """
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pixels to network units, `[B, C, H, W]` uint8 to float32."""
+        if images.dtype != torch.uint8:
+            raise ValueError(f"PixelCoding takes uint8 images, not {images.dtype}: FloatCoding is for floats")
+        return self._standardise(images.float() / 127.5 - 1)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Network units to pixels, `[B, C, H, W]` uint8."""
+        return (self._restore(x) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def measure_coding(dataset: ImageDataset, *, sample: int = 10_000, sigma_data: float = 0.5) -> FloatCoding:
+    """The coding under which a data set has zero mean and standard deviation sigma_data in every channel.
+
+    Args:
+        dataset: uint8 images give a `PixelCoding`, float ones a `FloatCoding`.
+        sample: number of images to measure, drawn by a fixed rule; all of them where there are fewer.
+        sigma_data: standard deviation of the coded data.
+
+    Returns:
+        The coding, with one mean and one standard deviation a channel.
+
+    Raises:
+        ValueError: for a channel that is constant over the data set.
+    """
+    mean, square = _channel_moments(dataset, None, sample)
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    # Below this share of the mean, the difference of squares is rounding.
+    flat = np.flatnonzero(std <= 1e-6 * np.abs(mean))
+    if len(flat):
+        raise ValueError(
+            f"channel {flat[0]} of data set {dataset.name!r} is constant ({mean[flat[0]]:.6g}): "
+            "leave such channels out of the images"
+        )
+    kind = PixelCoding if dataset.dtype == np.uint8 else FloatCoding
+    return kind(mean=tuple(mean.tolist()), std=tuple(std.tolist()), sigma_data=sigma_data)
+
+
+def coding_warning(dataset: ImageDataset, coding: FloatCoding, *, sample: int = 2000) -> str | None:
+    """Say so when coded data is far from the magnitude that the network is made for.
+
+    The measure is the root mean square, because the preconditioning takes the data's mean to be zero.
+
+    Args:
+        dataset: what will be trained on.
+        coding: how it will be coded.
+        sample: number of images to measure.
+
+    Returns:
+        A sentence with the fix, or None where the magnitude is within a factor 1.5 of sigma_data.
+    """
+    _, square = _channel_moments(dataset, coding, sample)
+    magnitude = math.sqrt(square.mean())
+    if coding.sigma_data / 1.5 <= magnitude <= coding.sigma_data * 1.5:
+        return None
+    try:
+        better = measure_coding(dataset, sample=sample, sigma_data=coding.sigma_data)
+        mean, std = (tuple(round(v, 4) for v in values) for values in (better.mean, better.std))
+        fix = f"code it with mean {mean} and std {std}"
+    except ValueError as error:
+        fix = str(error)
+    return (
+        f"data set {dataset.name!r} has magnitude {magnitude:.3f} after coding, far from sigma_data "
+        f"{coding.sigma_data:g}: {fix}"
+    )
+
+
+def _channel_moments(
+    dataset: ImageDataset, coding: FloatCoding | None, sample: int
+) -> tuple[np.ndarray, np.ndarray]:
+    # Mean and mean square of each channel in float64; without a coding, of x / 127.5 - 1 or the raw floats.
+    if sample < 1:
+        raise ValueError(f"sample {sample} must be at least 1")
+    sample = min(sample, len(dataset))
+    total = np.zeros((2, dataset.image_shape[0]))
+    for start in range(0, sample, 256):
+        chosen = indices(start, min(256, sample - start), size=len(dataset), seed=0)
+        images = dataset.images(np.sort(chosen))
+        if coding is None:
+            values = images.astype(np.float64)
+            if images.dtype == np.uint8:
+                values = values / 127.5 - 1
+        else:
+            values = coding.encode(torch.from_numpy(images)).double().numpy()
+        total += [values.sum((0, 2, 3)), np.square(values).sum((0, 2, 3))]
+    mean, square = total / (sample * math.prod(dataset.image_shape[1:]))
+    return mean, square

@@ -1,0 +1,95 @@
+"""IDX files, the format of MNIST and its relatives."""
+
+import gzip
+import math
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from edm2.data.dataset import ArrayDataset
+
+_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
+_SPLITS = {"train": "train", "t10k": "test", "test": "test"}
+_NAME = re.compile(r"(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read an IDX file, gzipped or not.
+
+    Args:
+        path: the file; a name ending in `.gz` is unpacked.
+
+    Returns:
+        The array in the file's shape and type, in this machine's byte order.
+
+    Raises:
+        ValueError: for a file that is damaged or of another format.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            data = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read ({error}): copy or download it again") from error
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _TYPES or len(data) < 4 + 4 * data[3]:
+        raise ValueError(f"{path} is not an IDX file: it begins with {data[:4].hex(' ') or 'nothing'}")
+    start = 4 + 4 * data[3]
+    shape = tuple(np.frombuffer(data[4:start], ">u4").tolist())
+    dtype = np.dtype(_TYPES[data[2]])
+    if len(data) - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(
+            f"{path} is damaged: its header promises {math.prod(shape) * dtype.itemsize} bytes of data "
+            f"{list(shape)}, and there are {len(data) - start}: copy or download it again"
+        )
+    return np.frombuffer(data, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def idx_splits(folder: Path) -> dict[str, dict[str, Path]]:
+    """IDX files of a folder: `{"train": {"images": path, "labels": path}, "test": ...}`."""
+    splits: dict[str, dict[str, Path]] = {}
+    for path in sorted(folder.iterdir()):
+        match = _NAME.fullmatch(path.name)
+        if match:
+            splits.setdefault(_SPLITS[match[1]], {}).setdefault(match[2], path)
+    return {split: files for split, files in splits.items() if "images" in files}
+
+
+def open_idx(folder: Path, *, split: str, labels: bool, name: str | None = None) -> ArrayDataset:
+    """Open one split of a folder of IDX files.
+
+    Args:
+        folder: holds `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-...`, each also as `.gz`.
+        split: "train" or "test" (the `t10k` files).
+        labels: False leaves labels out.
+        name: of the data set; the folder's by default.
+
+    Returns:
+        Images `[N, 1, H, W]` uint8 in memory.
+
+    Raises:
+        ValueError: for a split that is not there, files that are missing, damaged, or of other content.
+    """
+    splits = idx_splits(folder)
+    if split not in splits:
+        raise ValueError(f"{folder} has no split {split!r}: its splits are {', '.join(sorted(splits))}")
+    files = splits[split]
+    images = read_idx(files["images"])
+    if images.ndim != 3 or images.dtype != np.uint8:
+        raise ValueError(
+            f"{files['images']} must hold [N, H, W] bytes, not {list(images.shape)} {images.dtype}"
+        )
+    if not labels:
+        return ArrayDataset(images[:, None], name=name or folder.resolve().name)
+    if "labels" not in files:
+        raise ValueError(
+            f"{files['images']} has no file of labels beside it: add {split}'s labels-idx1-ubyte, "
+            "or open the data set without labels"
+        )
+    numbers = read_idx(files["labels"])
+    if numbers.shape != images.shape[:1]:
+        raise ValueError(
+            f"{files['labels']} has {list(numbers.shape)} labels for {len(images)} images in "
+            f"{files['images']}: take both from one release"
+        )
+    return ArrayDataset(images[:, None], numbers, name=name or folder.resolve().name)

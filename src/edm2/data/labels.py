@@ -1,0 +1,107 @@
+"""Class labels of an image folder or ZIP: from `dataset.json`, else from the names of the folders."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edm2.data.storage import Storage
+
+LABEL_FILE = "dataset.json"
+_SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
+
+
+def read_labels(
+    storage: Storage, names: Sequence[str], *, source: Path
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Find the label of every image.
+
+    Args:
+        storage: the files.
+        names: of the images among them.
+        source: named in errors.
+
+    Returns:
+        Labels `[N]` int64, or None where there are none; class names, where folders give them.
+
+    Raises:
+        ValueError: for a label file that does not fit the images, or folders that are not classes.
+    """
+    if LABEL_FILE in storage.names:
+        return _from_json(storage.read(LABEL_FILE), names, where=source / LABEL_FILE), ()
+    misplaced = [name for name in storage.names if name.endswith("/" + LABEL_FILE)]
+    if misplaced:
+        raise ValueError(
+            f"the label file of {source} lies at {misplaced[0]!r}: it must lie at the top, as {LABEL_FILE}, "
+            "with names relative to it"
+        )
+    return _from_folders(names, source=source)
+
+
+def _from_json(data: bytes, names: Sequence[str], *, where: Path) -> np.ndarray | None:
+    wanted = f'{where} must hold {{"labels": [["folder/name.png", 3], ...]}}, or null in place of the list'
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{wanted}; it is not JSON ({error})") from error
+    if not isinstance(content, dict) or "labels" not in content:
+        raise ValueError(f"{wanted}; it has no 'labels'")
+    if content["labels"] is None:
+        return None
+    if not isinstance(content["labels"], list):
+        raise ValueError(f"{wanted}; 'labels' is a {type(content['labels']).__name__}")
+    table: dict[str, int] = {}
+    for entry in content["labels"]:
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
+            raise ValueError(f"{wanted}; an entry is {str(entry)[:80]}")
+        name, label = entry[0].replace("\\", "/"), entry[1]
+        if type(label) is not int or not 0 <= label < 2**31:
+            raise ValueError(
+                f"{where}: the label of {name!r} is {label!r:.80}, but must be a whole number from 0"
+            )
+        if table.setdefault(name, label) != label:
+            raise ValueError(f"{where}: {name!r} has two labels, {table[name]} and {label}: keep one")
+    missing = [name for name in names if name not in table]
+    if missing:
+        raise ValueError(
+            f"{where} has no label for {_some(missing)}: add them, or open the data set without labels"
+        )
+    absent = sorted(table.keys() - set(names))
+    if absent:
+        raise ValueError(
+            f"{where} has labels for {_some(absent)}, which do not exist: add the images, or take them out"
+        )
+    return np.array([table[name] for name in names], dtype=np.int64)
+
+
+def _from_folders(names: Sequence[str], *, source: Path) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    loose = [name for name in names if "/" not in name]
+    if len(loose) == len(names):
+        return None, ()
+    if loose:
+        raise ValueError(
+            f"{source} has class folders, but {_some(loose)} outside them: move every image into a folder, "
+            f"write a {LABEL_FILE}, or open the data set without labels"
+        )
+    tops = [name.split("/", 1)[0] for name in names]
+    classes = tuple(sorted(set(tops)))
+    if {name.lower() for name in classes} <= _SPLIT_NAMES:
+        raise ValueError(
+            f"the top folders of {source} are {', '.join(classes)}: these look like splits, not classes; "
+            f"give the path of one of them, or open the data set without labels"
+        )
+    if len(classes) == 1:
+        warnings.warn(
+            f"all images of {source} lie in one folder, {classes[0]!r}, so there is one class: give that "
+            "folder's path if its subfolders are the classes",
+            stacklevel=5,
+        )
+    numbers = {name: number for number, name in enumerate(classes)}
+    return np.array([numbers[top] for top in tops], dtype=np.int64), classes
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return f"{len(names)} images, such as {shown}" if len(names) > 3 else shown

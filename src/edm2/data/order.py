@@ -1,0 +1,62 @@
+"""The order of training images as a pure function of (seed, images seen).
+
+Nothing has to be stored to resume, and neither the batch size nor the number of processes changes it.
+"""
+
+import functools
+
+import numpy as np
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """Permutation of a data set for one epoch.
+
+    Args:
+        seed: of the run, in [0, 2^64).
+        epoch: number of complete passes before this one.
+        size: number of images.
+
+    Returns:
+        `[size]` int64, read-only.
+
+    Raises:
+        ValueError: for a seed or epoch outside [0, 2^64), or an empty data set.
+    """
+    for name, value in (("seed", seed), ("epoch", epoch)):
+        if not 0 <= value < 2**64:
+            raise ValueError(f"{name} {value} must be in [0, 2^64)")
+    if size < 1:
+        raise ValueError(f"size {size} must be at least 1: the data set holds no images")
+    # NumPy promises the bits of Philox for ever, but not those of Generator.permutation.
+    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(size)
+    order = np.argsort(words, kind="stable").astype(np.int64, copy=False)
+    order.flags.writeable = False
+    return order
+
+
+def indices(position_start: int, count: int, *, size: int, seed: int) -> np.ndarray:
+    """Which images stand at the positions `[position_start, position_start + count)` of a run.
+
+    Args:
+        position_start: number of training images seen before the first of these.
+        count: number of images wanted; may span epochs.
+        size: number of images in the data set.
+        seed: of the run, in [0, 2^64).
+
+    Returns:
+        `[count]` int64.
+
+    Raises:
+        ValueError: for a negative start or count, and as in `epoch_order`.
+    """
+    if position_start < 0 or count < 0:
+        raise ValueError(f"position_start {position_start} and count {count} must not be negative")
+    parts = []
+    position, stop = position_start, position_start + count
+    while position < stop:
+        epoch, offset = divmod(position, max(size, 1))
+        part = epoch_order(seed, epoch, size)[offset : offset + stop - position]
+        parts.append(part)
+        position += len(part)
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)

@@ -1,0 +1,113 @@
+"""From what a user names to a data set."""
+
+import difflib
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset
+from edm2.data.files import FileDataset
+from edm2.data.idx import idx_splits, open_idx
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+_FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+
+def open_dataset(
+    source: str | Path, *, split: str = "train", labels: bool = True, pad_to: int | None = None
+) -> ImageDataset:
+    """Open a built-in data set or the user's own images.
+
+    Args:
+        source: "digits" (scikit-learn's handwritten digits, 8x8), "fashion-mnist" (Debian's package,
+            28x28), or the path of an image folder, a ZIP, or a folder of IDX files. A folder that has a
+            built-in's name is meant by `./digits`.
+        split: "train", or "test" where the source has one.
+        labels: False leaves labels out.
+        pad_to: height and width in pixels to reach by zeros around the image.
+
+    Returns:
+        The data set.
+
+    Raises:
+        ValueError: for an unknown source or split, no images, images of mixed sizes, damaged files, or
+            labels that do not fit.
+    """
+    if isinstance(source, str) and source in BUILT_IN:
+        if split not in ("train", "test"):
+            raise ValueError(f"{source} has no split {split!r}: its splits are test, train")
+        dataset: ImageDataset = BUILT_IN[source](split, labels)
+    else:
+        dataset = _open_path(source, split, labels)
+    return dataset if pad_to is None else PaddedDataset(dataset, pad_to)
+
+
+def _open_path(source: str | Path, split: str, labels: bool) -> ImageDataset:
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise ValueError(_unknown(str(source), path))
+    if path.is_dir() and idx_splits(path):
+        return open_idx(path, split=split, labels=labels)
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} is neither a folder nor a ZIP: give the folder or ZIP that holds the images"
+        )
+    if split != "train":
+        raise ValueError(
+            f"{path} has no split {split!r}: an image folder or ZIP is one set, 'train'; "
+            "open the other by its own path"
+        )
+    return FileDataset(path, labels=labels)
+
+
+def _unknown(source: str, path: Path) -> str:
+    near = difflib.get_close_matches(source, BUILT_IN)
+    if path.parent.is_dir():
+        beside = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+        near += [str(path.parent / name) for name in difflib.get_close_matches(path.name, beside)]
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"data source {source!r} is neither an existing path nor one of {', '.join(BUILT_IN)}{hint}"
+
+
+def _digits(split: str, labels: bool) -> ImageDataset:
+    # Loading scikit-learn takes a second, which no other source should pay.
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    # 0..16 to 0..255: the 17 values stay apart, so nothing is lost.
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+    target = bunch.target.astype(np.int64)
+    chosen = np.flatnonzero(_held_out(target) == (split == "test"))
+    names = tuple(str(digit) for digit in range(10))
+    if not labels:
+        return ArrayDataset(pixels[chosen], name="digits")
+    return ArrayDataset(pixels[chosen], target[chosen], name="digits", class_names=names)
+
+
+def _held_out(target: np.ndarray, share: float = 0.2) -> np.ndarray:
+    # The same share of every class, by raw Philox bits, which no release of NumPy changes.
+    words = np.random.Philox(key=np.zeros(2, np.uint64)).random_raw(len(target))
+    mask = np.zeros(len(target), bool)
+    for label in np.unique(target):
+        members = np.flatnonzero(target == label)
+        mask[members[np.argsort(words[members])][: math.floor(share * len(members) + 0.5)]] = True
+    return mask
+
+
+def _fashion_mnist(split: str, labels: bool) -> ImageDataset:
+    if not FASHION_MNIST.is_dir():
+        raise ValueError(
+            f"the Fashion-MNIST files are not in {FASHION_MNIST}: "
+            "run 'apt-get install dataset-fashion-mnist' as root (Debian, Ubuntu), or give the path of a "
+            "folder that holds train-images-idx3-ubyte.gz and its companions"
+        )
+    dataset = open_idx(FASHION_MNIST, split=split, labels=labels, name="fashion-mnist")
+    dataset.class_names = _FASHION_CLASSES if labels else ()
+    return dataset
+
+
+BUILT_IN = {"digits": _digits, "fashion-mnist": _fashion_mnist}
