@@ -1,0 +1,21 @@
+"""Magnitude-preserving diffusion models and post-hoc EMA (EDM2, arXiv 2312.02696).
+
+Importing `edm2` does no work: each part is loaded at first use, so that `edm2.ema` costs only itself.
+"""
+
+import importlib
+from types import ModuleType
+
+__version__ = "0.1.0"
+
+_PARTS = ("data", "diffusion", "ema", "metrics", "nn", "presets", "report", "train")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _PARTS:
+        return importlib.import_module(f"edm2.{name}")
+    raise AttributeError(f"module 'edm2' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PARTS])
