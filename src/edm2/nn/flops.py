@@ -1,0 +1,75 @@
+"""Count the floating-point operations of a forward pass the way the paper does.
+
+Convention (EDM2 App. D.5): one operation per multiply-accumulate, one per output element of elementwise
+arithmetic, three for SiLU and softmax, two for a clamp, the input size for a norm or a mean; casts, reshapes,
+copies and concatenations are free.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_COST_PER_OUTPUT = {
+    **dict.fromkeys(("add", "sub", "rsub", "mul", "div", "neg", "reciprocal", "pow"), 1),
+    **dict.fromkeys(("sqrt", "rsqrt", "exp", "log", "cos", "sin"), 1),
+    **dict.fromkeys(("clamp", "lerp"), 2),
+    **dict.fromkeys(("silu", "gelu", "softmax"), 3),
+    "native_group_norm": 4,
+}
+_COST_PER_INPUT = {"linalg_vector_norm": 1, "mean": 1, "sum": 1, "avg_pool2d": 1}
+
+
+def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Run `function(*args, **kwargs)` and count what it computes.
+
+    Args:
+        function: a module or function; on the meta device it costs no arithmetic and no memory.
+
+    Returns:
+        Operations in the convention above, weight normalisation included.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     flops = count_flops(UNet(64, 4, 1000).eval(), torch.zeros(1, 4, 64, 64), torch.zeros(1))
+    """
+    with torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH), _Counter() as counter:
+        function(*args, **kwargs)
+    total: int = counter.total
+    return total
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.total += _cost(func.overloadpacket.__name__, args, out)
+        return out
+
+
+def _cost(op: str, args: tuple[Any, ...], out: Any) -> int:
+    if op == "convolution":
+        return int(out.numel()) * int(args[1][0].numel())
+    if op == "mm":
+        return int(out.numel() * args[0].shape[1])
+    if op in ("bmm", "baddbmm"):
+        return int(out.numel() * args[-2].shape[2])
+    if op == "addmm":
+        return int(out.numel() * args[1].shape[1])
+    if op in _COST_PER_INPUT:
+        return _COST_PER_INPUT[op] * int(args[0].numel())
+    first = out[0] if isinstance(out, (tuple, list)) else out
+    name = op.removeprefix("_").removeprefix("safe_").removesuffix("_")
+    return _COST_PER_OUTPUT.get(name, 0) * (math.prod(first.shape) if isinstance(first, Tensor) else 0)

@@ -1,0 +1,97 @@
+"""Magnitude-preserving functions: unit RMS in, unit RMS out, in expectation.
+
+Ref: EDM2 Sec. 2.3 and App. B; the definitions are in docs/paper_map.md.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SILU_RMS = 0.596  # sqrt(E[silu(n)^2]) for n ~ N(0, 1), rounded as in the paper
+
+
+def rms(x: Tensor, dim: int | Sequence[int]) -> Tensor:
+    """Root mean square over `dim`, kept as size 1, computed in float32 or better.
+
+    Args:
+        x: any real tensor.
+        dim: dimension or dimensions to reduce.
+
+    Returns:
+        float32 (float64 for a float64 `x`), shaped like `x` with `dim` of size 1.
+    """
+    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
+    return norm * math.sqrt(norm.numel() / x.numel())
+
+
+def normalize(x: Tensor, dim: int | Sequence[int] | None = None, eps: float = 1e-4) -> Tensor:
+    """Scale `x` to unit RMS: `x / (eps + rms(x))`.
+
+    Over channels this is the pixel norm; over all dimensions but the first, the weight norm.
+
+    Args:
+        x: `[B, ...]`.
+        dim: dimensions the RMS is taken over; all but the first by default.
+        eps: added to the RMS, not inside the root.
+
+    Returns:
+        Same shape and dtype as `x`.
+
+    Ref: EDM2 Eq. 30, 47 (eps placed as in SPEC section 1).
+    """
+    if dim is None:
+        dim = tuple(range(1, x.ndim))
+    return x / (eps + rms(x, dim)).to(x.dtype)
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    """SiLU divided by its RMS under a unit normal input.
+
+    Ref: EDM2 Eq. 81.
+    """
+    return F.silu(x) / SILU_RMS
+
+
+def mp_sum(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
+    """Mix from `a` (t = 0) to `b` (t = 1) and rescale, so that independent unit inputs give unit RMS.
+
+    Ref: EDM2 Eq. 88.
+    """
+    norm = math.sqrt((1 - t) ** 2 + t**2)
+    return torch.add(a * ((1 - t) / norm), b, alpha=t / norm)
+
+
+def mp_cat(a: Tensor, b: Tensor, dim: int = 1, t: float = 0.5) -> Tensor:
+    """Concatenate along `dim`, weighing the inputs' contributions by `1 - t` and `t` whatever their widths.
+
+    Ref: EDM2 Eq. 103.
+    """
+    width_a, width_b = a.shape[dim], b.shape[dim]
+    scale = math.sqrt((width_a + width_b) / ((1 - t) ** 2 + t**2))
+    return torch.cat(
+        [a * ((1 - t) * scale / math.sqrt(width_a)), b * (t * scale / math.sqrt(width_b))], dim=dim
+    )
+
+
+def resample(x: Tensor, mode: str = "keep") -> Tensor:
+    """Halve or double the resolution with the separable filter [1, 1].
+
+    Args:
+        x: `[B, C, H, W]`, with even H and W for `down`.
+        mode: `keep` returns `x`; `down` averages each 2x2 cell; `up` repeats each pixel 2x2.
+
+    Raises:
+        ValueError: for another mode.
+    """
+    if mode == "keep":
+        return x
+    if mode == "down":
+        return F.avg_pool2d(x, 2)
+    if mode == "up":
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    raise ValueError(f"resample mode {mode!r} is not one of 'keep', 'down', 'up'")

@@ -1,0 +1,143 @@
+"""Magnitude-preserving layers: Fourier features, and one class for convolutions and linear maps.
+
+Ref: EDM2 Sec. 2.3, App. B.4-B.7.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edm2.nn.functional import normalize, rms
+
+EPS = 1e-4  # added to the RMS of weights; SPEC section 1
+
+
+class MPFourier(nn.Module):
+    """Random Fourier features of a scalar: `sqrt(2) cos(f x + p)`, with unit RMS.
+
+    `freqs` and `phases` are fixed buffers, saved with the model and never trained.
+
+    Args:
+        num_channels: number of features.
+        bandwidth: standard deviation of the frequencies, in cycles per unit of the input.
+
+    Ref: EDM2 Eq. 75.
+    """
+
+    freqs: Tensor
+    phases: Tensor
+
+    def __init__(self, num_channels: int, bandwidth: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * bandwidth * torch.randn(num_channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B]` -> `[B, num_channels]`, computed in float32, returned in x's dtype."""
+        angle = torch.outer(x.float(), self.freqs.float()) + self.phases.float()
+        return (math.sqrt(2) * angle.cos()).to(x.dtype)
+
+
+class MPConv(nn.Module):
+    """Convolution or linear map whose weight vectors always act with unit norm.
+
+    The effective weight is `normalize(w) * gain / sqrt(fan_in)`, one norm per output channel, so that unit
+    inputs give unit outputs. In training mode the stored weight is first overwritten by `normalize(w)`
+    outside the autograd graph (forced weight normalisation); the normalisation that stays inside the graph
+    makes gradients orthogonal to each weight vector. No bias; zero padding keeps the size.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel: `()` for a linear map, `(1, 1)`, `(3, 3)` or any odd `(kh, kw)` for a convolution.
+
+    Attributes:
+        weight: `[out_channels, in_channels, *kernel]`, always kept and normalised in the parameter's dtype.
+        forces_norm: whether a forward pass in training mode overwrites the weight. A training loop that
+            calls `ForcedWeightNorm` once a step switches it off.
+
+    Raises:
+        ValueError: for a kernel of another form.
+
+    Ref: EDM2 Sec. 2.3, Eq. 47, 66, Algorithm 1.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int] = ()) -> None:
+        super().__init__()
+        if len(kernel) not in (0, 2) or any(k < 1 or k % 2 == 0 for k in kernel):
+            raise ValueError(
+                f"kernel {tuple(kernel)} must be () for a linear map, or two odd sizes such as (3, 3)"
+            )
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+        self.forces_norm = True
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: `[B, in_channels]` for a linear map, `[B, in_channels, H, W]` for a convolution.
+            gain: scalar that multiplies the output; may be learned.
+
+        Returns:
+            `[B, out_channels]` or `[B, out_channels, H, W]`, in x's dtype.
+        """
+        if self.training and self.forces_norm:
+            with torch.no_grad():
+                self.weight.copy_(normalize(self.weight, eps=EPS))
+        weight = self.effective_weight(gain).to(x.dtype)
+        if weight.ndim == 2:
+            return F.linear(x, weight)
+        return F.conv2d(x, weight, padding=(weight.shape[-2] // 2, weight.shape[-1] // 2))
+
+    def effective_weight(self, gain: Tensor | float = 1.0) -> Tensor:
+        """`normalize(weight) * gain / sqrt(fan_in)`, in the parameter's dtype."""
+        w = self.weight
+        row_rms = rms(w, tuple(range(1, w.ndim)))
+        # One scale per row, so that the large tensor is read and written once.
+        scale = gain / (math.sqrt(w[0].numel()) * (EPS + row_rms))
+        return w * scale.to(w.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape of the weight, for `print(model)`."""
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, kernel={tuple(self.weight.shape[2:])}"
+
+
+class ForcedWeightNorm:
+    """Forced weight normalisation of a whole model as one pass over its weights, called once a step.
+
+    Equal to what every `MPConv` does by itself in a training-mode forward pass, but outside of it: the
+    forward pass then mutates nothing, which suits torch.compile, gradient accumulation and wrappers.
+    Making one switches the layers' own pass off.
+
+    Args:
+        module: any module that contains `MPConv` layers.
+
+    Example:
+        >>> force = ForcedWeightNorm(model)
+        >>> for batch in batches:
+        ...     force()
+        ...     loss(model, batch).backward()
+
+    Ref: EDM2 Sec. 2.3, Algorithm 1.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        layers = [layer for layer in module.modules() if isinstance(layer, MPConv)]
+        for layer in layers:
+            layer.forces_norm = False
+        self.weights: list[Tensor] = [layer.weight for layer in layers]
+        self.scales = [1 / math.sqrt(w[0].numel()) for w in self.weights]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Overwrite each weight by `normalize(weight)`, without synchronising with the host."""
+        norms = [
+            torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True, dtype=torch.float32)
+            for w in self.weights
+        ]
+        torch._foreach_mul_(norms, self.scales)
+        torch._foreach_add_(norms, EPS)
+        torch._foreach_div_(self.weights, norms)
