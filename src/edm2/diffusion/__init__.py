@@ -1,0 +1,7 @@
+"""Denoiser, noise, loss, samplers and guidance (EDM2 Sec. 2 and 3, EDM Alg. 2)."""
+
+from edm2.diffusion.denoiser import Denoiser
+from edm2.diffusion.loss import draw_sigma, edm2_loss
+from edm2.diffusion.sampling import DenoiserFn, guided, sample_heun, time_steps
+
+__all__ = ["Denoiser", "DenoiserFn", "draw_sigma", "edm2_loss", "guided", "sample_heun", "time_steps"]

@@ -1,0 +1,141 @@
+"""Samplers: functions over any callable `denoiser(x, sigma, labels)`.
+
+Ref: EDM (arXiv 2206.00364) Alg. 2, Eq. 5; EDM2 Sec. 3 and App. C; SPEC section 6.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class DenoiserFn(Protocol):
+    """Any denoiser: an `edm2.diffusion.Denoiser`, another network, or a closed form."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None, /) -> Tensor:
+        """Noisy `[B, C, H, W]`, sigma scalar, labels -> the expected clean images, `[B, C, H, W]`."""
+
+
+def time_steps(
+    num_steps: int = 32, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> Tensor:
+    """Noise levels of a sampling run: `num_steps` decreasing values, then 0; float64 `[num_steps + 1]`.
+
+    Raises:
+        ValueError: for fewer than one step, levels that do not decrease, or rho <= 0.
+
+    Ref: EDM Eq. 5.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps {num_steps} must be at least 1")
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(
+            f"sigma_min {sigma_min} and sigma_max {sigma_max}: 0 < sigma_min < sigma_max must hold"
+        )
+    if rho <= 0:
+        raise ValueError(f"rho {rho} must be positive")
+    ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
+
+
+def guided(denoiser: DenoiserFn, guide: DenoiserFn | None, guidance: float) -> DenoiserFn:
+    """Extrapolate from a guide to the main denoiser: `D_guide + w (D_main - D_guide)`.
+
+    Args:
+        denoiser: the main network.
+        guide: an unconditional network (classifier-free guidance), a weaker one (autoguidance), or None.
+        guidance: w; 1 leaves the main network alone, and the guide is not run.
+
+    Raises:
+        ValueError: for a guidance weight other than 1 without a guide, or one that is not finite.
+
+    Ref: EDM2 Eq. 11; arXiv 2406.02507 Eq. 3.
+    """
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance {guidance} must be finite")
+    if guidance == 1:
+        return denoiser
+    if guide is None:
+        raise ValueError(f"guidance {guidance} needs a guide: pass guide=..., or guidance=1 for none")
+
+    def guided_denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None, /) -> Tensor:
+        reference = guide(x, sigma, labels)
+        return reference + guidance * (denoiser(x, sigma, labels) - reference)
+
+    return guided_denoiser
+
+
+@torch.no_grad()
+def sample_heun(
+    denoiser: DenoiserFn,
+    noise: Tensor,
+    labels: Tensor | None = None,
+    *,
+    guide: DenoiserFn | None = None,
+    guidance: float = 1.0,
+    num_steps: int = 32,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = math.inf,
+    s_noise: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    randn_like: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Integrate the probability-flow ODE with Heun's second-order method, optionally with churn.
+
+    Uses `2 num_steps - 1` evaluations of the denoiser; second order in the step size.
+
+    Args:
+        denoiser: called as `denoiser(x, sigma, labels)` with sigma a scalar tensor.
+        noise: `[B, C, H, W]` unit normal.
+        labels: given to the denoiser and the guide as they are.
+        guide: see `guided`.
+        guidance: see `guided`.
+        num_steps: number of noise levels.
+        sigma_min: lowest noise level before 0.
+        sigma_max: highest noise level.
+        rho: exponent of the schedule; larger takes shorter steps at low noise.
+        s_churn: total strength of the added noise; 0 is deterministic.
+        s_min: churn acts on levels from here ...
+        s_max: ... to here.
+        s_noise: scale of the added noise.
+        dtype: precision of the state; the denoiser computes in its own.
+        randn_like: draws the churn's noise, called as `randn_like(x)`; needed where s_churn > 0.
+
+    Returns:
+        `[B, C, H, W]` in `dtype`.
+
+    Raises:
+        ValueError: for churn without `randn_like`, a guidance weight without a guide, or a bad schedule.
+
+    Ref: EDM Alg. 2.
+    """
+    steps = time_steps(num_steps, sigma_min, sigma_max, rho).to(noise.device, dtype)
+    if s_churn > 0 and randn_like is None:
+        raise ValueError(f"s_churn {s_churn} adds noise: pass randn_like, a function of the state's shape")
+    denoise = guided(denoiser, guide, guidance)
+    churn = [s_churn > 0 and s_min <= float(s) <= s_max for s in steps.tolist()]
+
+    def slope(x: Tensor, sigma: Tensor) -> Tensor:
+        return (x - denoise(x, sigma, labels).to(dtype)) / sigma
+
+    x = noise.to(dtype) * steps[0]
+    for i in range(num_steps):
+        sigma, sigma_next = steps[i], steps[i + 1]
+        if churn[i]:
+            assert randn_like is not None
+            raised = sigma * (1 + min(s_churn / num_steps, math.sqrt(2) - 1))
+            x = x + (raised**2 - sigma**2).sqrt() * s_noise * randn_like(x).to(dtype)
+            sigma = raised
+        d = slope(x, sigma)
+        x_next = x + (sigma_next - sigma) * d
+        if i < num_steps - 1:
+            x_next = x + (sigma_next - sigma) * (d + slope(x_next, sigma_next)) / 2
+        x = x_next
+    return x

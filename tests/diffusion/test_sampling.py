@@ -1,0 +1,171 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from edm2.diffusion import Denoiser, draw_sigma, edm2_loss, guided, sample_heun, time_steps
+
+
+@pytest.fixture(scope="module")
+def tiny(golden, fill_by_rule):
+    return fill_by_rule(Denoiser(**golden("net_tiny_state.json")["config"])).eval()
+
+
+@pytest.fixture(scope="module")
+def guide(golden, fill_by_rule):
+    config = dict(
+        golden("net_tiny_state.json")["config"], model_channels=16, channels_per_head=16, label_dim=0
+    )
+    return fill_by_rule(Denoiser(**config), "guide.").eval()
+
+
+def test_heun_equals_golden(golden, tiny, guide, relative_error):
+    data = golden("sampler_tiny.npz")
+    noise, labels = torch.from_numpy(data["noise"]), torch.from_numpy(data["labels"])
+    calls = []
+
+    def randn_like(x):
+        calls.append(1)
+        rng = np.random.default_rng(31 + 100 + len(calls))
+        return torch.from_numpy(rng.standard_normal(x.shape).astype(np.float32))
+
+    plain = sample_heun(tiny, noise, labels, num_steps=8)
+    assert relative_error(plain, data["plain_8"]) < 1e-4
+    out = sample_heun(tiny, noise, labels, num_steps=32, dtype=torch.float64)
+    assert out.dtype == torch.float64
+    assert relative_error(out, data["plain_32_fp64"]) < 1e-4
+    out = sample_heun(tiny, noise, labels, num_steps=8, guide=guide, guidance=1.7)
+    assert relative_error(out, data["guided_8_w1.7"]) < 1e-4
+    churn = dict(s_churn=10, s_min=0.05, s_max=50, s_noise=1.003)
+    out = sample_heun(tiny, noise, labels, num_steps=8, randn_like=randn_like, **churn)
+    assert relative_error(out, data["churn_8"]) < 1e-4
+    assert len(calls) == int(data["churn_noise_calls"])
+
+
+def gaussian_denoiser(mean, std):
+    """Exact denoiser of N(mean, std^2) data."""
+    return lambda x, sigma, labels: (std**2 * x + sigma**2 * mean) / (std**2 + sigma**2)
+
+
+def exact_solution(noise, mean, std, sigma_max):
+    """The ODE's exact end point: (x - mean) shrinks in proportion to sqrt(std^2 + sigma^2)."""
+    return mean + (sigma_max * noise - mean) * std / math.sqrt(std**2 + sigma_max**2)
+
+
+def test_heun_converges_at_second_order_to_the_exact_solution():
+    noise = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = exact_solution(noise, 0.3, 0.5, 80)
+    # The last step, to 0, is an Euler step: a tiny sigma_min keeps its error out of the picture.
+    errors = []
+    for num_steps in (40, 80, 160):
+        out = sample_heun(
+            gaussian_denoiser(0.3, 0.5),
+            noise,
+            num_steps=num_steps,
+            sigma_min=1e-8,
+            rho=9,
+            dtype=torch.float64,
+        )
+        errors.append(float((out - exact).abs().max()))
+    assert errors[-1] < 2e-3
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(2, abs=0.2)
+
+
+def test_default_schedule_solves_a_gaussian_to_two_percent():
+    noise = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    out = sample_heun(gaussian_denoiser(0.0, 0.5), noise)
+    assert torch.allclose(out, exact_solution(noise, 0.0, 0.5, 80), rtol=2e-2, atol=1e-6)
+
+
+def test_churn_keeps_the_distribution():
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(4000, 1, 1, 1, generator=generator, dtype=torch.float64)
+    out = sample_heun(
+        gaussian_denoiser(0.2, 0.5),
+        noise,
+        num_steps=64,
+        s_churn=20,
+        dtype=torch.float64,
+        randn_like=lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype),
+    )
+    assert float(out.mean()) == pytest.approx(0.2, abs=0.03)
+    assert float(out.std()) == pytest.approx(0.5, abs=0.02)
+    assert abs(float(torch.corrcoef(torch.stack([noise.flatten(), out.flatten()]))[0, 1])) < 0.5
+
+
+def test_number_of_evaluations_and_what_the_guide_costs():
+    calls = {"main": 0, "guide": 0}
+
+    def counted(name):
+        def denoiser(x, sigma, labels):
+            calls[name] += 1
+            return torch.zeros_like(x)
+
+        return denoiser
+
+    noise = torch.zeros(1, 1, 2, 2)
+    sample_heun(counted("main"), noise, guide=counted("guide"))
+    assert calls == {"main": 63, "guide": 0}
+    sample_heun(counted("main"), noise, guide=counted("guide"), guidance=1.5, num_steps=4)
+    assert calls == {"main": 70, "guide": 7}
+
+
+def test_guidance_interpolates_and_extrapolates():
+    main, guide = (lambda x, s, c: x + 1), (lambda x, s, c: x)
+    x = torch.zeros(1)
+    for weight in (0.0, 0.5, 2.0):
+        assert float(guided(main, guide, weight)(x, x, None)) == weight
+    assert guided(main, guide, 1.0) is main
+
+
+def test_schedule_ends_and_defaults():
+    steps = time_steps()
+    assert len(steps) == 33
+    assert float(steps[0]) == pytest.approx(80)
+    assert float(steps[-2]) == pytest.approx(0.002)
+    assert float(steps[-1]) == 0
+    assert (steps.diff() < 0).all()
+    assert time_steps(1).tolist() == pytest.approx([80, 0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_steps=0), "num_steps 0 must be at least 1"),
+        (dict(sigma_min=2.0, sigma_max=1.0), "0 < sigma_min < sigma_max must hold"),
+        (dict(rho=-1.0), "rho -1.0 must be positive"),
+        (dict(s_churn=1.0), "s_churn 1.0 adds noise: pass randn_like"),
+        (dict(guidance=1.5), "guidance 1.5 needs a guide"),
+        (dict(guidance=math.nan), "guidance nan must be finite"),
+    ],
+)
+def test_bad_sampler_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        sample_heun(gaussian_denoiser(0, 1), torch.zeros(1, 1, 1, 1), **options)
+
+
+class Uncertain:
+    """A denoiser with known error and uncertainty."""
+
+    sigma_data = 0.5
+
+    def __call__(self, x, sigma, labels=None, return_logvar=False, **kwargs):
+        return torch.zeros_like(x), torch.full((len(x), 1, 1, 1), 0.7)
+
+
+def test_loss_closed_form_and_best_uncertainty():
+    images = torch.full((2, 1, 1, 1), 0.3)
+    sigma = torch.tensor([0.2, 3.0])
+    loss = edm2_loss(Uncertain(), images, None, sigma, torch.ones_like(images))
+    weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+    expected = weight * 0.09 / math.exp(0.7) + 0.7
+    assert torch.allclose(loss.flatten(), expected)
+
+
+def test_sigma_is_log_normal():
+    log_sigma = draw_sigma(torch.arange(40000), p_mean=-0.8, p_std=1.6, seed=4).log()
+    assert float(log_sigma.mean()) == pytest.approx(-0.8, abs=0.03)
+    assert float(log_sigma.std()) == pytest.approx(1.6, abs=0.03)
