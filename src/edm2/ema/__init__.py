@@ -1,0 +1,20 @@
+"""Post-hoc EMA for any PyTorch model: track a few averages, get any other one after training.
+
+Needs torch, numpy and safetensors, and nothing else of edm2.
+"""
+
+from edm2.ema.profiles import decay, gamma_to_sigma_rel, sigma_rel_to_gamma
+from edm2.ema.reconstruct import Reconstruction, reconstruct, reconstruct_many
+from edm2.ema.solve import solve_coefficients
+from edm2.ema.tracker import PowerEMA
+
+__all__ = [
+    "PowerEMA",
+    "Reconstruction",
+    "decay",
+    "gamma_to_sigma_rel",
+    "reconstruct",
+    "reconstruct_many",
+    "sigma_rel_to_gamma",
+    "solve_coefficients",
+]

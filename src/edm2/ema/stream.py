@@ -1,0 +1,116 @@
+"""Weighted sums of many files, read in step, a piece of each at a time."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from io import FileIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edm2.ema.profiles import FloatArray
+from edm2.ema.tensorfile import DTYPES, ByteArray, TensorFile, TensorSpec, sum_text, word_sum
+
+_PIECE_BYTES = 8 << 20
+_MAX_OPEN = 256
+
+
+class WeightedSums:
+    """Reads files once, side by side, and adds them up into several sums.
+
+    Args:
+        files: Files that hold the same tensors.
+        coefficients: Weight of each file in each sum [in, out].
+        scales: For each file, factors of tensors that were stored divided by them.
+
+    Attributes:
+        data_sums: After `run`, the sum of each file's words as `tensorfile.write_tensors` counts them.
+    """
+
+    def __init__(
+        self, files: Sequence[TensorFile], coefficients: FloatArray, *, scales: Sequence[dict[str, float]]
+    ) -> None:
+        self._files = files
+        self._coefficients = coefficients
+        self._scales = scales
+        self._sums = [0] * len(files)
+
+    @property
+    def data_sums(self) -> list[str]:
+        """Checksums of what was read, one a file."""
+        return [sum_text(total) for total in self._sums]
+
+    def run(self, names: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Add up the named tensors.
+
+        Args:
+            names: Floating-point tensors that all files hold.
+
+        Returns:
+            Name -> float32 tensor, one dict a sum.
+        """
+        num_out = self._coefficients.shape[1]
+        shapes = {name: self._files[0].specs[name].shape for name in names}
+        sums = [{n: torch.zeros(shape) for n, shape in shapes.items()} for _ in range(num_out)]
+        for first in range(0, len(self._files), _MAX_OPEN):
+            group = range(first, min(first + _MAX_OPEN, len(self._files)))
+            with ExitStack() as stack:
+                handles = [stack.enter_context(open(self._files[i].path, "rb", buffering=0)) for i in group]
+                rows = torch.empty(len(group), _PIECE_BYTES // 4 // len(group) // 16 * 16)
+                for name in names:
+                    self._add_tensor(name, group, handles, rows, [s[name].view(-1) for s in sums])
+        return sums
+
+    def _add_tensor(
+        self, name: str, group: range, handles: list[FileIO], rows: Tensor, sums: list[Tensor]
+    ) -> None:
+        factors = np.array([self._scales[i].get(name, 1.0) for i in group])[:, None]
+        weights = torch.from_numpy(
+            (self._coefficients[group.start : group.stop] * factors).T.astype(np.float32)
+        )
+        numel, width = sums[0].numel(), rows.shape[1]
+        for begin in range(0, numel, width):
+            end = min(begin + width, numel)
+            piece = rows[:, : end - begin]
+            for row, i, handle in zip(piece, group, handles, strict=True):
+                file = self._files[i]
+                self._sums[i] += _read_into(row, handle, file, file.specs[name], begin)
+            for weight, out in zip(weights @ piece, sums, strict=True):
+                out[begin:end] += weight
+
+
+def _read_into(row: Tensor, handle: FileIO, file: TensorFile, spec: TensorSpec, begin: int) -> int:
+    """Read elements of a tensor into a float32 row; returns the sum of their words."""
+    raw = row if spec.dtype == torch.float32 else torch.empty(row.numel(), dtype=spec.dtype)
+    data = raw.view(torch.uint8).numpy()
+    read_exactly(handle, file, file.offsets[spec.name] + begin * spec.dtype.itemsize, data)
+    if raw is not row:
+        row.copy_(raw)
+    return word_sum(data)
+
+
+def read_exactly(handle: FileIO, file: TensorFile, position: int, out: ByteArray) -> None:
+    """Fill an array of bytes from a place in a file.
+
+    Raises:
+        ValueError: If the file ends before that.
+    """
+    handle.seek(position)
+    view, done = out.data, 0
+    while done < len(view):
+        count = handle.readinto(view[done:])
+        if not count:
+            raise ValueError(f"{file.path} is cut short: restore it from a copy")
+        done += count
+
+
+def read_tensors(file: TensorFile, names: Sequence[str]) -> Iterator[tuple[str, Tensor, int]]:
+    """Tensors of a file as they are stored, each with the sum of its words."""
+    assert all(file.specs[name].dtype in DTYPES.values() for name in names)
+    with open(file.path, "rb", buffering=0) as handle:
+        for name in names:
+            spec = file.specs[name]
+            tensor = torch.empty(spec.shape, dtype=spec.dtype)
+            data = tensor.view(-1).view(torch.uint8).numpy()
+            read_exactly(handle, file, file.offsets[name], data)
+            yield name, tensor, word_sum(data)

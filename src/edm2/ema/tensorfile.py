@@ -1,0 +1,202 @@
+"""safetensors files written and read as a stream.
+
+The safetensors package writes a file from tensors that are all in memory and cannot hash on the way.
+The format is a JSON header and raw bytes, so both are done here, and the package reads what is written.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_MAX_HEADER = 100 << 20
+
+ByteArray = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Name, element type and shape of a tensor in a file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSums:
+    """Size and checksums of a file: all bytes, its header, and a fast sum over its data."""
+
+    num_bytes: int
+    sha256: str
+    header_sha256: str
+    data_sum: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFile:
+    """A file's header: where each tensor lies, in bytes from the start of the file."""
+
+    path: Path
+    specs: dict[str, TensorSpec]
+    offsets: dict[str, int]
+    metadata: dict[str, str]
+    header_sha256: str
+
+
+def file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Order of tensors in a file: wide elements first, so that each one is aligned; then by name."""
+    return sorted(specs, key=lambda s: (-s.dtype.itemsize, s.name))
+
+
+def write_tensors(
+    path: Path, specs: Iterable[TensorSpec], get: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> FileSums:
+    """Write a file tensor by tensor and flush it to the disk.
+
+    Args:
+        path: File to write, overwritten.
+        specs: What it holds.
+        get: Gives a tensor by name, on the CPU, in its spec's type and shape; called in file order.
+        metadata: Strings for the header.
+
+    Returns:
+        Size and checksums.
+
+    Raises:
+        OSError: If the disk is full or cannot be written.
+    """
+    order = file_order(specs)
+    header = _header(order, metadata)
+    sha, data_sum = hashlib.sha256(header), 0
+    with open(path, "wb") as file:
+        file.write(header)
+        for spec in order:
+            tensor = get(spec.name).contiguous()
+            assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec.name
+            data: ByteArray = tensor.reshape(-1).view(torch.uint8).numpy()
+            file.write(data.data)
+            sha.update(data.data)
+            data_sum += word_sum(data)
+        size = file.tell()
+        file.flush()
+        os.fsync(file.fileno())
+    return FileSums(
+        num_bytes=size,
+        sha256=sha.hexdigest(),
+        header_sha256=hashlib.sha256(header).hexdigest(),
+        data_sum=sum_text(data_sum),
+    )
+
+
+def _header(order: list[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    content: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
+    for spec in order:
+        end = position + spec.num_bytes
+        content[spec.name] = {
+            "dtype": _CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def word_sum(data: ByteArray) -> int:
+    """Sum of the 64-bit words of some bytes, the last one filled up with zeros; cheap beside reading them."""
+    whole = data.size // 8 * 8
+    total = int(data[:whole].view("<u8").sum(dtype=np.uint64)) if whole else 0
+    if whole < data.size:
+        total += int.from_bytes(data[whole:].tobytes(), "little")
+    return total
+
+
+def sum_text(total: int) -> str:
+    """A sum of words modulo 2^64, as stored."""
+    return f"{total % (1 << 64):016x}"
+
+
+def read_header(path: Path) -> TensorFile:
+    """Read and check where the tensors of a file lie.
+
+    Args:
+        path: A safetensors file.
+
+    Returns:
+        Its header.
+
+    Raises:
+        ValueError: If it is not a whole safetensors file.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        raw = _raw_header(file, path)
+    try:
+        content = json.loads(raw[8:])
+        metadata = content.pop("__metadata__", {})
+        specs, offsets = {}, {}
+        for name, entry in content.items():
+            spec = TensorSpec(name=name, dtype=DTYPES[entry["dtype"]], shape=tuple(map(int, entry["shape"])))
+            begin, end = entry["data_offsets"]
+            if end - begin != spec.num_bytes or begin < 0 or len(raw) + end > size:
+                raise ValueError(f"tensor {name!r} does not fit into the file")
+            specs[name], offsets[name] = spec, len(raw) + begin
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}): restore it from a copy"
+        ) from error
+    return TensorFile(
+        path=path,
+        specs=specs,
+        offsets=offsets,
+        metadata=metadata,
+        header_sha256=hashlib.sha256(raw).hexdigest(),
+    )
+
+
+def _raw_header(file: BinaryIO, path: Path) -> bytes:
+    start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
+    raw = start + (file.read(length) if length <= _MAX_HEADER else b"")
+    if len(raw) != 8 + length:
+        raise ValueError(
+            f"{path} is not a whole safetensors file (its header is cut short): restore it from a copy"
+        )
+    return raw
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, read in pieces."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(4 << 20):
+            sha.update(piece)
+    return sha.hexdigest()

@@ -1,0 +1,231 @@
+"""Power-function averages of a module's weights, tracked while it trains."""
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edm2.ema import snapshots
+from edm2.ema.averages import Averages
+from edm2.ema.encoding import Track
+from edm2.ema.profiles import sigma_rel_to_gamma, step_weight
+from edm2.ema.tensors import Include, collect, full, is_sharded, like_shard, local
+
+_FORMAT = "edm2.ema.PowerEMA/1"
+
+
+class PowerEMA:
+    """Running averages of a module's parameters with power-function profiles.
+
+    Each average weighs the weights at training time tau by `tau**gamma`. Time is what the caller says it is
+    (images, steps, tokens), so updates may come at any interval. Buffers are copied, never averaged.
+
+    Args:
+        model: Module to follow. Wrappers (DDP, FSDP2, torch.compile) leave no trace in the names.
+        sigma_rels: Width of each average as a fraction of training time, in (0, 0.2887].
+        include: Called with each clean name and tensor; says which take part. Default: all.
+        clock: Unit of time, a word for the reader of the snapshots.
+        start: Time at which training starts: 0, or the clock's value where fine-tuning begins.
+        run_id: Name of the training run. Snapshots of two runs never share a folder. Default: random.
+        dtype: Element type of the averages; float64 for exact ones at twice the memory.
+
+    Raises:
+        ValueError: If a width is out of range or given twice, or the module has nothing to average.
+
+    Ref: EDM2 Sec. 3.1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sigma_rels: Sequence[float] = (0.05, 0.10),
+        *,
+        include: Include | None = None,
+        clock: str = "steps",
+        start: float = 0,
+        run_id: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.sigma_rels = tuple(float(s) for s in sigma_rels)
+        if not self.sigma_rels or len(set(self.sigma_rels)) < len(self.sigma_rels):
+            raise ValueError(f"sigma_rels needs one or more different widths, got {self.sigma_rels}")
+        self.gammas = tuple(sigma_rel_to_gamma(s) for s in self.sigma_rels)
+        self.clock, self.start = clock, start
+        self.run_id = secrets.token_hex(8) if run_id is None else run_id
+        self.t: float = start
+        self._model = model
+        self._include = include
+        self._tensors = collect(model, include)
+        self._templates = [slot.get() for slot in self._tensors.averaged]
+        self._shapes = [x.shape for x in self._templates]
+        self._locals = [local(x) for x in self._templates]
+        self._averages = Averages(self._locals, len(self.sigma_rels), dtype=dtype)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the averaged tensors."""
+        return [slot.name for slot in self._tensors.averaged]
+
+    @torch.no_grad()
+    def update(self, t: float) -> None:
+        """Take the weights as they are now into the averages; call it after the optimiser's step.
+
+        Args:
+            t: Training time, in the clock's unit; must grow from call to call.
+
+        Raises:
+            ValueError: If t does not grow or a tensor changed its shape or went away.
+        """
+        t = t if isinstance(t, int | float) else float(t)
+        if not t > self.t:
+            raise ValueError(
+                f"update({t:g}) after time {self.t:g}: t must increase from update to update; call it once"
+                " after each optimiser step with the total so far, and load_state_dict when resuming"
+            )
+        current = self._current()
+        weights = [step_weight(t - self.start, t - self.t, gamma) for gamma in self.gammas]
+        self._averages.update(current, weights)
+        self.t = t
+
+    def _current(self) -> list[Tensor]:
+        tensors = [slot.get() for slot in self._tensors.averaged]
+        if any(new is not old for new, old in zip(tensors, self._templates, strict=True)):
+            self._locals = [local(x) for x in tensors]
+            self._templates = tensors
+        elif any(map(is_sharded, tensors)):
+            self._locals = [local(x) for x in tensors]
+        if [x.shape for x in tensors] != self._shapes:
+            slot, new, old = next(
+                (s, x.shape, o)
+                for s, x, o in zip(self._tensors.averaged, tensors, self._shapes, strict=True)
+                if x.shape != o
+            )
+            raise ValueError(
+                f"tensor {slot.name!r} changed its shape from {tuple(old)} to {tuple(new)}: an average needs"
+                " the same tensors throughout; build a new PowerEMA"
+            )
+        return self._locals
+
+    def snapshot(
+        self, folder: str | Path, *, metadata: dict[str, Any] | None = None, dtype: str = "fp32"
+    ) -> list[Path]:
+        """Add the averages as they are now to a folder of snapshots.
+
+        Where tensors are sharded, every process must call it, and the first one writes.
+
+        Args:
+            folder: Folder of this run's snapshots; made where there is none.
+            metadata: Anything JSON can hold that describes the run, such as the model's arguments; the same
+                at every call.
+            dtype: How tensors are stored: fp32, bf16, or fp16 with a scale for each tensor.
+
+        Returns:
+            The files of this time, one a track.
+
+        Raises:
+            ValueError: If there was no update yet, the folder holds another run, or an average is not finite.
+            OSError: If the disk is full; the folder then holds what it held before.
+        """
+        if self.t == self.start:
+            raise ValueError(
+                "snapshot before the first update: there is no average yet; call update(t) first"
+            )
+        run = snapshots.RunInfo(
+            run_id=self.run_id,
+            clock=self.clock,
+            start=self.start,
+            aliases=self._tensors.aliases,
+            metadata=metadata,
+        )
+        self._current()
+        tracks = [self._track(i) for i in range(len(self.sigma_rels))]
+        return snapshots.write(Path(folder), run, t=self.t, tracks=tracks, dtype=dtype)
+
+    def _track(self, index: int) -> Track:
+        averages = dict(zip(self.names, self._averages.tracks[index], strict=True))
+        templates = dict(zip(self.names, self._templates, strict=True))
+        return Track(
+            sigma_rel=self.sigma_rels[index],
+            averaged={name: tuple(x.shape) for name, x in templates.items()},
+            copied={slot.name: slot.get() for slot in self._tensors.copied},
+            get=lambda name: full(averages[name], templates[name]).cpu(),
+            distance=_distance(self._averages.tracks[index], self._locals),
+        )
+
+    def average(self, sigma_rel: float) -> dict[str, Tensor]:
+        """One tracked average as it is now, by name; whole tensors where the model is sharded.
+
+        Args:
+            sigma_rel: One of the tracked widths.
+
+        Returns:
+            Name -> tensor; views of the running averages unless sharded, so copy what must not change.
+
+        Raises:
+            ValueError: If that width is not tracked.
+        """
+        if sigma_rel not in self.sigma_rels:
+            raise ValueError(f"sigma_rel {sigma_rel:g} is not tracked; tracked are {self.sigma_rels}")
+        averages = self._averages.tracks[self.sigma_rels.index(sigma_rel)]
+        return {n: full(a, p) for n, a, p in zip(self.names, averages, self._templates, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on exactly: one flat dict of tensors and JSON values.
+
+        Keys of tensors begin with `average.`. Tensors are the running ones: copy what must not change.
+        """
+        state: dict[str, Any] = {
+            "format": _FORMAT,
+            "run_id": self.run_id,
+            "clock": self.clock,
+            "start": self.start,
+            "t": self.t,
+            "sigma_rels": list(self.sigma_rels),
+        }
+        for i, averages in enumerate(self._averages.tracks):
+            for name, part, template in zip(self.names, averages, self._templates, strict=True):
+                state[f"average.{i}.{name}"] = like_shard(part, template) if is_sharded(template) else part
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`, run id and time included.
+
+        Args:
+            state: What `state_dict` gave.
+
+        Raises:
+            ValueError: If it is of other tracks, another clock, or another model; nothing is loaded then.
+        """
+        mine = self.state_dict()
+        for key in ("format", "clock", "sigma_rels"):
+            if state.get(key) != mine[key]:
+                raise ValueError(
+                    f"the state's {key} is {state.get(key)!r}, this tracker's is {mine[key]!r}: build the"
+                    " PowerEMA with the settings of the run that is resumed"
+                )
+        tensors = {k: v for k, v in mine.items() if k.startswith("average.")}
+        given = {k: v for k, v in state.items() if k.startswith("average.")}
+        differing = sorted(
+            k for k in tensors.keys() | given.keys()
+            if k not in tensors or k not in given or tensors[k].shape != given[k].shape
+        )  # fmt: skip
+        if differing:
+            raise ValueError(
+                f"the state is of another model: {len(differing)} tensors are missing, new or of another"
+                f" shape, first {differing[0]!r}"
+            )
+        for key, tensor in tensors.items():
+            local(tensor).copy_(local(given[key]))
+        self.run_id, self.start, self.t = state["run_id"], state["start"], state["t"]
+
+
+def _distance(averages: list[Tensor], weights: list[Tensor]) -> float:
+    squares = [
+        torch.linalg.vector_norm(w.detach().to(a.dtype) - a, dtype=torch.float64).square()
+        for a, w in zip(averages, weights, strict=True)
+    ]
+    return float(torch.stack([s.cpu() for s in squares]).sum().sqrt())
