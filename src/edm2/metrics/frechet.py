@@ -1,0 +1,150 @@
+"""Frechet distance between two sets of features, and the streaming statistics it needs.
+
+Everything is float64 on the CPU: in the features' own precision the distance of similar sets is rounding.
+"""
+
+import numpy as np
+import torch
+
+
+class FeatureStatistics:
+    """Mean and unbiased covariance of features that arrive in batches, in any sizes and order.
+
+    Args:
+        num_features: D; taken from the first batch where left out.
+    """
+
+    def __init__(self, num_features: int | None = None) -> None:
+        self.num_images = 0
+        size = num_features or 0
+        self._mean = np.zeros(size)
+        # Sum of the outer products of deviations from the mean: (N - 1) times the covariance.
+        self._scatter = np.zeros((size, size))
+
+    @classmethod
+    def from_moments(cls, mean: np.ndarray, cov: np.ndarray, *, num_images: int) -> "FeatureStatistics":
+        """Statistics from moments known already, such as those of a reference file.
+
+        Args:
+            mean: `[D]`.
+            cov: `[D, D]`, unbiased, symmetric.
+            num_images: number of images they came from, at least 2.
+
+        Raises:
+            ValueError: for shapes that do not fit, values that are not finite, or too few images.
+        """
+        mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
+        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+            raise ValueError(f"mean {list(mean.shape)} and cov {list(cov.shape)} must be [D] and [D, D]")
+        if num_images < 2:
+            raise ValueError(f"num_images {num_images} must be at least 2 for a covariance")
+        if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+            raise ValueError("mean and cov must be finite")
+        if not np.allclose(cov, cov.T, rtol=1e-6, atol=1e-9 * np.abs(cov).max(initial=0)):
+            raise ValueError("cov must be symmetric")
+        result = cls(len(mean))
+        result.num_images = num_images
+        result._mean = mean.copy()
+        result._scatter = (cov + cov.T) / 2 * (num_images - 1)
+        return result
+
+    def update(self, features: np.ndarray | torch.Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            features: `[N, D]`.
+
+        Raises:
+            ValueError: for another shape or values that are not finite.
+        """
+        if isinstance(features, torch.Tensor):
+            # Through float32, because NumPy has no bfloat16; float64 stays.
+            features = features.detach().cpu()
+            features = (features if features.dtype == torch.float64 else features.float()).numpy()
+        batch = np.asarray(features, dtype=np.float64)
+        if batch.ndim != 2 or batch.shape[1] == 0:
+            raise ValueError(f"features must have the shape [N, D], not {list(batch.shape)}")
+        if not np.isfinite(batch).all():
+            raise ValueError("features hold values that are not finite: look at the images and the extractor")
+        if len(batch) == 0:
+            return
+        part = FeatureStatistics(batch.shape[1])
+        part.num_images = len(batch)
+        part._mean = batch.mean(axis=0)
+        deviation = batch - part._mean
+        part._scatter = deviation.T @ deviation
+        self.merge(part)
+
+    def merge(self, other: "FeatureStatistics") -> None:
+        """Add all of another's images, as if they had come here.
+
+        Args:
+            other: statistics of the same features; unchanged.
+
+        Raises:
+            ValueError: for another number of features.
+        """
+        if other.num_images == 0:
+            return
+        if self.num_images == 0 and len(self._mean) == 0:
+            self._mean, self._scatter = np.zeros_like(other._mean), np.zeros_like(other._scatter)
+        if len(self._mean) != len(other._mean):
+            raise ValueError(
+                f"cannot mix {len(self._mean)} and {len(other._mean)} features: use one extractor throughout"
+            )
+        total = self.num_images + other.num_images
+        shift = other._mean - self._mean
+        # The pairwise update of Chan, Golub and LeVeque: sums of squares would cancel.
+        self._scatter = self._scatter + other._scatter
+        self._scatter += np.outer(shift, shift) * (self.num_images * (other.num_images / total))
+        self._mean = self._mean + shift * (other.num_images / total)
+        self.num_images = total
+
+    @property
+    def mean(self) -> np.ndarray:
+        """`[D]` float64."""
+        if self.num_images < 1:
+            raise ValueError("a mean needs at least 1 image: update the statistics first")
+        return self._mean.copy()
+
+    @property
+    def cov(self) -> np.ndarray:
+        """`[D, D]` float64, unbiased."""
+        if self.num_images < 2:
+            raise ValueError(f"a covariance needs at least 2 images, and there are {self.num_images}")
+        return self._scatter / (self.num_images - 1)
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """Frechet distance of two Gaussians, `|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`.
+
+    The trace of the matrix root is the sum of the singular values of `S1^(1/2) S2^(1/2)`. Unlike a root of
+    `S1 S2`, that is real for every input and stays accurate where covariances are singular, as they are
+    for fewer images than features.
+
+    Args:
+        a: statistics of at least 2 images.
+        b: likewise, of the same features.
+
+    Returns:
+        The distance, in squared units of the features; at least 0.
+
+    Raises:
+        ValueError: for too few images or numbers of features that differ.
+    """
+    mean_a, mean_b, cov_a, cov_b = a.mean, b.mean, a.cov, b.cov
+    if len(mean_a) != len(mean_b):
+        raise ValueError(
+            f"cannot compare {len(mean_a)} with {len(mean_b)} features: use one extractor for both"
+        )
+    overlap = np.linalg.svd(_root(cov_a).T @ _root(cov_b), compute_uv=False).sum()
+    distance = np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * overlap
+    return max(float(distance), 0.0)
+
+
+def _root(cov: np.ndarray) -> np.ndarray:
+    # A factor [D, rank] with F F^T = cov. Eigenvalues at the level of rounding count as zero: their roots,
+    # eight digits larger, would not be negligible.
+    values, vectors = np.linalg.eigh(cov)
+    keep = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
+    return vectors[:, keep] * np.sqrt(values[keep])
