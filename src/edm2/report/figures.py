@@ -1,0 +1,251 @@
+"""The curves of a run: training loss, learned uncertainty, and score against EMA length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from edm2.report.style import FAINT, FONT_SIZE, HEIGHT, LIGHT, SERIES, add_legend, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+# Twice as many points as a wide figure has pixels add nothing but bytes.
+MOST_POINTS = 1000
+SMOOTHING = 1 / 40  # width of the running mean, as a share of all points
+LOG_FROM_RATIO = 8.0  # scores spread wider than this are drawn on a logarithmic axis
+
+
+def loss_curve(
+    num_images: Sequence[float], loss: Sequence[float], *, learning_rate: Sequence[float] | None = None
+) -> Figure:
+    """Training loss against images seen: every value, and a running mean over a fortieth of them.
+
+    The vertical axis is linear, as the loss falls below zero once the uncertainty is learned. It leaves out
+    the extreme one percent of the values where they would squeeze the rest; the figure then says how many.
+
+    Args:
+        num_images: Training images seen, increasing.
+        loss: Training loss at those moments.
+        learning_rate: Learning rate at those moments; drawn on a small axis below.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: Empty, non-finite, not increasing, or of different lengths.
+    """
+    seen = _increasing("num_images", num_images)
+    values = _series("loss", loss, like=("num_images", seen))
+    mean = _running_mean(values)
+    rows = (1.0,) if learning_rate is None else (1.0, 0.28)
+    figure, axes = new_figure(rows=rows, height=HEIGHT if learning_rate is None else HEIGHT * 1.2)
+    top = axes[0]
+    x, y = _thin(seen, values)
+    top.plot(x, y, color=FAINT[0], linewidth=0.9, label="each value logged")
+    top.plot(*_thin(seen, mean), color=SERIES[0], linewidth=1.8, label="running mean")
+    top.set_ylabel("training loss")
+    _limit_to_bulk(top, values, mean)
+    add_legend(top)
+    if learning_rate is not None:
+        rate = _series("learning_rate", learning_rate, like=("num_images", seen))
+        axes[1].plot(*_thin(seen, rate), color=SERIES[1], linewidth=1.5)
+        axes[1].set_ylim(bottom=0.0)
+        axes[1].set_ylabel("learning\nrate")
+        axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes[1].locator_params(axis="y", nbins=2)
+        figure.align_ylabels(axes)
+    _count_images(axes[-1])
+    return figure
+
+
+def uncertainty_curve(
+    sigma: Sequence[float],
+    uncertainty: Sequence[float],
+    measured: Sequence[float] | None = None,
+    density: Sequence[float] | None = None,
+) -> Figure:
+    """Learned uncertainty u(sigma) against the noise level, beside what it should have learned.
+
+    Args:
+        sigma: Noise levels, positive and increasing.
+        uncertainty: Learned log variance u at those levels.
+        measured: Logarithm of the weighted error measured at those levels: where training has converged,
+            the minimum of the loss over u.
+        density: Density of the training noise over ln(sigma), in any unit; shaded in the background.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: Empty, non-finite, sigma not positive and increasing, or different lengths.
+
+    Ref: EDM2 Sec. 2.2, Eq. 14-15.
+    """
+    levels = _increasing("sigma", sigma)
+    if levels[0] <= 0:
+        raise ValueError(f"sigma has {levels[0]:g}; noise levels must be positive: leave out zero")
+    learned = _series("uncertainty", uncertainty, like=("sigma", levels))
+    figure, (ax,) = new_figure()
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.plot(levels, learned, color=SERIES[0], linewidth=1.9, label="learned u(σ)", zorder=3)
+    if measured is not None:
+        error = _series("measured", measured, like=("sigma", levels))
+        ax.plot(
+            *(levels, error),
+            **dict(color=SERIES[1], linestyle="none", marker="o", markersize=4.5),
+            **dict(markerfacecolor=LIGHT["paper"], markeredgewidth=1.4, zorder=4),
+            label="measured log error",
+        )
+    if density is not None:
+        _shade(ax, levels, _series("density", density, like=("sigma", levels)))
+    ax.set_xlabel("noise level σ")
+    ax.set_ylabel("log variance")
+    add_legend(ax)
+    return figure
+
+
+def _shade(ax: Axes, levels: Floats, density: Floats) -> None:
+    if density.min() < 0 or density.max() == 0:
+        raise ValueError("density must be non-negative and positive somewhere: give values, not logarithms")
+    from matplotlib.transforms import blended_transform_factory
+
+    # Height in parts of the axes: its unit would tell the reader nothing, its place does.
+    place = blended_transform_factory(ax.transData, ax.transAxes)
+    height = 0.45 * density / density.max()
+    shade = dict(color=LIGHT["shade"], linewidth=0.0, zorder=0.5, label="training noise")
+    ax.fill_between(levels, 0.0, height, transform=place, **shade)
+
+
+def score_curve(
+    sigma_rel: Sequence[float],
+    scores: Sequence[float],
+    *,
+    best: float,
+    tracked: Sequence[float] = (),
+    reference: float | None = None,
+    label: str = "Frechet distance",
+) -> Figure:
+    """Score against EMA length, lower being better.
+
+    The vertical axis is logarithmic where the scores are positive and spread over more than a factor of 8.
+
+    Args:
+        sigma_rel: Relative EMA lengths, increasing; written in percent as in the paper.
+        scores: Score of each.
+        best: The length to mark, one of `sigma_rel`.
+        tracked: Lengths that were tracked during training; marked on the horizontal axis.
+        reference: Score that real images reach, drawn as a line.
+        label: Name of the score, any text.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: Empty, non-finite, not increasing, different lengths, or `best` not among them.
+
+    Ref: EDM2 Sec. 3.3, Fig. 5.
+    """
+    lengths = _increasing("sigma_rel", sigma_rel)
+    values = _series("scores", scores, like=("sigma_rel", lengths))
+    (where,) = np.nonzero(np.isclose(lengths, best, rtol=1e-9, atol=0.0))
+    if not len(where):
+        known = ", ".join(f"{length:g}" for length in lengths)
+        raise ValueError(f"best is {best:g}, which is not one of sigma_rel ({known})")
+    figure, (ax,) = new_figure()
+    drawn = values if reference is None else np.append(values, _series("reference", [reference]))
+    if drawn.min() > 0 and drawn.max() > LOG_FROM_RATIO * drawn.min():
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.plot(100 * lengths, values, color=SERIES[0], linewidth=1.7, marker="o", markersize=3.2, zorder=3)
+    x, y = 100 * lengths[where[0]], values[where[0]]
+    ring = dict(linestyle="none", marker="o", markersize=10, markerfacecolor="none", markeredgewidth=1.7)
+    ax.plot([x], [y], color=SERIES[1], zorder=4, label=f"best: {y:.3g} at {x:.3g}%", **ring)
+    if reference is not None:
+        name = f"real images: {reference:.3g}"
+        ax.axhline(reference, color=SERIES[2], linestyle=(0, (5, 3)), linewidth=1.4, label=name, zorder=2)
+    _mark_tracked(ax, tracked)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    ax.set_xlabel("EMA length σ_rel", parse_math=False)
+    ax.set_ylabel(label, parse_math=False)
+    add_legend(ax)
+    return figure
+
+
+def _mark_tracked(ax: Axes, tracked: Sequence[float]) -> None:
+    if not len(tracked):
+        return
+    places = 100 * _series("tracked", tracked)
+    mark = dict(linestyle="none", marker="^", markersize=7, clip_on=False, zorder=5)
+    at_bottom = dict(transform=ax.get_xaxis_transform(), color=LIGHT["muted"])
+    ax.plot(places, np.zeros_like(places), label="tracked in training", **mark, **at_bottom)
+
+
+def _series(name: str, values: ArrayLike, *, like: tuple[str, Floats] | None = None) -> Floats:
+    series = np.asarray(values, np.float64)
+    if series.ndim != 1 or not series.size:
+        raise ValueError(f"{name} has shape {series.shape}; give a sequence of at least one number")
+    if like is not None and len(series) != len(like[1]):
+        raise ValueError(
+            f"{name} has {len(series)} values, {like[0]} has {len(like[1])}: give one value for each"
+        )
+    wrong = np.flatnonzero(~np.isfinite(series))
+    if len(wrong):
+        raise ValueError(f"{name}[{wrong[0]}] is {series[wrong[0]]}; leave out what is not finite")
+    return series
+
+
+def _increasing(name: str, values: ArrayLike) -> Floats:
+    series = _series(name, values)
+    falls = np.flatnonzero(np.diff(series) <= 0)
+    if len(falls):
+        first = falls[0]
+        pair = f"{series[first]:g} before {series[first + 1]:g}"
+        raise ValueError(f"{name} must increase, but has {pair} at index {first}: sort it, without repeats")
+    return series
+
+
+def _running_mean(values: Floats) -> Floats:
+    """Mean over a centred window, cut at both ends to what exists."""
+    half = max(1, round(len(values) * SMOOTHING / 2))
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    place = np.arange(len(values))
+    start, stop = np.maximum(place - half, 0), np.minimum(place + half + 1, len(values))
+    return (total[stop] - total[start]) / (stop - start)
+
+
+def _thin(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """Keep the lowest and the highest point of each of many bins: the drawn outline stays the same."""
+    if len(x) <= MOST_POINTS:
+        return x, y
+    bins = np.array_split(np.arange(len(x)), MOST_POINTS // 2)
+    keep = np.unique([b[pick(y[b])] for b in bins for pick in (np.argmin, np.argmax)])
+    keep = np.unique(np.concatenate([[0], keep, [len(x) - 1]]))
+    return x[keep], y[keep]
+
+
+def _limit_to_bulk(ax: Axes, values: Floats, mean: Floats) -> None:
+    low, high = np.quantile(values, [0.005, 0.995])
+    low, high = min(low, mean.min()), max(high, mean.max())
+    margin = 0.06 * (high - low)
+    outside = int(np.sum((values < low - margin) | (values > high + margin)))
+    if not outside or values.max() - values.min() < 1.5 * (high - low):
+        return
+    ax.set_ylim(low - margin, high + margin)
+    note = f"{outside} of {len(values)} values outside"
+    corner = dict(transform=ax.transAxes, ha="right", va="top")
+    ax.text(0.99, 0.97, note, color=LIGHT["muted"], fontsize=FONT_SIZE - 1.5, **corner)
+
+
+def _count_images(ax: Axes) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.set_xlabel("training images")
