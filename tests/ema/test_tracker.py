@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from edm2.ema import PowerEMA, sigma_rel_to_gamma
+from edm2.ema.averages import Averages
+from edm2.ema.offload import HostAverages
+from edm2.ema.tensors import clean_name
 
 
 def walk(model: nn.Module, times: list[float], seed: int = 0) -> Iterator[float]:
@@ -136,3 +139,92 @@ def test_import_loads_nothing_else_of_edm2() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "['edm2'] []"
+
+
+def test_applied_swaps_weights_in_and_surely_back() -> None:
+    model = nn.Linear(7, 5)
+    ema = PowerEMA(model)
+    for t in walk(model, [1, 2, 3]):
+        ema.update(t)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with ema.applied(model, 0.1) as swapped:
+        assert swapped is model
+        assert torch.equal(model.weight, ema.average(0.1)["weight"])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="inside"), ema.applied(model, 0.05):
+        raise RuntimeError("inside")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with (
+        pytest.raises(ValueError, match=r"other tensors than those tracked, first '0\.bias'"),
+        ema.applied(nn.Sequential(nn.Linear(7, 5)), 0.1),
+    ):
+        pass
+
+
+def test_subset_leaves_the_rest_alone() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    ema = PowerEMA(model, include=lambda name, tensor: tensor.requires_grad)
+    assert ema.names == ["1.weight", "1.bias", "2.weight", "2.bias"]
+    with pytest.raises(ValueError, match="no floating-point parameter was chosen"):
+        PowerEMA(model, include=lambda name, tensor: False)
+
+
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [
+        ("weight", "weight"),
+        ("module.a.weight", "a.weight"),
+        ("_orig_mod.module.a.weight", "a.weight"),
+        ("module._orig_mod.a._orig_mod.weight", "a.weight"),
+        ("a._fsdp_wrapped_module.b.weight", "a.b.weight"),
+        ("a.module.weight", "a.module.weight"),
+        ("my_module.weight", "my_module.weight"),
+    ],
+)
+def test_wrappers_leave_no_trace_in_names(name: str, clean: str) -> None:
+    assert clean_name(name) == clean
+
+
+def test_names_that_collide_are_refused() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(1))
+    model.module = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="two tensors are called 'weight'"):
+        PowerEMA(model)
+
+
+def test_complex_and_meta_tensors_are_refused() -> None:
+    model = nn.Linear(1, 1)
+    model.phase = nn.Parameter(torch.zeros(1, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="'phase' is complex"):
+        PowerEMA(model)
+    with pytest.raises(ValueError, match="on the meta device"):
+        PowerEMA(nn.Linear(1, 1, device="meta"))
+    with pytest.raises(ValueError, match="device 'cuda:7' is not known"):
+        PowerEMA(nn.Linear(1, 1), device="cuda:7")
+
+
+def test_host_averages_equal_averages_beside_the_weights() -> None:
+    tensors = [
+        torch.randn(5, generator=torch.Generator().manual_seed(0)),
+        torch.ones(3, dtype=torch.bfloat16),
+    ]
+    beside = Averages(tensors, 2, dtype=torch.float32)
+    host = HostAverages(tensors, 2, dtype=torch.float32)
+    for step in range(1, 6):
+        tensors[0].mul_(0.9)
+        beside.update(tensors, [1 / step, 0.5 / step])
+        host.update(tensors, [1 / step, 0.5 / step])
+        tensors[1].add_(1)
+    for one, other in zip(beside.tracks, host.tracks, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_update_allocates_nothing_once_it_runs() -> None:
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)], nn.Linear(64, 64).bfloat16())
+    ema = PowerEMA(model)
+    ema.update(1)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        ema.update(2)
+    assert sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages()) < 1024

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -29,16 +28,14 @@ class Track:
 
     Attributes:
         sigma_rel: Width of its profile.
-        averaged: Names and shapes of the averaged tensors.
+        averaged: The averaged tensors by name, whole, on the CPU.
         copied: The other tensors by name.
-        get: Gives an averaged tensor, whole, on the CPU.
         distance: L2 distance of the average to the weights at that time.
     """
 
     sigma_rel: float
-    averaged: dict[str, tuple[int, ...]]
+    averaged: dict[str, Tensor]
     copied: dict[str, Tensor]
-    get: Callable[[str], Tensor]
     distance: float
 
 
@@ -61,7 +58,7 @@ def write_track(path: Path, track: Track, *, dtype: str, metadata: dict[str, str
     if dtype not in STORED:
         raise ValueError(f"dtype {dtype!r} is not known: choose fp32, bf16 or fp16")
     stored = STORED[dtype]
-    scales = {name: _scale(name, track.get(name), stored) for name in track.averaged}
+    scales = {name: _scale(name, track.averaged[name], stored) for name in track.averaged}
     scales = {name: scale for name, scale in scales.items() if scale != 1.0}
     if scales:
         metadata = {**metadata, "scales": json.dumps(scales, sort_keys=True)}
@@ -70,14 +67,14 @@ def write_track(path: Path, track: Track, *, dtype: str, metadata: dict[str, str
     def encoded(name: str) -> Tensor:
         if name in track.copied:
             return track.copied[name].detach().cpu()
-        exact = track.get(name)
+        exact = track.averaged[name]
         out = (exact / scales[name]).to(stored) if name in scales else exact.to(stored)
         squares["norm"] += _square(exact)
         if exact.dtype != stored:
             squares["rounding"] += _square(out.to(exact.dtype) * scales.get(name, 1.0) - exact)
         return out
 
-    specs = [TensorSpec(name=n, dtype=stored, shape=s) for n, s in track.averaged.items()]
+    specs = [TensorSpec(name=n, dtype=stored, shape=tuple(x.shape)) for n, x in track.averaged.items()]
     specs += [TensorSpec(name=n, dtype=x.dtype, shape=tuple(x.shape)) for n, x in track.copied.items()]
     sums = write_tensors(
         path, specs, encoded, {**metadata, "dtype": dtype, "copied": json.dumps(sorted(track.copied))}

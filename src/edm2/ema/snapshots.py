@@ -4,7 +4,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
@@ -119,7 +119,9 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise ValueError(f"{path} is damaged (entry {error}): restore it from a copy") from error
 
 
-def write(folder: Path, run: RunInfo, *, t: float, tracks: Sequence[Track], dtype: str) -> list[Path]:
+def write(
+    folder: Path, run: RunInfo, *, t: float, layout: str, tracks: Iterable[Track], dtype: str
+) -> list[Path]:
     """Add the averages of one time to a folder; see `PowerEMA.snapshot`.
 
     Every file is written aside, flushed and renamed, then the manifest is replaced in one step, so that a
@@ -128,7 +130,6 @@ def write(folder: Path, run: RunInfo, *, t: float, tracks: Sequence[Track], dtyp
     _check_json(run.metadata)
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder):
-        layout = layout_digest(tracks[0])
         known: tuple[Snapshot, ...] = ()
         if (folder / MANIFEST).exists():
             old = read_manifest(folder)
@@ -231,13 +232,9 @@ def _check_json(metadata: dict[str, Any] | None) -> None:
         raise ValueError("metadata changes when written as JSON: use string keys and lists instead of tuples")
 
 
-def layout_digest(track: Track) -> str:
+def layout_digest(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Digest of the names and shapes of a model's tensors."""
-    shapes = {
-        **{n: list(s) for n, s in track.averaged.items()},
-        **{n: list(s.shape) for n, s in track.copied.items()},
-    }
-    return sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps({n: list(s) for n, s in shapes.items()}, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -136,7 +136,7 @@ def like_shard(part: Tensor, template: Tensor) -> Tensor:
 
     assert isinstance(template, DTensor)
     return DTensor.from_local(
-        part,
+        part.to(template.device),
         template.device_mesh,
         template.placements,
         run_check=False,

@@ -1,7 +1,8 @@
 """Power-function averages of a module's weights, tracked while it trains."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from edm2.ema import snapshots
 from edm2.ema.averages import Averages
 from edm2.ema.encoding import Track
+from edm2.ema.offload import HostAverages
 from edm2.ema.profiles import sigma_rel_to_gamma, step_weight
+from edm2.ema.sharding import distance, write_from_first
 from edm2.ema.tensors import Include, collect, full, is_sharded, like_shard, local
 
 _FORMAT = "edm2.ema.PowerEMA/1"
@@ -31,6 +34,7 @@ class PowerEMA:
         start: Time at which training starts: 0, or the clock's value where fine-tuning begins.
         run_id: Name of the training run. Snapshots of two runs never share a folder. Default: random.
         dtype: Element type of the averages; float64 for exact ones at twice the memory.
+        device: "cpu" keeps the averages in the host's memory. Default: beside the weights.
 
     Raises:
         ValueError: If a width is out of range or given twice, or the module has nothing to average.
@@ -48,6 +52,7 @@ class PowerEMA:
         start: float = 0,
         run_id: str | None = None,
         dtype: torch.dtype = torch.float32,
+        device: str | None = None,
     ) -> None:
         self.sigma_rels = tuple(float(s) for s in sigma_rels)
         if not self.sigma_rels or len(set(self.sigma_rels)) < len(self.sigma_rels):
@@ -62,7 +67,14 @@ class PowerEMA:
         self._templates = [slot.get() for slot in self._tensors.averaged]
         self._shapes = [x.shape for x in self._templates]
         self._locals = [local(x) for x in self._templates]
-        self._averages = Averages(self._locals, len(self.sigma_rels), dtype=dtype)
+        if device not in (None, "cpu"):
+            raise ValueError(
+                f"device {device!r} is not known: None keeps averages beside the weights, 'cpu' in host"
+                " memory"
+            )
+        offload = device == "cpu" and any(x.device.type != "cpu" for x in self._locals)
+        kind = HostAverages if offload else Averages
+        self._averages = kind(self._locals, len(self.sigma_rels), dtype=dtype)
 
     @property
     def names(self) -> list[str]:
@@ -140,20 +152,32 @@ class PowerEMA:
             aliases=self._tensors.aliases,
             metadata=metadata,
         )
-        self._current()
-        tracks = [self._track(i) for i in range(len(self.sigma_rels))]
-        return snapshots.write(Path(folder), run, t=self.t, tracks=tracks, dtype=dtype)
-
-    def _track(self, index: int) -> Track:
-        averages = dict(zip(self.names, self._averages.tracks[index], strict=True))
-        templates = dict(zip(self.names, self._templates, strict=True))
-        return Track(
-            sigma_rel=self.sigma_rels[index],
-            averaged={name: tuple(x.shape) for name, x in templates.items()},
-            copied={slot.name: slot.get() for slot in self._tensors.copied},
-            get=lambda name: full(averages[name], templates[name]).cpu(),
-            distance=_distance(self._averages.tracks[index], self._locals),
+        weights = self._current()
+        self._check_names([slot.name for slot in collect(self._model, self._include).averaged])
+        copied = {slot.name: slot.get() for slot in self._tensors.copied}
+        shapes = {n: tuple(x.shape) for n, x in zip(self.names, self._templates, strict=True)}
+        tracks = (
+            Track(
+                sigma_rel=sigma_rel,
+                averaged=self._whole(averages),
+                copied=copied,
+                distance=distance(averages, weights, self._templates),
+            )
+            for sigma_rel, averages in zip(self.sigma_rels, self._averages.tracks, strict=True)
         )
+        layout = snapshots.layout_digest({**shapes, **{n: tuple(x.shape) for n, x in copied.items()}})
+
+        def write() -> list[Path]:
+            return snapshots.write(Path(folder), run, layout=layout, t=self.t, tracks=tracks, dtype=dtype)
+
+        return write_from_first(write, tracks, self._templates)
+
+    def _whole(self, averages: list[Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU by name, gathered where they are sharded."""
+        return {
+            name: full(part, template).cpu()
+            for name, part, template in zip(self.names, averages, self._templates, strict=True)
+        }
 
     def average(self, sigma_rel: float) -> dict[str, Tensor]:
         """One tracked average as it is now, by name; whole tensors where the model is sharded.
@@ -167,10 +191,46 @@ class PowerEMA:
         Raises:
             ValueError: If that width is not tracked.
         """
+        averages = self._local_average(sigma_rel)
+        return {n: full(a, p) for n, a, p in zip(self.names, averages, self._templates, strict=True)}
+
+    def _local_average(self, sigma_rel: float) -> list[Tensor]:
         if sigma_rel not in self.sigma_rels:
             raise ValueError(f"sigma_rel {sigma_rel:g} is not tracked; tracked are {self.sigma_rels}")
-        averages = self._averages.tracks[self.sigma_rels.index(sigma_rel)]
-        return {n: full(a, p) for n, a, p in zip(self.names, averages, self._templates, strict=True)}
+        return self._averages.tracks[self.sigma_rels.index(sigma_rel)]
+
+    @contextmanager
+    def applied(self, model: nn.Module, sigma_rel: float) -> Iterator[nn.Module]:
+        """Run a block with an average as the weights, which come back bit for bit, also after an error.
+
+        Args:
+            model: The module tracked, or one with the same tensors.
+            sigma_rel: Width of the average.
+
+        Yields:
+            The model.
+
+        Raises:
+            ValueError: If the model has other tensors, or that width cannot be had.
+        """
+        slots = collect(model, self._include).averaged
+        self._check_names([slot.name for slot in slots])
+        weights = [local(slot.get()) for slot in slots]
+        values = self._local_average(sigma_rel)
+        saved = [x.clone() for x in weights]
+        try:
+            _copy(weights, values)
+            yield model
+        finally:
+            _copy(weights, saved)
+
+    def _check_names(self, names: list[str]) -> None:
+        differing = sorted(set(names) ^ set(self.names))
+        if differing:
+            raise ValueError(
+                f"the model has other tensors than those tracked, first {differing[0]!r}: build a new"
+                " PowerEMA after changing a model"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly: one flat dict of tensors and JSON values.
@@ -223,9 +283,7 @@ class PowerEMA:
         self.run_id, self.start, self.t = state["run_id"], state["start"], state["t"]
 
 
-def _distance(averages: list[Tensor], weights: list[Tensor]) -> float:
-    squares = [
-        torch.linalg.vector_norm(w.detach().to(a.dtype) - a, dtype=torch.float64).square()
-        for a, w in zip(averages, weights, strict=True)
-    ]
-    return float(torch.stack([s.cpu() for s in squares]).sum().sqrt())
+@torch.no_grad()
+def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+    for x, y in zip(to, source, strict=True):
+        x.copy_(y)
