@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -98,12 +98,9 @@ def uncertainty_curve(
     ax.plot(levels, learned, color=SERIES[0], linewidth=1.9, label="learned u(σ)", zorder=3)
     if measured is not None:
         error = _series("measured", measured, like=("sigma", levels))
-        ax.plot(
-            *(levels, error),
-            **dict(color=SERIES[1], linestyle="none", marker="o", markersize=4.5),
-            **dict(markerfacecolor=LIGHT["paper"], markeredgewidth=1.4, zorder=4),
-            label="measured log error",
-        )
+        ring: dict[str, Any] = dict(linestyle="none", marker="o", markersize=4.5, markeredgewidth=1.4)
+        ring.update(color=SERIES[1], markerfacecolor=LIGHT["paper"], zorder=4)
+        ax.plot(levels, error, label="measured log error", **ring)
     if density is not None:
         _shade(ax, levels, _series("density", density, like=("sigma", levels)))
     ax.set_xlabel("noise level σ")
@@ -120,7 +117,7 @@ def _shade(ax: Axes, levels: Floats, density: Floats) -> None:
     # Height in parts of the axes: its unit would tell the reader nothing, its place does.
     place = blended_transform_factory(ax.transData, ax.transAxes)
     height = 0.45 * density / density.max()
-    shade = dict(color=LIGHT["shade"], linewidth=0.0, zorder=0.5, label="training noise")
+    shade: dict[str, Any] = dict(color=LIGHT["shade"], linewidth=0.0, zorder=0.5, label="training noise")
     ax.fill_between(levels, 0.0, height, transform=place, **shade)
 
 
@@ -166,14 +163,22 @@ def score_curve(
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.plot(100 * lengths, values, color=SERIES[0], linewidth=1.7, marker="o", markersize=3.2, zorder=3)
     x, y = 100 * lengths[where[0]], values[where[0]]
-    ring = dict(linestyle="none", marker="o", markersize=10, markerfacecolor="none", markeredgewidth=1.7)
-    ax.plot([x], [y], color=SERIES[1], zorder=4, label=f"best: {y:.3g} at {x:.3g}%", **ring)
+    ring: dict[str, Any] = dict(linestyle="none", marker="o", markersize=10, markeredgewidth=1.7)
+    ax.plot(
+        [x],
+        [y],
+        color=SERIES[1],
+        markerfacecolor="none",
+        zorder=4,
+        label=f"best: {y:.3g} at {x:.3g}%",
+        **ring,
+    )
     if reference is not None:
         name = f"real images: {reference:.3g}"
         ax.axhline(reference, color=SERIES[2], linestyle=(0, (5, 3)), linewidth=1.4, label=name, zorder=2)
     _mark_tracked(ax, tracked)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
-    ax.set_xlabel("EMA length σ_rel", parse_math=False)
+    ax.set_xlabel("EMA length σ_rel, share of training")
     ax.set_ylabel(label, parse_math=False)
     add_legend(ax)
     return figure
@@ -183,9 +188,9 @@ def _mark_tracked(ax: Axes, tracked: Sequence[float]) -> None:
     if not len(tracked):
         return
     places = 100 * _series("tracked", tracked)
-    mark = dict(linestyle="none", marker="^", markersize=7, clip_on=False, zorder=5)
-    at_bottom = dict(transform=ax.get_xaxis_transform(), color=LIGHT["muted"])
-    ax.plot(places, np.zeros_like(places), label="tracked in training", **mark, **at_bottom)
+    mark: dict[str, Any] = dict(linestyle="none", marker="^", markersize=7, color=LIGHT["muted"], zorder=5)
+    at_bottom = ax.get_xaxis_transform()
+    ax.plot(places, np.full_like(places, 0.03), transform=at_bottom, label="tracked", **mark)
 
 
 def _series(name: str, values: ArrayLike, *, like: tuple[str, Floats] | None = None) -> Floats:
@@ -240,7 +245,7 @@ def _limit_to_bulk(ax: Axes, values: Floats, mean: Floats) -> None:
         return
     ax.set_ylim(low - margin, high + margin)
     note = f"{outside} of {len(values)} values outside"
-    corner = dict(transform=ax.transAxes, ha="right", va="top")
+    corner: dict[str, Any] = dict(transform=ax.transAxes, ha="right", va="top")
     ax.text(0.99, 0.97, note, color=LIGHT["muted"], fontsize=FONT_SIZE - 1.5, **corner)
 
 

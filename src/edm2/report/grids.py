@@ -14,8 +14,8 @@ def image_grid(images: np.ndarray, *, columns: int, scale: int = 1, padding: int
     """Lay images out row by row.
 
     One channel is drawn grey, three as RGB, four as RGBA. Any other number has no colours of its own: each
-    image becomes a strip of its channels, side by side in grey. The gaps, and the cells that a last row lacks,
-    are transparent, so that a grid stands on a light or dark page alike.
+    image becomes a strip of its channels, side by side in grey. The gaps, and the cells that a last row
+    lacks, are transparent, so that a grid stands on a light or dark page alike.
 
     Args:
         images: uint8 [N, C, H, W].

@@ -24,8 +24,9 @@ FAINT = ("#bccde9", "#efcdb8", "#bfdccb")
 FAINT_DARK = ("#2f4a73", "#6b4429", "#2d5740")
 
 # Small on purpose: scaled to a phone's width the text stays near ten pixels.
-WIDTH, HEIGHT = 5.6, 3.3
+WIDTH, HEIGHT = 5.0, 3.0
 FONT_SIZE = 10.0
+LEGEND_LETTERS = 46  # what three names may have together to fit beside each other
 
 
 def new_figure(*, rows: tuple[float, ...] = (1.0,), height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
@@ -64,17 +65,17 @@ def _dress(ax: Axes) -> None:
         axis.label.set_fontsize(FONT_SIZE)
 
 
-def add_legend(ax: Axes, *, columns: int = 3) -> None:
-    """Name the series in one line above the axes, where it can hide no data.
+def add_legend(ax: Axes) -> None:
+    """Name the series above the axes, where that can hide no data, in one line or two columns.
 
     Args:
         ax: Axes whose artists carry labels.
-        columns: Names beside each other before a new line begins.
     """
+    names = ax.get_legend_handles_labels()[1]
     ax.legend(
         loc="lower left",
         bbox_to_anchor=(0.0, 1.0),
-        ncols=columns,
+        ncols=len(names) if sum(map(len, names)) <= LEGEND_LETTERS else 2,
         frameon=False,
         borderaxespad=0.2,
         borderpad=0.2,
