@@ -1,6 +1,7 @@
 """The page is valid, closed in itself, and shows hostile texts as texts."""
 
 import base64
+import io
 import os
 import re
 from html.parser import HTMLParser
@@ -145,6 +146,9 @@ def test_pictures_are_embedded_unchanged():
     assert base64.b64decode(svg["src"].split(",")[1]) == figure_svg(figure)
     assert base64.b64decode(png["src"].split(",")[1]) == figure_png(figure)
     assert (grid["class"], grid["width"], grid["height"]) == ("pixels", "28", "12")
+    with PIL.Image.open(io.BytesIO(base64.b64decode(grid["src"].split(",")[1]))) as shown:
+        expected = np.asarray(small_image()).repeat(4, 0).repeat(4, 1)
+        np.testing.assert_array_equal(np.asarray(shown), expected)
     assert "image-rendering: pixelated" in page.render()
 
 

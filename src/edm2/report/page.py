@@ -96,7 +96,7 @@ class Page:
         """Add an image made of pixels that shall stay crisp, such as an `image_grid`.
 
         Args:
-            image: The image, embedded as PNG at its own size.
+            image: The image, embedded as PNG, its pixels repeated `scale` times.
             caption: Text under it.
             alt: What it shows, for those who cannot see it.
             scale: Screen pixels for a pixel of the image, at least 1; fewer where the screen is narrow.
@@ -106,8 +106,10 @@ class Page:
         """
         if scale < 1:
             raise ValueError(f"scale is {scale}; it must be at least 1")
-        shape = f'class="pixels" width="{image.width * scale}" height="{image.height * scale}"'
-        self._blocks.append(_figure(png_bytes(image), "image/png", shape, caption, alt))
+        # Enlarged here too: printing and PDF viewers blur small images, whatever the style sheet says.
+        large = image.resize((image.width * scale, image.height * scale), PIL.Image.Resampling.NEAREST)
+        shape = f'class="pixels" width="{large.width}" height="{large.height}"'
+        self._blocks.append(_figure(png_bytes(large), "image/png", shape, caption, alt))
 
     @contextmanager
     def columns(self) -> Iterator[None]:
