@@ -86,7 +86,7 @@ def uncertainty_curve(
     Raises:
         ValueError: Empty, non-finite, sigma not positive and increasing, or different lengths.
 
-    Ref: EDM2 Sec. 2.2, Eq. 14-15.
+    Ref: EDM2 Eq. 21.
     """
     levels = _increasing("sigma", sigma)
     if levels[0] <= 0:
@@ -148,7 +148,7 @@ def score_curve(
     Raises:
         ValueError: Empty, non-finite, not increasing, different lengths, or `best` not among them.
 
-    Ref: EDM2 Sec. 3.3, Fig. 5.
+    Ref: EDM2 Sec. 3.3.
     """
     lengths = _increasing("sigma_rel", sigma_rel)
     values = _series("scores", scores, like=("sigma_rel", lengths))
