@@ -80,8 +80,8 @@ def fit_classifier(
 ) -> ClassifierFeatures:
     """Train a small convolutional classifier on the CPU.
 
-    Convolutions at full, half, quarter ... resolution until 4 pixels or fewer are left on a side, then two
-    linear layers. The same arguments give the same network on the same machine with as many threads.
+    One convolution a resolution, halved until 4 pixels or fewer are left on a side, then two linear layers.
+    The same arguments give the same network on the same machine with as many threads.
 
     Args:
         images: `[N, C, H, W]` uint8, real.
@@ -142,9 +142,12 @@ class _Network(nn.Module):
         channels, height, width_px = shape
         layers: list[nn.Module] = []
         out = width
+        # Above 16 pixels the first convolution would cost more than all others together.
+        stride = 2 if max(height, width_px) > 16 else 1
+        height, width_px = -(-height // stride), -(-width_px // stride)
         while True:
-            layers += [_conv(channels, out), nn.BatchNorm2d(out), nn.ReLU()]
-            channels = out
+            layers += [_conv(channels, out, stride=stride), nn.BatchNorm2d(out), nn.ReLU()]
+            channels, stride = out, 1
             if max(height, width_px) <= 4:
                 break
             out = min(2 * out, 4 * width)
@@ -166,9 +169,9 @@ class _Network(nn.Module):
         return features, self.head(functional.relu(features))
 
 
-def _conv(in_channels: int, out_channels: int) -> nn.Module:
+def _conv(in_channels: int, out_channels: int, *, stride: int) -> nn.Module:
     # skip_init leaves the global random state alone.
-    return nn.utils.skip_init(nn.Conv2d, in_channels, out_channels, 3, padding=1, bias=False)
+    return nn.utils.skip_init(nn.Conv2d, in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
 
 
 def _checked(images: np.ndarray | Tensor) -> Tensor:

@@ -10,11 +10,11 @@ class Nearest(NamedTuple):
 
     Attributes:
         distance: `[N]` float64, root mean square difference of pixels scaled to [0, 1].
-        index: `[N]` int64, which reference it is; the first of equals.
+        indices: `[N]` int64, which reference it is; the first of equals.
     """
 
     distance: np.ndarray
-    index: np.ndarray
+    indices: np.ndarray
 
 
 def nearest_distances(
