@@ -8,7 +8,7 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_PARTS = ("data", "diffusion", "ema", "metrics", "nn", "presets", "report", "train")
+_PARTS = ("data", "diffusion", "ema", "generate", "metrics", "nn", "presets", "report", "train")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -2,6 +2,19 @@
 
 from edm2.diffusion.denoiser import Denoiser
 from edm2.diffusion.loss import draw_sigma, edm2_loss
+from edm2.diffusion.model_file import MODEL_FILE, load_model, read_model_header, save_model
 from edm2.diffusion.sampling import DenoiserFn, guided, sample_heun, time_steps
 
-__all__ = ["Denoiser", "DenoiserFn", "draw_sigma", "edm2_loss", "guided", "sample_heun", "time_steps"]
+__all__ = [
+    "MODEL_FILE",
+    "Denoiser",
+    "DenoiserFn",
+    "draw_sigma",
+    "edm2_loss",
+    "guided",
+    "load_model",
+    "read_model_header",
+    "sample_heun",
+    "save_model",
+    "time_steps",
+]

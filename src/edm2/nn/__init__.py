@@ -4,7 +4,7 @@ from edm2.nn.blocks import Block
 from edm2.nn.flops import count_flops
 from edm2.nn.functional import mp_cat, mp_silu, mp_sum, normalize, resample, rms
 from edm2.nn.keyed_random import keyed_bits, keyed_dropout, keyed_normal, keyed_uniform
-from edm2.nn.layers import ForcedWeightNorm, MPConv, MPFourier
+from edm2.nn.layers import ForcedWeightNorm, MPConv, MPFourier, use_channels_last
 from edm2.nn.unet import UNet
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "normalize",
     "resample",
     "rms",
+    "use_channels_last",
 ]

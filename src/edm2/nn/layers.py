@@ -105,6 +105,16 @@ class MPConv(nn.Module):
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, kernel={tuple(self.weight.shape[2:])}"
 
 
+def use_channels_last(module: nn.Module) -> None:
+    """Store convolution weights channels last, which makes convolutions faster on most machines.
+
+    Changes no value. Activations follow the layout of the input images.
+    """
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
 class ForcedWeightNorm:
     """Forced weight normalisation of a whole model as one pass over its weights, called once a step.
 

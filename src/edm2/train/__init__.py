@@ -1,5 +1,25 @@
 """Training: configuration, loop, schedule, checkpoints and log."""
 
+from edm2.train.config import (
+    DataConfig,
+    EMAConfig,
+    LossConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from edm2.train.loop import Stopped, Trainer, train
 from edm2.train.schedule import learning_rate
 
-__all__ = ["learning_rate"]
+__all__ = [
+    "DataConfig",
+    "EMAConfig",
+    "LossConfig",
+    "NetworkConfig",
+    "OptimizerConfig",
+    "Stopped",
+    "TrainConfig",
+    "Trainer",
+    "learning_rate",
+    "train",
+]

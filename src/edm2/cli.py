@@ -1,0 +1,90 @@
+"""The `edm2` command: reads the words, calls the library, prints the answer.
+
+Exit codes: 0 done; 1 failed on the way; 2 bad input, nothing was started; 75 stopped by a signal after saving
+a checkpoint, the same command continues.
+"""
+
+import difflib
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
+
+# Command -> what it does; a dict holds commands of its own.
+COMMANDS: dict[str, Any] = {
+    "demo": "the whole job on handwritten digits, in minutes",
+    "train": "train a model on your images, or continue a run",
+    "ema": {
+        "": "average the weights of a finished run over any length",
+        "reconstruct": "models with any EMA length from a run's snapshots",
+    },
+    "sample": "make images with a model",
+    "info": "what a preset or a saved model is",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; ends the process with one of the exit codes above, or returns where it is done."""
+    warnings.showwarning = _show_warning
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+    except (ValueError, FileExistsError) as error:
+        _end(f"error: {error}", EXIT_BAD_INPUT)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stderr.close()
+    except (OSError, FloatingPointError) as error:
+        _end(f"error: {error}", EXIT_FAILED)
+    except KeyboardInterrupt:
+        _end("interrupted", EXIT_FAILED)
+
+
+def _run(words: list[str]) -> None:
+    name, table = "edm2", COMMANDS
+    while True:
+        if not words or words[0] in ("-h", "--help"):
+            return _print_help(name, table)
+        if words[0] == "--version":
+            from edm2 import __version__
+
+            return print(__version__)
+        word, words = words[0], words[1:]
+        if not word or word not in table:
+            near = difflib.get_close_matches(word, table, n=2, cutoff=0.4)
+            hint = (
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else f"there are {', '.join(filter(None, table))}"
+            )
+            raise ValueError(f"unknown command {name} {word}: {hint}")
+        name = f"{name} {word}"
+        if not isinstance(table[word], dict):
+            break
+        table = table[word]
+
+    # Imported here because it brings torch along, and the overview should come at once.
+    from edm2 import commands
+    from edm2.train import Stopped
+
+    try:
+        getattr(commands, "_".join(name.split()[1:]))(name, words)
+    except Stopped as stop:
+        _end(str(stop), EXIT_STOPPED)
+
+
+def _print_help(name: str, table: dict[str, Any]) -> None:
+    print(f"usage: {name} COMMAND [options]\n")
+    for command, text in table.items():
+        if command:
+            print(f"  {command:<12} {text[''] if isinstance(text, dict) else text}")
+    print(f"\n{name} COMMAND --help tells more.")
+
+
+def _show_warning(message: Any, *_: Any, **__: Any) -> None:
+    print(f"edm2: warning: {message}", file=sys.stderr)
+
+
+def _end(text: str, code: int) -> None:
+    print(f"edm2: {text}", file=sys.stderr)
+    raise SystemExit(code)

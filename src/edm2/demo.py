@@ -1,0 +1,335 @@
+"""The main job from one end to the other: train on digits, tune the EMA length, sample, measure, report."""
+
+import dataclasses
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edm2.data import ImageDataset, open_dataset
+from edm2.diffusion import Denoiser, edm2_loss
+from edm2.ema import reconstruct_many
+from edm2.files import write_atomic, write_json
+from edm2.generate import Generator, reconstruct_models, write_samples
+from edm2.metrics import (
+    ClassifierFeatures,
+    FeatureStatistics,
+    fit_classifier,
+    frechet_distance,
+    label_agreement,
+    nearest_distances,
+)
+from edm2.nn import keyed_normal, use_channels_last
+from edm2.presets import get_preset
+from edm2.progress import Progress, time_text
+from edm2.report import Page, figure_png, image_grid, loss_curve, save_png, score_curve, uncertainty_curve
+from edm2.train import TrainConfig, train
+from edm2.train.coding import Coding
+from edm2.train.run_folder import SNAPSHOTS, read_log
+
+SWEEP = (0.03, 0.04, 0.05, 0.065, 0.08, 0.10, 0.125, 0.15, 0.18, 0.21, 0.25)
+_SWEEP_SEED, _SWEEP_IMAGES, _SWEEP_STEPS = 1_000_000, 500, 8
+_FINAL_IMAGES, _FINAL_STEPS = 1000, 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the demo measured; lengths are relative EMA lengths, distances are of pixels scaled to [0, 1].
+
+    Attributes:
+        sigma_rels: EMA lengths of the sweep.
+        scores: Frechet distance of each.
+        best: the length chosen.
+        frechet: Frechet distance of the final images to the training images.
+        frechet_real: the same for real test images.
+        agreement: share of the final images whose class, by an independent classifier, is the intended one.
+        accuracy_real: that classifier's accuracy on real test images.
+        nearest: median distance of the final images to the nearest training image.
+        nearest_real: the same for real test images.
+        copies: share of final images nearer to a training image than 99% of the test images are.
+        seconds: time of the whole job.
+    """
+
+    sigma_rels: tuple[float, ...]
+    scores: tuple[float, ...]
+    best: float
+    frechet: float
+    frechet_real: float
+    agreement: float
+    accuracy_real: float
+    nearest: float
+    nearest_real: float
+    copies: float
+    seconds: float
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    config: TrainConfig | None = None,
+    num_images: int = _FINAL_IMAGES,
+    quiet: bool = False,
+) -> Measured:
+    """Run the whole job and write `report.html`, PNGs, the run and the chosen model below `out`.
+
+    Args:
+        out: folder; a demo that was interrupted there is continued.
+        config: settings of the run; default: the preset `digits`.
+        num_images: images to sample and measure at the end.
+        quiet: show no progress.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        ValueError: if the folder holds something else, or as in `edm2.train.train`.
+    """
+    out, start = Path(out), time.monotonic()
+    if out.exists() and any(out.iterdir()) and not (out / "run").is_dir():
+        raise ValueError(f"{out} is not empty and holds no demo: choose another --out")
+    config = get_preset("digits") if config is None else config
+    real, test = open_dataset(config.data), open_dataset(config.data, split="test")
+    images, labels = _everything(real)
+    test_images, test_labels = _everything(test)
+
+    say = _Steps(5, quiet)
+    say(f"Fitting the feature classifier on {len(real)} real images")
+    extractor = fit_classifier(images, labels, num_classes=real.num_classes)
+    reference = _statistics(extractor, images)
+    say(f"Training on {config.num_images:,} images, tracking EMA lengths {_lengths(config.ema.sigma_rels)}")
+    train(config, out / "run", preset="digits", quiet=quiet)
+    say(f"Scoring {len(SWEEP)} EMA lengths reconstructed from that one run")
+    scores = _sweep(out / "run" / SNAPSHOTS, extractor, reference, quiet)
+    best = SWEEP[int(np.argmin(scores))]
+    say(f"Sampling with the best EMA length, {best:g}")
+    model = out / "ema" / f"ema-{best:.4g}.safetensors"
+    if not model.exists():
+        reconstruct_models(out / "run", [best], out / "ema")
+    generator = Generator.load(model)
+    seeds = list(range(num_images))
+    write_samples(generator, out / "samples", seeds, num_steps=_FINAL_STEPS, quiet=quiet)
+    made = _read_samples(out / "samples", seeds)
+    wanted = generator.labels_for(seeds)
+    say("Measuring and writing the report")
+    near, near_real = (
+        nearest_distances(made, images).distance,
+        nearest_distances(test_images, images).distance,
+    )
+    measured = Measured(
+        sigma_rels=SWEEP,
+        scores=tuple(scores),
+        best=best,
+        frechet=frechet_distance(_statistics(extractor, made), reference),
+        frechet_real=frechet_distance(_statistics(extractor, test_images), reference),
+        agreement=label_agreement(images, labels, made, wanted),
+        accuracy_real=label_agreement(images, labels, test_images, test_labels),
+        nearest=float(np.median(near)),
+        nearest_real=float(np.median(near_real)),
+        copies=float((near < np.quantile(near_real, 0.01)).mean()),
+        seconds=time.monotonic() - start,
+    )
+    write_json(out / "measured.json", dataclasses.asdict(measured))
+    _write_report(out, config, measured, generator, made, test_images, test_labels)
+    return measured
+
+
+class _Steps:
+    def __init__(self, total: int, quiet: bool) -> None:
+        self.total, self.quiet, self.done = total, quiet, 0
+
+    def __call__(self, text: str) -> None:
+        self.done += 1
+        if not self.quiet:
+            print(f"[{self.done}/{self.total}] {text}", flush=True)
+
+
+def _everything(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
+    where = np.arange(len(dataset))
+    return dataset.images(where), dataset.labels(where)
+
+
+def _statistics(extractor: ClassifierFeatures, images: np.ndarray) -> FeatureStatistics:
+    statistics = FeatureStatistics()
+    statistics.update(extractor.features(images))
+    return statistics
+
+
+def _sweep(
+    snapshots: Path, extractor: ClassifierFeatures, reference: FeatureStatistics, quiet: bool
+) -> list[float]:
+    seeds = list(range(_SWEEP_SEED, _SWEEP_SEED + _SWEEP_IMAGES))
+    scores = []
+    generator: Generator | None = None
+    with Progress("scoring", len(SWEEP), "EMA lengths", quiet=quiet) as progress:
+        for result in reconstruct_many(snapshots, SWEEP):
+            assert result.metadata is not None
+            if generator is None:
+                generator = _generator(result.metadata)
+            generator.denoiser.load_state_dict(result.tensors)
+            images = generator.images(seeds, num_steps=_SWEEP_STEPS)
+            scores.append(frechet_distance(_statistics(extractor, images), reference))
+            progress.advance(EMA_length=result.sigma_rel, Frechet_distance=scores[-1])
+    return scores
+
+
+def _generator(metadata: dict[str, Any]) -> Generator:
+    denoiser = Denoiser(**metadata["network"]).eval().requires_grad_(False)
+    use_channels_last(denoiser)
+    return Generator(denoiser, Coding.from_json(metadata["info"]["coding"]), metadata["info"])
+
+
+def _read_samples(folder: Path, seeds: list[int]) -> np.ndarray:
+    from PIL import Image
+
+    arrays = []
+    for seed in seeds:
+        with Image.open(folder / f"{seed:06d}.png") as image:
+            arrays.append(np.asarray(image)[None])
+    return np.stack(arrays)
+
+
+@torch.no_grad()
+def _errors_by_noise(
+    generator: Generator, images: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Noise levels, the learned uncertainty, and the log of the weighted error measured on held-out images."""
+    sigmas = torch.logspace(math.log10(0.002), math.log10(80), 25)
+    index = torch.arange(len(images))
+    clean = generator.coding.encode(torch.from_numpy(images), index, seed=0)
+    noise = keyed_normal(index, clean.shape[1:], seed=1)
+    learned = generator.denoiser.logvar(sigmas).flatten()
+    measured = []
+    for sigma, u in zip(sigmas, learned, strict=True):
+        loss = edm2_loss(generator.denoiser, clean, torch.from_numpy(labels), sigma.expand(len(clean)), noise)
+        # The loss is error / exp(u) + u; undo it.
+        measured.append(float(torch.log((loss.mean() - u) * u.exp())))
+    return sigmas.numpy(), learned.numpy(), np.array(measured)
+
+
+def _write_report(
+    out: Path,
+    config: TrainConfig,
+    measured: Measured,
+    generator: Generator,
+    made: np.ndarray,
+    test_images: np.ndarray,
+    test_labels: np.ndarray,
+) -> None:
+    classes = generator.num_classes
+    real = np.stack([test_images[test_labels == c][:10] for c in range(classes)], axis=1)
+    real_grid = image_grid(real.reshape(-1, *real.shape[2:]), columns=classes, scale=4)
+    made_grid = image_grid(made[: 10 * classes], columns=classes, scale=4)
+    save_png(made_grid, out / "samples.png")
+    save_png(real_grid, out / "real.png")
+
+    log = read_log(out / "run")
+    sigma, learned, errors = _errors_by_noise(generator, test_images, test_labels)
+    density = np.exp(-0.5 * ((np.log(sigma) - config.loss.p_mean) / config.loss.p_std) ** 2)
+    page = Page(
+        "Digits, from nothing to a tuned generator",
+        lead=f"A config-G diffusion model trained on {len(log) and log[-1]['num_images']:,} images, its EMA length "
+        "chosen after training.",
+    )
+    page.facts(
+        {
+            "intended class recognised": f"{100 * measured.agreement:.1f}%",
+            "same judge on real test digits": f"{100 * measured.accuracy_real:.1f}%",
+            "Frechet distance": f"{measured.frechet:.2f}",
+            "of real test digits": f"{measured.frechet_real:.2f}",
+            "best EMA length": f"{100 * measured.best:.3g}%",
+            "whole job": time_text(measured.seconds),
+        }
+    )
+    page.section("Samples", "One column a class. No sample was picked: these are the first seeds.")
+    with page.columns():
+        page.image(made_grid, "Generated", "Grid of generated digits, one column a class", scale=1)
+        page.image(
+            real_grid, "Real, from the held-out test set", "Grid of real digits, one column a class", scale=1
+        )
+    page.section(
+        "Are they copies?",
+        "Distance to the nearest training image, root mean square over pixels scaled to [0, 1]. A generator that "
+        "copied its training set would lie far below the real test digits.",
+    )
+    page.table(
+        ["", "generated", "real test digits"],
+        [
+            [
+                "median distance to the nearest training image",
+                f"{measured.nearest:.4f}",
+                f"{measured.nearest_real:.4f}",
+            ],
+            ["share nearer than 99% of the test digits", f"{100 * measured.copies:.1f}%", "1.0%"],
+        ],
+    )
+    _add_curves(page, out, config, measured, log, (sigma, learned, errors, density))
+    _add_settings(page, out, config, generator)
+    page.write(out / "report.html")
+
+
+def _add_curves(
+    page: Page,
+    out: Path,
+    config: TrainConfig,
+    measured: Measured,
+    log: list[dict[str, Any]],
+    noise: tuple[Any, ...],
+) -> None:
+    seen = [record for record in log if record["loss"] is not None]
+    figures = {
+        "ema": score_curve(
+            measured.sigma_rels,
+            measured.scores,
+            best=measured.best,
+            tracked=config.ema.sigma_rels,
+            reference=measured.frechet_real,
+        ),
+        "loss": loss_curve([r["num_images"] for r in seen], [r["loss"] for r in seen]),
+        "uncertainty": uncertainty_curve(noise[0], noise[1], measured=noise[2], density=noise[3]),
+    }
+    for name, figure in figures.items():
+        write_atomic(out / f"{name}.png", figure_png(figure))
+    page.section(
+        "EMA length, chosen after training",
+        f"Two averages were tracked; every other length was put together from their snapshots. Each was scored with "
+        f"{_SWEEP_IMAGES} images in {_SWEEP_STEPS} steps, in the features of a classifier trained on the real "
+        f"training images; the final score above is of {_FINAL_STEPS} steps and other seeds.",
+    )
+    page.figure(
+        figures["ema"], "Frechet distance against EMA length", "Curve of Frechet distance by EMA length"
+    )
+    page.section("Training")
+    with page.columns():
+        page.figure(figures["loss"], "Training loss", "Curve of the training loss against images")
+        page.figure(
+            figures["uncertainty"],
+            "Learned uncertainty beside the error measured on test digits",
+            "Curve of learned uncertainty against noise level",
+        )
+
+
+def _add_settings(page: Page, out: Path, config: TrainConfig, generator: Generator) -> None:
+    parameters = sum(p.numel() for p in generator.denoiser.parameters())
+    best = generator.info["sigma_rel"]
+    page.section("The same by hand")
+    page.code(
+        f"edm2 train --preset digits --out {out}/run\n"
+        f"edm2 ema reconstruct {out}/run --sigma-rel {best:g} --out {out}/ema\n"
+        f"edm2 sample --model {out}/ema/ema-{best:.4g}.safetensors --num-steps {_FINAL_STEPS} --seeds 0-999 "
+        f"--out {out}/samples"
+    )
+    page.section(
+        "Settings",
+        f"{parameters:,} parameters. Expected error of the reconstructed parameters: "
+        f"{generator.info['expected_error']:.1e} (relative L2).",
+    )
+    page.code(json.dumps(config.to_json(), indent=1))
+
+
+def _lengths(sigma_rels: tuple[float, ...]) -> str:
+    return " and ".join(f"{value:g}" for value in sigma_rels)

@@ -1,0 +1,92 @@
+"""What a preset, a saved model or a run is, in words and numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edm2.diffusion import Denoiser, read_model_header
+from edm2.ema.snapshots import read_manifest
+from edm2.nn import count_flops
+from edm2.presets import get_preset, image_shape
+from edm2.train.run_folder import CONFIG_FILE, SNAPSHOTS, read_config, read_log
+
+
+def describe_preset(name: str) -> str:
+    """Network, cost and settings of a preset."""
+    config = get_preset(name)
+    channels, height, width, classes = image_shape(name)
+    network = dict(vars(config.network), img_resolution=height, img_channels=channels, label_dim=classes)
+    assert height == width
+    lines = [f"preset {name}", *_network_lines(network)]
+    lines.append(
+        f"training    {config.num_images:,} images in {config.num_steps:,} steps of {config.batch_size}"
+    )
+    return "\n".join(lines) + "\n\n" + json.dumps(config.to_json(), indent=1)
+
+
+def describe_path(path: Path) -> str:
+    """A model file, or the state of a run's folder."""
+    lines = []
+    if (path / CONFIG_FILE).is_file():
+        lines += _run_lines(path)
+        if not any(path.glob("*.safetensors")):
+            return "\n".join([*lines, "model       none yet: the run has not ended"])
+    file, header = read_model_header(path)
+    lines += [f"model       {file}, {file.stat().st_size / 1e6:.1f} MB", *_network_lines(header["network"])]
+    info = header["info"]
+    for key, label in (("sigma_rel", "EMA length"), ("num_images", "images seen"), ("data", "trained on")):
+        if info.get(key) is not None:
+            lines.append(
+                f"{label:<11} {info[key]:,}" if isinstance(info[key], int) else f"{label:<11} {info[key]}"
+            )
+    if info.get("expected_error") is not None:
+        lines.append(f"expected relative error of the reconstruction: {info['expected_error']:.1e}")
+    return "\n".join(lines) + "\n\nstate\n" + _state(header["network"])
+
+
+def _network_lines(network: dict[str, Any]) -> list[str]:
+    denoiser = _on_meta(network)
+    with torch.device("meta"):
+        height, width = denoiser.img_resolution
+        image = torch.zeros(1, denoiser.img_channels, height, width)
+        labels = torch.zeros(1, denoiser.label_dim) if denoiser.label_dim else None
+        condition = network.get("cond_channels", 0)
+        extra = {"condition": torch.zeros(1, condition, height, width)} if condition else {}
+        flops = count_flops(denoiser, image, torch.ones(1), labels, **extra)
+    return [
+        f"images      {denoiser.img_channels} x {height} x {width}, "
+        + (f"{denoiser.label_dim} classes" if denoiser.label_dim else "unconditional"),
+        f"parameters  {sum(p.numel() for p in denoiser.parameters()):,}",
+        f"Gflops      {flops / 1e9:.4g} an evaluation of one image, a multiply-accumulate counted once",
+    ]
+
+
+def _state(network: dict[str, Any]) -> str:
+    state = _on_meta(network).state_dict()
+    width = max(map(len, state))
+    return "\n".join(f"  {name:<{width}}  {list(tensor.shape)}" for name, tensor in state.items())
+
+
+def _on_meta(network: dict[str, Any]) -> Denoiser:
+    with torch.device("meta"):
+        return Denoiser(**network).eval()
+
+
+def _run_lines(run: Path) -> list[str]:
+    settings = read_config(run)["settings"]
+    log = read_log(run)
+    seen = log[-1]["num_images"] if log else 0
+    lines = [
+        f"run         {run}, preset {settings['preset'] or 'none'}",
+        f"progress    {seen:,} of {settings['num_images']:,} images"
+        + (f", loss {log[-1]['loss']:.4f}" if log and log[-1]["loss"] is not None else ""),
+    ]
+    if (run / SNAPSHOTS).is_dir():
+        snapshots = read_manifest(run / SNAPSHOTS).snapshots
+        lengths = ", ".join(f"{value:g}" for value in sorted({s.sigma_rel for s in snapshots}))
+        lines.append(
+            f"snapshots   {len({s.t for s in snapshots})} times, EMA lengths {lengths or 'none yet'}"
+        )
+    return lines

@@ -1,0 +1,60 @@
+"""Files that are either whole or not there: write aside, flush to the disk, rename."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_atomic(path: str | Path, content: bytes) -> None:
+    """Write a file so that a kill at any moment leaves the old content or the new, never a part.
+
+    Args:
+        path: file to write or replace; its folder is made where missing.
+        content: all of it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON atomically, with sorted keys, so that equal contents are equal bytes."""
+    write_atomic(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Flush a folder's entries, so that renames inside it survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hash of a whole file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _hash(file)
+        )
+
+
+def _hash(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

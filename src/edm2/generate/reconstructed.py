@@ -1,0 +1,57 @@
+"""Models with any EMA length from a run's snapshots."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edm2.diffusion import save_model
+from edm2.ema import reconstruct_many
+from edm2.train.run_folder import SNAPSHOTS
+
+
+def snapshots_of(run: str | Path) -> Path:
+    """The folder of snapshots that a run's folder holds, or that the path is itself."""
+    run = Path(run)
+    return run / SNAPSHOTS if (run / SNAPSHOTS).is_dir() else run
+
+
+def reconstruct_models(
+    run: str | Path, sigma_rels: Sequence[float], out: str | Path, *, t: float | None = None
+) -> list[tuple[Path, float]]:
+    """Write one model file for each wanted EMA length.
+
+    Args:
+        run: folder of a training run, or of its snapshots.
+        sigma_rels: wanted lengths.
+        out: folder for files called `ema-0.100.safetensors`, after their lengths.
+        t: time in images; default: that of the last snapshot.
+
+    Returns:
+        Each file with the relative L2 error to expect of its parameters.
+
+    Raises:
+        ValueError: as in `edm2.ema.reconstruct`, or if the snapshots are not of an edm2 network.
+        FileExistsError: if a file of that name is there.
+    """
+    names = [f"ema-{sigma_rel:.4g}.safetensors" for sigma_rel in sigma_rels]
+    for name in names:
+        if (Path(out) / name).exists():
+            raise FileExistsError(f"{Path(out) / name} exists already: choose another --out or move it away")
+    results = reconstruct_many(snapshots_of(run), sigma_rels, t)
+    written = []
+    for name, result in zip(names, results, strict=True):
+        metadata = result.metadata
+        if not metadata or "network" not in metadata:
+            raise ValueError(
+                f"{run} holds snapshots of a model that edm2 did not train: use edm2.ema.reconstruct in Python, and "
+                "load its tensors into your model"
+            )
+        info = {
+            **metadata["info"],
+            "sigma_rel": result.sigma_rel,
+            "num_images": int(result.t),
+            "run_id": result.run_id,
+            "expected_error": result.expected_error,
+        }
+        path = save_model(Path(out) / name, metadata["network"], result.tensors, info)
+        written.append((path, result.expected_error))
+    return written

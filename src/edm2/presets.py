@@ -1,0 +1,148 @@
+"""Presets: one function a training run, each with a receipt.
+
+A receipt says where the settings come from, what the run costs, the command, and what came out, or that it
+was not run here. `edm2 info NAME` prints parameters and operations of each.
+"""
+
+import difflib
+from collections.abc import Callable
+
+from edm2.train.config import (
+    DataConfig,
+    EMAConfig,
+    LossConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+_MI = 1 << 20
+# Table of SPEC section 4: size -> channels, ref_lr, dropout, Mi images at img512 and img64.
+_SIZES = {
+    "xxs": (64, 0.0170, 0.0, 2048, None),
+    "xs": (128, 0.0120, 0.0, 2048, 1024),
+    "s": (192, 0.0100, 0.0, 2048, 1024),
+    "m": (256, 0.0090, 0.1, 2048, 2048),
+    "l": (320, 0.0080, 0.1, 1792, 1024),
+    "xl": (384, 0.0070, 0.1, 1280, 640),
+    "xxl": (448, 0.0065, 0.1, 896, None),
+}
+# Mean and standard deviation of the latents of stabilityai/sd-vae-ft-mse on ImageNet (SPEC section 7).
+_LATENT_MEAN = (5.81, 3.25, 0.12, -2.15)
+_LATENT_STD = (4.17, 4.62, 3.71, 3.28)
+
+
+def digits() -> TrainConfig:
+    """scikit-learn's handwritten digits, 8x8, on a laptop's CPU.
+
+    Source: ours. To be filled in.
+    """
+    return TrainConfig(
+        data="digits",
+        num_images=50_000,
+        batch_size=64,
+        snapshot_images=6_400,
+        checkpoint_images=12_800,
+        log_images=640,
+        network=NetworkConfig(
+            model_channels=32, channel_mult=(1, 2), num_blocks=2, attn_resolutions=(4,), channels_per_head=32
+        ),
+        optimizer=OptimizerConfig(ref_lr=0.01, ref_batches=300, rampup_mimg=0.002),
+    )
+
+
+def fashion_mnist() -> TrainConfig:
+    """Fashion-MNIST, padded to 32x32, on one GPU or in a long evening on a CPU.
+
+    Source: ours; the network is that of FIELD's reference training step (1.7M parameters).
+    Not run to its end here.
+    """
+    return TrainConfig(
+        data="fashion-mnist",
+        num_images=4 * _MI,
+        batch_size=256,
+        snapshot_images=_MI // 4,
+        checkpoint_images=_MI // 4,
+        log_images=8192,
+        dataset=DataConfig(pad_to=32),
+        network=NetworkConfig(
+            model_channels=32,
+            channel_mult=(1, 2, 2),
+            num_blocks=2,
+            attn_resolutions=(8,),
+            channels_per_head=32,
+        ),
+        optimizer=OptimizerConfig(ref_lr=0.01, ref_batches=2000, rampup_mimg=0.05),
+    )
+
+
+def img512(size: str) -> TrainConfig:
+    """ImageNet-512 latents, 64x64x4, 1000 classes.
+
+    Source: EDM2 Table 6; SPEC section 4. The paper's cost: 2048 Mi images at batch 2048. Data: latents with 8
+    channels, means then standard deviations. Not run here.
+    """
+    channels, lr, dropout, mimg, _ = _SIZES[size]
+    return TrainConfig(
+        num_images=mimg * _MI,
+        batch_size=2048,
+        dtype="float16",
+        dataset=DataConfig(coding="latents", mean=_LATENT_MEAN, std=_LATENT_STD),
+        network=NetworkConfig(model_channels=channels, dropout=dropout),
+        optimizer=OptimizerConfig(ref_lr=lr, ref_batches=70000),
+        loss=LossConfig(p_mean=-0.4, p_std=1.0),
+        ema=EMAConfig(dtype="fp16"),
+    )
+
+
+def img64(size: str) -> TrainConfig:
+    """ImageNet-64 pixels, 64x64x3, 1000 classes.
+
+    Source: EDM2 Table 6; SPEC section 4. Not run here.
+    """
+    channels, lr, dropout, _, mimg = _SIZES[size]
+    assert mimg is not None
+    return TrainConfig(
+        num_images=mimg * _MI,
+        batch_size=2048,
+        dtype="float16",
+        dataset=DataConfig(coding="plain"),
+        network=NetworkConfig(model_channels=channels, dropout=dropout),
+        optimizer=OptimizerConfig(ref_lr=lr, ref_batches=35000),
+        loss=LossConfig(p_mean=-0.8, p_std=1.6),
+        ema=EMAConfig(dtype="fp16"),
+    )
+
+
+def _named(make: Callable[[str], TrainConfig], size: str) -> Callable[[], TrainConfig]:
+    return lambda: make(size)
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "digits": digits,
+    "fashion-mnist": fashion_mnist,
+    **{f"edm2-img512-{size}": _named(img512, size) for size in _SIZES},
+    **{f"edm2-img64-{size}": _named(img64, size) for size, facts in _SIZES.items() if facts[4]},
+}
+
+
+def get_preset(name: str) -> TrainConfig:
+    """The configuration of a preset.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest ones.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(PRESETS)}"
+        raise ValueError(f"unknown preset {name!r}: {hint}")
+    return PRESETS[name]()
+
+
+def image_shape(name: str) -> tuple[int, int, int, int]:
+    """Channels, height, width and classes of a preset's images, where the data set need not be opened."""
+    if name == "digits":
+        return 1, 8, 8, 10
+    if name == "fashion-mnist":
+        return 1, 32, 32, 10
+    return (4 if "img512" in name else 3), 64, 64, 1000

@@ -1,0 +1,97 @@
+"""From the stored images of a data set to what the network is trained on, and back."""
+
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edm2.data import FloatCoding, ImageDataset, PixelCoding, coding_warning, measure_coding
+from edm2.nn import keyed_normal
+from edm2.train.config import TrainConfig
+
+_LATENT_STREAM = 2  # of keyed random numbers; 0 and 1 are the noise level and the noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coding:
+    """How stored images become network units.
+
+    Attributes:
+        kind: pixels (bytes), floats, or latents (channels of means, then of standard deviations).
+        values: mean, standard deviation and sigma_data.
+        num_channels: channels of the network's images.
+    """
+
+    kind: Literal["pixels", "floats", "latents"]
+    values: FloatCoding
+    num_channels: int
+
+    def encode(self, stored: Tensor, index: Tensor, *, seed: int) -> Tensor:
+        """Stored images to network units.
+
+        Args:
+            stored: `[B, ...]` as the data set gives them.
+            index: `[B]` int64, what a latent's draw depends on.
+            seed: seed of the run.
+
+        Returns:
+            `[B, num_channels, H, W]` float32.
+        """
+        if self.kind == "latents":
+            mean, std = stored.float().chunk(2, dim=1)
+            stored = mean + std * keyed_normal(index, mean.shape[1:], seed=seed, stream=_LATENT_STREAM)
+        return self.values.encode(stored)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Network units to bytes, or to the data's own units for floats and latents."""
+        return self.values.decode(x)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.values).items()}
+        return {"kind": self.kind, "num_channels": self.num_channels, **values}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Coding":
+        """What `to_json` gave."""
+        made = PixelCoding if content["kind"] == "pixels" else FloatCoding
+        values = made(
+            mean=tuple(content["mean"]), std=tuple(content["std"]), sigma_data=content["sigma_data"]
+        )
+        return cls(kind=content["kind"], values=values, num_channels=content["num_channels"])
+
+
+def make_coding(config: TrainConfig, dataset: ImageDataset) -> Coding:
+    """The coding that a configuration asks for, on this data.
+
+    Warns where coded data is far from the magnitude that the network is made for.
+
+    Raises:
+        ValueError: if the coding does not fit the images' type or number of channels.
+    """
+    options, sigma_data = config.dataset, config.loss.sigma_data
+    channels = dataset.image_shape[0]
+    bytes_ = dataset.dtype == np.uint8
+    if options.coding == "latents":
+        if bytes_ or channels % 2:
+            raise ValueError(
+                f"coding latents needs float images with an even number of channels, means then standard deviations; "
+                f"{dataset.name!r} has {channels} channels of {dataset.dtype}"
+            )
+        values = FloatCoding(mean=options.mean, std=options.std, sigma_data=sigma_data)
+        return Coding(kind="latents", values=values, num_channels=channels // 2)
+    if options.coding == "measured":
+        values = measure_coding(dataset, sigma_data=sigma_data)
+    else:
+        made = PixelCoding if bytes_ else FloatCoding
+        given = {} if options.coding == "plain" else {"mean": options.mean, "std": options.std}
+        values = made(**given, sigma_data=sigma_data)
+        warning = coding_warning(dataset, values)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=2)
+    coding = Coding(kind="pixels" if bytes_ else "floats", values=values, num_channels=channels)
+    coding.encode(torch.from_numpy(dataset.images(np.arange(1))), torch.zeros(1, dtype=torch.int64), seed=0)
+    return coding

@@ -1,0 +1,188 @@
+"""The configuration of a training run: frozen dataclasses, checked when they are made.
+
+Descriptions below the fields are what `edm2 train --help` prints.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+
+_NAME = tyro.conf.arg
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How images become what the network sees."""
+
+    pad_to: int | None = None
+    """Side in pixels to which images are padded with zeros."""
+    labels: bool = True
+    """Whether to condition on the data's classes, where it has any."""
+    coding: Literal["measured", "plain", "fixed", "latents"] = "measured"
+    """measured: zero mean and standard deviation sigma_data in each channel, measured on the data. plain: pixels
+    as x / 127.5 - 1. fixed: with the given mean and std. latents: 2 x C channels, means then standard deviations,
+    from which a fresh latent is drawn at each use, then coded with the given mean and std."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel, for fixed and latents (of x / 127.5 - 1 where the images are bytes)."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each channel, likewise."""
+
+    def __post_init__(self) -> None:
+        given = bool(self.mean and self.std)
+        if given != (self.coding in ("fixed", "latents")):
+            raise ValueError(
+                f"data coding {self.coding!r} with mean {self.mean} and std {self.std}: 'fixed' and 'latents' need "
+                "both, the others take neither"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Size of the network; see `edm2.nn.UNet`."""
+
+    model_channels: int = 192
+    """Base width."""
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+    """Width of each level, in units of model_channels; each level halves the resolution."""
+    num_blocks: int = 3
+    """Residual blocks a level."""
+    attn_resolutions: tuple[int, ...] | None = None
+    """Resolutions with attention; by default those of 16 and 8 that occur."""
+    channels_per_head: int = 64
+    """Width of an attention head."""
+    dropout: float = 0.0
+    """Dropout probability."""
+
+    def __post_init__(self) -> None:
+        for name in ("model_channels", "num_blocks", "channels_per_head"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam and its learning rate; see `edm2.train.learning_rate`."""
+
+    ref_lr: float = 0.01
+    """Learning rate after the ramp-up."""
+    ref_batches: float = 70000
+    """Steps after which the rate decays with the inverse square root; 0 for never."""
+    rampup_mimg: float = 10.0
+    """Length of the linear ramp-up, in millions of images; 0 for none."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay rates of Adam's moments."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+
+    def __post_init__(self) -> None:
+        _require(self.ref_lr > 0, "ref_lr", self.ref_lr, "above 0")
+        for name in ("ref_batches", "rampup_mimg"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Noise levels seen in training: ln sigma ~ N(p_mean, p_std^2)."""
+
+    p_mean: float = -0.4
+    """Mean of ln sigma."""
+    p_std: float = 1.0
+    """Standard deviation of ln sigma."""
+    sigma_data: float = 0.5
+    """Standard deviation of the coded data."""
+
+    def __post_init__(self) -> None:
+        _require(self.p_std > 0, "p_std", self.p_std, "above 0")
+        _require(self.sigma_data > 0, "sigma_data", self.sigma_data, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig:
+    """Averages of the weights that are tracked and stored; any length between can be had afterwards."""
+
+    sigma_rels: tuple[float, ...] = (0.05, 0.10)
+    """Lengths of the tracked averages, relative to the training time."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of stored snapshots."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole training run. Two runs with equal settings, data and machine give equal files."""
+
+    data: str = ""
+    """Images: digits, fashion-mnist, or the path of an image folder, a ZIP, or a folder of IDX files."""
+    num_images: Annotated[int, _NAME(name="images")] = 2048 << 20
+    """Length of the run in images; it ends after the step that reaches it."""
+    batch_size: Annotated[int, _NAME(name="batch")] = 2048
+    """Images a step."""
+    microbatch: int | None = None
+    """Images a forward pass, a divisor of batch; smaller takes less memory. Default: the whole batch."""
+    seed: int = 0
+    """Seed of the weights, the order of images, noise and dropout."""
+    snapshot_images: int = 8 << 20
+    """Images between snapshots of the averages; one more is taken at the end."""
+    checkpoint_images: int = 8 << 20
+    """Images between checkpoints; one more is written at the end."""
+    log_images: int = 64 << 10
+    """Images between lines of the log."""
+    keep_checkpoints: int = 2
+    """Number of checkpoints kept, the newest."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the network; weights, loss and averages stay float32."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+    channels_last: bool = True
+    """Memory format of convolutions; faster on most machines."""
+    compile: bool = False
+    """Use torch.compile; takes minutes to start, pays in long runs."""
+    stop_after_nonfinite: int = 8
+    """Number of steps in a row with a loss or gradient that is not finite after which the run stops."""
+    dataset: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_images", "batch_size", "snapshot_images", "checkpoint_images", "log_images",
+            "keep_checkpoints", "stop_after_nonfinite",
+        ):  # fmt: skip
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
+        if self.microbatch is not None:
+            divides = 1 <= self.microbatch <= self.batch_size and self.batch_size % self.microbatch == 0
+            _require(divides, "microbatch", self.microbatch, f"a divisor of batch {self.batch_size}")
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that reach `num_images`."""
+        return math.ceil(self.num_images / self.batch_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make a run this run; the others may change when it is continued."""
+        free = {
+            "num_images", "microbatch", "snapshot_images", "checkpoint_images", "keep_checkpoints", "device",
+            "channels_last", "compile", "stop_after_nonfinite",
+        }  # fmt: skip
+        return {key: value for key, value in self.to_json().items() if key not in free}
+
+    def run_id(self, fingerprint: str) -> str:
+        """Name of the run: a hash of its identity and of its data's fingerprint."""
+        text = json.dumps([self.identity() | {"data": None}, fingerprint], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} {value} must be {rule}")

@@ -1,0 +1,399 @@
+"""The training loop.
+
+Everything random is a function of (seed, position of the image in the run), so a run that is stopped and
+continued is the run that was never stopped, bit for bit.
+
+Ref: EDM2 Sec. 2-3, App. B; SPEC sections 3-5.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edm2.data import ImageDataset, indices, open_dataset
+from edm2.diffusion import Denoiser, draw_sigma, edm2_loss, save_model
+from edm2.ema import PowerEMA
+from edm2.nn import ForcedWeightNorm, keyed_normal, use_channels_last
+from edm2.progress import Progress
+from edm2.train import run_folder
+from edm2.train.checkpoint import load_newest, save_checkpoint
+from edm2.train.coding import Coding, make_coding
+from edm2.train.config import TrainConfig
+from edm2.train.schedule import learning_rate
+
+# Streams of keyed random numbers; dropout blocks count up from 0 under a seed of their own.
+_SIGMA, _NOISE = 0, 1
+_DROPOUT_SEED_OFFSET = 1 << 62
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal; it saved a checkpoint first."""
+
+
+def train(
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    preset: str = "",
+    quiet: bool = False,
+    on_step: Callable[["Trainer"], None] | None = None,
+) -> Path:
+    """Train, or continue the run that the folder holds.
+
+    Args:
+        config: all settings.
+        out: folder of the run.
+        preset: name that the settings come from, noted in the files.
+        quiet: show no progress.
+        on_step: called after every step, for callers who want to look inside.
+
+    Returns:
+        The final model's file: the longest tracked average at the end of the run.
+
+    Raises:
+        ValueError: for bad settings or data, a folder that holds another run, or damaged checkpoints.
+        FloatingPointError: if losses or gradients stay non-finite.
+        Stopped: after SIGINT or SIGTERM, once a checkpoint is written.
+    """
+    dataset = open_training_data(config)
+    trainer = Trainer(config, dataset, Path(out), preset=preset)
+    trainer.resume()
+    trainer.run(quiet=quiet, on_step=on_step)
+    return trainer.finish()
+
+
+def open_training_data(config: TrainConfig) -> ImageDataset:
+    """Open the data set that a configuration names.
+
+    Raises:
+        ValueError: where it names none, or as `edm2.data.open_dataset` does.
+    """
+    if not config.data:
+        raise ValueError(
+            "no training data: give --data with the path of an image folder, a ZIP or a folder of IDX files, or "
+            "the name digits or fashion-mnist"
+        )
+    return open_dataset(config.data, labels=config.dataset.labels, pad_to=config.dataset.pad_to)
+
+
+class Trainer:
+    """A run's state: network, optimiser, averages and position; `run` moves it forward.
+
+    Args:
+        config: all settings.
+        dataset: training images.
+        out: folder of the run; claimed at once.
+        preset: name that the settings come from.
+
+    Attributes:
+        denoiser: the network in training mode.
+        num_images: images seen.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, out: Path, *, preset: str = "") -> None:
+        self.config, self.dataset, self.out = config, dataset, out
+        self.device = pick_device(config.device)
+        self.coding: Coding = make_coding(config, dataset)
+        run_id = config.run_id(dataset.fingerprint)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.denoiser = build_denoiser(config, dataset, self.coding)
+        run_folder.claim(out, {"preset": preset, **config.to_json()}, config.identity(), run_id)
+
+        self.denoiser = self.denoiser.train().to(self.device)
+        if config.channels_last:
+            use_channels_last(self.denoiser)
+        self.force_norm = ForcedWeightNorm(self.denoiser)
+        options = config.optimizer
+        self.optimizer = torch.optim.Adam(
+            self.denoiser.parameters(), lr=0.0, betas=options.betas, eps=options.eps, fused=True
+        )
+        self.ema = PowerEMA(self.denoiser, config.ema.sigma_rels, clock="images", run_id=run_id)
+        self._forward: Any = torch.compile(self.denoiser) if config.compile else self.denoiser
+        self.info = {
+            "preset": preset,
+            "coding": self.coding.to_json(),
+            "class_names": list(dataset.class_names),
+            "data": dataset.name,
+        }
+        self.num_images = 0
+        # Sums since the last line of the log: loss, gradient norm, steps, steps that were not finite.
+        self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self._bad_in_a_row = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def resume(self) -> None:
+        """Take up the newest whole checkpoint, if there is one."""
+        folder = self.out / run_folder.CHECKPOINTS
+        found = load_newest(folder)
+        if found is not None:
+            self._restore(*found)
+        run_folder.rewind_log(self.out, self.num_images)
+
+    def run(self, *, quiet: bool = False, on_step: Callable[["Trainer"], None] | None = None) -> None:
+        """Train until `config.num_images`, saving on the way and at the end."""
+        config = self.config
+        end = config.num_steps * config.batch_size
+        first, start = self.num_images, time.monotonic()
+        with (
+            Progress("training", end, "images", done=min(self.num_images, end), quiet=quiet) as progress,
+            _stop_requests() as stop_requested,
+        ):
+            while self.num_images < end:
+                before = self.num_images
+                self.step()
+                if on_step is not None:
+                    on_step(self)
+                last = self.num_images >= end
+                fields = {}
+                if self._crossed(before, config.log_images) or last:
+                    now = time.monotonic()
+                    fields = self._log(
+                        seconds=round(now - start, 3),
+                        images_per_second=round((self.num_images - first) / max(now - start, 1e-9), 2),
+                    )
+                progress.advance(config.batch_size, **fields)
+                if self._crossed(before, config.snapshot_images) or last:
+                    self.snapshot()
+                if self._crossed(before, config.checkpoint_images) or last:
+                    self.checkpoint()
+                if stop_requested() and not last:
+                    self.checkpoint()
+                    raise Stopped(
+                        f"stopped at {self.num_images} of {end} images, checkpoint written; the same command continues"
+                    )
+
+    def step(self) -> None:
+        """One optimiser step on the next `batch_size` images."""
+        config = self.config
+        batch = config.batch_size
+        lr = learning_rate(
+            self.num_images,
+            batch_size=batch,
+            ref_lr=config.optimizer.ref_lr,
+            ref_batches=config.optimizer.ref_batches,
+            rampup_mimg=config.optimizer.rampup_mimg,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.force_norm()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        size = config.microbatch or batch
+        for start in range(self.num_images, self.num_images + batch, size):
+            loss = self._loss(start, size)
+            (loss.sum() / batch).backward()
+            loss_sum += loss.detach().mean(dtype=torch.float64) * (size / batch)
+        norm = clean_gradients([p.grad for p in self.denoiser.parameters() if p.grad is not None])
+        self.optimizer.step()
+        self.num_images += batch
+        self.ema.update(self.num_images)
+        self._account(loss_sum, norm)
+
+    def _loss(self, position: int, count: int) -> Tensor:
+        config = self.config
+        chosen = indices(position, count, size=len(self.dataset), seed=config.seed)
+        where = torch.arange(position, position + count, device=self.device)
+        stored = torch.from_numpy(self.dataset.images(chosen)).to(self.device)
+        images = self.coding.encode(stored, where, seed=config.seed)
+        labels = None
+        if self.dataset.num_classes:
+            labels = torch.from_numpy(np.ascontiguousarray(self.dataset.labels(chosen))).to(self.device)
+        sigma = draw_sigma(
+            where, p_mean=config.loss.p_mean, p_std=config.loss.p_std, seed=config.seed, stream=_SIGMA
+        )
+        noise = keyed_normal(where, images.shape[1:], seed=config.seed, stream=_NOISE)
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        return edm2_loss(
+            self._forward,
+            images.to(memory_format=layout),
+            labels,
+            sigma,
+            noise,
+            dropout_index=where,
+            dropout_seed=config.seed + _DROPOUT_SEED_OFFSET,
+        )
+
+    def _account(self, loss: Tensor, norm: Tensor) -> None:
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        zero = torch.zeros_like(self._bad_in_a_row)
+        self._sums += torch.stack(
+            [
+                torch.where(finite, loss, zero),
+                torch.where(finite, norm.double(), zero),
+                finite.double(),
+                1 - finite.double(),
+            ]
+        )
+        self._bad_in_a_row = torch.where(finite, zero, self._bad_in_a_row + 1)
+        # Elsewhere than on the CPU this would wait for the device: there it is asked when a line is logged.
+        if self.device.type == "cpu":
+            self._check_finite()
+
+    def _check_finite(self) -> None:
+        bad, config = int(self._bad_in_a_row), self.config
+        if bad >= config.stop_after_nonfinite:
+            first = self.num_images // config.batch_size - bad + 1
+            raise FloatingPointError(
+                f"loss or gradients were NaN or infinite in {bad} steps in a row, from step {first} (image "
+                f"{(first - 1) * config.batch_size}) on: lower --optimizer.ref-lr, use --dtype float32 or bfloat16, "
+                f"and look for bad values in the data. The newest checkpoint in {self.out} is from before"
+            )
+
+    def _log(self, **timing: float) -> dict[str, Any]:
+        self._check_finite()
+        loss, norm, good, bad = self._sums.tolist()
+        self._sums.zero_()
+        record = {
+            "num_images": self.num_images,
+            "loss": loss / good if good else None,
+            "grad_norm": norm / good if good else None,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "nonfinite_steps": int(bad),
+        }
+        run_folder.append_log(self.out, {**record, **timing})
+        shown = {"loss": record["loss"]} if good else {}
+        return shown | ({"nonfinite_steps": int(bad)} if bad else {})
+
+    def snapshot(self) -> None:
+        """Add the averages to the run's snapshots."""
+        self.ema.snapshot(
+            self.out / run_folder.SNAPSHOTS,
+            metadata={"network": self.denoiser.config, "info": self.info},
+            dtype=self.config.ema.dtype,
+        )
+
+    def checkpoint(self) -> None:
+        """Write everything that is needed to go on."""
+        optimizer = {
+            f"{key}.{name}": value
+            for name, p in self.denoiser.named_parameters()
+            for key, value in self.optimizer.state[p].items()
+        }
+        average = self.ema.state_dict()
+        tensors = {key: value for key, value in average.items() if isinstance(value, Tensor)}
+        state = {
+            "num_images": self.num_images,
+            "ema": {key: value for key, value in average.items() if key not in tensors},
+            "sums": self._sums.tolist(),
+            "bad_in_a_row": int(self._bad_in_a_row),
+            "versions": versions(),
+            "settings": self.config.identity(),
+        }
+        save_checkpoint(
+            self.out / run_folder.CHECKPOINTS,
+            self.num_images,
+            {"model": self.denoiser.state_dict(), "optimizer": optimizer, "ema": tensors},
+            state,
+            keep=self.config.keep_checkpoints,
+        )
+
+    def _restore(self, groups: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        self.denoiser.load_state_dict(groups["model"])
+        for name, p in self.denoiser.named_parameters():
+            moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            for key, value in moments.items():
+                value.copy_(groups["optimizer"][f"{key}.{name}"])
+            step = groups["optimizer"][f"step.{name}"].to(self.device)
+            self.optimizer.state[p] = {"step": step, **moments}
+        self.ema.load_state_dict({**state["ema"], **groups["ema"]})
+        self.num_images = state["num_images"]
+        self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self._bad_in_a_row.fill_(state["bad_in_a_row"])
+
+    def finish(self) -> Path:
+        """Write the longest tracked average as the run's model, and return its file."""
+        longest = max(self.ema.sigma_rels)
+        tensors = {**self.denoiser.state_dict(), **self.ema.average(longest)}
+        info = {**self.info, "sigma_rel": longest, "num_images": self.num_images, "run_id": self.ema.run_id}
+        return save_model(self.out, self.denoiser.config, tensors, info, overwrite=True)
+
+    def _crossed(self, before: int, interval: int) -> bool:
+        return before // interval != self.num_images // interval
+
+
+def build_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) -> Denoiser:
+    """The network that fits the configuration and the data, with weights from torch's generator."""
+    _, height, width = dataset.image_shape
+    network = config.network
+    return Denoiser(
+        height if height == width else (height, width),
+        coding.num_channels,
+        dataset.num_classes,
+        dtype=config.dtype,
+        sigma_data=config.loss.sigma_data,
+        model_channels=network.model_channels,
+        channel_mult=network.channel_mult,
+        num_blocks=network.num_blocks,
+        attn_resolutions=network.attn_resolutions,
+        channels_per_head=network.channels_per_head,
+        dropout=network.dropout,
+    )
+
+
+@torch.no_grad()
+def clean_gradients(gradients: list[Tensor]) -> Tensor:
+    """Set non-finite gradients to 0, in place.
+
+    Returns:
+        Their L2 norm as it was before, a scalar tensor; non-finite if any element was.
+    """
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    # The check is free on the CPU; elsewhere a pass over the gradients costs less than waiting for the answer.
+    if norm.device.type != "cpu" or not torch.isfinite(norm):
+        for gradient in gradients:
+            torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0, out=gradient)
+    return norm
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ValueError: for another name, or a device that this machine lacks.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): use auto, cpu, cuda or cuda:N"
+        ) from error
+    return device
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that numbers depend on."""
+    import edm2
+
+    return {"edm2": edm2.__version__, "torch": torch.__version__, "numpy": np.__version__}
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a request to stop after the step; the second one acts at once."""
+    received: list[int] = []
+    try:
+        previous: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+        def handle(number: int, frame: object) -> None:
+            received.append(number)
+            signal.signal(number, previous[number])
+
+        for number in previous:
+            signal.signal(number, handle)
+    except ValueError:  # not the main thread: signals stay with whoever owns it
+        previous = {}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

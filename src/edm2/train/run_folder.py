@@ -1,0 +1,105 @@
+"""The folder of a training run: its settings, its log, and whether it may be written to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edm2.files import write_atomic, write_json
+
+CONFIG_FILE = "config.json"
+LOG_FILE = "log.jsonl"
+SNAPSHOTS = "snapshots"
+CHECKPOINTS = "checkpoints"
+
+
+def claim(out: Path, settings: dict[str, Any], identity: dict[str, Any], run_id: str) -> None:
+    """Make the folder this run's, or make sure that it already is.
+
+    Args:
+        out: folder of the run; made where missing.
+        settings: all settings, for the reader.
+        identity: those that must not change between sessions.
+        run_id: from identity and data.
+
+    Raises:
+        ValueError: if the folder holds another run or other files; nothing is changed then.
+    """
+    path = out / CONFIG_FILE
+    if path.exists():
+        old = read_config(out)
+        if old["run_id"] != run_id:
+            raise ValueError(
+                f"{out} holds another run ({_difference(old['identity'], identity)}): choose another --out, or "
+                "give the same settings to continue that run"
+            )
+    elif out.exists() and any(out.iterdir()):
+        names = ", ".join(sorted(p.name for p in out.iterdir())[:4])
+        raise ValueError(f"{out} is not empty and holds no run ({names}): choose another --out")
+    write_json(path, {"run_id": run_id, "identity": identity, "settings": settings})
+
+
+def read_config(out: Path) -> dict[str, Any]:
+    """What `claim` wrote.
+
+    Raises:
+        ValueError: if there is none or it cannot be read.
+    """
+    path = out / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text())
+        if not {"run_id", "identity", "settings"} <= content.keys():
+            raise KeyError("run_id")
+    except FileNotFoundError:
+        raise ValueError(
+            f"{out} holds no training run (no {CONFIG_FILE}): give the --out of `edm2 train`"
+        ) from None
+    except (ValueError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): restore it from a copy, or choose another --out"
+        ) from error
+    return content
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """The log's records, in order; a last line that was cut short by a kill is left out."""
+    path = out / LOG_FILE
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+def rewind_log(out: Path, num_images: int) -> None:
+    """Drop the records of images after `num_images`, which will be trained again."""
+    kept = [record for record in read_log(out) if record["num_images"] <= num_images]
+    write_atomic(out / LOG_FILE, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+def append_log(out: Path, record: dict[str, Any]) -> None:
+    """Add a record to the log."""
+    with open(out / LOG_FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    old, new = _flat(old), _flat(new)
+    parts = [
+        f"{key} {old.get(key)} there, {new.get(key)} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    return "; ".join(parts[:4]) or "the images have changed"
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{k}": v for k, v in _flat(value).items()}
+        else:
+            flat[key] = value
+    return flat
