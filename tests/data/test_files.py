@@ -1,0 +1,318 @@
+import json
+import multiprocessing
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edm2.data import open_dataset
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (6, 7, 5, 3), dtype=np.uint8)
+NAMES = [f"0000{i % 2}/img{i:08d}.png" for i in range(6)]
+LABELS = [[name, 3 - i % 3] for i, name in enumerate(NAMES)]
+ORDER = np.argsort(NAMES)
+
+
+def write_folder(root, *, labels=LABELS, names=NAMES):
+    for name, pixels in zip(names, PIXELS, strict=True):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / name)
+    if labels != "none":
+        (root / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return root
+
+
+def write_zip(folder, path, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder).as_posix())
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "images")
+
+
+@pytest.mark.parametrize("kind", ["folder", "stored", "deflated"])
+def test_official_layout(folder, tmp_path, kind):
+    methods = {"stored": zipfile.ZIP_STORED, "deflated": zipfile.ZIP_DEFLATED}
+    path = folder if kind == "folder" else write_zip(folder, tmp_path / "images.zip", methods[kind])
+    data = open_dataset(path)
+    assert (len(data), data.name, data.image_shape, data.num_classes) == (6, "images", (3, 7, 5), 4)
+    assert np.array_equal(data.images(np.arange(6)), PIXELS[ORDER].transpose(0, 3, 1, 2))
+    assert data.labels(np.arange(6)).tolist() == [LABELS[i][1] for i in ORDER]
+    assert data.fingerprint == open_dataset(folder).fingerprint
+
+
+def test_fingerprint_follows_names_and_labels(folder, tmp_path):
+    prints = {open_dataset(folder).fingerprint, open_dataset(folder, labels=False).fingerprint}
+    prints.add(open_dataset(write_folder(tmp_path / "b", labels=None)).fingerprint)
+    prints.add(open_dataset(write_folder(tmp_path / "c", labels=[[n, 1] for n in NAMES])).fingerprint)
+    renamed = [name.replace("img", "pic") for name in NAMES]
+    prints.add(open_dataset(write_folder(tmp_path / "d", labels=None, names=renamed)).fingerprint)
+    # The second and the third are the same images without labels.
+    assert len(prints) == 4
+
+
+def test_class_folders(tmp_path):
+    names = ["dog/a.png", "cat/b.png", "cat/deep/c.png", "eel/d.png", "dog/e.png", "cat/f.png"]
+    data = open_dataset(write_folder(tmp_path, labels="none", names=names))
+    assert data.class_names == ("cat", "dog", "eel")
+    assert data.num_classes == 3
+    assert data.labels(np.arange(6)).tolist() == [0, 0, 0, 1, 1, 2]
+
+
+def test_without_labels(folder, tmp_path):
+    flat = write_folder(tmp_path / "flat", labels="none", names=[f"{i}.png" for i in range(6)])
+    for data in (
+        open_dataset(folder, labels=False),
+        open_dataset(write_folder(tmp_path / "null", labels=None)),
+        open_dataset(flat),
+    ):
+        assert data.num_classes == 0
+
+
+def test_one_class_folder_warns(tmp_path):
+    write_folder(tmp_path, labels="none", names=[f"all/{i}.png" for i in range(6)])
+    with pytest.warns(UserWarning, match="lie in one folder, 'all', so there is one class"):
+        data = open_dataset(tmp_path)
+    assert data.num_classes == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels"), [("L", 1), ("1", 1), ("LA", 2), ("RGB", 3), ("P", 3), ("RGBA", 4)]
+)
+def test_modes_keep_their_channels(tmp_path, mode, channels):
+    source = Image.fromarray(PIXELS[0]).convert(mode)
+    source.save(tmp_path / "a.png")
+    data = open_dataset(tmp_path)
+    assert data.image_shape == (channels, 7, 5)
+    pixels = np.asarray(source.convert("L" if mode == "1" else "RGB" if mode == "P" else mode))
+    assert np.array_equal(data.images(np.array([0]))[0], np.atleast_3d(pixels).transpose(2, 0, 1))
+
+
+def test_jpeg_with_a_header_longer_than_the_first_read(tmp_path):
+    Image.fromarray(PIXELS[0]).save(tmp_path / "a.jpg", comment=b"x" * 20_000)
+    data = open_dataset(tmp_path)
+    assert data.image_shape == (3, 7, 5)
+    assert data.images(np.array([0])).shape == (1, 3, 7, 5)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_float_arrays(tmp_path, dtype):
+    values = RNG.normal(size=(2, 8, 4, 6)).astype(dtype)
+    for i in range(2):
+        np.save(tmp_path / f"{i}.npy", values[i])
+    data = open_dataset(tmp_path)
+    batch = data.images(np.array([1, 0]))
+    assert batch.dtype == np.float32
+    assert data.image_shape == (8, 4, 6)
+    assert np.array_equal(batch, values[::-1].astype(np.float32))
+
+
+def test_byte_arrays_and_arrays_without_channels(tmp_path):
+    np.save(tmp_path / "a.npy", PIXELS[0, ..., 0])
+    data = open_dataset(tmp_path)
+    assert data.dtype == np.uint8
+    assert np.array_equal(data.images(np.array([0]))[0, 0], PIXELS[0, ..., 0])
+
+
+def test_files_of_the_operating_system_are_not_images(folder):
+    (folder / ".DS_Store").write_bytes(b"x")
+    (folder / "00000" / "._img00000000.png").write_bytes(b"x")
+    (folder / "__MACOSX").mkdir()
+    (folder / "__MACOSX" / "a.png").write_bytes(b"x")
+    assert len(open_dataset(folder)) == 6
+
+
+def test_threads_read_the_same(folder, tmp_path):
+    data = open_dataset(write_zip(folder, tmp_path / "images.zip"))
+    expected = data.images(np.arange(6))
+    chosen = [RNG.permutation(6) for _ in range(60)]
+    with ThreadPoolExecutor(4) as pool:
+        for order, batch in zip(chosen, pool.map(data.images, chosen), strict=True):
+            assert np.array_equal(batch, expected[order])
+
+
+def read_in_child(data, expected, queue):
+    queue.put(all(np.array_equal(data.images(np.arange(6)), expected) for _ in range(20)))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_read_the_same(folder, tmp_path, method):
+    # Spawned children load torch anew, so one is enough.
+    count = 3 if method == "fork" else 1
+    data = open_dataset(write_zip(folder, tmp_path / "images.zip"))
+    expected = data.images(np.arange(6))
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    children = [context.Process(target=read_in_child, args=(data, expected, queue)) for _ in range(count)]
+    for child in children:
+        child.start()
+    assert np.array_equal(data.images(np.arange(6)), expected)
+    assert all(queue.get(timeout=60) for _ in children)
+    for child in children:
+        child.join()
+
+
+def test_mixed_sizes_name_the_first_offenders(folder):
+    for i, size in ((1, (4, 4)), (4, (9, 2))):
+        Image.new("RGB", size).save(folder / NAMES[i])
+    with pytest.raises(ValueError, match="mixed sizes") as caught:
+        open_dataset(folder)
+    message = str(caught.value)
+    assert "4 are 7x5 (height x width) with 3 channels" in message
+    assert f"{NAMES[1]!r} is 4x4" in message
+    assert f"{NAMES[4]!r} is 2x9" in message
+    assert "(2 in all): resize, crop or convert them" in message
+
+
+def test_mixed_channels_are_mixed_sizes(folder):
+    Image.new("L", (5, 7)).save(folder / NAMES[2])
+    with pytest.raises(ValueError, match=r"7x5 .* with 1 channels"):
+        open_dataset(folder)
+
+
+def test_no_images(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no images \(0 files"):
+        open_dataset(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(
+        ValueError, match=r"holds no images \(1 files.*give the folder or ZIP that holds them"
+    ):
+        open_dataset(tmp_path)
+    with pytest.raises(ValueError, match="holds no images"):
+        open_dataset(write_zip(tmp_path, tmp_path / "a.zip"))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n"])
+def test_a_file_that_is_no_image_is_named_at_opening(folder, content):
+    (folder / NAMES[3]).write_bytes(content)
+    with pytest.raises(ValueError, match=f"image '{NAMES[3]}' in .* is damaged or not supported"):
+        open_dataset(folder)
+
+
+def test_a_truncated_image_is_named_at_reading(folder):
+    whole = (folder / NAMES[3]).read_bytes()
+    (folder / NAMES[3]).write_bytes(whole[: len(whole) // 2])
+    data = open_dataset(folder)
+    with pytest.raises(ValueError, match=f"image '{NAMES[3]}' in .* is damaged"):
+        data.images(np.arange(6))
+
+
+def test_an_image_that_changed_since_is_named(folder):
+    data = open_dataset(folder)
+    Image.new("RGB", (4, 4)).save(folder / NAMES[3])
+    with pytest.raises(ValueError, match=rf"image '{NAMES[3]}' .*it was \(3, 7, 5\) at opening"):
+        data.images(np.arange(6))
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_flipped_bit_in_a_zip_is_found(folder, tmp_path, compression):
+    path = write_zip(folder, tmp_path / "images.zip", compression)
+    content = bytearray(path.read_bytes())
+    at = content.index(NAMES[0].encode()) + len(NAMES[0]) + 60
+    content[at] ^= 1
+    path.write_bytes(content)
+    data = open_dataset(path)
+    with pytest.raises(ValueError, match=f"image '{NAMES[0]}' in .*images.zip is damaged"):
+        data.images(np.arange(6))
+
+
+def test_a_truncated_zip_is_no_zip(folder, tmp_path):
+    path = write_zip(folder, tmp_path / "images.zip")
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"images.zip is neither a folder nor a ZIP"):
+        open_dataset(path)
+
+
+def test_other_compression_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="compressed by another method than deflate: make the ZIP again"):
+        open_dataset(write_zip(folder, tmp_path / "images.zip", zipfile.ZIP_LZMA))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 2), np.int32), "type int32, but must be uint8 or float"),
+        (np.zeros((1, 2, 3, 4), np.float32), r"shape \[1, 2, 3, 4\], but must have \[C, H, W\]"),
+    ],
+)
+def test_arrays_of_other_kinds_are_refused(tmp_path, array, message):
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(ValueError, match=f"image 'a.npy' .*{message}"):
+        open_dataset(tmp_path)
+
+
+def test_arrays_with_objects_are_never_unpickled(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[{}]]), allow_pickle=True)
+    with pytest.raises(ValueError, match="type object, but must be"):
+        open_dataset(tmp_path)
+
+
+def test_values_that_are_not_finite_are_named(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((1, 2, 2), np.inf, np.float32))
+    data = open_dataset(tmp_path)
+    with pytest.raises(ValueError, match=r"image 'a.npy' .*not finite"):
+        data.images(np.array([0]))
+
+
+def test_16_bit_is_refused_rather_than_cut(tmp_path):
+    Image.fromarray(np.zeros((3, 3), np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"image 'a.png' .*mode is 'I;16': convert it to 8-bit"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (LABELS[:2], r"has no label for 4 images, such as '00000/img00000002.png'"),
+        ([*LABELS, ["00009/x.png", 1]], r"has labels for '00009/x.png', which do not exist"),
+        ([[NAMES[0], 1.5], *LABELS[1:]], r"label of '00000/img00000000.png' is 1.5, but must be a whole"),
+        ([[NAMES[0], "1"], *LABELS[1:]], r"is '1', but must be a whole number"),
+        ([[NAMES[0], True], *LABELS[1:]], r"is True, but must be a whole number"),
+        ([[NAMES[0], -1], *LABELS[1:]], r"is -1, but must be a whole number"),
+        ([*LABELS, [NAMES[0], 0]], r"'00000/img00000000.png' has two labels, 3 and 0"),
+        ([NAMES[0]], r"an entry is 00000/img00000000.png"),
+        ({"a": 1}, r"'labels' is a dict"),
+    ],
+)
+def test_label_files_that_do_not_fit(tmp_path, labels, message):
+    write_folder(tmp_path, labels=labels)
+    with pytest.raises(ValueError, match=message):
+        open_dataset(tmp_path)
+    assert len(open_dataset(tmp_path, labels=False)) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "it is not JSON"), ("[]", "it has no 'labels'"), ("{}", "it has no 'labels'")]
+)
+def test_label_files_that_cannot_be_read(folder, text, message):
+    (folder / "dataset.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        open_dataset(folder)
+
+
+def test_a_label_file_in_the_wrong_place(tmp_path):
+    write_folder(tmp_path / "inner")
+    with pytest.raises(ValueError, match=r"lies at 'inner/dataset.json': it must lie at the top"):
+        open_dataset(tmp_path)
+
+
+def test_loose_images_beside_class_folders(tmp_path):
+    write_folder(
+        tmp_path, labels="none", names=["a/0.png", "a/1.png", "b/2.png", "3.png", "b/4.png", "b/5.png"]
+    )
+    with pytest.raises(ValueError, match=r"has class folders, but '3.png' outside them"):
+        open_dataset(tmp_path)
+
+
+def test_folders_that_are_splits_are_not_classes(tmp_path):
+    write_folder(tmp_path, labels="none", names=[f"{'train' if i else 'test'}/{i}.png" for i in range(6)])
+    with pytest.raises(ValueError, match="are test, train: these look like splits, not classes"):
+        open_dataset(tmp_path)
