@@ -15,7 +15,7 @@ from edm2.data import ImageDataset, open_dataset
 from edm2.diffusion import Denoiser, edm2_loss
 from edm2.ema import reconstruct_many
 from edm2.files import write_atomic, write_json
-from edm2.generate import Generator, reconstruct_models, write_samples
+from edm2.generate import Generator, read_images, reconstruct_models, write_samples
 from edm2.metrics import (
     ClassifierFeatures,
     FeatureStatistics,
@@ -32,8 +32,8 @@ from edm2.train import TrainConfig, train
 from edm2.train.coding import Coding
 from edm2.train.run_folder import SNAPSHOTS, read_log
 
-SWEEP = (0.03, 0.04, 0.05, 0.065, 0.08, 0.10, 0.125, 0.15, 0.18, 0.21, 0.25)
-_SWEEP_SEED, _SWEEP_IMAGES, _SWEEP_STEPS = 1_000_000, 500, 8
+SWEEP = (0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.16, 0.20, 0.25)
+_SWEEP_SEED, _SWEEP_IMAGES, _SWEEP_STEPS = 1_000_000, 300, 8
 _FINAL_IMAGES, _FINAL_STEPS = 1000, 16
 
 
@@ -113,7 +113,7 @@ def run_demo(
     generator = Generator.load(model)
     seeds = list(range(num_images))
     write_samples(generator, out / "samples", seeds, num_steps=_FINAL_STEPS, quiet=quiet)
-    made = _read_samples(out / "samples", seeds)
+    made = read_images([out / "samples" / f"{seed:06d}.png" for seed in seeds])
     wanted = generator.labels_for(seeds)
     say("Measuring and writing the report")
     near, near_real = (
@@ -181,16 +181,6 @@ def _generator(metadata: dict[str, Any]) -> Generator:
     denoiser = Denoiser(**metadata["network"]).eval().requires_grad_(False)
     use_channels_last(denoiser)
     return Generator(denoiser, Coding.from_json(metadata["info"]["coding"]), metadata["info"])
-
-
-def _read_samples(folder: Path, seeds: list[int]) -> np.ndarray:
-    from PIL import Image
-
-    arrays = []
-    for seed in seeds:
-        with Image.open(folder / f"{seed:06d}.png") as image:
-            arrays.append(np.asarray(image)[None])
-    return np.stack(arrays)
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from edm2.files import write_atomic
 from edm2.report import Page, figure_png, figure_svg, image_grid, loss_curve, style
-from edm2.report.files import write_atomically
 
 HOSTILE = "\"'><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)>&amp;"
 VOID = {"meta", "img", "br", "hr"}
@@ -130,7 +130,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"new")
+        write_atomic(path, b"new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -2,18 +2,22 @@
 
 import json
 import re
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from edm2.files import write_atomic, write_json
 from edm2.generate.generator import Generator
 from edm2.progress import Progress
-from edm2.report import image_grid, png_bytes, save_png
+from edm2.report import image_grid, save_png
 
 SETTINGS_FILE = "samples.json"
 _GRID_LIMIT = 400
+_PNG_MODES = (1, 3, 4)  # channels that a PNG holds: grey, RGB, RGBA
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -75,7 +79,7 @@ def write_samples(
         "sampler": options,
     }
     _claim(out, settings)
-    pixels = generator.coding.kind == "pixels"
+    pixels = generator.coding.kind == "pixels" and generator.denoiser.img_channels in _PNG_MODES
     name = "{:06d}.png" if pixels else "{:06d}.npy"
     todo = [i for i, seed in enumerate(seeds) if labels is not None or not (out / name.format(seed)).exists()]
     with Progress("sampling", len(seeds), "images", done=len(seeds) - len(todo), quiet=quiet) as progress:
@@ -88,7 +92,7 @@ def write_samples(
             progress.advance(len(part))
     if not pixels:
         return out
-    shown = _read_images([out / name.format(seed) for seed in seeds[:_GRID_LIMIT]])
+    shown = read_images([out / name.format(seed) for seed in seeds[:_GRID_LIMIT]])
     columns = generator.num_classes if 4 <= generator.num_classes <= 32 else max(1, round(len(shown) ** 0.5))
     grid = out / "grid.png"
     save_png(image_grid(shown, columns=min(columns, len(shown)), scale=_zoom(shown.shape[-1])), grid)
@@ -112,19 +116,17 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _write_image(path: Path, image: np.ndarray, pixels: bool) -> None:
+    content = BytesIO()
     if pixels:
-        write_atomic(path, png_bytes(image_grid(image[None], columns=1, padding=0)))
+        array = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+        Image.fromarray(np.ascontiguousarray(array)).save(content, format="PNG")
     else:
-        from io import BytesIO
-
-        content = BytesIO()
         np.save(content, image, allow_pickle=False)
-        write_atomic(path, content.getvalue())
+    write_atomic(path, content.getvalue(), durable=False)
 
 
-def _read_images(paths: list[Path]) -> np.ndarray:
-    from PIL import Image
-
+def read_images(paths: Sequence[Path]) -> np.ndarray:
+    """PNG files of one size as an array, `[N, C, H, W]` uint8."""
     images = []
     for path in paths:
         with Image.open(path) as image:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from edm2.report.files import write_atomically
+from edm2.files import write_atomic
 
 
 def image_grid(images: np.ndarray, *, columns: int, scale: int = 1, padding: int = 1) -> PIL.Image.Image:
@@ -91,4 +91,4 @@ def save_png(image: PIL.Image.Image, path: str | os.PathLike[str]) -> Path:
     """
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"{os.fspath(path)!r} does not end in .png: what is written is always PNG")
-    return write_atomically(path, png_bytes(image))
+    return write_atomic(path, png_bytes(image))

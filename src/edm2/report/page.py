@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import PIL.Image
 
-from edm2.report.files import write_atomically
+from edm2.files import write_atomic
 from edm2.report.grids import png_bytes
 from edm2.report.style import figure_svg
 
@@ -206,7 +206,7 @@ class Page:
         Returns:
             The path written.
         """
-        return write_atomically(path, self.render().encode("utf-8"))
+        return write_atomic(path, self.render().encode("utf-8"))
 
     def _contents(self) -> str:
         if len(self._headings) < CONTENTS_FROM:
