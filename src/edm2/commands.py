@@ -12,7 +12,7 @@ from edm2.generate import Generator, parse_seeds, reconstruct_models, write_samp
 from edm2.presets import PRESETS, get_preset
 from edm2.train import TrainConfig
 from edm2.train import train as run_training
-from edm2.train.loop import pick_device
+from edm2.train.build import pick_device
 from edm2.train.run_folder import LOG_FILE, SNAPSHOTS
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomic(path: str | Path, content: bytes, *, durable: bool = True) -> Path:
+def write_atomic(path: str | os.PathLike[str], content: bytes, *, durable: bool = True) -> Path:
     """Write a file so that a kill at any moment leaves the old content or the new, never a part.
 
     Args:

@@ -8,8 +8,9 @@ from edm2.train.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from edm2.train.loop import Stopped, Trainer, train
+from edm2.train.loop import Trainer, train
 from edm2.train.schedule import learning_rate
+from edm2.train.signals import Stopped
 
 __all__ = [
     "DataConfig",

@@ -6,10 +6,8 @@ continued is the run that was never stopped, bit for bit.
 Ref: EDM2 Sec. 2-3, App. B; SPEC sections 3-5.
 """
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edm2.data import ImageDataset, indices, open_dataset
-from edm2.diffusion import Denoiser, draw_sigma, edm2_loss, save_model
+from edm2.data import ImageDataset, indices
+from edm2.diffusion import draw_sigma, edm2_loss, save_model
 from edm2.ema import PowerEMA
 from edm2.nn import ForcedWeightNorm, keyed_normal, use_channels_last
 from edm2.progress import Progress
 from edm2.train import run_folder
+from edm2.train.build import build_denoiser, open_training_data, pick_device, versions
 from edm2.train.checkpoint import load_newest, save_checkpoint
 from edm2.train.coding import Coding, make_coding
 from edm2.train.config import TrainConfig
+from edm2.train.gradients import clean_gradients
 from edm2.train.schedule import learning_rate
+from edm2.train.signals import Stopped, stop_requests
 
 # Streams of keyed random numbers; dropout blocks count up from 0 under a seed of their own.
 _SIGMA, _NOISE = 0, 1
 _DROPOUT_SEED_OFFSET = 1 << 62
-
-
-class Stopped(Exception):
-    """The run was asked to stop by a signal; it saved a checkpoint first."""
 
 
 def train(
@@ -67,20 +64,6 @@ def train(
     trainer.resume()
     trainer.run(quiet=quiet, on_step=on_step)
     return trainer.finish()
-
-
-def open_training_data(config: TrainConfig) -> ImageDataset:
-    """Open the data set that a configuration names.
-
-    Raises:
-        ValueError: where it names none, or as `edm2.data.open_dataset` does.
-    """
-    if not config.data:
-        raise ValueError(
-            "no training data: give --data with the path of an image folder, a ZIP or a folder of IDX files, or "
-            "the name digits or fashion-mnist"
-        )
-    return open_dataset(config.data, labels=config.dataset.labels, pad_to=config.dataset.pad_to)
 
 
 class Trainer:
@@ -143,7 +126,7 @@ class Trainer:
         first, start = self.num_images, time.monotonic()
         with (
             Progress("training", end, "images", done=min(self.num_images, end), quiet=quiet) as progress,
-            _stop_requests() as stop_requested,
+            stop_requests() as stop_requested,
         ):
             while self.num_images < end:
                 before = self.num_images
@@ -316,84 +299,3 @@ class Trainer:
 
     def _crossed(self, before: int, interval: int) -> bool:
         return before // interval != self.num_images // interval
-
-
-def build_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) -> Denoiser:
-    """The network that fits the configuration and the data, with weights from torch's generator."""
-    _, height, width = dataset.image_shape
-    network = config.network
-    return Denoiser(
-        height if height == width else (height, width),
-        coding.num_channels,
-        dataset.num_classes,
-        dtype=config.dtype,
-        sigma_data=config.loss.sigma_data,
-        model_channels=network.model_channels,
-        channel_mult=network.channel_mult,
-        num_blocks=network.num_blocks,
-        attn_resolutions=network.attn_resolutions,
-        channels_per_head=network.channels_per_head,
-        dropout=network.dropout,
-    )
-
-
-@torch.no_grad()
-def clean_gradients(gradients: list[Tensor]) -> Tensor:
-    """Set non-finite gradients to 0, in place.
-
-    Returns:
-        Their L2 norm as it was before, a scalar tensor; non-finite if any element was.
-    """
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    # The check is free on the CPU; elsewhere a pass over the gradients costs less than waiting for the answer.
-    if norm.device.type != "cpu" or not torch.isfinite(norm):
-        for gradient in gradients:
-            torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0, out=gradient)
-    return norm
-
-
-def pick_device(name: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda` or `cuda:N`.
-
-    Raises:
-        ValueError: for another name, or a device that this machine lacks.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): use auto, cpu, cuda or cuda:N"
-        ) from error
-    return device
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that numbers depend on."""
-    import edm2
-
-    return {"edm2": edm2.__version__, "torch": torch.__version__, "numpy": np.__version__}
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a request to stop after the step; the second one acts at once."""
-    received: list[int] = []
-    try:
-        previous: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-
-        def handle(number: int, frame: object) -> None:
-            received.append(number)
-            signal.signal(number, previous[number])
-
-        for number in previous:
-            signal.signal(number, handle)
-    except ValueError:  # not the main thread: signals stay with whoever owns it
-        previous = {}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,0 +1,46 @@
+# `make demo` and `make test` need nothing but Python >= 3.10: they set up .venv inside this folder.
+PYTHON ?= python3
+OUT ?= runs/demo
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: help demo test lint type bench clean
+
+help:
+	@echo 'make demo    train on digits, tune, sample, write $(OUT)/report.html (about four minutes)'
+	@echo 'make test    run the tests'
+	@echo 'make lint    check style and format'
+	@echo 'make type    check types'
+	@echo 'make bench   measure speed on this machine'
+	@echo 'make clean   remove .venv and caches; runs/ stays'
+
+demo: .venv/core
+	$(BIN)/edm2 demo --out $(OUT)
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: .venv/dev
+	$(BIN)/mypy
+
+bench: .venv/core
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/sampling.py
+
+clean:
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache
+
+.venv/core: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "edm2 needs Python >= 3.10; this is %d.%d: try make PYTHON=python3.12" % v[:2])'
+	@echo 'Setting up .venv (PyTorch is large: a few minutes the first time) ...'
+	$(PYTHON) -m venv .venv
+	$(PIP) -e .
+	@touch $@
+
+.venv/dev: .venv/core
+	$(PIP) -e '.[dev]'
+	@touch $@
