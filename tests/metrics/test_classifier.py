@@ -64,6 +64,20 @@ def test_the_global_random_state_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_thread_setting_neither_matters_nor_changes():
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(toy())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    a, b = (network.features(TOY) for network in results)
+    assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 17, 32), (4, 1, 5), (2, 3, 3)])
 def test_any_shape(shape):
     images = np.random.default_rng(0).integers(0, 256, (12, *shape), dtype=np.uint8)
@@ -99,6 +113,8 @@ def test_errors():
         fit_classifier(TOY, TOY_LABELS, num_classes=1)
     with pytest.raises(ValueError, match="labels -1 to 0 do not fit num_classes 2"):
         fit_classifier(TOY, TOY_LABELS - 1, num_classes=2)
+    with pytest.raises(ValueError, match="num_threads 0 must be at least 1"):
+        toy(num_threads=0)
     network = toy()
     with pytest.raises(
         ValueError, match=r"trained on \[2, 6, 9\]: score with images of the training set's shape"

@@ -77,11 +77,12 @@ def fit_classifier(
     num_features: int = 64,
     shift: int = 0,
     lr: float = 2e-3,
+    num_threads: int = 1,
 ) -> ClassifierFeatures:
     """Train a small convolutional classifier on the CPU.
 
     One convolution a resolution, halved until 4 pixels or fewer are left on a side, then two linear layers.
-    The same arguments give the same network on the same machine with as many threads.
+    The same arguments give the same network on the same machine.
 
     Args:
         images: `[N, C, H, W]` uint8, real.
@@ -95,6 +96,8 @@ def fit_classifier(
         shift: largest random shift in pixels each way, filled with the border's colour. Digits
             of 8x8 fill their frame, and one pixel already costs a point of accuracy.
         lr: peak learning rate of Adam, reached after a tenth of the steps and lowered to 0 by a cosine.
+        num_threads: threads to train with, at least 1; torch's setting is put back afterwards. Layers this
+            small gain little from a second thread, and lose tenfold where another process has its core.
 
     Returns:
         The trained network's features.
@@ -110,9 +113,33 @@ def fit_classifier(
             f"labels {int(labels.min())} to {int(labels.max())} do not fit num_classes {num_classes}: "
             "they must lie in [0, num_classes), and there must be at least 2 classes"
         )
+    if num_threads < 1:
+        raise ValueError(f"num_threads {num_threads} must be at least 1")
     generator = torch.Generator().manual_seed(seed)
     shape = (images.shape[1], images.shape[2], images.shape[3])
     network = _Network(shape, num_classes, width=width, num_features=num_features, generator=generator)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        _train(
+            network, images, labels, generator, num_steps=num_steps, batch_size=batch_size, shift=shift, lr=lr
+        )
+    finally:
+        torch.set_num_threads(threads_before)
+    return ClassifierFeatures(network, shape)
+
+
+def _train(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    *,
+    num_steps: int,
+    batch_size: int,
+    shift: int,
+    lr: float,
+) -> None:
     optimiser = torch.optim.Adam(network.parameters(), lr=lr, betas=(0.9, 0.99))
     network.train()
     for step in range(num_steps):
@@ -125,7 +152,6 @@ def fit_classifier(
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    return ClassifierFeatures(network, shape)
 
 
 class _Network(nn.Module):
