@@ -1,0 +1,100 @@
+"""Images a second of a training step: the plain float32 path against the fast ones, in turns, at equal results.
+
+    python benchmarks/train_step.py                                          # 1.7M parameters at 32x32x1
+    python benchmarks/train_step.py --model-channels 64 --channels 3 --batch 16 --channel-mult 1 2 3 4 \
+        --num-blocks 2 --attention 16 8                                      # larger
+
+The plain path: weights normalised layer by layer, contiguous, PyTorch's default Adam.
+"""
+
+import copy
+
+import torch
+from common import convolution_peak, in_turns, machine, make_denoiser, options, table, timed
+
+from edm2.diffusion import edm2_loss
+from edm2.nn import ForcedWeightNorm, count_flops, use_channels_last
+
+
+class Step:
+    """One training step on fixed data."""
+
+    def __init__(self, denoiser, batch, *, fast, dtype=torch.float32, compiled=False):
+        self.denoiser = copy.deepcopy(denoiser).train()
+        self.denoiser.dtype = dtype
+        self.images, self.labels, self.sigma, self.noise = batch
+        self.force = None
+        if fast:
+            use_channels_last(self.denoiser)
+            self.force = ForcedWeightNorm(self.denoiser)
+            self.images = self.images.contiguous(memory_format=torch.channels_last)
+        self.forward = torch.compile(self.denoiser) if compiled else self.denoiser
+        kind = {"fused": True} if fast else {}
+        self.optimizer = torch.optim.Adam(self.denoiser.parameters(), lr=1e-3, betas=(0.9, 0.99), **kind)
+        self.losses = []
+
+    def __call__(self):
+        if self.force:
+            self.force()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = edm2_loss(self.forward, self.images, self.labels, self.sigma, self.noise)
+        (loss.sum() / len(self.images)).backward()
+        self.optimizer.step()
+        self.losses.append(loss.detach().mean())
+
+
+def main():
+    arguments = options(
+        __doc__,
+        resolution=32, channels=1, model_channels=32, channel_mult=(1, 2, 2), num_blocks=2, attention=(8,),
+        batch=64, rounds=7, compile=True, bf16=True, device="cuda" if torch.cuda.is_available() else "cpu",
+    )  # fmt: skip
+    device = torch.device(arguments.device)
+    denoiser = make_denoiser(arguments).to(device)
+    g = torch.Generator().manual_seed(1)
+    shape = (arguments.batch, arguments.channels, arguments.resolution, arguments.resolution)
+    batch = (
+        0.5 * torch.randn(shape, generator=g),
+        torch.arange(arguments.batch) % 10,
+        torch.exp(torch.randn(arguments.batch, generator=g) - 0.4),
+        torch.randn(shape, generator=g),
+    )
+    batch = tuple(x.to(device) for x in batch)
+    with torch.device("meta"):
+        flops = count_flops(make_denoiser(arguments).eval(), torch.zeros(1, *shape[1:]), torch.ones(1))
+
+    steps = {
+        "plain": Step(denoiser, batch, fast=False),
+        "one pass, channels last": Step(denoiser, batch, fast=True),
+    }
+    if arguments.bf16:
+        steps["... bf16"] = Step(denoiser, batch, fast=True, dtype=torch.bfloat16)
+    if arguments.compile:
+        steps["... compile"] = Step(denoiser, batch, fast=True, compiled=True)
+        if arguments.bf16:
+            steps["... bf16, compile"] = Step(denoiser, batch, fast=True, dtype=torch.bfloat16, compiled=True)
+        for name, step in steps.items():
+            if "compile" in name:
+                print(f"{name}: first step took {timed(step, device):.0f} s")
+                step.losses.clear()
+                step.denoiser.load_state_dict(denoiser.state_dict())
+                step.optimizer.state.clear()
+    peak = convolution_peak(device)
+    times = in_turns({**steps, "peak": peak}, device, arguments.rounds)
+    reference = torch.stack(steps["plain"].losses)
+    notes = {
+        name: f"losses {float((torch.stack(s.losses) - reference).abs().max() / reference.abs().max()):.1e}"
+        for name, s in steps.items()
+        if name != "plain"
+    }
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    print(
+        f"training step: {parameters / 1e6:.1f}M parameters at {shape[2]}x{shape[3]}x{shape[1]}, batch {shape[0]}"
+    )
+    print(machine(device))
+    # Forward, and twice that backward; two operations a multiply-accumulate.
+    print(table({n: times[n] for n in steps}, arguments.batch, 6 * flops, times["peak"], notes))
+
+
+if __name__ == "__main__":
+    main()
