@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,8 +213,8 @@ def _write_report(
 ) -> None:
     classes = generator.num_classes
     real = np.stack([test_images[test_labels == c][:10] for c in range(classes)], axis=1)
-    real_grid = image_grid(real.reshape(-1, *real.shape[2:]), columns=classes, scale=4)
-    made_grid = image_grid(made[: 10 * classes], columns=classes, scale=4)
+    real_grid = image_grid(real.reshape(-1, *real.shape[2:]), columns=classes, scale=5)
+    made_grid = image_grid(made[: 10 * classes], columns=classes, scale=5)
     save_png(made_grid, out / "samples.png")
     save_png(real_grid, out / "real.png")
 
@@ -318,7 +319,15 @@ def _add_settings(page: Page, out: Path, config: TrainConfig, generator: Generat
         f"{parameters:,} parameters. Expected error of the reconstructed parameters: "
         f"{generator.info['expected_error']:.1e} (relative L2).",
     )
-    page.code(json.dumps(config.to_json(), indent=1))
+    page.table(["setting", "value"], [[key, json.dumps(value)] for key, value in _flat(config.to_json())])
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _lengths(sigma_rels: tuple[float, ...]) -> str:

@@ -111,7 +111,7 @@ class Block(nn.Module):
         Queries, keys and values are normalised over a head's channels; the q/k/v index is the fastest part
         of the channel axis, so that released weights load.
 
-        Ref: EDM2 App. B.3, Eq. 49.
+        Ref: EDM2 Sec. 2.1, App. B.3.
         """
         assert self.attn_qkv is not None
         assert self.attn_proj is not None
