@@ -14,7 +14,7 @@ from edm2.train.run_folder import CONFIG_FILE, SNAPSHOTS, read_config, read_log
 
 
 def describe_preset(name: str) -> str:
-    """Network, cost and settings of a preset."""
+    """Network, cost, settings and state names of a preset."""
     config = get_preset(name)
     channels, height, width, classes = image_shape(name)
     network = dict(vars(config.network), img_resolution=height, img_channels=channels, label_dim=classes)
@@ -23,7 +23,8 @@ def describe_preset(name: str) -> str:
     lines.append(
         f"training    {config.num_images:,} images in {config.num_steps:,} steps of {config.batch_size}"
     )
-    return "\n".join(lines) + "\n\n" + json.dumps(config.to_json(), indent=1)
+    settings = json.dumps(config.to_json(), indent=1)
+    return "\n".join([*lines, "", "settings", settings, "", "state", _state(network)])
 
 
 def describe_path(path: Path) -> str:
