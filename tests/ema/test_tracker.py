@@ -141,6 +141,24 @@ def test_import_loads_nothing_else_of_edm2() -> None:
     assert out.strip() == "['edm2'] []"
 
 
+def test_any_width_between_the_tracks_is_at_hand() -> None:
+    model = nn.Linear(30, 30)
+    ema = PowerEMA(model, (0.023, 0.044, 0.063, 0.122, 0.196, 0.244))
+    truth = PowerEMA(model, (0.08, 0.16), dtype=torch.float64)
+    for t in walk(model, list(range(1, 200))):
+        ema.update(t)
+        truth.update(t)
+    for sigma_rel in truth.sigma_rels:
+        exact = truth.average(sigma_rel)["weight"]
+        assert (ema.average(sigma_rel)["weight"] - exact).norm() / (model.weight - exact).norm() < 0.01
+        with ema.applied(model, sigma_rel):
+            assert torch.equal(model.weight, ema.average(sigma_rel)["weight"])
+    with pytest.raises(
+        ValueError, match=r"sigma_rel 0\.25 cannot be made of the tracked ones, \(0\.05, 0\.1\)"
+    ):
+        PowerEMA(model).average(0.25)
+
+
 def test_applied_swaps_weights_in_and_surely_back() -> None:
     model = nn.Linear(7, 5)
     ema = PowerEMA(model)

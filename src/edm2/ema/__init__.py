@@ -4,13 +4,16 @@ Needs torch, numpy and safetensors, and nothing else of edm2.
 """
 
 from edm2.ema.profiles import decay, gamma_to_sigma_rel, sigma_rel_to_gamma
-from edm2.ema.reconstruct import Reconstruction, reconstruct, reconstruct_many
+from edm2.ema.reconstruct import AccuracyWarning, Reconstruction, reconstruct, reconstruct_many
 from edm2.ema.solve import solve_coefficients
+from edm2.ema.targets import Target
 from edm2.ema.tracker import PowerEMA
 
 __all__ = [
+    "AccuracyWarning",
     "PowerEMA",
     "Reconstruction",
+    "Target",
     "decay",
     "gamma_to_sigma_rel",
     "reconstruct",

@@ -1,6 +1,7 @@
 """Averages of any length from a folder of snapshots."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,11 +10,22 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from edm2.ema.profiles import FloatArray, power_inner, sigma_rel_to_gamma
+from edm2.ema.misfit import Grid, Motion
+from edm2.ema.motion import fit_motion
+from edm2.ema.profiles import FloatArray
+from edm2.ema.sampling import sample_squares
 from edm2.ema.snapshots import Manifest, Snapshot, open_snapshot, read_manifest
-from edm2.ema.solve import solve_coefficients
+from edm2.ema.solve import HOPELESS_MISFIT, Solution, solve_motion
 from edm2.ema.stream import WeightedSums, read_tensors
-from edm2.ema.tensorfile import TensorFile
+from edm2.ema.targets import PowerProfile, Profile, Target
+from edm2.ema.tensorfile import sum_text
+
+_MOST_JUDGED = 24
+_NEGLIGIBLE = 1e-9
+
+
+class AccuracyWarning(UserWarning):
+    """A reconstruction is expected to be further off than wished."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +35,12 @@ class Reconstruction:
     Attributes:
         tensors: Name -> tensor: averaged ones float32, copied ones (buffers) as they were; tied tensors
             appear under each of their names. Loads with `model.load_state_dict(result.tensors)`.
-        expected_error: Relative L2 error of the averaged tensors to expect.
-        sigma_rel: Width of the profile.
+        expected_error: Relative L2 error of the averaged tensors to expect, on the safe side.
+        rounding_error: The part of it that comes from the stored type.
+        profile_misfit: Relative L2 distance between the profile made and the one wanted.
+        amplification: How much the rounding of stored averages grows.
+        label: What was wanted, in words.
+        sigma_rel: Its width, where it is a power function.
         t: Time, in the run's clock.
         coefficients: Weight of each snapshot file.
         run_id: Run that the snapshots are of.
@@ -34,7 +50,11 @@ class Reconstruction:
 
     tensors: dict[str, Tensor] = field(repr=False)
     expected_error: float
-    sigma_rel: float
+    rounding_error: float
+    profile_misfit: float
+    amplification: float
+    label: str
+    sigma_rel: float | None
     t: float
     coefficients: dict[str, float] = field(repr=False)
     run_id: str
@@ -42,13 +62,22 @@ class Reconstruction:
     metadata: dict[str, Any] | None
 
 
-def reconstruct(folder: str | Path, sigma_rel: float, t: float | None = None) -> Reconstruction:
+def reconstruct(
+    folder: str | Path,
+    sigma_rel: float | None = None,
+    t: float | None = None,
+    *,
+    target: Target | None = None,
+    warn_above: float = 0.01,
+) -> Reconstruction:
     """Put an average of any length together from a folder of snapshots.
 
     Args:
         folder: Folder that `PowerEMA.snapshot` wrote.
         sigma_rel: Wanted width as a fraction of training time, in (0, 0.2887].
         t: Time at which the average is wanted. Default: the last snapshot's.
+        target: Any other profile, instead of `sigma_rel`.
+        warn_above: Warn where the expected relative error is larger.
 
     Returns:
         The average, with the error to expect.
@@ -58,34 +87,59 @@ def reconstruct(folder: str | Path, sigma_rel: float, t: float | None = None) ->
 
     Ref: EDM2 Sec. 3.2.
     """
-    return reconstruct_many(folder, [sigma_rel], t)[0]
+    if (sigma_rel is None) == (target is None):
+        raise ValueError("give one of sigma_rel and target: what average is wanted?")
+    wanted = Target.power(sigma_rel) if sigma_rel is not None else target
+    assert wanted is not None
+    return reconstruct_many(folder, [wanted], t, warn_above=warn_above)[0]
 
 
 def reconstruct_many(
-    folder: str | Path, sigma_rels: Sequence[float], t: float | None = None
+    folder: str | Path,
+    targets: Sequence[float | Target],
+    t: float | None = None,
+    *,
+    warn_above: float = 0.01,
 ) -> list[Reconstruction]:
-    """Put several averages together in one pass over the files; see `reconstruct`."""
+    """Put several averages together in one pass over the files; see `reconstruct`.
+
+    Args:
+        folder: Folder that `PowerEMA.snapshot` wrote.
+        targets: Widths or other profiles.
+        t: Time at which they are wanted. Default: the last snapshot's.
+        warn_above: Warn where the expected relative error is larger.
+
+    Returns:
+        One average a target.
+    """
     manifest = read_manifest(folder)
     t = _target_time(folder, manifest, t)
-    used = [s for s in manifest.snapshots if s.t <= t]
-    start = manifest.run.start
-    coefficients = solve_coefficients(
-        [s.t - start for s in used], [s.sigma_rel for s in used], t - start, sigma_rels
-    )
-    files = [open_snapshot(folder, manifest.run, s) for s in used]
-    sums, copied = _add_up(files, used, coefficients)
+    wanted = [x if isinstance(x, Target) else Target.power(x) for x in targets]
+    used = _useful(manifest, t)
+    stored = _Stored(folder, manifest, used)
+    solutions = stored.solve([w.at(t - manifest.run.start) for w in wanted])
+    for target, solution in zip(wanted, solutions, strict=True):
+        _refuse_hopeless(target, solution, t, used)
+    sums, copied = stored.add_up(np.stack([s.coefficients for s in solutions], axis=1), t)
     results = []
-    for column, (sigma_rel, averaged) in enumerate(zip(sigma_rels, sums, strict=True)):
+    for target, solution, averaged in zip(wanted, solutions, sums, strict=True):
         tensors = {**averaged, **copied}
         tensors |= {alias: tensors[name] for alias, name in manifest.run.aliases.items()}
-        weights = coefficients[:, column]
+        error = expected_error(solution, stored.motion)
+        if error > warn_above:
+            warnings.warn(_advice(target, solution, error, used, t), AccuracyWarning, stacklevel=3)
+        coefficients = zip((s.file for s in used), solution.coefficients.tolist(), strict=True)
         results.append(
             Reconstruction(
                 tensors=tensors,
-                expected_error=_expected_error(used, weights, start, t, sigma_rel),
-                sigma_rel=sigma_rel,
+                expected_error=error,
+                rounding_error=solution.rounding,
+                profile_misfit=solution.profile_misfit,
+                amplification=solution.amplification,
+                label=target.label,
+                sigma_rel=target.sigma_rel,
                 t=t,
-                coefficients={s.file: float(w) for s, w in zip(used, weights, strict=True)},
+                coefficients={file: x for file, x in coefficients if x},
                 run_id=manifest.run.run_id,
                 clock=manifest.run.clock,
                 metadata=manifest.run.metadata,
@@ -94,49 +148,118 @@ def reconstruct_many(
     return results
 
 
+def expected_error(solution: Solution, motion: Motion) -> float:
+    """Relative L2 error to expect: twice what the motion says, more where the motion is poorly known.
+
+    In trials on random walks and real trainings 96% of true errors lie below it (docs/ema.md).
+    """
+    return float(np.hypot(2.0 * (1.0 + motion.misfit) * solution.moved, 1.1 * solution.rounding))
+
+
+class _Stored:
+    """The snapshots that take part: their profiles, files, and how the weights moved between them."""
+
+    def __init__(self, folder: str | Path, manifest: Manifest, used: Sequence[Snapshot]) -> None:
+        self._used = used
+        self._files = [open_snapshot(folder, manifest.run, s) for s in used]
+        self._copied: list[str] = json.loads(self._files[0].metadata["copied"])
+        self._names = [name for name in self._files[0].specs if name not in self._copied]
+        self._scales = [json.loads(f.metadata.get("scales", "{}")) for f in self._files]
+        self._profiles = [PowerProfile(s.t - manifest.run.start, s.gamma) for s in used]
+        self._norm = used[-1].norm or 1.0
+        self._rounding = np.array([s.rounding * s.norm / self._norm for s in used])
+
+    def solve(self, targets: Sequence[Profile]) -> list[Solution]:
+        """Find the coefficients for some profiles."""
+        grid = Grid([*self._profiles, *targets])
+        judged = _spread(self._used, _MOST_JUDGED)
+        squares = sample_squares(
+            [self._files[i] for i in judged], self._names, [self._scales[i] for i in judged]
+        )
+        self.motion = fit_motion(
+            grid,
+            [self._profiles[i] for i in judged],
+            squares / self._norm**2,
+            self._rounding[judged],
+            np.array([(self._used[i].distance * self._used[i].norm / self._norm) ** 2 for i in judged]),
+        )
+        return solve_motion(grid, self._profiles, self._rounding, targets, self.motion)
+
+    def add_up(self, coefficients: FloatArray, t: float) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Read the files that count and add them up; buffers come from the last snapshot up to t."""
+        last = max(i for i, s in enumerate(self._used) if s.t <= t)
+        counts = [i for i, row in enumerate(coefficients) if i == last or np.abs(row).max() > _NEGLIGIBLE]
+        files = [self._files[i] for i in counts]
+        adder = WeightedSums(files, coefficients[counts], scales=[self._scales[i] for i in counts])
+        sums = adder.run(self._names)
+        copied: dict[str, Tensor] = {}
+        for i, file, data_sum in zip(counts, files, adder.data_sums, strict=True):
+            total = int(data_sum, 16)
+            for name, tensor, words in read_tensors(file, self._copied):
+                total += words
+                if i == last:
+                    copied[name] = tensor
+            if sum_text(total) != self._used[i].data_sum:
+                raise ValueError(
+                    f"{file.path} is damaged: its data is not what was written; restore it from a copy"
+                )
+        return sums, copied
+
+
 def _target_time(folder: str | Path, manifest: Manifest, t: float | None) -> float:
     if not manifest.snapshots:
         raise ValueError(f"{folder} holds no snapshot yet: train on until the first one is written")
-    last = max(s.t for s in manifest.snapshots)
-    t = last if t is None else t
-    if t > last:
+    times = [s.t for s in manifest.snapshots]
+    t = max(times) if t is None else t
+    if t > max(times):
         raise ValueError(
-            f"t {t:g} is beyond the last snapshot of {folder}, at {last:g}: ask for a time up to that"
+            f"t {t:g} is beyond the last snapshot of {folder}, at {max(times):g}: ask for a time up to that"
+        )
+    if not t >= min(times):
+        raise ValueError(
+            f"t {t:g} is before the first snapshot of {folder}, at {min(times):g}: ask for a time from that on"
         )
     return t
 
 
-def _add_up(
-    files: Sequence[TensorFile], used: Sequence[Snapshot], coefficients: FloatArray
-) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    scales = [json.loads(f.metadata.get("scales", "{}")) for f in files]
-    copied_names: list[str] = json.loads(files[-1].metadata["copied"])
-    names = [name for name in files[-1].specs if name not in copied_names]
-    adder = WeightedSums(files, coefficients, scales=scales)
-    sums = adder.run(names)
-    copied: dict[str, Tensor] = {}
-    for file, snapshot, data_sum in zip(files, used, adder.data_sums, strict=True):
-        total = int(data_sum, 16)
-        for name, tensor, words in read_tensors(file, copied_names):
-            copied[name] = tensor
-            total += words
-        if f"{total % (1 << 64):016x}" != snapshot.data_sum:
-            raise ValueError(
-                f"{file.path} is damaged: its data is not what was written; restore it from a copy"
-            )
-    return sums, copied
+def _useful(manifest: Manifest, t: float) -> list[Snapshot]:
+    """Snapshots up to a time, and those of the next time, which tell of the weights just before it too."""
+    later = [s.t for s in manifest.snapshots if s.t > t]
+    exact = any(s.t == t for s in manifest.snapshots)
+    until = t if exact or not later else min(later)
+    return [s for s in manifest.snapshots if s.t <= until]
 
 
-def _expected_error(
-    used: Sequence[Snapshot], weights: FloatArray, start: float, t: float, sigma_rel: float
-) -> float:
-    times = np.array([s.t - start for s in used])
-    gammas = np.array([s.gamma for s in used])
-    gamma = sigma_rel_to_gamma(sigma_rel)
-    ab = power_inner(times, gammas, t - start, gamma)
-    aa = power_inner(times[:, None], gammas[:, None], times, gammas)
-    bb = float(power_inner(t - start, gamma, t - start, gamma))
-    misfit = np.sqrt(max(float(weights @ aa @ weights - 2 * weights @ ab) + bb, 0.0) / bb)
-    distance = max(s.distance for s in used)
-    rounding = np.sqrt(sum((w * s.rounding) ** 2 for w, s in zip(weights, used, strict=True)))
-    return float(np.hypot(misfit * distance, rounding))
+def _spread(used: Sequence[Snapshot], most: int) -> list[int]:
+    """Up to `most` snapshots, the last ones and others evenly spread in time."""
+    if len(used) <= most:
+        return list(range(len(used)))
+    last = [i for i, s in enumerate(used) if s.t == used[-1].t][-most // 2 :]
+    rest = np.linspace(0, len(used) - len(last) - 1, most - len(last)).astype(int)
+    return sorted({*rest.tolist(), *last})
+
+
+def _refuse_hopeless(target: Target, solution: Solution, t: float, used: Sequence[Snapshot]) -> None:
+    widths = sorted({s.sigma_rel for s in used})
+    if len(used) == 1 and solution.profile_misfit > 1e-6:
+        raise ValueError(
+            f"one snapshot only, of sigma_rel {widths[0]:g}, cannot give {target.label}: another track or an"
+            " earlier snapshot is needed"
+        )
+    if solution.profile_misfit > HOPELESS_MISFIT:
+        raise ValueError(
+            f"{target.label} at t {t:g} cannot be expressed by these {len(used)} snapshots of widths"
+            f" {', '.join(f'{w:g}' for w in widths)} (misfit {solution.profile_misfit:.0%}): choose a target"
+            " nearer to them; `edm2 ema plan` tells which tracks reach further"
+        )
+
+
+def _advice(target: Target, solution: Solution, error: float, used: Sequence[Snapshot], t: float) -> str:
+    tracks = {s.sigma_rel for s in used}
+    if solution.rounding > solution.moved:
+        help_ = f"storing snapshots as fp32 instead of {used[-1].dtype}"
+    elif target.sigma_rel is not None and not min(tracks) <= target.sigma_rel <= max(tracks):
+        help_ = f"another track near sigma_rel {target.sigma_rel:g}"
+    else:
+        help_ = "closer snapshots, or another track"
+    return f"{target.label} at t {t:g}: expect a relative error of {error:.1e}; what would help: {help_}"

@@ -104,6 +104,29 @@ def read_exactly(handle: FileIO, file: TensorFile, position: int, out: ByteArray
         done += count
 
 
+def read_elements(
+    file: TensorFile, places: Sequence[tuple[str, int, int]], scales: dict[str, float]
+) -> FloatArray:
+    """Some elements of a file's tensors, one after the other.
+
+    Args:
+        file: An open file's header.
+        places: Tensor's name, first element and number of elements of each run.
+        scales: Factors of tensors that were stored divided by them.
+    """
+    out = np.empty(sum(length for _, _, length in places))
+    position = 0
+    with open(file.path, "rb", buffering=0) as handle:
+        for name, start, length in places:
+            spec = file.specs[name]
+            raw = torch.empty(length, dtype=spec.dtype)
+            place = file.offsets[name] + start * spec.dtype.itemsize
+            read_exactly(handle, file, place, raw.view(torch.uint8).numpy())
+            out[position : position + length] = raw.double().numpy() * scales.get(name, 1.0)
+            position += length
+    return out
+
+
 def read_tensors(file: TensorFile, names: Sequence[str]) -> Iterator[tuple[str, Tensor, int]]:
     """Tensors of a file as they are stored, each with the sum of its words."""
     assert all(file.specs[name].dtype in DTYPES.values() for name in names)

@@ -15,6 +15,7 @@ from edm2.ema.encoding import Track
 from edm2.ema.offload import HostAverages
 from edm2.ema.profiles import sigma_rel_to_gamma, step_weight
 from edm2.ema.sharding import distance, write_from_first
+from edm2.ema.solve import solve_live
 from edm2.ema.tensors import Include, collect, full, is_sharded, like_shard, local
 
 _FORMAT = "edm2.ema.PowerEMA/1"
@@ -180,24 +181,29 @@ class PowerEMA:
         }
 
     def average(self, sigma_rel: float) -> dict[str, Tensor]:
-        """One tracked average as it is now, by name; whole tensors where the model is sharded.
+        """An average as it is now, by name; whole tensors where the model is sharded.
 
         Args:
-            sigma_rel: One of the tracked widths.
+            sigma_rel: A tracked width, or another one that the tracks together can express.
 
         Returns:
-            Name -> tensor; views of the running averages unless sharded, so copy what must not change.
+            Name -> tensor; those of a tracked width are the running averages: copy what must not change.
 
         Raises:
-            ValueError: If that width is not tracked.
+            ValueError: If that width cannot be had.
         """
         averages = self._local_average(sigma_rel)
         return {n: full(a, p) for n, a, p in zip(self.names, averages, self._templates, strict=True)}
 
     def _local_average(self, sigma_rel: float) -> list[Tensor]:
-        if sigma_rel not in self.sigma_rels:
-            raise ValueError(f"sigma_rel {sigma_rel:g} is not tracked; tracked are {self.sigma_rels}")
-        return self._averages.tracks[self.sigma_rels.index(sigma_rel)]
+        tracks = self._averages.tracks
+        if sigma_rel in self.sigma_rels:
+            return tracks[self.sigma_rels.index(sigma_rel)]
+        coefficients = torch.from_numpy(solve_live(self.sigma_rels, sigma_rel))
+        return [
+            torch.stack(parts).mul_(coefficients.to(parts[0]).view(-1, *[1] * parts[0].dim())).sum(0)
+            for parts in zip(*tracks, strict=True)
+        ]
 
     @contextmanager
     def applied(self, model: nn.Module, sigma_rel: float) -> Iterator[nn.Module]:
