@@ -5,10 +5,11 @@ a checkpoint, the same command continues.
 """
 
 import difflib
+import importlib
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
 
@@ -31,13 +32,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, FileExistsError) as error:
-        _end(f"error: {error}", EXIT_BAD_INPUT)
+        end(f"error: {error}", EXIT_BAD_INPUT)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()
     except (OSError, FloatingPointError) as error:
-        _end(f"error: {error}", EXIT_FAILED)
+        end(f"error: {error}", EXIT_FAILED)
     except KeyboardInterrupt:
-        _end("interrupted", EXIT_FAILED)
+        end("interrupted", EXIT_FAILED)
 
 
 def _run(words: list[str]) -> None:
@@ -64,13 +65,9 @@ def _run(words: list[str]) -> None:
         table = table[word]
 
     # Imported here because it brings torch along, and the overview should come at once.
-    from edm2 import commands
-    from edm2.train import Stopped
-
-    try:
-        getattr(commands, "_".join(name.split()[1:]))(name, words)
-    except Stopped as stop:
-        _end(str(stop), EXIT_STOPPED)
+    _, command, *rest = name.split()
+    module = importlib.import_module(f"edm2.commands.{command}")
+    getattr(module, rest[0] if rest else "run")(name, words)
 
 
 def _print_help(name: str, table: dict[str, Any]) -> None:
@@ -85,6 +82,7 @@ def _show_warning(message: Any, *_: Any, **__: Any) -> None:
     print(f"edm2: warning: {message}", file=sys.stderr)
 
 
-def _end(text: str, code: int) -> None:
+def end(text: str, code: int) -> NoReturn:
+    """End the process with a line on standard error."""
     print(f"edm2: {text}", file=sys.stderr)
     raise SystemExit(code)

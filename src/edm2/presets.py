@@ -39,15 +39,15 @@ def digits() -> TrainConfig:
     """
     return TrainConfig(
         data="digits",
-        num_images=50_000,
-        batch_size=64,
-        snapshot_images=6_400,
-        checkpoint_images=12_800,
+        num_images=40_000,
+        batch_size=32,
+        snapshot_images=3_200,
+        checkpoint_images=16_000,
         log_images=640,
         network=NetworkConfig(
             model_channels=32, channel_mult=(1, 2), num_blocks=2, attn_resolutions=(4,), channels_per_head=32
         ),
-        optimizer=OptimizerConfig(ref_lr=0.01, ref_batches=300, rampup_mimg=0.002),
+        optimizer=OptimizerConfig(ref_lr=0.03, ref_batches=300, rampup_mimg=0.002),
     )
 
 

@@ -15,7 +15,7 @@ class Progress:
         unit: name of a unit, for the rate.
         done: units that were done before.
         interval: seconds between plain lines where the stream is no terminal.
-        stream: where to write; standard error by default. None as `quiet=True`.
+        stream: where to write; standard error by default.
         quiet: show nothing.
 
     Example:
@@ -54,13 +54,14 @@ class Progress:
 
         Args:
             count: units done since the last call.
-            **fields: current values worth seeing; floats are rounded.
+            **fields: current values worth seeing; floats are rounded. Without any, the last ones stay.
         """
         self.done += count
-        self._fields = "  ".join(
-            f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in fields.items()
-        )
+        if fields:
+            self._fields = "  ".join(
+                f"{name.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
+                for name, value in fields.items()
+            )
         if self._bar is not None:
             self._bar.update(0, completed=self.done, fields=self._fields, rate=self.rate)  # type: ignore[attr-defined]
         elif not self.quiet and time.monotonic() - self._shown >= self.interval:

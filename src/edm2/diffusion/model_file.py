@@ -68,7 +68,9 @@ def read_model_header(path: str | Path) -> tuple[Path, dict[str, Any]]:
         with safetensors.safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged or no safetensors file ({error}): restore it from a copy") from error
+        raise ValueError(
+            f"{file} is damaged or no safetensors file ({error}): restore it from a copy"
+        ) from error
     try:
         header = json.loads(metadata[_KEY])
         if header["format"] != _FORMAT or not isinstance(header["network"], dict):

@@ -13,6 +13,9 @@ from edm2.ema.tensorfile import FileSums, TensorSpec, write_tensors
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+TYPICAL_ROUNDING = {"fp32": 3e-8, "bf16": 1.4e-3, "fp16": 1.7e-4}
+"""Relative L2 error that storing makes."""
+
 
 class Facts(TypedDict):
     """What is known of an average only while it is at hand."""

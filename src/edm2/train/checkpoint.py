@@ -3,6 +3,7 @@
 checkpoints/000000012800/{model,optimizer,ema}.safetensors, state.json, manifest.json
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -20,7 +21,13 @@ _STATE = "state.json"
 
 
 def save_checkpoint(
-    folder: Path, num_images: int, groups: dict[str, dict[str, Tensor]], state: dict[str, Any], *, keep: int
+    folder: Path,
+    num_images: int,
+    groups: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    *,
+    keep: int,
+    passing: bool = False,
 ) -> Path:
     """Write a checkpoint aside, flush it, rename it into place, then drop the oldest ones.
 
@@ -30,6 +37,8 @@ def save_checkpoint(
         groups: file name without suffix -> tensors by name.
         state: JSON values.
         keep: number of checkpoints to keep, the newest.
+        passing: written out of turn, as when a run is stopped; the next checkpoint takes its place, so that a
+            run that was stopped leaves the same checkpoints as one that never was.
 
     Returns:
         The checkpoint's folder.
@@ -50,7 +59,7 @@ def save_checkpoint(
         files = {
             p.name: {"num_bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(aside.iterdir())
         }
-        write_json(aside / _MANIFEST, {"num_images": num_images, "files": files})
+        write_json(aside / _MANIFEST, {"num_images": num_images, "passing": passing, "files": files})
         if final.exists():
             shutil.rmtree(final)
         os.replace(aside, final)
@@ -62,16 +71,22 @@ def save_checkpoint(
             "run the same command again",
         ) from error
     sync_folder(folder)
-    for old in _names(folder)[:-keep]:
-        shutil.rmtree(folder / old)
+    prune(folder, keep=keep)
     return final
 
 
-def load_newest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+def prune(folder: Path, *, keep: int) -> None:
+    """Drop all but the newest checkpoints, and those written out of turn that have a successor."""
+    for name in [n for n in _names(folder)[:-1] if _is_passing(folder / n)] + _names(folder)[:-keep]:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def load_newest(folder: Path, *, run_id: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
     """Read the newest whole checkpoint; damaged ones that are passed over are named, and renamed to stay.
 
     Args:
         folder: where the run's checkpoints lie.
+        run_id: of the run; a checkpoint of another one counts as damaged.
 
     Returns:
         Tensors by file and name, and the state; None where there is no checkpoint at all.
@@ -82,10 +97,10 @@ def load_newest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
     names = _names(folder)
     problems: list[str] = []
     for name in reversed(names):
-        problem = verify(folder / name)
+        problem = verify(folder / name, run_id=run_id)
         if problem is None:
             for damaged in [n for n in names if n > name]:
-                os.replace(folder / damaged, folder / f"{damaged}.damaged")
+                os.replace(folder / damaged, _free_name(folder, damaged))
             for text in problems:
                 warnings.warn(f"{text}; it is kept as .damaged, the run goes on from {name}", stacklevel=2)
             return _read(folder / name)
@@ -98,25 +113,46 @@ def load_newest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
     return None
 
 
-def verify(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None where it is whole."""
+def verify(checkpoint: Path, *, run_id: str) -> str | None:
+    """What is wrong with a checkpoint of a run, in words; None where it is whole."""
     try:
         files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
+        if _STATE not in files:
+            raise KeyError(_STATE)
         for name, facts in files.items():
             path = checkpoint / name
             if not path.exists():
                 return f"checkpoint {checkpoint} is damaged: {name} is missing"
             if path.stat().st_size != facts["num_bytes"] or sha256_of(path) != facts["sha256"]:
                 return f"checkpoint {checkpoint} is damaged: {name} is not as it was written"
+        found = json.loads((checkpoint / _STATE).read_text())["ema"]["run_id"]
     except FileNotFoundError:
         return f"checkpoint {checkpoint} is damaged: {_MANIFEST} is missing"
+    except OSError as error:
+        return f"checkpoint {checkpoint} is damaged: it cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"checkpoint {checkpoint} is damaged: {_MANIFEST} cannot be read"
-    return None
+    return None if found == run_id else f"checkpoint {checkpoint} is of another run, {found}"
 
 
 def _names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+
+
+def _is_passing(checkpoint: Path) -> bool:
+    try:
+        return bool(json.loads((checkpoint / _MANIFEST).read_text())["passing"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _free_name(folder: Path, name: str) -> Path:
+    free = folder / f"{name}.damaged"
+    for i in itertools.count(2):
+        if not free.exists():
+            break
+        free = folder / f"{name}.damaged{i}"
+    return free
 
 
 def _read(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

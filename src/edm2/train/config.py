@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from edm2.ema import sigma_rel_to_gamma
+
 _NAME = tyro.conf.arg
 
 
@@ -61,6 +63,8 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         for name in ("model_channels", "num_blocks", "channels_per_head"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        whole = len(self.channel_mult) >= 1 and min(self.channel_mult) >= 1
+        _require(whole, "channel_mult", self.channel_mult, "one or more numbers of at least 1")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
 
 
@@ -80,9 +84,11 @@ class OptimizerConfig:
     """Adam's epsilon."""
 
     def __post_init__(self) -> None:
-        _require(self.ref_lr > 0, "ref_lr", self.ref_lr, "above 0")
+        _require(0 < self.ref_lr < math.inf, "ref_lr", self.ref_lr, "above 0 and finite")
         for name in ("ref_batches", "rampup_mimg"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "in [0, 1)")
+        _require(self.eps > 0, "eps", self.eps, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +103,9 @@ class LossConfig:
     """Standard deviation of the coded data."""
 
     def __post_init__(self) -> None:
-        _require(self.p_std > 0, "p_std", self.p_std, "above 0")
-        _require(self.sigma_data > 0, "sigma_data", self.sigma_data, "above 0")
+        _require(math.isfinite(self.p_mean), "p_mean", self.p_mean, "finite")
+        _require(0 < self.p_std < math.inf, "p_std", self.p_std, "above 0 and finite")
+        _require(0 < self.sigma_data < math.inf, "sigma_data", self.sigma_data, "above 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +116,11 @@ class EMAConfig:
     """Lengths of the tracked averages, relative to the training time."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of stored snapshots."""
+
+    def __post_init__(self) -> None:
+        different = len(self.sigma_rels) == len(set(self.sigma_rels)) >= 1
+        _require(different, "sigma_rels", self.sigma_rels, "one or more different lengths")
+        sigma_rel_to_gamma(self.sigma_rels)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from edm2.nn import ForcedWeightNorm, keyed_normal, use_channels_last
 from edm2.progress import Progress
 from edm2.train import run_folder
 from edm2.train.build import build_denoiser, open_training_data, pick_device, versions
-from edm2.train.checkpoint import load_newest, save_checkpoint
+from edm2.train.checkpoint import load_newest, prune, save_checkpoint
 from edm2.train.coding import Coding, make_coding
 from edm2.train.config import TrainConfig
 from edm2.train.gradients import clean_gradients
@@ -114,7 +114,8 @@ class Trainer:
     def resume(self) -> None:
         """Take up the newest whole checkpoint, if there is one."""
         folder = self.out / run_folder.CHECKPOINTS
-        found = load_newest(folder)
+        found = load_newest(folder, run_id=self.ema.run_id)
+        prune(folder, keep=self.config.keep_checkpoints)
         if found is not None:
             self._restore(*found)
         run_folder.rewind_log(self.out, self.num_images)
@@ -147,7 +148,7 @@ class Trainer:
                 if self._crossed(before, config.checkpoint_images) or last:
                     self.checkpoint()
                 if stop_requested() and not last:
-                    self.checkpoint()
+                    self.checkpoint(passing=True)
                     raise Stopped(
                         f"stopped at {self.num_images} of {end} images, checkpoint written; the same command continues"
                     )
@@ -252,8 +253,8 @@ class Trainer:
             dtype=self.config.ema.dtype,
         )
 
-    def checkpoint(self) -> None:
-        """Write everything that is needed to go on."""
+    def checkpoint(self, *, passing: bool = False) -> None:
+        """Write everything that is needed to go on; a passing one is dropped once the next is written."""
         optimizer = {
             f"{key}.{name}": value
             for name, p in self.denoiser.named_parameters()
@@ -275,6 +276,7 @@ class Trainer:
             {"model": self.denoiser.state_dict(), "optimizer": optimizer, "ema": tensors},
             state,
             keep=self.config.keep_checkpoints,
+            passing=passing,
         )
 
     def _restore(self, groups: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:

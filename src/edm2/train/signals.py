@@ -19,7 +19,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
         def handle(number: int, frame: object) -> None:
             received.append(number)
-            signal.signal(number, previous[number])
+            for known, handler in previous.items():
+                signal.signal(known, handler)
 
         for number in previous:
             signal.signal(number, handle)

@@ -1,0 +1,32 @@
+"""`edm2 info`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from edm2.describe import describe_path, describe_preset
+from edm2.presets import PRESETS, get_preset
+
+
+@dataclass(kw_only=True)
+class _Info:
+    """Print parameters, Gflops an image, and state of a preset or a saved model. Without a name: all presets."""
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """A preset's name, a model file, or the folder of a run."""
+
+
+def run(prog: str, words: Sequence[str]) -> None:
+    """`edm2 info`."""
+    chosen = tyro.cli(_Info, prog=prog, args=list(words))
+    if chosen.name is None:
+        print("\n".join(PRESETS))
+    elif chosen.name in PRESETS:
+        print(describe_preset(chosen.name))
+    elif Path(chosen.name).exists():
+        print(describe_path(Path(chosen.name)))
+    else:
+        get_preset(chosen.name)
