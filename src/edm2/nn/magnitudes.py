@@ -1,0 +1,151 @@
+"""How large activations, weights, gradients and updates of a model are while it trains.
+
+Ref: EDM2 Sec. 2 and Fig. 3, 15-17: magnitudes that drift are what the configurations remove one by one.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitudes:
+    """Root mean squares of one training step.
+
+    Attributes:
+        activations: of each block's output, over batch, channels and pixels.
+        weights: of each weight before the update.
+        gradients: of each weight's gradient.
+        updates: L2 norm of each weight's change, relative to the weight's.
+    """
+
+    activations: dict[str, float]
+    weights: dict[str, float]
+    gradients: dict[str, float]
+    updates: dict[str, float]
+
+
+class MagnitudeRecorder:
+    """Measures single training steps of any model; between them nothing is attached to it.
+
+    Args:
+        model: any module. Its sharded parameters (DTensor) are not supported.
+        blocks: which modules' outputs to measure, by name and module. Default: the members of module lists,
+            dictionaries and sequences, which is where networks keep their blocks; where there are none,
+            the modules without children.
+
+    Raises:
+        ValueError: if nothing is chosen.
+
+    Example:
+        >>> recorder = MagnitudeRecorder(model)
+        >>> with recorder.step():
+        ...     loss(model, batch).backward()
+        ...     optimizer.step()
+        >>> recorder.read().activations
+    """
+
+    def __init__(self, model: nn.Module, *, blocks: Callable[[str, nn.Module], bool] | None = None) -> None:
+        self._blocks = _chosen(model, blocks)
+        if not self._blocks:
+            raise ValueError("no module of the model was chosen: let `blocks` accept at least one")
+        # Vectors and scalars (biases, gains) have no magnitude of interest.
+        named = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
+        self._names: list[str] = list(named)
+        self._weights: list[Tensor] = list(named.values())
+        self._squares: dict[str, list[Tensor]] = {}
+        self._last: list[Tensor] | None = None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Record the step inside: forward and backward passes, which may be several, and the update.
+
+        Gradients must still be there at the end. The code inside must run the modules themselves: a graph
+        that was compiled before does not see the hooks.
+        """
+        self._squares = {}
+        hooks = [module.register_forward_hook(self._hook(name)) for name, module in self._blocks.items()]
+        before = [p.detach().clone() for p in self._weights]
+        try:
+            yield
+        finally:
+            _remove(hooks)
+        self._last = self._measure(before)
+
+    def read(self) -> Magnitudes:
+        """The last recorded step; waits for the device.
+
+        Raises:
+            ValueError: if no step was recorded, or no block was run in it.
+        """
+        if self._last is None:
+            raise ValueError("no step was recorded: run one inside `with recorder.step():`")
+        if not self._squares:
+            raise ValueError("no chosen module ran in the recorded step: compiled graphs bypass the hooks")
+        names = (list(self._squares), self._names, self._names, self._names)
+        parts = [
+            dict(zip(own, values.tolist(), strict=True))
+            for own, values in zip(names, self._last, strict=True)
+        ]
+        return Magnitudes(activations=parts[0], weights=parts[1], gradients=parts[2], updates=parts[3])
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensor = _first_tensor(output)
+            if tensor is not None:
+                square = tensor.detach().float().square().mean()
+                self._squares.setdefault(name, []).append(square)
+
+        return hook
+
+    @torch.no_grad()
+    def _measure(self, before: list[Tensor]) -> list[Tensor]:
+        sizes = [p.numel() ** 0.5 for p in self._weights]
+        norms = torch.stack(torch._foreach_norm(before)).double()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._weights]
+        changes = torch.stack(torch._foreach_norm(torch._foreach_sub(self._weights, before))).double()
+        root = norms.new_tensor(sizes)
+        squares = [torch.stack(values).mean() for values in self._squares.values()]
+        return [
+            torch.stack(squares).sqrt() if squares else norms.new_zeros(0),
+            norms / root,
+            torch.stack(torch._foreach_norm(gradients)).double() / root,
+            changes / norms.clamp_min(torch.finfo(torch.float32).tiny),
+        ]
+
+
+def _chosen(model: nn.Module, blocks: Callable[[str, nn.Module], bool] | None) -> dict[str, nn.Module]:
+    named = {name: module for name, module in model.named_modules() if name}
+    if blocks is not None:
+        return {name: module for name, module in named.items() if blocks(name, module)}
+    lists = (nn.ModuleDict, nn.ModuleList, nn.Sequential)
+    members = {
+        id(child) for module in model.modules() if isinstance(module, lists) for child in module.children()
+    }
+    chosen = {
+        name: module
+        for name, module in named.items()
+        if id(module) in members and not isinstance(module, lists) and any(True for _ in module.parameters())
+    }
+    # A block within a block would be drawn twice.
+    outer = {n: m for n, m in chosen.items() if not any(n.startswith(f"{other}.") for other in chosen)}
+    return outer or {n: m for n, m in named.items() if not any(True for _ in m.children())}
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    values = (
+        output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
+    )
+    return next((t for t in map(_first_tensor, values) if t is not None), None)
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
