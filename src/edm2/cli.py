@@ -22,6 +22,7 @@ COMMANDS: dict[str, Any] = {
         "reconstruct": "models with any EMA length from a run's snapshots",
     },
     "sample": "make images with a model",
+    "report": "a page about one run, or several side by side",
     "info": "what a preset or a saved model is",
 }
 

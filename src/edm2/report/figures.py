@@ -61,7 +61,7 @@ def loss_curve(
         axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes[1].locator_params(axis="y", nbins=2)
         figure.align_ylabels(axes)
-    _count_images(axes[-1])
+    count_images(axes[-1])
     return figure
 
 
@@ -249,7 +249,8 @@ def _limit_to_bulk(ax: Axes, values: Floats, mean: Floats) -> None:
     ax.text(0.99, 0.97, note, color=LIGHT["muted"], fontsize=FONT_SIZE - 1.5, **corner)
 
 
-def _count_images(ax: Axes) -> None:
+def count_images(ax: Axes) -> None:
+    """Label a horizontal axis of images seen: 20k, 3M."""
     from matplotlib.ticker import EngFormatter
 
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))

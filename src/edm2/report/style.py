@@ -26,7 +26,7 @@ FAINT_DARK = ("#2f4a73", "#6b4429", "#2d5740")
 # Small on purpose: scaled to a phone's width the text stays near ten pixels.
 WIDTH, HEIGHT = 5.0, 3.0
 FONT_SIZE = 10.0
-LEGEND_LETTERS = 46  # what three names may have together to fit beside each other
+LEGEND_LETTERS = 58  # what fits in one line, each line or mark taking the room of four
 
 
 def new_figure(*, rows: tuple[float, ...] = (1.0,), height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
@@ -75,7 +75,7 @@ def add_legend(ax: Axes) -> None:
     ax.legend(
         loc="lower left",
         bbox_to_anchor=(0.0, 1.0),
-        ncols=len(names) if sum(map(len, names)) <= LEGEND_LETTERS else 2,
+        ncols=len(names) if sum(len(name) + 4 for name in names) <= LEGEND_LETTERS else 2,
         frameon=False,
         borderaxespad=0.2,
         borderpad=0.2,

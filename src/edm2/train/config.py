@@ -153,6 +153,8 @@ class TrainConfig:
     """Memory format of convolutions; faster on most machines."""
     compile: bool = False
     """Use torch.compile; takes minutes to start, pays in long runs."""
+    record_magnitudes: bool = True
+    """Whether each line of the log comes with the magnitudes of one step, for `edm2 report`."""
     stop_after_nonfinite: int = 8
     """Number of steps in a row with a loss or gradient that is not finite after which the run stops."""
     dataset: DataConfig = field(default_factory=DataConfig)
@@ -185,7 +187,7 @@ class TrainConfig:
         """The settings that make a run this run; the others may change when it is continued."""
         free = {
             "num_images", "microbatch", "snapshot_images", "checkpoint_images", "keep_checkpoints", "device",
-            "channels_last", "compile", "stop_after_nonfinite",
+            "channels_last", "compile", "record_magnitudes", "stop_after_nonfinite",
         }  # fmt: skip
         return {key: value for key, value in self.to_json().items() if key not in free}
 

@@ -6,6 +6,7 @@ continued is the run that was never stopped, bit for bit.
 Ref: EDM2 Sec. 2-3, App. B; SPEC sections 3-5.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from edm2.data import ImageDataset, indices
 from edm2.diffusion import draw_sigma, edm2_loss, save_model
 from edm2.ema import PowerEMA
 from edm2.nn import ForcedWeightNorm, keyed_normal, use_channels_last
+from edm2.nn.magnitudes import MagnitudeRecorder
 from edm2.progress import Progress
 from edm2.train import run_folder
 from edm2.train.build import build_denoiser, open_training_data, pick_device, versions
@@ -38,6 +40,7 @@ def train(
     config: TrainConfig,
     out: str | Path,
     *,
+    dataset: ImageDataset | None = None,
     preset: str = "",
     quiet: bool = False,
     on_step: Callable[["Trainer"], None] | None = None,
@@ -47,6 +50,7 @@ def train(
     Args:
         config: all settings.
         out: folder of the run.
+        dataset: training images; default: those that the configuration names.
         preset: name that the settings come from, noted in the files.
         quiet: show no progress.
         on_step: called after every step, for callers who want to look inside.
@@ -57,9 +61,9 @@ def train(
     Raises:
         ValueError: for bad settings or data, a folder that holds another run, or damaged checkpoints.
         FloatingPointError: if losses or gradients stay non-finite.
-        Stopped: after SIGINT or SIGTERM, once a checkpoint is written.
+        Stopped: after SIGINT, SIGTERM or `Trainer.request_stop`, once a checkpoint is written.
     """
-    dataset = open_training_data(config)
+    dataset = open_training_data(config) if dataset is None else dataset
     trainer = Trainer(config, dataset, Path(out), preset=preset)
     trainer.resume()
     trainer.run(quiet=quiet, on_step=on_step)
@@ -100,6 +104,7 @@ class Trainer:
         )
         self.ema = PowerEMA(self.denoiser, config.ema.sigma_rels, clock="images", run_id=run_id)
         self._forward: Any = torch.compile(self.denoiser) if config.compile else self.denoiser
+        self._recorder = MagnitudeRecorder(self.denoiser) if config.record_magnitudes else None
         self.info = {
             "preset": preset,
             "coding": self.coding.to_json(),
@@ -118,7 +123,8 @@ class Trainer:
         prune(folder, keep=self.config.keep_checkpoints)
         if found is not None:
             self._restore(*found)
-        run_folder.rewind_log(self.out, self.num_images)
+        for name in (run_folder.LOG_FILE, run_folder.MAGNITUDES_FILE):
+            run_folder.rewind_log(self.out, self.num_images, name)
 
     def run(self, *, quiet: bool = False, on_step: Callable[["Trainer"], None] | None = None) -> None:
         """Train until `config.num_images`, saving on the way and at the end."""
@@ -130,48 +136,62 @@ class Trainer:
             stop_requests() as stop_requested,
         ):
             while self.num_images < end:
-                before = self.num_images
-                self.step()
+                self.step(record=self._due(config.log_images, self.num_images + config.batch_size))
                 if on_step is not None:
                     on_step(self)
-                last = self.num_images >= end
                 fields = {}
-                if self._crossed(before, config.log_images) or last:
+                if self._due(config.log_images, self.num_images):
                     now = time.monotonic()
                     fields = self._log(
                         seconds=round(now - start, 3),
                         images_per_second=round((self.num_images - first) / max(now - start, 1e-9), 2),
                     )
                 progress.advance(config.batch_size, **fields)
-                if self._crossed(before, config.snapshot_images) or last:
+                if self._due(config.snapshot_images, self.num_images):
                     self.snapshot()
-                if self._crossed(before, config.checkpoint_images) or last:
+                if self._due(config.checkpoint_images, self.num_images):
                     self.checkpoint()
-                if stop_requested() and not last:
+                if stop_requested() and not self._is_last(self.num_images):
                     self.checkpoint(passing=True)
                     raise Stopped(
                         f"stopped at {self.num_images} of {end} images, checkpoint written; the same command continues"
                     )
 
-    def step(self) -> None:
-        """One optimiser step on the next `batch_size` images."""
+    def step(self, *, record: bool = False) -> None:
+        """One optimiser step on the next `batch_size` images.
+
+        Args:
+            record: write the step's magnitudes down, if the configuration wants them.
+        """
+        self._set_learning_rate()
+        self.force_norm()
+        if self._recorder is None or not record:
+            return self._step(self._forward)
+        with self._recorder.step():
+            self._step(self.denoiser)
+        found = dataclasses.asdict(self._recorder.read())
+        run_folder.append_log(self.out, {"num_images": self.num_images, **found}, run_folder.MAGNITUDES_FILE)
+
+    def _set_learning_rate(self) -> None:
         config = self.config
-        batch = config.batch_size
         lr = learning_rate(
             self.num_images,
-            batch_size=batch,
+            batch_size=config.batch_size,
             ref_lr=config.optimizer.ref_lr,
             ref_batches=config.optimizer.ref_batches,
             rampup_mimg=config.optimizer.rampup_mimg,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.force_norm()
+
+    def _step(self, forward: Any) -> None:
+        config = self.config
+        batch = config.batch_size
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         size = config.microbatch or batch
         for start in range(self.num_images, self.num_images + batch, size):
-            loss = self._loss(start, size)
+            loss = self._loss(forward, start, size)
             (loss.sum() / batch).backward()
             loss_sum += loss.detach().mean(dtype=torch.float64) * (size / batch)
         norm = clean_gradients([p.grad for p in self.denoiser.parameters() if p.grad is not None])
@@ -180,7 +200,7 @@ class Trainer:
         self.ema.update(self.num_images)
         self._account(loss_sum, norm)
 
-    def _loss(self, position: int, count: int) -> Tensor:
+    def _loss(self, forward: Any, position: int, count: int) -> Tensor:
         config = self.config
         chosen = indices(position, count, size=len(self.dataset), seed=config.seed)
         where = torch.arange(position, position + count, device=self.device)
@@ -195,7 +215,7 @@ class Trainer:
         noise = keyed_normal(where, images.shape[1:], seed=config.seed, stream=_NOISE)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         return edm2_loss(
-            self._forward,
+            forward,
             images.to(memory_format=layout),
             labels,
             sigma,
@@ -299,5 +319,10 @@ class Trainer:
         info = {**self.info, "sigma_rel": longest, "num_images": self.num_images, "run_id": self.ema.run_id}
         return save_model(self.out, self.denoiser.config, tensors, info, overwrite=True)
 
-    def _crossed(self, before: int, interval: int) -> bool:
-        return before // interval != self.num_images // interval
+    def _due(self, interval: int, num_images: int) -> bool:
+        """Whether the step that ends at `num_images` passes a multiple of the interval, or is the last."""
+        batch = self.config.batch_size
+        return num_images // interval != (num_images - batch) // interval or self._is_last(num_images)
+
+    def _is_last(self, num_images: int) -> bool:
+        return num_images >= self.config.num_images

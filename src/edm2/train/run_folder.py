@@ -8,6 +8,7 @@ from edm2.files import write_atomic, write_json
 
 CONFIG_FILE = "config.json"
 LOG_FILE = "log.jsonl"
+MAGNITUDES_FILE = "magnitudes.jsonl"
 SNAPSHOTS = "snapshots"
 CHECKPOINTS = "checkpoints"
 
@@ -60,9 +61,9 @@ def read_config(out: Path) -> dict[str, Any]:
     return content
 
 
-def read_log(out: Path) -> list[dict[str, Any]]:
-    """The log's records, in order; a last line that was cut short by a kill is left out."""
-    path = out / LOG_FILE
+def read_log(out: Path, name: str = LOG_FILE) -> list[dict[str, Any]]:
+    """A log's records, in order; a last line that was cut short by a kill is left out."""
+    path = out / name
     records = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -73,15 +74,16 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     return records
 
 
-def rewind_log(out: Path, num_images: int) -> None:
+def rewind_log(out: Path, num_images: int, name: str = LOG_FILE) -> None:
     """Drop the records of images after `num_images`, which will be trained again."""
-    kept = [record for record in read_log(out) if record["num_images"] <= num_images]
-    write_atomic(out / LOG_FILE, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    if (out / name).exists():
+        kept = [record for record in read_log(out, name) if record["num_images"] <= num_images]
+        write_atomic(out / name, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
-def append_log(out: Path, record: dict[str, Any]) -> None:
-    """Add a record to the log."""
-    with open(out / LOG_FILE, "a", encoding="utf-8") as file:
+def append_log(out: Path, record: dict[str, Any], name: str = LOG_FILE) -> None:
+    """Add a record to a log."""
+    with open(out / name, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 

@@ -1,0 +1,31 @@
+"""`edm2 report`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from edm2.run_report import write_run_report
+
+
+@dataclass(kw_only=True)
+class _Report:
+    """Draw what happened in one run, or in several side by side, as one HTML file that opens offline."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of runs, finished or under way."""
+    out: Path | None = None
+    """The file; default: report.html in the first run's folder. An older report there is replaced."""
+    samples: bool = True
+    """Run the networks: samples over time and errors by noise level."""
+
+
+def run(prog: str, words: Sequence[str]) -> None:
+    """`edm2 report`."""
+    chosen = tyro.cli(_Report, prog=prog, args=list(words))
+    if not chosen.runs:
+        raise ValueError("no run was given: name the folder of at least one")
+    out = chosen.out or chosen.runs[0] / "report.html"
+    print(write_run_report(chosen.runs, out, samples=chosen.samples))

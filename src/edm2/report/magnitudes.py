@@ -1,0 +1,102 @@
+"""How magnitudes move over training: one curve a resolution, or one a layer.
+
+Ref: EDM2 Fig. 3, 15-17.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edm2.report.figures import count_images
+from edm2.report.style import LIGHT, SERIES, add_legend, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LEVEL = re.compile(r"(?:^|\.)(enc|dec)\.(\d+x\d+)_")
+_PART_NAMES = {"enc": "encoder", "dec": "decoder"}
+MOST_CURVES = 12
+LEAST_SPAN = 2.0  # factor above and below the middle that an axis covers at least
+
+
+def by_resolution(values: Mapping[str, float]) -> dict[str, float]:
+    """Root mean square over the blocks of each resolution of a U-Net, encoder and decoder apart.
+
+    Args:
+        values: by name of block or weight.
+
+    Returns:
+        By `encoder 32x32` and so on, in the order of the network; names without a resolution stay as they
+        are if no name has one, and are left out otherwise.
+    """
+    squares: dict[str, list[float]] = {}
+    for name, value in values.items():
+        found = _LEVEL.search(name)
+        if found:
+            squares.setdefault(f"{_PART_NAMES[found[1]]} {found[2]}", []).append(value**2)
+    if not squares:
+        return dict(values)
+    return {name: float(np.sqrt(np.mean(group))) for name, group in squares.items()}
+
+
+def magnitude_curve(
+    num_images: Sequence[float], values: Sequence[Mapping[str, float]], *, label: str
+) -> Figure:
+    """Curves of magnitudes against images seen, on a logarithmic axis.
+
+    Encoder levels are drawn solid and decoder levels dashed, a colour each resolution. Where there are more
+    names than a reader can tell apart, the median and the range are drawn instead.
+
+    Args:
+        num_images: training images seen, increasing.
+        values: magnitudes by name at each of those moments; the same names every time.
+        label: name of the vertical axis.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: if nothing was given, or lengths or names differ.
+    """
+    if not len(num_images) or len(num_images) != len(values):
+        raise ValueError(f"{len(num_images)} moments and {len(values)} records: give one record a moment")
+    names = list(values[0])
+    if any(list(record) != names for record in values) or not names:
+        raise ValueError("the records name different blocks: draw runs of different networks apart")
+    table = np.array([[record[name] for name in names] for record in values], dtype=np.float64)
+    # Nothing can be drawn at zero or infinity on a logarithmic axis.
+    table[~np.isfinite(table) | (table <= 0)] = np.nan
+    figure, (ax,) = new_figure()
+    if np.isfinite(table).any():
+        _scale(ax, float(np.nanmin(table)), float(np.nanmax(table)))
+    if len(names) > MOST_CURVES:
+        low, middle, high = np.nanquantile(table, [0.0, 0.5, 1.0], axis=1)
+        ax.fill_between(num_images, low, high, color=LIGHT["shade"], linewidth=0.0, label="range")
+        ax.plot(num_images, middle, color=SERIES[0], linewidth=1.8, label=f"median of {len(names)} layers")
+    else:
+        levels = list(dict.fromkeys(name.split()[-1] for name in names))
+        for name, curve in zip(names, table.T, strict=True):
+            color = SERIES[levels.index(name.split()[-1]) % len(SERIES)]
+            dashed = name.startswith("decoder")
+            ax.plot(num_images, curve, color=color, linestyle="--" if dashed else "-", label=name)
+    count_images(ax)
+    ax.set_ylabel(label, parse_math=False)
+    add_legend(ax)
+    return figure
+
+
+def _scale(ax: Axes, low: float, high: float) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    ax.set_yscale("log")
+    # Values that do not move should look so, not fill the height with their rounding.
+    middle = np.sqrt(low * high)
+    ax.set_ylim(min(low / 1.1, middle / LEAST_SPAN), max(high * 1.1, middle * LEAST_SPAN))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high < 100 * low else LogLocator())
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
