@@ -9,20 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edm2.nn import MPConv, MPFourier, UNet
+from edm2.nn import UNet
+
+# State of every config but G, whose state names are those of the released weights: which one it is.
+_LETTER = "ladder_config"
 
 
 class Denoiser(nn.Module):
-    """`D(x; sigma) = c_skip x + c_out F(c_in x, c_noise, label)`, with F a magnitude-preserving U-Net.
+    """`D(x; sigma) = c_skip x + c_out F(c_in x, c_noise, label)`, with F the U-Net of a configuration.
 
     Args:
         img_resolution: side of square images, or (height, width).
         img_channels: channels of the images.
         label_dim: number of classes, or length of a conditioning vector; 0 for an unconditional denoiser.
+        config: configuration of the paper, `A` to `G`: network, preconditioning and uncertainty;
+            `edm2.diffusion.training_rules` has what training must do for it.
         dtype: precision of F: float32, bfloat16 or float16. The preconditioning stays in float32, the
-            parameters in theirs.
+            parameters in theirs; so do the embedding and the logits of attention in A and B.
         sigma_data: standard deviation of the data.
-        logvar_channels: features of the uncertainty head.
+        logvar_channels: features of the uncertainty head, by default 128: the released G's number, and the
+            paper gives none for B to F (LADDER section 16.3). Config A has no head.
         **unet_options: options of `edm2.nn.UNet`: model_channels, channel_mult, num_blocks,
             attn_resolutions, channels_per_head, dropout, label_kind, cond_channels and so on.
 
@@ -31,7 +37,7 @@ class Denoiser(nn.Module):
         config: the constructor's arguments as JSON-able values; `Denoiser(**config)` builds the same network.
 
     Raises:
-        ValueError: for options that `UNet` refuses.
+        ValueError: for options that `UNet` refuses, or logvar_channels in config A.
     """
 
     def __init__(
@@ -40,9 +46,10 @@ class Denoiser(nn.Module):
         img_channels: int,
         label_dim: int = 0,
         *,
+        config: str = "G",
         dtype: torch.dtype | str = torch.float32,
         sigma_data: float = 0.5,
-        logvar_channels: int = 128,
+        logvar_channels: int | None = None,
         **unet_options: Any,
     ) -> None:
         super().__init__()
@@ -55,16 +62,26 @@ class Denoiser(nn.Module):
         self.label_dim = label_dim
         options = {key: list(v) if isinstance(v, (tuple, list)) else v for key, v in unet_options.items()}
         self.config = {
+            "config": config,
             "img_resolution": img_resolution if isinstance(img_resolution, int) else list(img_resolution),
             "img_channels": img_channels,
             "label_dim": label_dim,
             "sigma_data": sigma_data,
-            "logvar_channels": logvar_channels,
             **options,
         }
-        self.unet = UNet(img_resolution, img_channels, label_dim, **unet_options)
-        self.logvar_fourier = MPFourier(logvar_channels)
-        self.logvar_linear = MPConv(logvar_channels, 1)
+        self.unet = UNet(img_resolution, img_channels, label_dim, config=config, **unet_options)
+        features = self.unet.features
+        self.logvar_linear: nn.Module | None = None
+        if features.uncertainty:
+            logvar_channels = self.config["logvar_channels"] = logvar_channels or 128
+            self.logvar_fourier = features.fixed_functions.fourier(logvar_channels)
+            self.logvar_linear = features.conv(logvar_channels, 1)
+        elif logvar_channels is not None:
+            raise ValueError(
+                f"config {config} has no learned uncertainty, so no logvar_channels={logvar_channels}: leave it out"
+            )
+        if config != "G":
+            self.register_buffer(_LETTER, torch.tensor(ord(config), dtype=torch.uint8))
 
     def forward(
         self,
@@ -84,7 +101,8 @@ class Denoiser(nn.Module):
             sigma: `[B]`, scalar, or any shape with B elements; standard deviation of the noise, > 0.
             labels: `[B]` class indices (int), `[B, label_dim]` one-hot or vector (float), or None for a
                 missing label. An unconditional denoiser ignores them, so that it can guide a conditional one.
-            return_logvar: return `(denoised, logvar)`, with logvar `[B, 1, 1, 1]` the learned u(sigma).
+            return_logvar: return `(denoised, logvar)`, with logvar `[B, 1, 1, 1]` the learned u(sigma), which
+                is 0 in config A.
             condition: `[B, cond_channels, H, W]` image given as a condition, of unit magnitude; it enters
                 clean, not scaled by c_in.
             dropout_index: `[B]` int64, see `edm2.nn.UNet.forward`.
@@ -119,8 +137,23 @@ class Denoiser(nn.Module):
 
     def logvar(self, sigma: Tensor) -> Tensor:
         """Learned uncertainty u(sigma), `[B, 1, 1, 1]`: the log of the weighted squared error to expect."""
+        if self.logvar_linear is None:
+            return torch.zeros_like(sigma, dtype=torch.float32).reshape(-1, 1, 1, 1)
         c_noise = sigma.to(torch.float32).flatten().log() / 4
         return self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)  # type: ignore[no-any-return]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own, theirs = self.config["config"], None
+        if prefix + _LETTER in state_dict:
+            theirs = chr(int(state_dict[prefix + _LETTER]))
+        elif prefix + "unet.out_gain" in state_dict:
+            theirs = "G"
+        if theirs not in (None, own):
+            raise ValueError(
+                f"this state is of config {theirs} and cannot be loaded into config {own}: build the denoiser "
+                f"with config={theirs!r}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _encode(self, labels: Tensor | None) -> Tensor | None:
         if labels is None or self.label_dim == 0:

@@ -49,6 +49,24 @@ def normalize(x: Tensor, dim: int | Sequence[int] | None = None, eps: float = 1e
     return x / (eps + rms(x, dim)).to(x.dtype)
 
 
+def rms_norm(x: Tensor, dim: int | Sequence[int], eps: float = 1e-4) -> Tensor:
+    """Scale `x` to unit RMS as the paper writes it: `x / sqrt(mean(x^2) + eps)`.
+
+    `normalize` is the form of the released networks, config G; this one serves configs C to F.
+
+    Args:
+        x: any real tensor.
+        dim: dimensions the mean is taken over, in float32 or better.
+        eps: added to the mean square, inside the root.
+
+    Returns:
+        Same shape and dtype as `x`.
+
+    Ref: EDM2 Eq. 29-30.
+    """
+    return x / (rms(x, dim).square() + eps).sqrt().to(x.dtype)
+
+
 def mp_silu(x: Tensor) -> Tensor:
     """SiLU divided by its RMS under a unit normal input.
 

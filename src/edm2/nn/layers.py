@@ -15,8 +15,8 @@ from edm2.nn.functional import normalize, rms
 EPS = 1e-4  # added to the RMS of weights; SPEC section 1
 
 
-class MPFourier(nn.Module):
-    """Random Fourier features of a scalar: `sqrt(2) cos(f x + p)`, with unit RMS.
+class Fourier(nn.Module):
+    """Random Fourier features of a scalar: `cos(f x + p)`.
 
     `freqs` and `phases` are fixed buffers, saved with the model and never trained.
 
@@ -24,11 +24,12 @@ class MPFourier(nn.Module):
         num_channels: number of features.
         bandwidth: standard deviation of the frequencies, in cycles per unit of the input.
 
-    Ref: EDM2 Eq. 75.
+    Ref: EDM2 App. B.3.
     """
 
     freqs: Tensor
     phases: Tensor
+    amplitude = 1.0
 
     def __init__(self, num_channels: int, bandwidth: float = 1.0) -> None:
         super().__init__()
@@ -38,16 +39,24 @@ class MPFourier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B]` -> `[B, num_channels]`, computed in float32, returned in x's dtype."""
         angle = torch.outer(x.float(), self.freqs.float()) + self.phases.float()
-        return (math.sqrt(2) * angle.cos()).to(x.dtype)
+        return (self.amplitude * angle.cos()).to(x.dtype)
 
 
-class MPConv(nn.Module):
+class MPFourier(Fourier):
+    """Random Fourier features with unit RMS: `sqrt(2) cos(f x + p)`.
+
+    Ref: EDM2 Eq. 75.
+    """
+
+    amplitude = math.sqrt(2)
+
+
+class NormalizedConv(nn.Module):
     """Convolution or linear map whose weight vectors always act with unit norm.
 
     The effective weight is `normalize(w) * gain / sqrt(fan_in)`, one norm per output channel, so that unit
-    inputs give unit outputs. In training mode the stored weight is first overwritten by `normalize(w)`
-    outside the autograd graph (forced weight normalisation); the normalisation that stays inside the graph
-    makes gradients orthogonal to each weight vector. No bias; zero padding keeps the size.
+    inputs give unit outputs. The normalisation is part of the graph, so that gradients are orthogonal to each
+    weight vector; the stored weights may still grow (config D). No bias; zero padding keeps the size.
 
     Args:
         in_channels: channels of the input.
@@ -56,23 +65,17 @@ class MPConv(nn.Module):
 
     Attributes:
         weight: `[out_channels, in_channels, *kernel]`, always kept and normalised in the parameter's dtype.
-        forces_norm: whether a forward pass in training mode overwrites the weight. A training loop that
-            calls `ForcedWeightNorm` once a step switches it off.
 
     Raises:
         ValueError: for a kernel of another form.
 
-    Ref: EDM2 Sec. 2.3, Eq. 47, 66, Algorithm 1.
+    Ref: EDM2 Sec. 2.2, Eq. 47, 66.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int] = ()) -> None:
         super().__init__()
-        if len(kernel) not in (0, 2) or any(k < 1 or k % 2 == 0 for k in kernel):
-            raise ValueError(
-                f"kernel {tuple(kernel)} must be () for a linear map, or two odd sizes such as (3, 3)"
-            )
+        check_kernel(kernel)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
-        self.forces_norm = True
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         """Apply the layer.
@@ -84,13 +87,7 @@ class MPConv(nn.Module):
         Returns:
             `[B, out_channels]` or `[B, out_channels, H, W]`, in x's dtype.
         """
-        if self.training and self.forces_norm:
-            with torch.no_grad():
-                self.weight.copy_(normalize(self.weight, eps=EPS))
-        weight = self.effective_weight(gain).to(x.dtype)
-        if weight.ndim == 2:
-            return F.linear(x, weight)
-        return F.conv2d(x, weight, padding=(weight.shape[-2] // 2, weight.shape[-1] // 2))
+        return apply_weight(x, self.effective_weight(gain).to(x.dtype))
 
     def effective_weight(self, gain: Tensor | float = 1.0) -> Tensor:
         """`normalize(weight) * gain / sqrt(fan_in)`, in the parameter's dtype."""
@@ -103,6 +100,46 @@ class MPConv(nn.Module):
     def extra_repr(self) -> str:
         """Shape of the weight, for `print(model)`."""
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, kernel={tuple(self.weight.shape[2:])}"
+
+
+class MPConv(NormalizedConv):
+    """`NormalizedConv` with forced weight normalisation: the stored weights keep unit RMS, too.
+
+    In training mode the stored weight is first overwritten by `normalize(w)` outside the autograd graph, so
+    that Adam's step size is the relative change of the weight (config E). Arguments as in `NormalizedConv`.
+
+    Attributes:
+        forces_norm: whether a forward pass in training mode overwrites the weight. A training loop that
+            calls `ForcedWeightNorm` once a step switches it off.
+
+    Ref: EDM2 Sec. 2.3, Eq. 47, 66, Algorithm 1.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int] = ()) -> None:
+        super().__init__(in_channels, out_channels, kernel)
+        self.forces_norm = True
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        """As in `NormalizedConv`."""
+        if self.training and self.forces_norm:
+            with torch.no_grad():
+                self.weight.copy_(normalize(self.weight, eps=EPS))
+        return super().forward(x, gain)
+
+
+def apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear map for a weight of two dimensions, else a convolution padded with zeros to keep the size."""
+    if weight.ndim == 2:
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, padding=(weight.shape[-2] // 2, weight.shape[-1] // 2))
+
+
+def check_kernel(kernel: Sequence[int]) -> None:
+    """Raise ValueError unless `kernel` is `()` or two odd sizes."""
+    if len(kernel) not in (0, 2) or any(k < 1 or k % 2 == 0 for k in kernel):
+        raise ValueError(
+            f"kernel {tuple(kernel)} must be () for a linear map, or two odd sizes such as (3, 3)"
+        )
 
 
 def use_channels_last(module: nn.Module) -> None:
@@ -120,10 +157,11 @@ class ForcedWeightNorm:
 
     Equal to what every `MPConv` does by itself in a training-mode forward pass, but outside of it: the
     forward pass then mutates nothing, which suits torch.compile, gradient accumulation and wrappers.
-    Making one switches the layers' own pass off.
+    Making one switches the layers' own pass off. Where there are no `MPConv` layers (configs A to D), a call
+    does nothing.
 
     Args:
-        module: any module that contains `MPConv` layers.
+        module: any module.
 
     Example:
         >>> force = ForcedWeightNorm(model)
@@ -144,6 +182,8 @@ class ForcedWeightNorm:
     @torch.no_grad()
     def __call__(self) -> None:
         """Overwrite each weight by `normalize(weight)`, without synchronising with the host."""
+        if not self.weights:
+            return
         norms = [
             torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True, dtype=torch.float32)
             for w in self.weights
