@@ -17,6 +17,9 @@ def write_atomic(path: str | os.PathLike[str], content: bytes, *, durable: bool 
 
     Returns:
         The file written.
+
+    Raises:
+        OSError: where it cannot be written, as on a full disk; the old content is still there then.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,6 +31,11 @@ def write_atomic(path: str | os.PathLike[str], content: bytes, *, durable: bool 
             if durable:
                 os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"could not write {path} ({error.strerror}): what it held is untouched"
+        ) from error
     except BaseException:
         aside.unlink(missing_ok=True)
         raise

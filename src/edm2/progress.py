@@ -88,7 +88,7 @@ class Progress:
             self._bar.stop()  # type: ignore[attr-defined]
         elif not self.quiet and kind is None:
             took = time_text(time.monotonic() - self._start)
-            text = f"{self.description}: {self.done:,} {self.unit} in {took}"
+            text = f"{self.description}: {self.done - self._first:,} {self.unit} in {took}"
             print(f"{text}, {self._fields}" if self._fields else text, file=self.stream, flush=True)
 
     def _open_bar(self) -> None:

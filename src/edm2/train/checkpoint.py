@@ -9,27 +9,31 @@ import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 from torch import Tensor
 
-from edm2.files import sha256_of, sync_folder, write_atomic, write_json
+from edm2.ema.tensorfile import TensorSpec, write_tensors
+from edm2.files import sha256_of, sync_folder, write_json
 
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
+
+Tensors = dict[str, dict[str, Tensor]]
+Role = Literal["passing", "regular", "milestone"]
 
 
 def save_checkpoint(
     folder: Path,
     num_images: int,
-    groups: dict[str, dict[str, Tensor]],
+    groups: Tensors,
     state: dict[str, Any],
     *,
     keep: int,
-    passing: bool = False,
+    role: Role = "regular",
 ) -> Path:
-    """Write a checkpoint aside, flush it, rename it into place, then drop the oldest ones.
+    """Write a checkpoint aside, flush it, rename it into place, then drop those that are no longer wanted.
 
     Args:
         folder: where the run's checkpoints lie.
@@ -37,8 +41,9 @@ def save_checkpoint(
         groups: file name without suffix -> tensors by name.
         state: JSON values.
         keep: number of checkpoints to keep, the newest.
-        passing: written out of turn, as when a run is stopped; the next checkpoint takes its place, so that a
-            run that was stopped leaves the same checkpoints as one that never was.
+        role: passing: written out of turn, as when a run is stopped; the next checkpoint takes its place, so
+            that a run that was stopped leaves the same checkpoints as one that never was. milestone: never
+            dropped.
 
     Returns:
         The checkpoint's folder.
@@ -48,21 +53,21 @@ def save_checkpoint(
     """
     final = folder / f"{num_images:012d}"
     aside = folder / f".{final.name}.tmp"
-    folder.mkdir(parents=True, exist_ok=True)
-    for stray in folder.glob(".*.tmp"):
-        shutil.rmtree(stray)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_strays(folder)
+        aside.mkdir()
+        files = {}
         for name, tensors in groups.items():
-            contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            write_atomic(aside / f"{name}.safetensors", safetensors.torch.save(contiguous))
+            file = f"{name}.safetensors"
+            files[file] = _write_tensors(aside / file, tensors)
         write_json(aside / _STATE, state)
-        files = {
-            p.name: {"num_bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(aside.iterdir())
-        }
-        write_json(aside / _MANIFEST, {"num_images": num_images, "passing": passing, "files": files})
+        files[_STATE] = {"num_bytes": (aside / _STATE).stat().st_size, "sha256": sha256_of(aside / _STATE)}
+        write_json(aside / _MANIFEST, {"num_images": num_images, "role": role, "files": files})
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         os.replace(aside, final)
+        sync_folder(folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
@@ -70,18 +75,31 @@ def save_checkpoint(
             f"could not write checkpoint {final} ({error.strerror}): older checkpoints are untouched; make room and "
             "run the same command again",
         ) from error
-    sync_folder(folder)
     prune(folder, keep=keep)
     return final
 
 
 def prune(folder: Path, *, keep: int) -> None:
-    """Drop all but the newest checkpoints, and those written out of turn that have a successor."""
-    for name in [n for n in _names(folder)[:-1] if _is_passing(folder / n)] + _names(folder)[:-keep]:
-        shutil.rmtree(folder / name, ignore_errors=True)
+    """Drop what interrupted writes left, and checkpoints that are no longer wanted.
+
+    Args:
+        folder: where the run's checkpoints lie.
+        keep: number of regular ones to keep, the newest; milestones stay, passing ones only while they are
+            the newest.
+    """
+    if not folder.exists():
+        return
+    _remove_strays(folder)
+    names = _names(folder)
+    roles = {name: _role(folder / name) for name in names}
+    in_turn = [name for name in names if roles[name] != "passing"]
+    wanted = {*names[-1:], *in_turn[-keep:], *(n for n in names if roles[n] == "milestone")}
+    for name in names:
+        if name not in wanted:
+            _remove(folder / name)
 
 
-def load_newest(folder: Path, *, run_id: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+def load_newest(folder: Path, *, run_id: str) -> tuple[Tensors, dict[str, Any]] | None:
     """Read the newest whole checkpoint; damaged ones that are passed over are named, and renamed to stay.
 
     Args:
@@ -94,6 +112,12 @@ def load_newest(folder: Path, *, run_id: str) -> tuple[dict[str, dict[str, Tenso
     Raises:
         ValueError: if there are checkpoints and all are damaged.
     """
+    found = find_newest(folder, run_id=run_id)
+    return None if found is None else read_checkpoint(found)
+
+
+def find_newest(folder: Path, *, run_id: str) -> Path | None:
+    """The newest whole checkpoint; see `load_newest`."""
     names = _names(folder)
     problems: list[str] = []
     for name in reversed(names):
@@ -103,14 +127,21 @@ def load_newest(folder: Path, *, run_id: str) -> tuple[dict[str, dict[str, Tenso
                 os.replace(folder / damaged, _free_name(folder, damaged))
             for text in problems:
                 warnings.warn(f"{text}; it is kept as .damaged, the run goes on from {name}", stacklevel=2)
-            return _read(folder / name)
+            return folder / name
         problems.append(problem)
-    if problems:
+    lost = sorted(p.name for p in folder.glob("*.damaged*"))
+    if problems or lost:
         raise ValueError(
-            f"no checkpoint can be used: {'; '.join(problems)}. Restore one from a copy, or choose another --out to "
-            "start afresh"
+            f"no checkpoint can be used: {'; '.join(problems) or f'{folder} holds only {lost[0]}'}. Restore one "
+            "from a copy, or choose another --out to start afresh"
         )
     return None
+
+
+def read_checkpoint(checkpoint: Path) -> tuple[Tensors, dict[str, Any]]:
+    """Tensors by file and name, and the state."""
+    groups = {p.stem: safetensors.torch.load_file(p) for p in sorted(checkpoint.glob("*.safetensors"))}
+    return groups, json.loads((checkpoint / _STATE).read_text())
 
 
 def verify(checkpoint: Path, *, run_id: str) -> str | None:
@@ -135,15 +166,34 @@ def verify(checkpoint: Path, *, run_id: str) -> str | None:
     return None if found == run_id else f"checkpoint {checkpoint} is of another run, {found}"
 
 
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    specs = [TensorSpec(name=n, dtype=x.dtype, shape=tuple(x.shape)) for n, x in tensors.items()]
+    sums = write_tensors(path, specs, lambda name: tensors[name].detach().cpu(), {})
+    return {"num_bytes": sums.num_bytes, "sha256": sums.sha256}
+
+
 def _names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
 
 
-def _is_passing(checkpoint: Path) -> bool:
+def _role(checkpoint: Path) -> Role:
     try:
-        return bool(json.loads((checkpoint / _MANIFEST).read_text())["passing"])
+        role = json.loads((checkpoint / _MANIFEST).read_text())["role"]
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return "regular"
+    return role if role in ("passing", "milestone") else "regular"
+
+
+def _remove(checkpoint: Path) -> None:
+    # Renamed first: a kill half-way must not leave a part of a checkpoint under a checkpoint's name.
+    stray = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    os.replace(checkpoint, stray)
+    shutil.rmtree(stray, ignore_errors=True)
+
+
+def _remove_strays(folder: Path) -> None:
+    for stray in folder.glob(".*.tmp"):
+        shutil.rmtree(stray, ignore_errors=True)
 
 
 def _free_name(folder: Path, name: str) -> Path:
@@ -153,8 +203,3 @@ def _free_name(folder: Path, name: str) -> Path:
             break
         free = folder / f"{name}.damaged{i}"
     return free
-
-
-def _read(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    groups = {p.stem: safetensors.torch.load_file(p) for p in sorted(checkpoint.glob("*.safetensors"))}
-    return groups, json.loads((checkpoint / _STATE).read_text())

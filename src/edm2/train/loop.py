@@ -24,7 +24,7 @@ from edm2.nn.magnitudes import MagnitudeRecorder
 from edm2.progress import Progress
 from edm2.train import run_folder
 from edm2.train.build import build_denoiser, open_training_data, pick_device, versions
-from edm2.train.checkpoint import load_newest, prune, save_checkpoint
+from edm2.train.checkpoint import Role, load_newest, prune, save_checkpoint
 from edm2.train.coding import Coding, make_coding
 from edm2.train.config import TrainConfig
 from edm2.train.gradients import clean_gradients
@@ -112,6 +112,7 @@ class Trainer:
             "data": dataset.name,
         }
         self.num_images = 0
+        self._stop = False
         # Sums since the last line of the log: loss, gradient norm, steps, steps that were not finite.
         self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         self._bad_in_a_row = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -149,10 +150,12 @@ class Trainer:
                 progress.advance(config.batch_size, **fields)
                 if self._due(config.snapshot_images, self.num_images):
                     self.snapshot()
-                if self._due(config.checkpoint_images, self.num_images):
+                due = self._due(config.checkpoint_images, self.num_images)
+                if due:
                     self.checkpoint()
-                if stop_requested() and not self._is_last(self.num_images):
-                    self.checkpoint(passing=True)
+                if (self._stop or stop_requested()) and not self._is_last(self.num_images):
+                    if not due:
+                        self.checkpoint(role="passing")
                     raise Stopped(
                         f"stopped at {self.num_images} of {end} images, checkpoint written; the same command continues"
                     )
@@ -273,8 +276,12 @@ class Trainer:
             dtype=self.config.ema.dtype,
         )
 
-    def checkpoint(self, *, passing: bool = False) -> None:
-        """Write everything that is needed to go on; a passing one is dropped once the next is written."""
+    def request_stop(self) -> None:
+        """Stop after this step, as a signal would."""
+        self._stop = True
+
+    def checkpoint(self, *, role: Role = "regular") -> None:
+        """Write everything that is needed to go on; see `save_checkpoint` for its role."""
         optimizer = {
             f"{key}.{name}": value
             for name, p in self.denoiser.named_parameters()
@@ -296,7 +303,7 @@ class Trainer:
             {"model": self.denoiser.state_dict(), "optimizer": optimizer, "ema": tensors},
             state,
             keep=self.config.keep_checkpoints,
-            passing=passing,
+            role=role,
         )
 
     def _restore(self, groups: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:

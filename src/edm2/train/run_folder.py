@@ -1,6 +1,7 @@
 """The folder of a training run: its settings, its log, and whether it may be written to."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,22 @@ def rewind_log(out: Path, num_images: int, name: str = LOG_FILE) -> None:
 
 
 def append_log(out: Path, record: dict[str, Any], name: str = LOG_FILE) -> None:
-    """Add a record to a log."""
-    with open(out / name, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """Add a record to a log, safely on the disk before what follows it.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    try:
+        with open(out / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"could not write {out / name} ({error.strerror}): checkpoints are untouched; make room and run the same "
+            "command again",
+        ) from error
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -1,0 +1,71 @@
+"""Files are whole or not there, whatever interrupts the writing."""
+
+import hashlib
+import json
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edm2.files import sha256_of, sync_folder, write_atomic, write_json
+
+
+def test_writes_replaces_and_makes_folders(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file.bin"
+    assert write_atomic(path, b"old") == path
+    write_atomic(str(path), b"new", durable=False)
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_interrupted_write_leaves_the_old_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
+) -> None:
+    path = write_atomic(tmp_path / "file", b"old")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(type(error)) as caught:
+        write_atomic(path, b"new")
+    if isinstance(error, OSError):
+        assert str(path) in str(caught.value)
+        assert "No space left on device): what it held is untouched" in str(caught.value)
+        assert caught.value.errno == 28  # type: ignore[attr-defined]
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not write .*big"):
+            write_atomic(tmp_path / "big", b"x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_content_is_equal_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "one", {"b": 1, "a": [2.5, None]})
+    write_json(tmp_path / "two", {"a": [2.5, None], "b": 1})
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert json.loads((tmp_path / "one").read_text()) == {"a": [2.5, None], "b": 1}
+
+
+def test_hash_of_a_file_larger_than_a_block(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 10_000
+    path = write_atomic(tmp_path / "file", content)
+    assert sha256_of(path) == hashlib.sha256(content).hexdigest()
+
+
+def test_only_folders_that_exist_can_be_flushed(tmp_path: Path) -> None:
+    sync_folder(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        sync_folder(tmp_path / "missing")

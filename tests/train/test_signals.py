@@ -1,0 +1,124 @@
+"""A run that is asked to stop finishes its step, saves, and says so in its exit code."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_run import files_of, log_of
+
+from edm2.commands.train import run
+from edm2.train.signals import stop_requests
+
+OPTIONS = [
+    "--preset", "digits", "--images", "480", "--batch", "4", "--snapshot-images", "240",
+    "--checkpoint-images", "240", "--log-images", "40", "--device", "cpu", "--ema.sigma-rels", "0.1",
+    "--network.model-channels", "8", "--network.channel-mult", "1", "--network.num-blocks", "1",
+    "--network.attn-resolutions", "8", "--network.channels-per-head", "8",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def start(images: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "edm2", "train", "--data", str(images), "--out", str(out), *OPTIONS]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_log(out: Path, process: subprocess.Popen[str]) -> None:
+    while not (out / "log.jsonl").exists() or not log_of(out):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def checkpoints(out: Path) -> list[int]:
+    return sorted(int(path.name) for path in (out / "checkpoints").iterdir())
+
+
+def test_sigterm_saves_and_the_same_command_continues(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "stopped"
+    process = start(images, out)
+    wait_for_log(out, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert "checkpoint written; the same command continues" in output
+    stopped = checkpoints(out)[-1]
+    assert 0 < stopped < 480
+    assert log_of(out)[-1]["num_images"] == stopped
+
+    for folder in (out, tmp_path / "whole"):
+        run("edm2 train", ["--data", str(images), "--out", str(folder), *OPTIONS])
+        assert f"model:     {folder}/model.safetensors" in capsys.readouterr().out
+    assert files_of(out) == files_of(tmp_path / "whole")
+    assert log_of(out) == log_of(tmp_path / "whole")
+
+
+def test_first_signal_asks_and_the_second_acts() -> None:
+    with stop_requests() as requested:
+        assert not requested()
+        signal.raise_signal(signal.SIGINT)
+        assert requested()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with stop_requests():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    answers = []
+
+    def work() -> None:
+        with stop_requests() as requested:
+            answers.extend([requested(), signal.getsignal(signal.SIGTERM) == before])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert answers == [False, True]
+
+
+def test_second_sigterm_ends_at_once(tmp_path: Path) -> None:
+    script = (
+        "import time\n"
+        "from edm2.train.signals import stop_requests\n"
+        "with stop_requests() as requested:\n"
+        "    print('ready', flush=True)\n"
+        "    while not requested(): time.sleep(0.01)\n"
+        "    print('asked', flush=True)\n"
+        "    time.sleep(600)\n"  # a step that never ends
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for word in ("ready", "asked"):
+        assert process.stdout.readline().strip() == word
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == -signal.SIGTERM
+    process.stdout.close()
