@@ -1,0 +1,187 @@
+"""The network in an official pickle: its constructor's arguments and where its tensors lie."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edm2.diffusion import Denoiser
+from edm2.interop.pickle_file import read_pickle, refusal
+from edm2.interop.pickle_values import Record, StoredTensor
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MOST_MODULES, _DEEPEST_MODULE = 20_000, 8
+# Constructor argument -> the largest value that is believed.
+_INTS = {
+    "img_resolution": 1 << 16,
+    "img_channels": 1 << 10,
+    "label_dim": 1 << 20,
+    "model_channels": 1 << 13,
+    "channel_mult_noise": 64,
+    "channel_mult_emb": 64,
+    "num_blocks": 64,
+    "channels_per_head": 1 << 13,
+    "logvar_channels": 1 << 16,
+}
+_LISTS = {"channel_mult": 64, "attn_resolutions": 1 << 16}
+_REALS = (
+    "sigma_data",
+    "dropout",
+    "label_balance",
+    "concat_balance",
+    "res_balance",
+    "attn_balance",
+    "clip_act",
+)
+_WITHOUT_MEANING_HERE = ("use_fp16",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkFile:
+    """What a network pickle holds, its tensors still in the file.
+
+    Attributes:
+        path: the file.
+        config: arguments for `edm2.diffusion.Denoiser`.
+        parameters: name -> trained tensor.
+        buffers: name -> fixed tensor.
+        encoder: name of the class that encoded its training images, or None.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    parameters: dict[str, StoredTensor]
+    buffers: dict[str, StoredTensor]
+    encoder: str | None
+
+    def read_tensors(self) -> dict[str, Tensor]:
+        """All tensors in their stored type.
+
+        Raises:
+            ValueError: if a value is not finite.
+        """
+        tensors = {name: stored.read() for name, stored in {**self.parameters, **self.buffers}.items()}
+        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise refusal(self.path, f"values of {broken[0]} that are not finite")
+        return tensors
+
+
+def read_network(path: str | Path) -> NetworkFile:
+    """Read and check the description of an official pickle's network, without its tensors' values.
+
+    Args:
+        path: as in `load_network`.
+
+    Raises:
+        ValueError: as in `load_network`.
+    """
+    return network_of(Path(path), read_pickle(path))
+
+
+def network_of(path: Path, content: Any) -> NetworkFile:
+    """`read_network` for what `read_pickle` gave."""
+    network = content.get("ema") if type(content) is dict else None
+    if not isinstance(network, Record):
+        raise refusal(path, "no network under 'ema'")
+    if network.class_name != "Precond":
+        raise refusal(path, f"a network of class {network.class_name!r}, not the 'Precond' of EDM2")
+    parameters: dict[str, StoredTensor] = {}
+    buffers: dict[str, StoredTensor] = {}
+    for kind, name, tensor in _tensors(path, network):
+        (parameters if kind == "_parameters" else buffers)[name] = tensor
+    config = _config(path, network, num_tensors=len(parameters) + len(buffers))
+    encoder = content.get("encoder")
+    found = NetworkFile(
+        path=path,
+        config=config,
+        parameters=parameters,
+        buffers=buffers,
+        encoder=encoder.class_name if isinstance(encoder, Record) else None,
+    )
+    _check_state(found)
+    return found
+
+
+def _tensors(path: Path, network: Record) -> Iterator[tuple[str, str, StoredTensor]]:
+    """Every tensor with its kind and its name, module by module."""
+    todo: list[tuple[str, Any]] = [("", network)]
+    num_modules = 0
+    while todo:
+        prefix, module = todo.pop()
+        num_modules += 1
+        if num_modules > _MOST_MODULES or prefix.count(".") > _DEEPEST_MODULE:
+            raise refusal(path, "more modules than any network has")
+        if not isinstance(module, Record):
+            raise refusal(path, f"a module {prefix[:-1]!r} that is none")
+        parts = {kind: module.state.get(kind, {}) for kind in ("_parameters", "_buffers", "_modules")}
+        for kind, items in parts.items():
+            if type(items) is not dict or not all(isinstance(name, str) for name in items):
+                raise refusal(path, f"a module {prefix[:-1]!r} whose {kind} are not named")
+            for name, value in items.items():
+                if value is None:
+                    continue
+                if kind == "_modules":
+                    todo.append((f"{prefix}{name}.", value))
+                elif not isinstance(value, StoredTensor) or value.dtype not in _FLOATS:
+                    raise refusal(path, f"a {prefix}{name} that is no tensor of floats")
+                else:
+                    yield kind, prefix + name, value
+
+
+def _config(path: Path, network: Record, *, num_tensors: int) -> dict[str, Any]:
+    """Our constructor's arguments from those in the file, which have the same names."""
+    given = network.state.get("_init_kwargs")
+    if type(given) is not dict or network.state.get("_init_args", ()) != ():
+        raise refusal(path, "a network without its constructor's arguments by name")
+    if "sigma_data" in network.state:
+        given = {"sigma_data": network.state["sigma_data"], **given}
+    config = {}
+    for name, value in given.items():
+        if name in _WITHOUT_MEANING_HERE or value is None:
+            continue
+        if not _plausible(name, value):
+            raise refusal(
+                path, f"a network with {str(name)[:40]!r} = {_short(value)}, which is not known here"
+            )
+        config[name] = value
+    if num_tensors < config.get("num_blocks", 1) * len(config.get("channel_mult", [])):
+        raise refusal(path, "fewer tensors than its network has blocks")
+    try:
+        with torch.device("meta"):
+            return Denoiser(**config).config
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise refusal(path, f"a network that cannot be built ({str(error).splitlines()[0]})") from None
+
+
+def _plausible(name: Any, value: Any) -> bool:
+    if name in _INTS:
+        return type(value) is int and (0 if name == "label_dim" else 1) <= value <= _INTS[name]
+    if name in _LISTS:
+        items = value if type(value) in (list, tuple) else [None]
+        return len(items) <= 16 and all(type(x) is int and 1 <= x <= _LISTS[name] for x in items)
+    positive = name != "sigma_data" or value != 0
+    return name in _REALS and type(value) in (int, float) and 0 <= value <= 1e6 and positive
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:40] if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+
+
+def _check_state(found: NetworkFile) -> None:
+    with torch.device("meta"):
+        wanted = {name: tuple(x.shape) for name, x in Denoiser(**found.config).state_dict().items()}
+    given = {name: x.shape for name, x in {**found.parameters, **found.buffers}.items()}
+    for name in sorted(wanted.keys() | given.keys()):
+        if wanted.get(name) != given.get(name):
+            raise refusal(
+                found.path,
+                f"{_shape(given.get(name))} for {name}, where its network has {_shape(wanted.get(name))}",
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "no tensor" if shape is None else f"a tensor of shape {list(shape)}"
