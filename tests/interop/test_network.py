@@ -129,6 +129,8 @@ def test_state_that_does_not_fit_is_refused(
             f"a tensor of shape .2, 2, 3, 1. for {TINY_NAME}",
         ),
         ({**tiny_state, TINY_NAME: tiny_state[TINY_NAME] / 0}, f"values of {TINY_NAME} that are not finite"),
+        ({**tiny_state, "a\x1b[2Jb\n": torch.ones(2)}, r"a tensor of shape .2. for a\\x1b.2Jb\\n, where"),
+        ({**tiny_state, "a" * 5000: torch.ones(2)}, "a tensor of shape .2. for a{300,400}[.]"),
         ({}, "fewer tensors than its network has blocks"),
     ):
         refused(official.write(path, official.network(state, official.tiny)), what)

@@ -8,6 +8,7 @@ from edm2.interop.pickle_machine import Budget, Machine, Refused, check_depth
 from edm2.interop.pickle_values import network_makers
 
 _LARGEST = 16 << 30
+_LONGEST_TEXT = 400
 
 
 def read_pickle(path: str | Path) -> Any:
@@ -46,7 +47,9 @@ def read_pickle(path: str | Path) -> Any:
 
 def refusal(path: str | Path, met: Refused | str) -> ValueError:
     """The one error for files that are not read."""
+    # Names from the file come along, and a terminal would obey what is hidden in them.
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(met)[:_LONGEST_TEXT])
     return ValueError(
-        f"{path} was not read: it holds {met}. Nothing in it was run. It is damaged or no file of the official "
+        f"{path} was not read: it holds {text}. Nothing in it was run. It is damaged or no file of the official "
         "release: get it again from where it was published; to read one of your own, save its tensors as safetensors"
     )
