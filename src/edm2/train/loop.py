@@ -137,20 +137,20 @@ class Trainer:
             stop_requests() as stop_requested,
         ):
             while self.num_images < end:
-                self.step(record=self._due(config.log_images, self.num_images + config.batch_size))
+                self.step(record=self.is_due(config.log_images, self.num_images + config.batch_size))
                 if on_step is not None:
                     on_step(self)
                 fields = {}
-                if self._due(config.log_images, self.num_images):
+                if self.is_due(config.log_images, self.num_images):
                     now = time.monotonic()
                     fields = self._log(
                         seconds=round(now - start, 3),
                         images_per_second=round((self.num_images - first) / max(now - start, 1e-9), 2),
                     )
                 progress.advance(config.batch_size, **fields)
-                if self._due(config.snapshot_images, self.num_images):
+                if self.is_due(config.snapshot_images, self.num_images):
                     self.snapshot()
-                due = self._due(config.checkpoint_images, self.num_images)
+                due = self.is_due(config.checkpoint_images, self.num_images)
                 if due:
                     self.checkpoint()
                 if (self._stop or stop_requested()) and not self._is_last(self.num_images):
@@ -326,8 +326,11 @@ class Trainer:
         info = {**self.info, "sigma_rel": longest, "num_images": self.num_images, "run_id": self.ema.run_id}
         return save_model(self.out, self.denoiser.config, tensors, info, overwrite=True)
 
-    def _due(self, interval: int, num_images: int) -> bool:
-        """Whether the step that ends at `num_images` passes a multiple of the interval, or is the last."""
+    def is_due(self, interval: int, num_images: int | None = None) -> bool:
+        """Whether the step that ends at `num_images`, or the last one taken, passes a multiple of the interval or
+        ends the run.
+        """
+        num_images = self.num_images if num_images is None else num_images
         batch = self.config.batch_size
         return num_images // interval != (num_images - batch) // interval or self._is_last(num_images)
 

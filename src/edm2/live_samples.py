@@ -1,0 +1,64 @@
+"""Images from a run while it trains: the same seeds at chosen moments, with a chosen average."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edm2.generate import Generator
+from edm2.report import image_grid, save_png
+from edm2.train import Trainer
+
+FOLDER = "progress"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveSamples:
+    """Writes `progress/000012800.png` into the run's folder; give it to `edm2.train.train` as `on_step`.
+
+    Attributes:
+        every: images between grids; one more is made at the end.
+        sigma_rel: EMA length; default: the longest tracked one.
+        num_samples: seeds 0, 1, ...
+        num_steps: of the sampler.
+    """
+
+    every: int
+    sigma_rel: float | None = None
+    num_samples: int = 32
+    num_steps: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("every", "num_samples", "num_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Make a grid if one is due. Changes nothing of the run: weights are put back bit for bit."""
+        if not trainer.is_due(self.every):
+            return
+        denoiser = trainer.denoiser
+        sigma_rel = max(trainer.ema.sigma_rels) if self.sigma_rel is None else self.sigma_rel
+        with trainer.ema.applied(denoiser, sigma_rel):
+            denoiser.eval()
+            try:
+                generator = Generator(denoiser, trainer.coding, trainer.info)
+                images = generator.images(range(self.num_samples), num_steps=self.num_steps)
+            finally:
+                denoiser.train()
+        # Latents and floats are drawn by their range: there is nothing else to show them by.
+        pixels = images if images.dtype == np.uint8 else _stretched(images)
+        columns = generator.num_classes if 2 <= generator.num_classes <= 16 else 8
+        grid = image_grid(pixels, columns=columns, scale=max(1, 48 // pixels.shape[-1]))
+        save_png(grid, self.path(trainer.out, trainer.num_images))
+
+    @staticmethod
+    def path(out: Path, num_images: int) -> Path:
+        """The grid's file."""
+        return out / FOLDER / f"{num_images:012d}.png"
+
+
+def _stretched(images: np.ndarray) -> np.ndarray:
+    low = images.min(axis=(0, 2, 3), keepdims=True)
+    high = images.max(axis=(0, 2, 3), keepdims=True)
+    return np.round(255 * (images - low) / np.maximum(high - low, 1e-12)).astype(np.uint8)

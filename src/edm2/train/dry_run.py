@@ -1,0 +1,151 @@
+"""What a run would take, from a few of its steps."""
+
+import math
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from edm2.data import ImageDataset
+from edm2.nn import count_flops
+from edm2.progress import time_text
+from edm2.train.build import open_training_data
+from edm2.train.config import TrainConfig
+from edm2.train.loop import Trainer
+
+_FLOAT_BYTES = 4
+_STORED_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_WARMUP_STEPS = 2
+# An image needs a forward and a backward pass, which costs twice as much.
+_PASSES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """Cost of a run.
+
+    Attributes:
+        num_images: length of the run.
+        num_params: parameters.
+        flops: multiply-accumulates of one forward pass, an image.
+        state_bytes: weights, gradients, Adam's moments and averages.
+        peak_bytes: most memory seen in the measured steps: of the process on a CPU, of tensors on a GPU.
+        snapshot_bytes: all snapshots of the run together.
+        checkpoint_bytes: the checkpoints that are kept.
+        images_per_second: speed in the measured steps.
+    """
+
+    num_images: int
+    num_params: int
+    flops: float
+    state_bytes: int
+    peak_bytes: int
+    snapshot_bytes: int
+    checkpoint_bytes: int
+    images_per_second: float
+
+    @property
+    def seconds(self) -> float:
+        """Time of the run on one such machine."""
+        return self.num_images / self.images_per_second
+
+    def describe(self, machines: int = 1) -> str:
+        """Lines for the reader.
+
+        Args:
+            machines: number of machines to estimate for, at least 1. Communication is not counted.
+        """
+        if machines < 1:
+            raise ValueError(f"machines {machines} must be at least 1")
+        lines = [
+            f"parameters   {self.num_params:,}",
+            f"Gflops       {self.flops / 1e9:.4g} a forward pass of one image, multiply-accumulates",
+            f"memory       {_size(self.state_bytes)} for weights, gradients, optimiser and averages; "
+            f"{_size(self.peak_bytes)} at most in the measured steps",
+            f"storage      {_size(self.snapshot_bytes)} of snapshots, {_size(self.checkpoint_bytes)} of checkpoints",
+            f"speed        {self.images_per_second:,.1f} images/s here, "
+            f"{_PASSES * 2 * self.flops * self.images_per_second / 1e12:.3g} Tflop/s of the network",
+            f"time         {time_text(self.seconds)} for {self.num_images:,} images here",
+        ]
+        if machines > 1:
+            lines.append(
+                f"             {time_text(self.seconds / machines)} on {machines} such machines, if communication "
+                "costs nothing"
+            )
+        return "\n".join(lines)
+
+
+def dry_run(config: TrainConfig, *, steps: int = 5, dataset: ImageDataset | None = None) -> DryRun:
+    """Measure a few steps of a run in a temporary folder; nothing is kept.
+
+    Args:
+        config: all settings.
+        steps: measured steps, at least 1, after two for warming up.
+        dataset: training images; default: those that the configuration names.
+
+    Raises:
+        ValueError: for bad settings or data, as in `edm2.train.train`.
+    """
+    if steps < 1:
+        raise ValueError(f"steps {steps} must be at least 1")
+    dataset = open_training_data(config) if dataset is None else dataset
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, dataset, Path(folder) / "run")
+        for _ in range(_WARMUP_STEPS):
+            trainer.step()
+        _wait(trainer.device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            trainer.step()
+        _wait(trainer.device)
+        seconds = time.perf_counter() - start
+        peak = _peak_bytes(trainer.device)
+        flops = _flops(trainer)
+    num_params = sum(p.numel() for p in trainer.denoiser.parameters())
+    tracks = len(trainer.ema.sigma_rels)
+    times = math.ceil(config.num_images / config.snapshot_images)
+    return DryRun(
+        num_images=config.num_images,
+        num_params=num_params,
+        flops=flops,
+        state_bytes=(4 + tracks) * num_params * _FLOAT_BYTES,
+        peak_bytes=peak,
+        snapshot_bytes=times * tracks * num_params * _STORED_BYTES[config.ema.dtype],
+        checkpoint_bytes=min(config.keep_checkpoints, math.ceil(config.num_images / config.checkpoint_images))
+        * (3 + tracks)
+        * num_params
+        * _FLOAT_BYTES,
+        images_per_second=steps * config.batch_size / seconds,
+    )
+
+
+def _flops(trainer: Trainer) -> float:
+    denoiser = trainer.denoiser
+    shape = (1, denoiser.img_channels, *denoiser.img_resolution)
+    labels = torch.zeros(1, denoiser.label_dim, device=trainer.device) if denoiser.label_dim else None
+    image = torch.zeros(shape, device=trainer.device)
+    return float(count_flops(denoiser.eval(), image, torch.ones(1, device=trainer.device), labels))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"

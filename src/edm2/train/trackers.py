@@ -1,0 +1,124 @@
+"""Experiment trackers: TensorBoard, Weights & Biases, trackio, or anything with the same three methods.
+
+The run's own JSON lines are always written; these are for watching along.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+
+class Tracker(Protocol):
+    """What a run tells of itself while it trains."""
+
+    def start(self, run: Path, run_id: str, settings: Mapping[str, Any], num_images: int) -> None:
+        """Begin or continue.
+
+        Args:
+            run: folder of the run.
+            run_id: the run's name, the same when it is continued.
+            settings: all settings.
+            num_images: images seen; what was logged beyond them will be logged again.
+        """
+
+    def log(self, num_images: int, values: Mapping[str, float]) -> None:
+        """Write values of one moment down."""
+
+    def finish(self) -> None:
+        """Flush and close."""
+
+
+class TensorBoard:
+    """Event files in the run's folder `tensorboard`."""
+
+    def __init__(self) -> None:
+        self._module = _require("torch.utils.tensorboard", "tensorboard")
+        self._writer: Any = None
+
+    def start(self, run: Path, run_id: str, settings: Mapping[str, Any], num_images: int) -> None:
+        """See `Tracker.start`."""
+        # Purging hides what an interrupted session logged after its last checkpoint.
+        self._writer = self._module.SummaryWriter(str(run / "tensorboard"), purge_step=num_images + 1)
+
+    def log(self, num_images: int, values: Mapping[str, float]) -> None:
+        """See `Tracker.log`."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, global_step=num_images)
+
+    def finish(self) -> None:
+        """See `Tracker.finish`."""
+        self._writer.close()
+
+
+class _Hosted:
+    """wandb, and trackio, which took over its functions."""
+
+    def __init__(self, package: str) -> None:
+        self._module = _require(package, package)
+
+    def start(self, run: Path, run_id: str, settings: Mapping[str, Any], num_images: int) -> None:
+        """See `Tracker.start`."""
+        self._module.init(**self._identity(run, run_id), config=dict(settings), resume="allow")
+
+    def _identity(self, run: Path, run_id: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def log(self, num_images: int, values: Mapping[str, float]) -> None:
+        """See `Tracker.log`."""
+        self._module.log(dict(values), step=num_images)
+
+    def finish(self) -> None:
+        """See `Tracker.finish`."""
+        self._module.finish()
+
+
+class WandB(_Hosted):
+    """Weights & Biases, with its own settings from the environment (WANDB_PROJECT, WANDB_MODE)."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+
+    def _identity(self, run: Path, run_id: str) -> dict[str, Any]:
+        return {"id": run_id, "name": run.name, "dir": str(run)}
+
+
+class Trackio(_Hosted):
+    """trackio, which keeps its data on this machine; project `edm2`, a run's folder and identity as its name."""
+
+    def __init__(self) -> None:
+        super().__init__("trackio")
+
+    def _identity(self, run: Path, run_id: str) -> dict[str, Any]:
+        return {"project": "edm2", "name": f"{run.name}-{run_id}"}
+
+
+TRACKERS: dict[str, Callable[[], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+
+
+def open_trackers(names: tuple[str, ...]) -> list[Tracker]:
+    """Make the trackers of some names, so that a missing package is noticed before the run starts.
+
+    Raises:
+        ValueError: for an unknown name, or a package that is not installed.
+    """
+    unknown = [name for name in names if name not in TRACKERS]
+    if unknown:
+        raise ValueError(f"unknown tracker {unknown[0]!r}: choose from {', '.join(TRACKERS)}")
+    return [TRACKERS[name]() for name in names]
+
+
+def numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """The values of a log's record that a tracker can draw."""
+    return {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
+
+
+def _require(module: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"{package} is not installed: run `pip install {package}`, or leave it out of --track; the run's "
+            "log.jsonl is written in any case"
+        ) from error
