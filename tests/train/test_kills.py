@@ -14,7 +14,7 @@ from edm2.train.run_folder import MAGNITUDES_FILE
 WORKER = Path(__file__).with_name("kill_worker.py")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # about 20 s
 def test_fifty_kills(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(WORKER), str(tmp_path), "50"],
