@@ -169,13 +169,34 @@ def test_mixed_sizes_name_the_first_offenders(folder):
     assert "4 are 7x5 (height x width) with 3 channels" in message
     assert f"{NAMES[1]!r} is 4x4" in message
     assert f"{NAMES[4]!r} is 2x9" in message
-    assert "(2 in all): resize, crop or convert them" in message
+    assert "(2 in all): take them out, or bring all to one size with 'edm2 data convert" in message
 
 
-def test_mixed_channels_are_mixed_sizes(folder):
-    Image.new("L", (5, 7)).save(folder / NAMES[2])
+def test_arrays_and_pictures_of_other_channels_are_mixed_sizes(folder):
+    np.save(folder / "00000" / "x.npy", np.zeros((1, 7, 5), np.uint8))
     with pytest.raises(ValueError, match=r"7x5 .* with 1 channels"):
-        open_dataset(folder)
+        open_dataset(folder, labels=False)
+
+
+def test_a_gray_picture_among_colour_is_read_as_colour(folder):
+    gray = Image.fromarray(PIXELS[2]).convert("L")
+    gray.save(folder / NAMES[2])
+    with pytest.warns(UserWarning, match=r"of several modes \(5 RGB, 1 L\): read as RGB"):
+        data = open_dataset(folder)
+    image = data.images(np.array([ORDER.tolist().index(2)]))[0]
+    assert data.image_shape == (3, 7, 5)
+    assert np.array_equal(image, np.stack([np.asarray(gray)] * 3))
+
+
+def test_transparent_parts_among_colour_are_laid_on_white(folder):
+    pixels = np.dstack([PIXELS[0], np.full((7, 5), 255, np.uint8)])
+    pixels[0, 0, 3] = 0
+    Image.fromarray(pixels).save(folder / NAMES[0])
+    with pytest.warns(UserWarning, match=r"5 RGB, 1 RGBA"):
+        image = open_dataset(folder).images(np.array([0]))[0]
+    expected = PIXELS[0].copy()
+    expected[0, 0] = 255
+    assert np.array_equal(image, expected.transpose(2, 0, 1))
 
 
 def test_no_images(tmp_path):
@@ -239,7 +260,7 @@ def test_other_compression_is_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((2, 2), np.int32), "type int32, but must be uint8 or float"),
+        (np.zeros((2, 2), np.int32), "type int32, but must be bool, float, or integers of 8 or 16"),
         (np.zeros((1, 2, 3, 4), np.float32), r"shape \[1, 2, 3, 4\], but must have \[C, H, W\]"),
     ],
 )
@@ -262,10 +283,62 @@ def test_values_that_are_not_finite_are_named(tmp_path):
         data.images(np.array([0]))
 
 
-def test_16_bit_is_refused_rather_than_cut(tmp_path):
-    Image.fromarray(np.zeros((3, 3), np.uint16)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"image 'a.png' .*mode is 'I;16': convert it to 8-bit"):
-        open_dataset(tmp_path)
+def test_damaged_images_are_skipped_where_that_is_wanted(folder):
+    whole = (folder / NAMES[3]).read_bytes()
+    (folder / NAMES[3]).write_bytes(whole[: len(whole) // 2])
+    (folder / NAMES[4]).write_bytes(b"x")
+    match = rf"image '{NAMES[4]}' .*cannot identify.* or open the data set with skip_damaged"
+    with pytest.raises(ValueError, match=match):
+        open_dataset(folder)
+    with pytest.warns(
+        UserWarning, match=rf"skipped 2 of the 6 images of .*, which are damaged: the first is '{NAMES[4]}'"
+    ):
+        data = open_dataset(folder, skip_damaged=True, pad_to=8)
+    assert [skipped.name for skipped in data.skipped] == [NAMES[4], NAMES[3]]
+    kept = [i for i in ORDER if i not in (3, 4)]
+    assert np.array_equal(data.images(np.arange(4))[:, :, :7, 1:6], PIXELS[kept].transpose(0, 3, 1, 2))
+    assert data.labels(np.arange(4)).tolist() == [LABELS[i][1] for i in kept]
+    assert data.image_name(3) == NAMES[5]
+
+
+def test_verify_finds_damage_at_opening(folder):
+    assert open_dataset(folder, verify=True).skipped == ()
+    for name in NAMES[2:4]:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"image '{NAMES[2]}' .*, and 1 more: replace it"):
+        open_dataset(folder, verify=True)
+
+
+def test_the_fingerprint_follows_what_was_skipped(folder):
+    first = open_dataset(folder)
+    (folder / NAMES[3]).write_bytes(b"x" * (folder / NAMES[3]).stat().st_size)
+    with pytest.warns(UserWarning, match="skipped 1 of the 6"):
+        second = open_dataset(folder, skip_damaged=True)
+    assert second.num_classes == first.num_classes
+    assert second.fingerprint != first.fingerprint
+
+
+def test_nothing_left(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"every one of the 1 images of .* is damaged"):
+        open_dataset(tmp_path, skip_damaged=True)
+    Image.fromarray(PIXELS[0]).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:80])
+    with pytest.raises(ValueError, match=r"every one of the 1 images of .* is damaged"):
+        open_dataset(tmp_path, skip_damaged=True)
+
+
+def test_class_names_in_the_label_file(folder):
+    content = {"labels": LABELS, "class_names": ["a", "b", "c", "d"]}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    assert open_dataset(folder).class_names == ("a", "b", "c", "d")
+    (folder / "dataset.json").write_text(json.dumps({**content, "class_names": ["a"]}))
+    with pytest.raises(ValueError, match="label 3 has no name among the 1 'class_names'"):
+        open_dataset(folder)
+    (folder / "dataset.json").write_text(json.dumps({**content, "class_names": [1]}))
+    with pytest.raises(ValueError, match="'class_names' must be a list of names"):
+        open_dataset(folder)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_built_in_splits(name):
 
 
 def test_image_folders_have_one_split(tmp_path):
-    with pytest.raises(ValueError, match=r"has no split 'test': an image folder or ZIP is one set"):
+    with pytest.raises(ValueError, match=r"has no split 'test': an image folder, ZIP or array is one set"):
         open_dataset(tmp_path, split="test")
 
 
@@ -155,6 +155,14 @@ def test_a_file_that_is_no_zip(tmp_path):
     (tmp_path / "a.zip").write_text("hello")
     with pytest.raises(ValueError, match="neither a folder nor a ZIP"):
         open_dataset(tmp_path / "a.zip")
+
+
+def test_hugging_face_without_the_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    for source in ("hf://user/name", tmp_path, tmp_path / "a.parquet"):
+        with pytest.raises(ValueError, match=r"need the package 'datasets' .*pip install 'edm2\[data\]'"):
+            open_dataset(source)
 
 
 def test_importing_does_not_load_scikit_learn():

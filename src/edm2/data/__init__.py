@@ -1,11 +1,14 @@
 """Image data sets, the order in which a run sees them, and the coding between pixels and network units."""
 
-from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset
+from edm2.data.arrays import NpyDataset, open_npz
+from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset, Skipped
 from edm2.data.encoders import FloatCoding, PixelCoding, coding_warning, measure_coding
-from edm2.data.files import FileDataset
+from edm2.data.files import FileDataset, open_files
+from edm2.data.hugging_face import open_hugging_face, stream_hugging_face
 from edm2.data.idx import read_idx
 from edm2.data.order import epoch_order, indices
 from edm2.data.sources import BUILT_IN, open_dataset
+from edm2.data.verify import find_damaged
 
 __all__ = [
     "BUILT_IN",
@@ -13,12 +16,19 @@ __all__ = [
     "FileDataset",
     "FloatCoding",
     "ImageDataset",
+    "NpyDataset",
     "PaddedDataset",
     "PixelCoding",
+    "Skipped",
     "coding_warning",
     "epoch_order",
+    "find_damaged",
     "indices",
     "measure_coding",
     "open_dataset",
+    "open_files",
+    "open_hugging_face",
+    "open_npz",
     "read_idx",
+    "stream_hugging_face",
 ]

@@ -2,9 +2,17 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Skipped(NamedTuple):
+    """An image that was left out, and why."""
+
+    name: str
+    reason: str
 
 
 class ImageDataset(ABC):
@@ -18,6 +26,7 @@ class ImageDataset(ABC):
         class_names: one a class where they are known, else empty.
         fingerprint: sha256 that two data sets share only when names, sizes and labels agree (files) or
             every value does (arrays); the same on every machine.
+        skipped: images that were left out because they are damaged.
     """
 
     def __init__(
@@ -31,8 +40,10 @@ class ImageDataset(ABC):
         class_names: Sequence[str] = (),
         fingerprint: str,
         size: int,
+        skipped: Sequence[Skipped] = (),
     ) -> None:
         self.name = name
+        self.skipped = tuple(skipped)
         self.image_shape = image_shape
         self.dtype = dtype
         self.class_names = tuple(class_names)
@@ -80,6 +91,10 @@ class ImageDataset(ABC):
         if self._labels is None:
             raise ValueError(f"data set {self.name!r} has no labels: ask only where num_classes is above 0")
         return self._labels[self._checked(indices)]
+
+    def image_name(self, index: int) -> str:
+        """What messages call an image."""
+        return f"image {index}"
 
     @abstractmethod
     def _read(self, indices: np.ndarray) -> np.ndarray: ...
@@ -181,10 +196,53 @@ class PaddedDataset(ImageDataset):
             class_names=dataset.class_names,
             fingerprint=hashlib.sha256(f"pad {size} {dataset.fingerprint}".encode()).hexdigest(),
             size=len(dataset),
+            skipped=dataset.skipped,
         )
+
+    def image_name(self, index: int) -> str:
+        """What messages call an image."""
+        return self._dataset.image_name(index)
 
     def _read(self, indices: np.ndarray) -> np.ndarray:
         return np.pad(self._dataset.images(indices), self._margins)
+
+
+class WithoutDamaged(ImageDataset):
+    """Another data set less some of its images.
+
+    Args:
+        dataset: what to take them from.
+        damaged: index of every image to leave out, with its name and the reason.
+
+    Raises:
+        ValueError: where no image is left.
+    """
+
+    def __init__(self, dataset: ImageDataset, damaged: Mapping[int, Skipped]) -> None:
+        self._dataset = dataset
+        self._rows = np.setdiff1d(np.arange(len(dataset)), list(damaged))
+        if not len(self._rows):
+            raise ValueError(f"every one of the {len(dataset)} images of {dataset.name!r} is damaged")
+        digest = hashlib.sha256(f"without {dataset.fingerprint}".encode())
+        digest.update(self._rows.astype("<i8").data)
+        super().__init__(
+            name=dataset.name,
+            image_shape=dataset.image_shape,
+            dtype=dataset.dtype,
+            labels=dataset.labels(self._rows) if dataset.num_classes else None,
+            num_classes=dataset.num_classes,
+            class_names=dataset.class_names,
+            fingerprint=digest.hexdigest(),
+            size=len(self._rows),
+            skipped=(*dataset.skipped, *damaged.values()),
+        )
+
+    def image_name(self, index: int) -> str:
+        """What messages call an image."""
+        return self._dataset.image_name(int(self._rows[index]))
+
+    def _read(self, indices: np.ndarray) -> np.ndarray:
+        return self._dataset.images(self._rows[indices])
 
 
 def checked_labels(labels: np.ndarray, size: int) -> np.ndarray:

@@ -1,175 +1,200 @@
-"""Image folders and ZIPs, read one image at a time."""
+"""Data sets of encoded files, read one image at a time: folders, ZIPs, and whatever else is a `Storage`."""
 
 import hashlib
-import io
-import struct
-import zlib
+import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from edm2.data.dataset import ImageDataset
+from edm2.data.dataset import ImageDataset, Skipped
 from edm2.data.labels import LABEL_FILE, read_labels
+from edm2.data.pictures import ARRAY, PICTURES, UNREADABLE, Header, common_mode, decode, is_image, read_header
 from edm2.data.storage import FolderStorage, Storage, ZipStorage
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_CHANNELS = {"1": 1, "L": 1, "LA": 2, "P": 3, "RGB": 3, "RGBA": 4}
 _HEAD_BYTES = 4096
-# What Pillow and NumPy are known to raise on bytes that are not an image.
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-Shape = tuple[int, int, int, str]
 
 
 class FileDataset(ImageDataset):
-    """Images in a folder, or in a ZIP with the same layout.
+    """Pictures and arrays in files of one size.
 
-    PNG, JPEG, WebP or BMP become uint8 with 1 (gray), 2 (gray, alpha), 3 (RGB, palette) or 4 (RGBA)
-    channels. `.npy` files hold `[C, H, W]` or `[H, W]`, uint8 or float. Labels come from `dataset.json` at
-    the top, `{"labels": [[name, int], ...]}` or null; without it, the sorted top folders are the classes.
-    Opening reads the header of every image, not its pixels.
+    Pictures (PNG, JPEG, WebP, BMP, GIF, TIFF) become uint8 as a viewer would show them:
+
+    - gray has 1 channel, gray with alpha 2, RGB 3, RGBA 4; black and white is gray; a palette, CMYK and
+      YCbCr are RGB, or RGBA where the palette has transparency;
+    - a set of several modes is read as RGB (gray and gray with alpha: as gray), transparent parts on white,
+      with a warning that counts them;
+    - images are turned upright where EXIF says so; of animations the first frame is taken;
+    - one band of 16-bit or float values becomes float32 with the values unchanged, so nothing is lost; 16-bit
+      colour is read with its upper 8 bits, which is what Pillow can do.
+
+    `.npy` files hold `[C, H, W]`, `[H, W]`, or `[H, W, C]` with up to 4 channels: uint8, or any float or 16-bit
+    values, which become float32 unchanged. Opening reads the header of every image, not its pixels.
 
     Args:
-        source: folder or ZIP.
-        labels: False leaves labels out.
+        storage: the files.
+        names: of the images among them.
+        labels: `[N]` integers, one a name, or None.
+        where: the source as messages name it.
+        name: short, for logs and reports.
+        class_names: one a class.
+        skip_damaged: leave out images whose header is damaged; else they are an error.
 
     Raises:
-        ValueError: no images, images of mixed sizes, a damaged image, or labels that do not fit.
+        ValueError: for damaged images, or images of mixed sizes.
     """
 
-    def __init__(self, source: Path, *, labels: bool = True) -> None:
-        self._source = source
-        storage: Storage = FolderStorage(source) if source.is_dir() else ZipStorage(source)
-        self._storage = storage
-        chosen = [(n, s) for n, s in zip(storage.names, storage.sizes, strict=True) if _is_image(n)]
-        if not chosen:
-            raise ValueError(
-                f"{source} holds no images ({len(storage.names)} files, none of them "
-                f"{', '.join(PICTURES)} or .npy): give the folder or ZIP that holds them"
-            )
-        self._names = [name for name, _ in chosen]
-        values, class_names = read_labels(storage, self._names, source=source) if labels else (None, ())
-        shape = self._common_shape()
-        numbers = [-1] * len(chosen) if values is None else values.tolist()
+    def __init__(
+        self,
+        storage: Storage,
+        names: Sequence[str],
+        labels: np.ndarray | None = None,
+        *,
+        where: str,
+        name: str,
+        class_names: Sequence[str] = (),
+        skip_damaged: bool = False,
+    ) -> None:
+        self._storage, self._where = storage, where
+        headers, damaged = read_headers(storage, names)
+        if damaged and not skip_damaged:
+            raise ValueError(damage_message(damaged, where))
+        rows = [row for row, name in enumerate(names) if name in headers]
+        if not rows:
+            raise ValueError(f"every one of the {len(names)} images of {where} is damaged or not supported")
+        self._names = [names[row] for row in rows]
+        self._mode, shape = _common_shape(headers, where)
+        num_classes = len(class_names) or (None if labels is None else int(labels.max()) + 1)
+        values = None if labels is None else labels[rows]
+        sizes = dict(zip(storage.names, storage.sizes, strict=True))
         digest = hashlib.sha256(f"files {shape}".encode())
-        for (name, size), number in zip(chosen, numbers, strict=True):
-            digest.update(f"\0{name}\0{size}\0{number}".encode())
+        for row, name_ in enumerate(self._names):
+            digest.update(f"\0{name_}\0{sizes[name_]}\0{-1 if values is None else values[row]}".encode())
         super().__init__(
-            name=source.resolve().stem,
+            name=name,
             image_shape=shape[:3],
             dtype=np.dtype(shape[3]),
             labels=values,
-            num_classes=len(class_names) or None,
+            num_classes=num_classes,
             class_names=class_names,
             fingerprint=digest.hexdigest(),
-            size=len(chosen),
+            size=len(rows),
+            skipped=damaged,
         )
 
-    def _common_shape(self) -> Shape:
-        shapes = [self._header(name) for name in self._names]
-        counts = Counter(shapes)
-        common = counts.most_common(1)[0][0]
-        if len(counts) > 1:
-            wrong = [i for i, shape in enumerate(shapes) if shape != common]
-            shown = ", ".join(f"{self._names[i]!r} is {_words(shapes[i])}" for i in wrong[:3])
-            raise ValueError(
-                f"the images of {self._source} have mixed sizes: {counts[common]} are {_words(common)}, but "
-                f"{shown}{' ...' if len(wrong) > 3 else ''} ({len(wrong)} in all): "
-                "resize, crop or convert them to one size and mode, or take them out"
-            )
-        return common
-
-    def _header(self, name: str) -> Shape:
-        try:
-            return _shape(name, self._storage.read(name, _HEAD_BYTES))
-        except _UNREADABLE:
-            pass  # A long header, such as a camera's: the whole file decides.
-        try:
-            return _shape(name, self._storage.read(name))
-        except _UNREADABLE as error:
-            raise self._damaged(name, error) from error
+    def image_name(self, index: int) -> str:
+        """The file of an image."""
+        return self._names[index]
 
     def _read(self, indices: np.ndarray) -> np.ndarray:
         batch = np.empty((len(indices), *self.image_shape), self.dtype)
         for row, index in enumerate(indices):
             name = self._names[index]
             try:
-                image = _decode(name, self._storage.read(name))
+                image = decode(name, self._storage.read(name), self._mode)
                 if image.shape != self.image_shape or image.dtype != self.dtype:
                     raise ValueError(f"it was {self.image_shape} at opening, and is {image.shape} now")
-                if self.dtype == np.float32 and not np.isfinite(image).all():
-                    raise ValueError("it holds values that are not finite")
-            except _UNREADABLE as error:
-                raise self._damaged(name, error) from error
+            except UNREADABLE as error:
+                raise ValueError(damage_message([Skipped(name, str(error))], self._where)) from error
             batch[row] = image
         return batch
 
-    def _damaged(self, name: str, error: Exception) -> ValueError:
-        return ValueError(
-            f"image {name!r} in {self._source} is damaged or not supported ({error}): "
-            f"replace it, or take it (and its line in {LABEL_FILE}) out"
+
+def open_files(source: Path, *, labels: bool = True, skip_damaged: bool = False) -> FileDataset:
+    """Open an image folder, or a ZIP with the same layout.
+
+    Labels come from `dataset.json` at the top, `{"labels": [[name, int], ...]}` or null; without it, the sorted
+    top folders are the classes.
+
+    Args:
+        source: folder or ZIP.
+        labels: False leaves labels out.
+        skip_damaged: leave out images whose header is damaged; else they are an error.
+
+    Raises:
+        ValueError: no images, images of mixed sizes, a damaged image, or labels that do not fit.
+    """
+    storage, names = list_images(source)
+    values, class_names = read_labels(storage, names, source=source) if labels else (None, ())
+    return FileDataset(
+        storage,
+        names,
+        values,
+        where=str(source),
+        name=source.resolve().stem,
+        class_names=class_names,
+        skip_damaged=skip_damaged,
+    )
+
+
+def list_images(source: Path) -> tuple[Storage, list[str]]:
+    """The files of a folder or ZIP, and which of them are images.
+
+    Raises:
+        ValueError: where none are.
+    """
+    storage: Storage = FolderStorage(source) if source.is_dir() else ZipStorage(source)
+    names = [name for name in storage.names if is_image(name)]
+    if not names:
+        raise ValueError(
+            f"{source} holds no images ({len(storage.names)} files, none of them "
+            f"{', '.join(PICTURES)} or .npy): give the folder or ZIP that holds them"
         )
+    return storage, names
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith((*PICTURES, ".npy"))
+def read_headers(storage: Storage, names: Sequence[str]) -> tuple[dict[str, Header], list[Skipped]]:
+    """Headers of images by name, and those that have none, with the reason."""
+    headers: dict[str, Header] = {}
+    damaged = []
+    for name in names:
+        try:
+            headers[name] = _header(storage, name)
+        except UNREADABLE as error:
+            damaged.append(Skipped(name, str(error)))
+    return headers, damaged
 
 
-def _words(shape: Shape) -> str:
-    return f"{shape[1]}x{shape[2]} (height x width) with {shape[0]} channels, {shape[3]}"
+def damage_message(damaged: Sequence[Skipped], where: str) -> str:
+    """An error's text that names what is damaged and what can be done."""
+    name, reason = damaged[0]
+    others = "" if len(damaged) == 1 else f", and {len(damaged) - 1} more"
+    return (
+        f"image {name!r} in {where} is damaged or not supported ({reason}){others}: "
+        f"replace it, take it (and its line in {LABEL_FILE}) out, or open the data set with skip_damaged"
+    )
 
 
-def _mode(image: Image.Image) -> str:
-    # A palette is a way of storing RGB, with or without transparency.
-    if image.mode == "P":
-        return "RGBA" if "transparency" in image.info else "RGB"
-    if image.mode not in _CHANNELS:
-        raise ValueError(f"its mode is {image.mode!r}: convert it to 8-bit gray or RGB, or to a float .npy")
-    return "L" if image.mode == "1" else image.mode
+def _header(storage: Storage, name: str) -> Header:
+    try:
+        return read_header(name, storage.read(name, _HEAD_BYTES))
+    except UNREADABLE:
+        # A long header, such as a camera's: the whole file decides.
+        return read_header(name, storage.read(name))
 
 
-def _shape(name: str, data: bytes) -> Shape:
-    if name.lower().endswith(".npy"):
-        file = io.BytesIO(data)
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"its .npy format is version {version}: write it with numpy.save")
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+def _common_shape(headers: dict[str, Header], where: str) -> tuple[str | None, tuple[int, int, int, str]]:
+    # The mode to read pictures in; channels, height, width and type of every image.
+    modes = Counter(header.mode for header in headers.values())
+    mode = None
+    if not modes.keys() & {ARRAY, "F"}:
+        mode = common_mode(modes)
+        headers = {n: h._replace(channels=len(mode), mode=mode) for n, h in headers.items()}
+    sizes = Counter((h.channels, h.height, h.width, h.dtype) for h in headers.values())
+    common = sizes.most_common(1)[0][0]
+    if len(sizes) > 1:
+        wrong = [n for n, h in headers.items() if (h.channels, h.height, h.width, h.dtype) != common]
+        right = next(h for h in headers.values() if (h.channels, h.height, h.width, h.dtype) == common)
+        shown = ", ".join(f"{n!r} is {headers[n].words()}" for n in wrong[:3])
+        raise ValueError(
+            f"the images of {where} have mixed sizes: {sizes[common]} are {right.words()}, but "
+            f"{shown}{' ...' if len(wrong) > 3 else ''} ({len(wrong)} in all): take them out, or bring all "
+            f"to one size with 'edm2 data convert {where} --out NEW.zip --size N'"
         )
-        shape, _, dtype = read(file)
-        return (*_image_shape(shape), _kind(dtype))
-    with Image.open(io.BytesIO(data)) as image:
-        return _CHANNELS[_mode(image)], image.height, image.width, "uint8"
-
-
-def _image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    if len(shape) not in (2, 3) or 0 in shape:
-        raise ValueError(f"its array has the shape {list(shape)}, but must have [C, H, W] or [H, W]")
-    channels, height, width = shape if len(shape) == 3 else (1, *shape)
-    return channels, height, width
-
-
-def _kind(dtype: np.dtype) -> str:
-    if dtype != np.uint8 and dtype.kind != "f":
-        raise ValueError(f"its array has the type {dtype}, but must be uint8 or float")
-    return "uint8" if dtype == np.uint8 else "float32"
-
-
-def _decode(name: str, data: bytes) -> np.ndarray:
-    if name.lower().endswith(".npy"):
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-        return array.reshape(_image_shape(array.shape)).astype(_kind(array.dtype), copy=False)
-    with Image.open(io.BytesIO(data)) as image:
-        pixels = np.asarray(image.convert(_mode(image)), dtype=np.uint8)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    if mode is not None and len(modes) > 1:
+        counted = ", ".join(f"{count} {name}" for name, count in modes.most_common())
+        warnings.warn(
+            f"the pictures of {where} are of several modes ({counted}): read as {mode}", stacklevel=5
+        )
+    return mode, common

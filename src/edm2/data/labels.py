@@ -1,4 +1,7 @@
-"""Class labels of an image folder or ZIP: from `dataset.json`, else from the names of the folders."""
+"""Class labels of an image folder or ZIP: from `dataset.json`, else from the names of the folders.
+
+`edm2 data convert` adds `"class_names": [name, ...]` to `dataset.json` where they are known.
+"""
 
 import json
 import warnings
@@ -24,13 +27,13 @@ def read_labels(
         source: named in errors.
 
     Returns:
-        Labels `[N]` int64, or None where there are none; class names, where folders give them.
+        Labels `[N]` int64, or None where there are none; class names, where folders or the file give them.
 
     Raises:
         ValueError: for a label file that does not fit the images, or folders that are not classes.
     """
     if LABEL_FILE in storage.names:
-        return _from_json(storage.read(LABEL_FILE), names, where=source / LABEL_FILE), ()
+        return _from_json(storage.read(LABEL_FILE), names, where=source / LABEL_FILE)
     misplaced = [name for name in storage.names if name.endswith("/" + LABEL_FILE)]
     if misplaced:
         raise ValueError(
@@ -40,7 +43,9 @@ def read_labels(
     return _from_folders(names, source=source)
 
 
-def _from_json(data: bytes, names: Sequence[str], *, where: Path) -> np.ndarray | None:
+def _from_json(
+    data: bytes, names: Sequence[str], *, where: Path
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
     wanted = f'{where} must hold {{"labels": [["folder/name.png", 3], ...]}}, or null in place of the list'
     try:
         content = json.loads(data)
@@ -49,7 +54,7 @@ def _from_json(data: bytes, names: Sequence[str], *, where: Path) -> np.ndarray 
     if not isinstance(content, dict) or "labels" not in content:
         raise ValueError(f"{wanted}; it has no 'labels'")
     if content["labels"] is None:
-        return None
+        return None, ()
     if not isinstance(content["labels"], list):
         raise ValueError(f"{wanted}; 'labels' is a {type(content['labels']).__name__}")
     table: dict[str, int] = {}
@@ -73,7 +78,14 @@ def _from_json(data: bytes, names: Sequence[str], *, where: Path) -> np.ndarray 
         raise ValueError(
             f"{where} has labels for {_some(absent)}, which do not exist: add the images, or take them out"
         )
-    return np.array([table[name] for name in names], dtype=np.int64)
+    classes = content.get("class_names", [])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{where}: 'class_names' must be a list of names, one a class")
+    if classes and max(table.values()) >= len(classes):
+        raise ValueError(
+            f"{where}: label {max(table.values())} has no name among the {len(classes)} 'class_names'"
+        )
+    return np.array([table[name] for name in names], dtype=np.int64), tuple(classes)
 
 
 def _from_folders(names: Sequence[str], *, source: Path) -> tuple[np.ndarray | None, tuple[str, ...]]:

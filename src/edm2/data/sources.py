@@ -2,14 +2,18 @@
 
 import difflib
 import math
+import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset
-from edm2.data.files import FileDataset
+from edm2.data.arrays import NpyDataset, open_npz
+from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset, WithoutDamaged
+from edm2.data.files import damage_message, open_files
+from edm2.data.hugging_face import PREFIX, is_hugging_face, open_hugging_face
 from edm2.data.idx import idx_splits, open_idx
+from edm2.data.verify import find_damaged
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_CLASSES = (
@@ -18,17 +22,27 @@ _FASHION_CLASSES = (
 
 
 def open_dataset(
-    source: str | Path, *, split: str = "train", labels: bool = True, pad_to: int | None = None
+    source: str | Path,
+    *,
+    split: str = "train",
+    labels: bool = True,
+    pad_to: int | None = None,
+    verify: bool = False,
+    skip_damaged: bool = False,
 ) -> ImageDataset:
     """Open a built-in data set or the user's own images.
 
     Args:
         source: "digits" (scikit-learn's handwritten digits, 8x8), "fashion-mnist" (Debian's package,
-            28x28), or the path of an image folder, a ZIP, or a folder of IDX files. A folder that has a
-            built-in's name is meant by `./digits`.
-        split: "train", or "test" where the source has one.
+            28x28), "hf://NAME" (a data set of the Hugging Face hub), or a path: an image folder, a ZIP, a folder
+            of IDX files, a `.npy` or `.npz` file, a folder that `datasets` saved, or Arrow or Parquet files. A
+            folder that has a built-in's name is meant by `./digits`.
+        split: "train", or "test" or another where the source has it.
         labels: False leaves labels out.
         pad_to: height and width in pixels to reach by zeros around the image.
+        verify: decode every image now, so that a damaged one is an error here and not in the middle of a run.
+        skip_damaged: leave out images that cannot be decoded, and warn with their number; `skipped` names
+            them. Without it, they are an error.
 
     Returns:
         The data set.
@@ -42,26 +56,53 @@ def open_dataset(
             raise ValueError(f"{source} has no split {split!r}: its splits are test, train")
         dataset: ImageDataset = BUILT_IN[source](split, labels)
     else:
-        dataset = _open_path(source, split, labels)
+        dataset = _open_source(source, split, labels, skip_damaged)
+    if verify or skip_damaged:
+        dataset = _verified(dataset, str(source), skip_damaged)
     return dataset if pad_to is None else PaddedDataset(dataset, pad_to)
 
 
-def _open_path(source: str | Path, split: str, labels: bool) -> ImageDataset:
+def _verified(dataset: ImageDataset, source: str, skip_damaged: bool) -> ImageDataset:
+    damaged = find_damaged(dataset)
+    if damaged and not skip_damaged:
+        raise ValueError(damage_message([skipped for _, skipped in damaged], source))
+    if damaged:
+        dataset = WithoutDamaged(dataset, dict(damaged))
+    if dataset.skipped:
+        name, reason = dataset.skipped[0]
+        count, total = len(dataset.skipped), len(dataset) + len(dataset.skipped)
+        warnings.warn(
+            f"skipped {count} of the {total} images of {source}, which are damaged: the first is {name!r} ({reason})",
+            stacklevel=3,
+        )
+    return dataset
+
+
+def _open_source(source: str | Path, split: str, labels: bool, skip_damaged: bool) -> ImageDataset:
+    options = {"labels": labels, "skip_damaged": skip_damaged}
+    if str(source).startswith(PREFIX):
+        return open_hugging_face(str(source), split=split, **options)
     path = Path(source).expanduser()
     if not path.exists():
         raise ValueError(_unknown(str(source), path))
+    if is_hugging_face(path):
+        return open_hugging_face(path, split=split, **options)
     if path.is_dir() and idx_splits(path):
         return open_idx(path, split=split, labels=labels)
-    if path.is_file() and not zipfile.is_zipfile(path):
+    arrays = path.is_file() and path.suffix in (".npy", ".npz")
+    if path.is_file() and not arrays and not zipfile.is_zipfile(path):
         raise ValueError(
-            f"{path} is neither a folder nor a ZIP: give the folder or ZIP that holds the images"
+            f"{path} is neither a folder nor a ZIP: give the folder or ZIP that holds the images, or a .npy, .npz, "
+            ".arrow or .parquet file"
         )
     if split != "train":
         raise ValueError(
-            f"{path} has no split {split!r}: an image folder or ZIP is one set, 'train'; "
+            f"{path} has no split {split!r}: an image folder, ZIP or array is one set, 'train'; "
             "open the other by its own path"
         )
-    return FileDataset(path, labels=labels)
+    if arrays:
+        return NpyDataset(path, labels=labels) if path.suffix == ".npy" else open_npz(path, labels=labels)
+    return open_files(path, **options)
 
 
 def _unknown(source: str, path: Path) -> str:

@@ -1,0 +1,166 @@
+"""The real library `datasets`, offline: what it wrote is read."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+datasets = pytest.importorskip("datasets")
+
+from edm2.data import open_dataset, stream_hugging_face  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of the library
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (8, 7, 5, 3), dtype=np.uint8)
+EXPECTED = PIXELS.transpose(0, 3, 1, 2)
+ALL = np.arange(8)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+
+
+def table(pixels=PIXELS, labels=(0, 1, 2, 0, 1, 2, 0, 1)):
+    features = datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=["a", "b", "c"]),
+        }
+    )
+    content = {
+        "id": [str(i) for i in range(len(pixels))],
+        "image": [Image.fromarray(image) for image in pixels],
+        "label": list(labels),
+    }
+    return datasets.Dataset.from_dict(content, features=features)
+
+
+def check(data):
+    assert np.array_equal(data.images(ALL), EXPECTED)
+    assert (data.num_classes, data.class_names) == (3, ("a", "b", "c"))
+    assert data.labels(ALL).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_a_folder_written_by_save_to_disk(tmp_path):
+    table().save_to_disk(tmp_path / "saved")
+    check(open_dataset(tmp_path / "saved"))
+    assert open_dataset(tmp_path / "saved", labels=False).num_classes == 0
+    with pytest.raises(ValueError, match=r"has no split 'test': it is one set"):
+        open_dataset(tmp_path / "saved", split="test")
+
+
+def test_splits_of_a_saved_folder(tmp_path):
+    parts = datasets.DatasetDict({"train": table(), "test": table(PIXELS[:2], [0, 1])})
+    parts.save_to_disk(tmp_path / "saved")
+    check(open_dataset(tmp_path / "saved"))
+    assert len(open_dataset(tmp_path / "saved", split="test")) == 2
+    with pytest.raises(ValueError, match="has no split 'valid': its splits are test, train"):
+        open_dataset(tmp_path / "saved", split="valid")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_files(tmp_path, kind):
+    if kind == "parquet":
+        path = tmp_path / "x.parquet"
+        table().to_parquet(path)
+    else:
+        table().save_to_disk(tmp_path / "saved")
+        path = next((tmp_path / "saved").glob("*.arrow"))
+    check(open_dataset(path))
+
+
+def test_a_folder_of_parquet_files_as_in_a_snapshot_of_the_hub(tmp_path):
+    (tmp_path / "data").mkdir()
+    for part in range(2):
+        table(PIXELS[4 * part : 4 * part + 4], [0, 1, 2, 0] if part == 0 else [1, 2, 0, 1]).to_parquet(
+            tmp_path / "data" / f"train-0000{part}-of-00002.parquet"
+        )
+    table(PIXELS[:3], [0, 0, 0]).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+    check(open_dataset(tmp_path))
+    assert len(open_dataset(tmp_path, split="test")) == 3
+    with pytest.raises(ValueError, match="has no split 'valid': its splits are test, train"):
+        open_dataset(tmp_path, split="valid")
+
+
+def test_plain_bytes_and_whole_numbers_without_the_librarys_types(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    files = []
+    for image in PIXELS:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        files.append(file.getvalue())
+    parquet.write_table(pyarrow.table({"img": files, "label": list(range(8))}), tmp_path / "x.parquet")
+    data = open_dataset(tmp_path / "x.parquet")
+    assert np.array_equal(data.images(ALL), EXPECTED)
+    assert data.labels(ALL).tolist() == list(range(8))
+
+
+def test_bands_of_floats(tmp_path):
+    values = RNG.normal(size=(8, 5, 4, 6)).astype(np.float32)
+    features = datasets.Features({"bands": datasets.Array3D((5, 4, 6), "float32")})
+    datasets.Dataset.from_dict({"bands": list(values)}, features=features).save_to_disk(tmp_path / "saved")
+    data = open_dataset(tmp_path / "saved")
+    assert data.image_shape == (5, 4, 6)
+    assert np.array_equal(data.images(ALL), values)
+
+
+def test_pictures_in_a_table_are_read_as_those_in_files(tmp_path):
+    files = []
+    for i, image in enumerate(PIXELS):
+        file = io.BytesIO()
+        exif = Image.Exif()
+        exif[0x0112] = 3 if i == 0 else 1
+        Image.fromarray(image).convert("L" if i == 1 else "RGB").save(file, "PNG", exif=exif)
+        files.append({"bytes": b"x" if i == 2 else file.getvalue(), "path": None})
+    datasets.Dataset.from_dict({"image": files}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"image 'row 000000002' in .* is damaged"):
+        open_dataset(tmp_path / "saved")
+    with pytest.warns(UserWarning, match="skipped 1 of the 8"):
+        data = open_dataset(tmp_path / "saved", skip_damaged=True)
+    assert np.array_equal(data.images(np.array([0]))[0], EXPECTED[0][:, ::-1, ::-1])
+    assert data.images(np.array([1]))[0].std(axis=0).max() == 0
+
+
+def test_a_stream_gives_the_same_images_and_starts_anywhere(tmp_path):
+    table().to_parquet(tmp_path / "x.parquet")
+    data = open_dataset(tmp_path / "x.parquet")
+    entries, names = stream_hugging_face(tmp_path / "x.parquet")
+    entries = list(entries)
+    assert names == ("a", "b", "c")
+    assert [entry.label for entry in entries] == data.labels(ALL).tolist()
+    for entry, image in zip(entries, PIXELS, strict=True):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(entry.data))), image)
+    assert list(stream_hugging_face(tmp_path / "x.parquet", start=5)[0]) == entries[5:]
+
+
+def test_a_saved_folder_is_no_stream(tmp_path):
+    table().save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="read by row: leave streaming out"):
+        stream_hugging_face(tmp_path / "saved")
+
+
+def test_no_images(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"has no column of images \(its columns: text\)"):
+        open_dataset(tmp_path / "saved")
+
+
+def test_secret_labels(tmp_path):
+    table(labels=[-1] * 8).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="has label -1 in column 'label': open it without labels"):
+        open_dataset(tmp_path / "saved")
+
+
+def test_what_the_library_cannot_open(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(ValueError, match=r"could not open .*x.parquet .*check the name, the split"):
+        open_dataset(tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"could not open hf://edm2/no-such-set"):
+        open_dataset("hf://edm2/no-such-set")
