@@ -14,7 +14,7 @@ from edm2.ema.misfit import Grid, Motion
 from edm2.ema.motion import fit_motion
 from edm2.ema.profiles import FloatArray
 from edm2.ema.sampling import sample_squares
-from edm2.ema.snapshots import Manifest, Snapshot, open_snapshot, read_manifest
+from edm2.ema.snapshots import ForeignSnapshots, Manifest, Snapshot, open_snapshot, read_manifest
 from edm2.ema.solve import HOPELESS_MISFIT, Solution, solve_motion
 from edm2.ema.stream import WeightedSums, read_tensors
 from edm2.ema.targets import PowerProfile, Profile, Target
@@ -63,7 +63,7 @@ class Reconstruction:
 
 
 def reconstruct(
-    folder: str | Path,
+    folder: str | Path | ForeignSnapshots,
     sigma_rel: float | None = None,
     t: float | None = None,
     *,
@@ -73,7 +73,7 @@ def reconstruct(
     """Put an average of any length together from a folder of snapshots.
 
     Args:
-        folder: Folder that `PowerEMA.snapshot` wrote.
+        folder: Folder that `PowerEMA.snapshot` wrote, or a `ForeignSnapshots`.
         sigma_rel: Wanted width as a fraction of training time, in (0, 0.2887].
         t: Time at which the average is wanted. Default: the last snapshot's.
         target: Any other profile, instead of `sigma_rel`.
@@ -95,7 +95,7 @@ def reconstruct(
 
 
 def reconstruct_many(
-    folder: str | Path,
+    folder: str | Path | ForeignSnapshots,
     targets: Sequence[float | Target],
     t: float | None = None,
     *,
@@ -159,7 +159,9 @@ def expected_error(solution: Solution, motion: Motion) -> float:
 class _Stored:
     """The snapshots that take part: their profiles, files, and how the weights moved between them."""
 
-    def __init__(self, folder: str | Path, manifest: Manifest, used: Sequence[Snapshot]) -> None:
+    def __init__(
+        self, folder: str | Path | ForeignSnapshots, manifest: Manifest, used: Sequence[Snapshot]
+    ) -> None:
         self._used = used
         self._files = [open_snapshot(folder, manifest.run, s) for s in used]
         self._copied: list[str] = json.loads(self._files[0].metadata["copied"])
@@ -199,14 +201,14 @@ class _Stored:
                 total += words
                 if i == last:
                     copied[name] = tensor
-            if sum_text(total) != self._used[i].data_sum:
+            if self._used[i].data_sum and sum_text(total) != self._used[i].data_sum:
                 raise ValueError(
                     f"{file.path} is damaged: its data is not what was written; restore it from a copy"
                 )
         return sums, copied
 
 
-def _target_time(folder: str | Path, manifest: Manifest, t: float | None) -> float:
+def _target_time(folder: str | Path | ForeignSnapshots, manifest: Manifest, t: float | None) -> float:
     if not manifest.snapshots:
         raise ValueError(f"{folder} holds no snapshot yet: train on until the first one is written")
     times = [s.t for s in manifest.snapshots]

@@ -82,7 +82,26 @@ class Manifest:
     snapshots: tuple[Snapshot, ...]
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+@dataclass(frozen=True, kw_only=True)
+class ForeignSnapshots:
+    """Snapshots in files of another format, described as ours: taken wherever a folder of snapshots is read.
+
+    Attributes:
+        folder: Where the files are.
+        manifest: What they hold; an empty `data_sum` is not checked, a `distance` of NaN is not known.
+        files: File name -> where its tensors lie, as plain little-endian numbers in row-major order; the
+            metadata need `copied` only.
+    """
+
+    folder: Path
+    manifest: Manifest
+    files: Mapping[str, tensorfile.TensorFile]
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+
+def read_manifest(folder: str | Path | ForeignSnapshots) -> Manifest:
     """Read what a folder of snapshots holds.
 
     Args:
@@ -94,6 +113,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     Raises:
         ValueError: If there is no manifest or it cannot be understood.
     """
+    if isinstance(folder, ForeignSnapshots):
+        return folder.manifest
     path = Path(folder) / MANIFEST
     try:
         content = json.loads(path.read_bytes())
@@ -274,12 +295,16 @@ def _run_of(path: Path) -> str | None:
         return None
 
 
-def open_snapshot(folder: str | Path, run: RunInfo, snapshot: Snapshot) -> tensorfile.TensorFile:
+def open_snapshot(
+    folder: str | Path | ForeignSnapshots, run: RunInfo, snapshot: Snapshot
+) -> tensorfile.TensorFile:
     """Open a snapshot's file and make sure that it is the one that the manifest names.
 
     Raises:
         ValueError: If it is missing, cut short, or of another run, time or profile.
     """
+    if isinstance(folder, ForeignSnapshots):
+        return folder.files[snapshot.file]
     path = Path(folder) / snapshot.file
     if not path.exists():
         raise ValueError(f"{path} is named by the manifest but missing: restore it from a copy")

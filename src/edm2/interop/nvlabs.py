@@ -12,11 +12,13 @@ from edm2.diffusion import Denoiser
 from edm2.interop.licence import NOTICE_LINE
 from edm2.interop.network_file import NetworkFile, read_network
 from edm2.interop.reference import ReferenceStatistics, read_reference_statistics
+from edm2.interop.snapshot_folder import open_snapshots
 
 __all__ = [
     "NetworkFile",
     "ReferenceStatistics",
     "load_network",
+    "open_snapshots",
     "read_network",
     "read_reference_statistics",
 ]
