@@ -1,6 +1,7 @@
 """Denoiser, noise, loss, samplers and guidance (EDM2 Sec. 2 and 3, EDM Alg. 2)."""
 
 from edm2.diffusion.denoiser import Denoiser
+from edm2.diffusion.ladder import TrainingRules, traditional_decay, training_rules
 from edm2.diffusion.loss import draw_sigma, edm2_loss
 from edm2.diffusion.model_file import MODEL_FILE, load_model, read_model_header, save_model
 from edm2.diffusion.sampling import DenoiserFn, guided, sample_heun, time_steps
@@ -9,6 +10,7 @@ __all__ = [
     "MODEL_FILE",
     "Denoiser",
     "DenoiserFn",
+    "TrainingRules",
     "draw_sigma",
     "edm2_loss",
     "guided",
@@ -17,4 +19,6 @@ __all__ = [
     "sample_heun",
     "save_model",
     "time_steps",
+    "traditional_decay",
+    "training_rules",
 ]

@@ -33,9 +33,13 @@ def edm2_loss(
     labels: Tensor | None,
     sigma: Tensor,
     noise: Tensor,
+    *,
+    uncertainty_once: bool = False,
     **kwargs: Any,
 ) -> Tensor:
     """Squared error weighted by noise level and learned uncertainty: `lambda / exp(u) (D - y)^2 + u`.
+
+    In config A, u is 0 and this is the loss of EDM, but for `TrainingRules.loss_scaling`.
 
     Args:
         denoiser: called as `denoiser(noisy, sigma, labels, return_logvar=True, **kwargs)`.
@@ -43,6 +47,9 @@ def edm2_loss(
         labels: as the denoiser takes them.
         sigma: `[B]` noise level of each image, > 0.
         noise: `[B, C, H, W]` unit normal.
+        uncertainty_once: spread u over an image's elements, so that it counts once in their sum, as Eq. 21 can
+            be read; u then settles at the log of the summed error. By default u is added to every element, as
+            the released networks were trained, and settles at the log of the mean error.
         **kwargs: passed on: condition, dropout_index, dropout_seed.
 
     Returns:
@@ -54,7 +61,8 @@ def edm2_loss(
     sigma_data = denoiser.sigma_data
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     denoised, logvar = denoiser(images + sigma * noise, sigma, labels, return_logvar=True, **kwargs)
-    loss: Tensor = weight / logvar.exp() * (denoised - images) ** 2 + logvar
+    share = logvar / images[0].numel() if uncertainty_once else logvar
+    loss: Tensor = weight / logvar.exp() * (denoised - images) ** 2 + share
     return loss
 
 
