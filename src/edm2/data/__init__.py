@@ -6,6 +6,7 @@ from edm2.data.encoders import FloatCoding, PixelCoding, coding_warning, measure
 from edm2.data.files import FileDataset, open_files
 from edm2.data.hugging_face import open_hugging_face, stream_hugging_face
 from edm2.data.idx import read_idx
+from edm2.data.loader import Batch, Batches
 from edm2.data.order import epoch_order, indices
 from edm2.data.sources import BUILT_IN, open_dataset
 from edm2.data.verify import find_damaged
@@ -13,6 +14,8 @@ from edm2.data.verify import find_damaged
 __all__ = [
     "BUILT_IN",
     "ArrayDataset",
+    "Batch",
+    "Batches",
     "FileDataset",
     "FloatCoding",
     "ImageDataset",
