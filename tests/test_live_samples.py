@@ -56,3 +56,5 @@ def test_the_grid_is_of_the_chosen_average(tmp_path):
 def test_bad_options():
     with pytest.raises(ValueError, match="every 0 must be at least 1"):
         LiveSamples(every=0)
+    with pytest.raises(ValueError, match=r"sigma_rel 0.5 is outside"):
+        LiveSamples(every=1, sigma_rel=0.5)

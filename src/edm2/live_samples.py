@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edm2.ema import sigma_rel_to_gamma
 from edm2.generate import Generator
 from edm2.report import image_grid, save_png
 from edm2.train import Trainer
@@ -32,6 +33,8 @@ class LiveSamples:
         for name in ("every", "num_samples", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.sigma_rel is not None:
+            sigma_rel_to_gamma(self.sigma_rel)
 
     def __call__(self, trainer: Trainer) -> None:
         """Make a grid if one is due. Changes nothing of the run: weights are put back bit for bit."""

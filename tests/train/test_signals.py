@@ -66,7 +66,7 @@ def test_sigterm_saves_and_the_same_command_continues(
     assert "checkpoint written; the same command continues" in output
     stopped = checkpoints(out)[-1]
     assert 0 < stopped < 480
-    assert log_of(out)[-1]["num_images"] == stopped
+    assert stopped - 40 < log_of(out)[-1]["num_images"] <= stopped
 
     for folder in (out, tmp_path / "whole"):
         run("edm2 train", ["--data", str(images), "--out", str(folder), *OPTIONS])

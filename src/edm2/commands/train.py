@@ -1,5 +1,6 @@
 """`edm2 train`."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Annotated, Any
 import tyro
 
 from edm2.cli import EXIT_STOPPED, end
+from edm2.live_samples import LiveSamples
 from edm2.presets import get_preset
 from edm2.train import Stopped, TrainConfig, train
+from edm2.train.dry_run import dry_run
 from edm2.train.run_folder import LOG_FILE, SNAPSHOTS
+from edm2.train.trackers import open_trackers
 
 
 @dataclass(kw_only=True)
@@ -24,6 +28,16 @@ class _Train:
     """Settings to start from; see `edm2 info` for the names."""
     out: Path
     """Folder of the run: checkpoints, snapshots, log, and the final model."""
+    dry_run: bool = False
+    """Measure a few steps, print the settings and what the run would take, and write nothing."""
+    machines: int = 1
+    """With --dry-run: number of such machines to estimate the time for."""
+    sample_images: int | None = None
+    """Training images between grids of samples from fixed seeds, in the run's folder `progress`. Default: none."""
+    sample_sigma_rel: float | None = None
+    """EMA length of these samples. Default: the longest tracked one."""
+    track: tuple[str, ...] = ()
+    """Also log to tensorboard, wandb or trackio, one or several."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
@@ -33,8 +47,16 @@ def run(prog: str, words: Sequence[str]) -> None:
     settings = get_preset("digits" if name is None else name)
     default: Any = _Train(preset=tyro.MISSING if name is None else name, out=tyro.MISSING, config=settings)
     chosen = tyro.cli(_Train, prog=prog, args=list(words), default=default)
+    if chosen.dry_run:
+        print(json.dumps(chosen.config.to_json(), indent=1))
+        print(dry_run(chosen.config).describe(chosen.machines))
+        return
+    trackers = open_trackers(chosen.track)
+    live = None
+    if chosen.sample_images is not None:
+        live = LiveSamples(every=chosen.sample_images, sigma_rel=chosen.sample_sigma_rel)
     try:
-        model = train(chosen.config, chosen.out, preset=chosen.preset)
+        model = train(chosen.config, chosen.out, preset=chosen.preset, on_step=live, trackers=trackers)
     except Stopped as stop:
         end(str(stop), EXIT_STOPPED)
     print(f"model:     {model}\nsnapshots: {chosen.out / SNAPSHOTS}\nlog:       {chosen.out / LOG_FILE}")

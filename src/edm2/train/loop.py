@@ -8,7 +8,7 @@ Ref: EDM2 Sec. 2-3, App. B; SPEC sections 3-5.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from edm2.train.config import TrainConfig
 from edm2.train.gradients import clean_gradients
 from edm2.train.schedule import learning_rate
 from edm2.train.signals import Stopped, stop_requests
+from edm2.train.trackers import Tracker, numbers
 
 # Streams of keyed random numbers; dropout blocks count up from 0 under a seed of their own.
 _SIGMA, _NOISE = 0, 1
@@ -44,6 +45,7 @@ def train(
     preset: str = "",
     quiet: bool = False,
     on_step: Callable[["Trainer"], None] | None = None,
+    trackers: Sequence[Tracker] = (),
 ) -> Path:
     """Train, or continue the run that the folder holds.
 
@@ -54,6 +56,7 @@ def train(
         preset: name that the settings come from, noted in the files.
         quiet: show no progress.
         on_step: called after every step, for callers who want to look inside.
+        trackers: told whatever is logged, see `edm2.train.trackers`.
 
     Returns:
         The final model's file: the longest tracked average at the end of the run.
@@ -66,7 +69,14 @@ def train(
     dataset = open_training_data(config) if dataset is None else dataset
     trainer = Trainer(config, dataset, Path(out), preset=preset)
     trainer.resume()
-    trainer.run(quiet=quiet, on_step=on_step)
+    trainer.trackers = trackers
+    for tracker in trackers:
+        tracker.start(trainer.out, trainer.ema.run_id, config.to_json(), trainer.num_images)
+    try:
+        trainer.run(quiet=quiet, on_step=on_step)
+    finally:
+        for tracker in trackers:
+            tracker.finish()
     return trainer.finish()
 
 
@@ -82,7 +92,10 @@ class Trainer:
     Attributes:
         denoiser: the network in training mode.
         num_images: images seen.
+        trackers: told whatever is logged.
     """
+
+    trackers: Sequence[Tracker] = ()
 
     def __init__(self, config: TrainConfig, dataset: ImageDataset, out: Path, *, preset: str = "") -> None:
         self.config, self.dataset, self.out = config, dataset, out
@@ -265,6 +278,8 @@ class Trainer:
             "nonfinite_steps": int(bad),
         }
         run_folder.append_log(self.out, {**record, **timing})
+        for tracker in self.trackers:
+            tracker.log(self.num_images, numbers({**record, **timing}))
         shown = {"loss": record["loss"]} if good else {}
         return shown | ({"nonfinite_steps": int(bad)} if bad else {})
 
