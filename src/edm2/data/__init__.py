@@ -3,8 +3,8 @@
 from edm2.data.arrays import NpyDataset, open_npz
 from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset, Skipped
 from edm2.data.encoders import FloatCoding, PixelCoding, coding_warning, measure_coding
-from edm2.data.files import FileDataset, open_files
-from edm2.data.hugging_face import open_hugging_face, stream_hugging_face
+from edm2.data.files import FileDataset
+from edm2.data.hugging_face import stream_hugging_face
 from edm2.data.idx import read_idx
 from edm2.data.loader import Batch, Batches
 from edm2.data.order import epoch_order, indices
@@ -29,8 +29,6 @@ __all__ = [
     "indices",
     "measure_coding",
     "open_dataset",
-    "open_files",
-    "open_hugging_face",
     "open_npz",
     "read_idx",
     "stream_hugging_face",

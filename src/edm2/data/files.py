@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,32 @@ from edm2.data.pictures import ARRAY, PICTURES, UNREADABLE, Header, common_mode,
 from edm2.data.storage import FolderStorage, Storage, ZipStorage
 
 _HEAD_BYTES = 4096
+
+
+class Catalog(NamedTuple):
+    """Encoded images and their labels, before any of them is read.
+
+    Attributes:
+        storage: the files.
+        names: of the images among them.
+        labels: `[N]` int64, one a name, or None.
+        class_names: one a class, where they are known.
+        where: the source as messages name it.
+        name: short, for logs and reports.
+    """
+
+    storage: Storage
+    names: Sequence[str]
+    labels: np.ndarray | None
+    class_names: Sequence[str]
+    where: str
+    name: str
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each image, in the order of the names."""
+        sizes = dict(zip(self.storage.names, self.storage.sizes, strict=True))
+        return [sizes[name] for name in self.names]
 
 
 class FileDataset(ImageDataset):
@@ -33,51 +60,37 @@ class FileDataset(ImageDataset):
     values, which become float32 unchanged. Opening reads the header of every image, not its pixels.
 
     Args:
-        storage: the files.
-        names: of the images among them.
-        labels: `[N]` integers, one a name, or None.
-        where: the source as messages name it.
-        name: short, for logs and reports.
-        class_names: one a class.
+        catalog: the files.
         skip_damaged: leave out images whose header is damaged; else they are an error.
 
     Raises:
         ValueError: for damaged images, or images of mixed sizes.
     """
 
-    def __init__(
-        self,
-        storage: Storage,
-        names: Sequence[str],
-        labels: np.ndarray | None = None,
-        *,
-        where: str,
-        name: str,
-        class_names: Sequence[str] = (),
-        skip_damaged: bool = False,
-    ) -> None:
-        self._storage, self._where = storage, where
-        headers, damaged = read_headers(storage, names)
+    def __init__(self, catalog: Catalog, *, skip_damaged: bool = False) -> None:
+        self._storage, self._where = catalog.storage, catalog.where
+        headers, damaged = read_headers(catalog)
         if damaged and not skip_damaged:
-            raise ValueError(damage_message(damaged, where))
-        rows = [row for row, name in enumerate(names) if name in headers]
+            raise ValueError(damage_message(damaged, self._where))
+        rows = [row for row, name in enumerate(catalog.names) if name in headers]
         if not rows:
-            raise ValueError(f"every one of the {len(names)} images of {where} is damaged or not supported")
-        self._names = [names[row] for row in rows]
-        self._mode, shape = _common_shape(headers, where)
-        num_classes = len(class_names) or (None if labels is None else int(labels.max()) + 1)
-        values = None if labels is None else labels[rows]
-        sizes = dict(zip(storage.names, storage.sizes, strict=True))
+            raise ValueError(
+                f"every one of the {len(catalog.names)} images of {self._where} is damaged or not supported"
+            )
+        self._names = [catalog.names[row] for row in rows]
+        self._mode, shape = _common_shape(headers, self._where)
+        labels, sizes = catalog.labels, catalog.sizes
         digest = hashlib.sha256(f"files {shape}".encode())
-        for row, name_ in enumerate(self._names):
-            digest.update(f"\0{name_}\0{sizes[name_]}\0{-1 if values is None else values[row]}".encode())
+        for row in rows:
+            label = -1 if labels is None else labels[row]
+            digest.update(f"\0{catalog.names[row]}\0{sizes[row]}\0{label}".encode())
         super().__init__(
-            name=name,
+            name=catalog.name,
             image_shape=shape[:3],
             dtype=np.dtype(shape[3]),
-            labels=values,
-            num_classes=num_classes,
-            class_names=class_names,
+            labels=None if labels is None else labels[rows],
+            num_classes=len(catalog.class_names) or (None if labels is None else int(labels.max()) + 1),
+            class_names=catalog.class_names,
             fingerprint=digest.hexdigest(),
             size=len(rows),
             skipped=damaged,
@@ -101,8 +114,8 @@ class FileDataset(ImageDataset):
         return batch
 
 
-def open_files(source: Path, *, labels: bool = True, skip_damaged: bool = False) -> FileDataset:
-    """Open an image folder, or a ZIP with the same layout.
+def list_files(source: Path, *, labels: bool = True) -> Catalog:
+    """Find the images of a folder, or of a ZIP with the same layout.
 
     Labels come from `dataset.json` at the top, `{"labels": [[name, int], ...]}` or null; without it, the sorted
     top folders are the classes.
@@ -110,29 +123,9 @@ def open_files(source: Path, *, labels: bool = True, skip_damaged: bool = False)
     Args:
         source: folder or ZIP.
         labels: False leaves labels out.
-        skip_damaged: leave out images whose header is damaged; else they are an error.
 
     Raises:
-        ValueError: no images, images of mixed sizes, a damaged image, or labels that do not fit.
-    """
-    storage, names = list_images(source)
-    values, class_names = read_labels(storage, names, source=source) if labels else (None, ())
-    return FileDataset(
-        storage,
-        names,
-        values,
-        where=str(source),
-        name=source.resolve().stem,
-        class_names=class_names,
-        skip_damaged=skip_damaged,
-    )
-
-
-def list_images(source: Path) -> tuple[Storage, list[str]]:
-    """The files of a folder or ZIP, and which of them are images.
-
-    Raises:
-        ValueError: where none are.
+        ValueError: no images, or labels that do not fit.
     """
     storage: Storage = FolderStorage(source) if source.is_dir() else ZipStorage(source)
     names = [name for name in storage.names if is_image(name)]
@@ -141,16 +134,17 @@ def list_images(source: Path) -> tuple[Storage, list[str]]:
             f"{source} holds no images ({len(storage.names)} files, none of them "
             f"{', '.join(PICTURES)} or .npy): give the folder or ZIP that holds them"
         )
-    return storage, names
+    values, class_names = read_labels(storage, names, source=source) if labels else (None, ())
+    return Catalog(storage, names, values, class_names, str(source), source.resolve().stem)
 
 
-def read_headers(storage: Storage, names: Sequence[str]) -> tuple[dict[str, Header], list[Skipped]]:
+def read_headers(catalog: Catalog) -> tuple[dict[str, Header], list[Skipped]]:
     """Headers of images by name, and those that have none, with the reason."""
     headers: dict[str, Header] = {}
     damaged = []
-    for name in names:
+    for name in catalog.names:
         try:
-            headers[name] = _header(storage, name)
+            headers[name] = _header(catalog.storage, name)
         except UNREADABLE as error:
             damaged.append(Skipped(name, str(error)))
     return headers, damaged

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edm2.data.files import FileDataset
+from edm2.data.files import Catalog
 
 PREFIX = "hf://"
 _TABLES = (".arrow", ".parquet")
@@ -64,10 +64,8 @@ def is_hugging_face(path: Path) -> bool:
     return bool(_table_files(path))
 
 
-def open_hugging_face(
-    source: str | Path, *, split: str = "train", labels: bool = True, skip_damaged: bool = False
-) -> FileDataset:
-    """Open a data set of the library `datasets` for random access.
+def list_hugging_face(source: str | Path, *, split: str = "train", labels: bool = True) -> Catalog:
+    """Find the images of a data set of the library `datasets`, for random access.
 
     Args:
         source: `hf://NAME`, `hf://NAME:CONFIG`, each also with `@REVISION` at the end, which downloads to the
@@ -75,10 +73,6 @@ def open_hugging_face(
             folder of such files, whose splits are those named `SPLIT-...`.
         split: which split.
         labels: False leaves labels out; else the first of a class-label column, or whole numbers named label.
-        skip_damaged: as in `FileDataset`.
-
-    Returns:
-        The images, decoded as `FileDataset` decodes them.
 
     Raises:
         ValueError: where `datasets` is not installed, cannot open the source, or it has no such split or no images.
@@ -95,15 +89,8 @@ def open_hugging_face(
             raise ValueError(
                 f"{source} has label {values.min()} in column {columns.label!r}: open it without labels"
             )
-    return FileDataset(
-        storage,
-        storage.names,
-        values,
-        where=str(source),
-        name=str(source).rstrip("/").split("/")[-1],
-        class_names=columns.class_names if labels else (),
-        skip_damaged=skip_damaged,
-    )
+    name = str(source).rstrip("/").split("/")[-1]
+    return Catalog(storage, storage.names, values, columns.class_names if labels else (), str(source), name)
 
 
 def stream_hugging_face(
@@ -114,7 +101,7 @@ def stream_hugging_face(
     Training needs random access, so a stream is for `edm2 data convert`.
 
     Args:
-        source: as in `open_hugging_face`, except folders written by `save_to_disk`.
+        source: as in `list_hugging_face`, except folders written by `save_to_disk`.
         split: which split.
         start: images to skip.
 
@@ -122,7 +109,7 @@ def stream_hugging_face(
         The images, and the names of the classes where they are known.
 
     Raises:
-        ValueError: as `open_hugging_face` does.
+        ValueError: as `list_hugging_face` does.
     """
     stream = _load(source, split, streaming=True)
     if stream.features is None:

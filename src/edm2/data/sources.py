@@ -1,6 +1,7 @@
 """From what a user names to a data set."""
 
 import difflib
+import io
 import math
 import warnings
 import zipfile
@@ -10,8 +11,8 @@ import numpy as np
 
 from edm2.data.arrays import NpyDataset, open_npz
 from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset, WithoutDamaged
-from edm2.data.files import damage_message, open_files
-from edm2.data.hugging_face import PREFIX, is_hugging_face, open_hugging_face
+from edm2.data.files import Catalog, FileDataset, damage_message, list_files
+from edm2.data.hugging_face import PREFIX, is_hugging_face, list_hugging_face
 from edm2.data.idx import idx_splits, open_idx
 from edm2.data.verify import find_damaged
 
@@ -51,12 +52,8 @@ def open_dataset(
         ValueError: for an unknown source or split, no images, images of mixed sizes, damaged files, or
             labels that do not fit.
     """
-    if isinstance(source, str) and source in BUILT_IN:
-        if split not in ("train", "test"):
-            raise ValueError(f"{source} has no split {split!r}: its splits are test, train")
-        dataset: ImageDataset = BUILT_IN[source](split, labels)
-    else:
-        dataset = _open_source(source, split, labels, skip_damaged)
+    found = _find(source, split, labels)
+    dataset = FileDataset(found, skip_damaged=skip_damaged) if isinstance(found, Catalog) else found
     if verify or skip_damaged:
         dataset = _verified(dataset, str(source), skip_damaged)
     return dataset if pad_to is None else PaddedDataset(dataset, pad_to)
@@ -78,15 +75,56 @@ def _verified(dataset: ImageDataset, source: str, skip_damaged: bool) -> ImageDa
     return dataset
 
 
-def _open_source(source: str | Path, split: str, labels: bool, skip_damaged: bool) -> ImageDataset:
-    options = {"labels": labels, "skip_damaged": skip_damaged}
+def open_catalog(source: str | Path, *, split: str = "train", labels: bool = True) -> Catalog:
+    """List the images of any source that `open_dataset` takes, whatever their sizes and modes.
+
+    Args:
+        source: as in `open_dataset`.
+        split: likewise.
+        labels: likewise.
+
+    Raises:
+        ValueError: as in `open_dataset`, except for damaged images and mixed sizes.
+    """
+    found = _find(source, split, labels)
+    if isinstance(found, Catalog):
+        return found
+    values = found.labels(np.arange(len(found))) if found.num_classes else None
+    storage = DatasetStorage(found)
+    return Catalog(storage, storage.names, values, found.class_names, str(source), found.name)
+
+
+class DatasetStorage:
+    """The images of a data set as `.npy` files named after their rows.
+
+    Args:
+        dataset: the images.
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self._dataset = dataset
+        self.names = [f"row {row:09d}.npy" for row in range(len(dataset))]
+        self.sizes = [math.prod(dataset.image_shape) * dataset.dtype.itemsize] * len(dataset)
+
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """The file's bytes, or the first `limit` of them."""
+        file = io.BytesIO()
+        np.save(file, self._dataset.images(np.array([int(name[4:13])]))[0])
+        return file.getvalue()[:limit]
+
+
+def _find(source: str | Path, split: str, labels: bool) -> Catalog | ImageDataset:
+    if isinstance(source, str) and source in BUILT_IN:
+        if split not in ("train", "test"):
+            raise ValueError(f"{source} has no split {split!r}: its splits are test, train")
+        return BUILT_IN[source](split, labels)
     if str(source).startswith(PREFIX):
-        return open_hugging_face(str(source), split=split, **options)
+        return list_hugging_face(str(source), split=split, labels=labels)
     path = Path(source).expanduser()
     if not path.exists():
         raise ValueError(_unknown(str(source), path))
     if is_hugging_face(path):
-        return open_hugging_face(path, split=split, **options)
+        return list_hugging_face(path, split=split, labels=labels)
     if path.is_dir() and idx_splits(path):
         return open_idx(path, split=split, labels=labels)
     arrays = path.is_file() and path.suffix in (".npy", ".npz")
@@ -102,7 +140,7 @@ def _open_source(source: str | Path, split: str, labels: bool, skip_damaged: boo
         )
     if arrays:
         return NpyDataset(path, labels=labels) if path.suffix == ".npy" else open_npz(path, labels=labels)
-    return open_files(path, **options)
+    return list_files(path, labels=labels)
 
 
 def _unknown(source: str, path: Path) -> str:
