@@ -73,7 +73,8 @@ class Denoiser(nn.Module):
         features = self.unet.features
         self.logvar_linear: nn.Module | None = None
         if features.uncertainty:
-            logvar_channels = self.config["logvar_channels"] = logvar_channels or 128
+            logvar_channels = 128 if logvar_channels is None else logvar_channels
+            self.config["logvar_channels"] = logvar_channels
             self.logvar_fourier = features.fixed_functions.fourier(logvar_channels)
             self.logvar_linear = features.conv(logvar_channels, 1)
         elif logvar_channels is not None:

@@ -102,7 +102,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple
             denoiser = Denoiser(**header["network"])
         state = safetensors.torch.load_file(file, device=str(device))
         denoiser.load_state_dict(state, assign=True)
-    except (TypeError, RuntimeError, safetensors.SafetensorError) as error:
+    except (TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         reason = str(error).strip().splitlines()
         raise ValueError(
             f"{file}: the tensors do not fit the network that its header describes ({' '.join(reason[:2])}): "
