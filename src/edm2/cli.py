@@ -6,6 +6,7 @@ a checkpoint, the same command continues.
 
 import difflib
 import importlib
+import keyword
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Any] = {
     },
     "sample": "make images with a model",
     "report": "a page about one run, or several side by side",
+    "import": "the released models and other official files, as safetensors",
     "info": "what a preset or a saved model is",
 }
 
@@ -67,7 +69,8 @@ def _run(words: list[str]) -> None:
 
     # Imported here because it brings torch along, and the overview should come at once.
     _, command, *rest = name.split()
-    module = importlib.import_module(f"edm2.commands.{command}")
+    # No module can be named after a Python keyword, as the command `import` is.
+    module = importlib.import_module(f"edm2.commands.{command}{'_' * keyword.iskeyword(command)}")
     getattr(module, rest[0] if rest else "run")(name, words)
 
 

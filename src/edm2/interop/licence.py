@@ -3,8 +3,8 @@
 LICENCE = "CC BY-NC-SA 4.0"
 NOTICE_FILE = "LICENSE-NOTICE"
 NOTICE_LINE = (
-    f"weights of the official release are NVIDIA's, under {LICENCE}: not for commercial use, credit the authors,"
-    " share what you make of them under the same licence"
+    f"weights of the official release are under {LICENCE}: not for commercial use, credit the authors, share what you"
+    " make of them under the same licence"
 )
 NOTICE = f"""\
 The files in this folder were converted by edm2 from files in the format of the official release of
@@ -12,14 +12,14 @@ The files in this folder were converted by edm2 from files in the format of the 
     Tero Karras, Miika Aittala, Jaakko Lehtinen, Janne Hellsten, Timo Aila, Samuli Laine:
     Analyzing and Improving the Training Dynamics of Diffusion Models (arXiv:2312.02696)
 
-Weights and statistics of that release belong to NVIDIA CORPORATION & AFFILIATES, who licence them under
-Creative Commons Attribution-NonCommercial-ShareAlike 4.0 International ({LICENCE}):
+The weights and statistics of that release belong to its authors and are licensed under Creative Commons
+Attribution-NonCommercial-ShareAlike 4.0 International ({LICENCE}):
 
     https://creativecommons.org/licenses/by-nc-sa/4.0/
 
-Only their container was changed, from a Python pickle to safetensors. The licence stays with them, with all that is
-made from them, such as reconstructed averages or fine-tuned networks, and asks for this notice to be kept. The
-Apache-2.0 licence of edm2 covers edm2's own code only, not these weights.
+Only their container was changed, from a Python pickle to safetensors. The licence stays with them, and with all that
+is made from them, such as reconstructed averages or fine-tuned networks; keep this notice with them. The Apache-2.0
+licence of edm2 covers edm2's own code only, not these weights.
 
 Files that come from a training of your own are yours; this notice does not concern them.
 """

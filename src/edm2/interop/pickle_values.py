@@ -62,6 +62,11 @@ class StoredTensor:
     data: memoryview
 
     @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def contiguous(self) -> bool:
         """Whether its elements follow each other in row-major order."""
         step = 1

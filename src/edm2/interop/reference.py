@@ -1,16 +1,19 @@
 """Reference statistics of the official release: moments of a data set's features."""
 
+import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 
 from edm2.interop.pickle_file import read_pickle, refusal
 from edm2.interop.pickle_values import StoredArray
 from edm2.metrics import FeatureStatistics
 
+REFERENCE_FORMAT = "edm2.reference/1"
 _LARGEST_NPZ = 1 << 30
 
 
@@ -47,7 +50,8 @@ def read_reference_statistics(path: str | Path) -> dict[str, ReferenceStatistics
     """Read the moments of a data set's features.
 
     Args:
-        path: `.pkl` with statistics by name of the metric, or `.npz` with `mu` and `sigma` of FID's features.
+        path: `.pkl` with statistics by name of the metric, `.npz` with `mu` and `sigma` of FID's features, or
+            the `.safetensors` file that `edm2 import` made of either.
 
     Returns:
         Metric, `fid` or `fd_dinov2` -> moments.
@@ -58,6 +62,8 @@ def read_reference_statistics(path: str | Path) -> dict[str, ReferenceStatistics
     path = Path(path)
     if path.suffix == ".npz":
         return {"fid": _moments(path, "fid", _read_npz(path), None)}
+    if path.suffix == ".safetensors":
+        return _read_imported(path)
     return statistics_of(path, read_pickle(path))
 
 
@@ -70,6 +76,22 @@ def statistics_of(path: Path, content: Any) -> dict[str, ReferenceStatistics]:
     if num_images is not None and (type(num_images) is not int or not 2 <= num_images < 1 << 40):
         raise refusal(path, "a num_images that is no number of images")
     return {metric: _moments(path, metric, moments, num_images) for metric, moments in found.items()}
+
+
+def _read_imported(path: Path) -> dict[str, ReferenceStatistics]:
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            header = json.loads((file.metadata() or {}).get("edm2", "{}"))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise refusal(path, f"no whole safetensors file ({error})") from None
+    if header.get("format") != REFERENCE_FORMAT:
+        raise refusal(path, f"tensors that are not described as {REFERENCE_FORMAT}")
+    found: dict[str, Any] = {"num_images": header.get("num_images")}
+    for name, array in arrays.items():
+        metric, _, moment = name.partition(".")
+        found.setdefault(metric, {})[moment] = array
+    return statistics_of(path, found)
 
 
 def _read_npz(path: Path) -> dict[str, Any]:

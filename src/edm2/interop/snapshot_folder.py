@@ -58,12 +58,16 @@ def parse_name(name: str) -> SnapshotName | None:
     match = _NAME.fullmatch(name)
     if match is None:
         return None
-    thousands = int(match["thousands"])
-    num_images = -(-thousands * 1000 // 1024) * 1024
-    sigma_rel = float(match["sigma_rel"])
-    if num_images // 1000 != thousands or not num_images or not 0 < sigma_rel < 0.2887:
+    num_images, sigma_rel = images_of(int(match["thousands"])), float(match["sigma_rel"])
+    if num_images is None or not 0 < sigma_rel < 0.2887:
         return None
     return SnapshotName(prefix=match["prefix"], num_images=num_images, sigma_rel=sigma_rel)
+
+
+def images_of(thousands: int) -> int | None:
+    """The number of images that a name's thousands stand for: the multiple of 1024 among them, if any."""
+    num_images = -(-thousands * 1000 // 1024) * 1024
+    return num_images if num_images and num_images // 1000 == thousands else None
 
 
 def open_snapshots(folder: str | Path, *, prefix: str | None = None) -> ForeignSnapshots:

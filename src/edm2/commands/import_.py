@@ -1,0 +1,64 @@
+"""`edm2 import`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from edm2.interop.convert import Imported, import_named, import_path, import_preset
+from edm2.interop.licence import NOTICE_FILE, NOTICE_LINE
+from edm2.interop.released import SAMPLING_PRESETS, sampling_preset
+
+
+@dataclass(kw_only=True)
+class _Import:
+    """Convert official network pickles, snapshot folders and reference statistics, without running what is in them."""
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """A file, a folder of snapshots, a file's name to fetch, or the name of a published setting. Without it, all
+    such names are listed."""
+    out: Path | None = None
+    """Folder for what is made of it. A folder of snapshots becomes this folder."""
+    source: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Folder or http(s) address that the files lie in; default: the environment's EDM2_RELEASED_FROM."""
+    sha256: tuple[str, ...] = ()
+    """Expected hash of each file that is fetched, the network's first."""
+    prefix: str | None = None
+    """Which training, for a folder that holds snapshots of several."""
+
+
+def run(prog: str, words: Sequence[str]) -> None:
+    """`edm2 import`."""
+    chosen = tyro.cli(_Import, prog=prog, args=list(words))
+    if chosen.name is None:
+        return _print_presets()
+    if chosen.out is None:
+        raise ValueError(f"where to? give --out with a folder for what is made of {chosen.name}")
+    for imported in _import(chosen, chosen.name, chosen.out):
+        print(f"found  {imported.found}\nwrote  {imported.path}")
+    notice = chosen.out / NOTICE_FILE
+    print(f"{NOTICE_LINE}; see {notice}")
+
+
+def _import(chosen: _Import, name: str, out: Path) -> list[Imported]:
+    if Path(name).exists():
+        if chosen.source is not None or chosen.sha256:
+            raise ValueError(f"{name} is here: --from and --sha256 are for files that are fetched by name")
+        return [import_path(name, out, prefix=chosen.prefix)]
+    if chosen.prefix is not None:
+        raise ValueError(f"{name} is no folder: --prefix chooses among the trainings of one")
+    if Path(name).suffix in (".pkl", ".npz"):
+        if Path(name).name != name:
+            raise ValueError(f"{name} does not exist: give a file that does, or a file's name and --from")
+        return import_named(name, out, source=chosen.source, sha256=chosen.sha256)
+    return import_preset(sampling_preset(name), out, source=chosen.source, sha256=chosen.sha256)
+
+
+def _print_presets() -> None:
+    for preset in SAMPLING_PRESETS.values():
+        guide = f"guidance {preset.guidance:.2f} by {preset.guide}" if preset.guide else ""
+        print(
+            f"{preset.name:<34} {preset.metric:>9} {preset.reported:<6g}  {preset.network!s:<40}  {guide}".rstrip()
+        )
