@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -243,3 +244,25 @@ def test_tensors_are_read_as_they_were(tmp_path: Path) -> None:
         if tensor.numel() and tensor.dtype == torch.float32:
             first = torch.frombuffer(bytearray(raw[:4]), dtype=torch.float32)[0]
             assert first == tensor.flatten()[0]
+
+
+def test_tensors_of_a_graphics_card_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "tensor.pkl"
+    content = pickle.dumps(torch.arange(3.0), 4)
+    assert content.count(b"cpu") == 1
+    path.write_bytes(content.replace(b"cpu", b"mps"))
+    assert read_pickle(path).read().tolist() == [0, 1, 2]
+
+
+def test_attributes_that_are_types_devices_or_arrays_are_passed_over(
+    official: Any, tiny_state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    extra = dict(
+        kind=torch.float16,
+        device=torch.device("cpu"),
+        size=torch.Size([1]),
+        scale=np.ones(3),
+        one=np.float32(1),
+    )
+    network = official.network(tiny_state, official.tiny, **extra)
+    assert load_network(official.write(tmp_path / "net.pkl", network)).label_dim == 0

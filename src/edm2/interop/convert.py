@@ -231,10 +231,11 @@ def _save_statistics(path: Path, found: dict[str, ReferenceStatistics], target: 
 
 
 def _import_snapshots(folder: Path, out: Path, prefix: str | None) -> Imported:
-    _free(out)
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} exists already and is not empty: choose another --out or move it away")
     source = open_snapshots(folder, prefix=prefix)
     # Written aside, so that a kill never leaves a folder that looks whole.
-    aside = out.with_name(f".{out.name}.importing")
+    aside = out.resolve().with_name(f".{out.resolve().name}.importing")
     shutil.rmtree(aside, ignore_errors=True)
     snapshots = source.manifest.snapshots
     for t, group in groupby(snapshots, key=lambda s: s.t):

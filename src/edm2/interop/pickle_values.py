@@ -179,6 +179,8 @@ def network_makers(budget: Budget) -> dict[Global, Callable[..., Any]]:
     }
     for kind in ("ModuleDict", "ModuleList", "Sequential"):
         makers[Global("torch.nn.modules.container", kind)] = lambda kind=kind: Record(kind)
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        makers[Global("torch", dtype)] = lambda *_: _refuse("a call of a type")
     for core in ("numpy.core", "numpy._core"):
         makers[Global(f"{core}.multiarray", "_reconstruct")] = array
         makers[Global(f"{core}.multiarray", "scalar")] = number
