@@ -193,7 +193,6 @@ HOSTILE = {
     "dict in itself": b"\x80\x04}q\x00K\x01h\x00s.",
     "tuple in itself": b"\x80\x04]q\x00(h\x00taK\x01a.",
     "many sets": b"\x80\x04(" + b"\x8f" * 1_100_000 + b"t.",
-    "many bombs": b"\x80\x04]" + b"(h\x00" * 10 + b".",
     "out of band": b"\x80\x05\x97.",
     "tensor without storage": b"\x80\x04ctorch._utils\n_rebuild_tensor_v2\n(NK\x00))\x89}tR.",
     "tensor call too short": b"\x80\x04ctorch._utils\n_rebuild_tensor_v2\n)R.",
@@ -205,6 +204,16 @@ HOSTILE = {
     "array without bytes": b"\x80\x04cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n\x85RNb.",
     "bytes in a codec": b"\x80\x02c_codecs\nencode\nX\x01\0\0\0xX\x05\0\0\0rot13\x86R.",
     "no bytes in a codec": b"\x80\x02c_codecs\nencode\nX\x03\0\0\0\xe2\x82\xacX\x06\0\0\0latin1\x86R.",
+    "codec bomb": b"\x80\x02c_codecs\nencode\nX\0\0\x10\0"
+    + b"a" * (1 << 20)
+    + b"X\x06\0\0\0latin1\x86q\0Rq\1"
+    + b"0c_codecs\nencode\nh\0R" * 100
+    + b".",
+    "long call": b"\x80\x04ctorch\ndevice\n("
+    + b"N" * 100_000
+    + b"tq\0R"
+    + b"0ctorch\ndevice\nh\0R" * 100_000
+    + b".",
     "persistent without meta": b"\x80\x04ctorch_utils.persistence\n_reconstruct_persistent_obj\nN\x85R.",
     "persistent without state": b"\x80\x04ctorch_utils.persistence\n_reconstruct_persistent_obj\n"
     b"}\x8c\x0aclass_name\x8c\x01xs\x85R.",
@@ -218,6 +227,14 @@ def test_gallery(tmp_path: Path, name: str) -> None:
     path.write_bytes(HOSTILE[name])
     with pytest.raises(ValueError, match="gallery.pkl " + REFUSED):
         read_pickle(path)
+
+
+def test_a_list_that_is_referred_to_often_is_walked_once(tmp_path: Path) -> None:
+    path = tmp_path / "shared.pkl"
+    path.write_bytes(b"\x80\x04](](" + b"]" * 100_000 + b"eq\0" + b"h\0" * 100_000 + b"e.")
+    found = read_pickle(path)
+    assert len(found) == 100_001
+    assert found[0] is found[-1]
 
 
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:

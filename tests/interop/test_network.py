@@ -131,7 +131,7 @@ def test_state_that_does_not_fit_is_refused(
         ),
         ({**tiny_state, TINY_NAME: tiny_state[TINY_NAME] / 0}, f"values of {TINY_NAME} that are not finite"),
         ({**tiny_state, "a\x1b[2Jb\n": torch.ones(2)}, r"a tensor of shape .2. for a\\x1b.2Jb\\n, where"),
-        ({**tiny_state, "a" * 5000: torch.ones(2)}, "a tensor of shape .2. for a{300,400}[.]"),
+        ({**tiny_state, "a" * 101: torch.ones(2)}, "a module '' whose _parameters have no plausible names"),
         ({}, "fewer tensors than its network has blocks"),
     ):
         refused(official.write(path, official.network(state, official.tiny)), what)
@@ -149,6 +149,7 @@ def test_content_that_is_no_network_is_refused(
             {"ema": official.persistent("EDMPrecond", {})},
             "a network of class 'EDMPrecond', not the 'Precond'",
         ),
+        ({"ema": official.persistent("P" * 5000, {})}, "a network of class 'P{300,400}[.]"),
         ({"ema": official.persistent("Precond", {})}, "a network without its constructor's arguments"),
         (
             {"ema": official.persistent("Precond", {"_init_args": (64, 3)})},
@@ -157,11 +158,11 @@ def test_content_that_is_no_network_is_refused(
         ({"ema": official.persistent("Precond", {"_modules": {"a": 1}})}, "a module 'a' that is none"),
         (
             {"ema": official.persistent("Precond", {"_modules": [1]})},
-            "a module '' whose _modules are not named",
+            "a module '' whose _modules have no plausible names",
         ),
         (
             {"ema": official.persistent("Precond", {"_parameters": {1: 1}})},
-            "a module '' whose _parameters are not",
+            "a module '' whose _parameters have no",
         ),
         ({"ema": official.persistent("Precond", {"_buffers": {"x": 1}})}, "a x that is no tensor of floats"),
     ):
@@ -175,6 +176,12 @@ def test_modules_that_share_modules_do_not_explode(official: Any, tmp_path: Path
         module = official.persistent("Node", {"_modules": {str(i): module for i in range(10)}})
     path = official.write(tmp_path / "net.pkl", official.persistent("Precond", {"_modules": {"a": module}}))
     refused(path, "more modules than any network has")
+    wide = official.persistent("Wide", {"_parameters": dict.fromkeys(map(str, range(20_000)))})
+    module = official.persistent("Node", {"_modules": {str(i): wide for i in range(20_000)}})
+    official.write(path, official.persistent("Precond", {"_modules": {"a": module}}))
+    refused(path, "more modules than any network has")
+    official.write(path, official.persistent("Precond", {"_modules": {"a" * 1000: module}}))
+    refused(path, "a module '' whose _modules have no plausible names")
 
 
 class Rebuilt:

@@ -85,6 +85,7 @@ def test_other_structure_is_refused(tmp_path: Path, moments: dict[str, Any]) -> 
         ({"num_images": 3}, "no reference statistics by name of a metric"),
         ({3: moments}, "no reference statistics by name of a metric"),
         ({"fid": moments, "num_images": "50"}, "a num_images that is no number of images"),
+        (dict.fromkeys(map("m{}".format, range(9)), moments), "no reference statistics by name of a metric"),
         ({"fid": moments, "num_images": 1}, "a num_images that is no number of images"),
     ):
         path.write_bytes(pickle.dumps(content))
@@ -105,6 +106,9 @@ def test_hostile_archives_are_refused(
     with pytest.raises(ValueError, match="it holds no whole archive of numbers"):
         read_reference_statistics(path)
     np.savez_compressed(path, mu=np.zeros(10_000), sigma=moments["sigma"])
+    monkeypatch.setattr(reference, "_MOST_NUMBERS", 9_999)
+    with pytest.raises(ValueError, match="a mu of fid with 10000 numbers, more than any features have"):
+        read_reference_statistics(path)
     monkeypatch.setattr(reference, "_LARGEST_NPZ", 80_000)
     with pytest.raises(ValueError, match="more than 80000 bytes once unpacked"):
         read_reference_statistics(path)

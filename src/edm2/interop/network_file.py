@@ -13,7 +13,7 @@ from edm2.interop.pickle_file import read_pickle, refusal
 from edm2.interop.pickle_values import Record, StoredTensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MOST_MODULES, _DEEPEST_MODULE = 20_000, 8
+_MOST_PARTS, _DEEPEST_MODULE, _LONGEST_NAME = 100_000, 8, 100
 # Constructor argument -> the largest value that is believed.
 _INTS = {
     "img_resolution": 1 << 16,
@@ -109,18 +109,19 @@ def network_of(path: Path, content: Any) -> NetworkFile:
 def _tensors(path: Path, network: Record) -> Iterator[tuple[str, str, StoredTensor]]:
     """Every tensor with its kind and its name, module by module."""
     todo: list[tuple[str, Any]] = [("", network)]
-    num_modules = 0
+    num_parts = 0
     while todo:
         prefix, module = todo.pop()
-        num_modules += 1
-        if num_modules > _MOST_MODULES or prefix.count(".") > _DEEPEST_MODULE:
-            raise refusal(path, "more modules than any network has")
         if not isinstance(module, Record):
             raise refusal(path, f"a module {prefix[:-1]!r} that is none")
         parts = {kind: module.state.get(kind, {}) for kind in ("_parameters", "_buffers", "_modules")}
         for kind, items in parts.items():
-            if type(items) is not dict or not all(isinstance(name, str) for name in items):
-                raise refusal(path, f"a module {prefix[:-1]!r} whose {kind} are not named")
+            # Modules may be shared, so that a short file can spell out endless and very long names.
+            num_parts += 1 + (len(items) if type(items) is dict else 0)
+            if num_parts > _MOST_PARTS or prefix.count(".") > _DEEPEST_MODULE:
+                raise refusal(path, "more modules than any network has")
+            if type(items) is not dict or not all(_is_name(name) for name in items):
+                raise refusal(path, f"a module {prefix[:-1]!r} whose {kind} have no plausible names")
             for name, value in items.items():
                 if value is None:
                     continue
@@ -130,6 +131,10 @@ def _tensors(path: Path, network: Record) -> Iterator[tuple[str, str, StoredTens
                     raise refusal(path, f"a {prefix}{name} that is no tensor of floats")
                 else:
                     yield kind, prefix + name, value
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and len(name) <= _LONGEST_NAME
 
 
 def _config(path: Path, network: Record, *, num_tensors: int) -> dict[str, Any]:

@@ -20,7 +20,9 @@ _SHORT_TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
 _PUTS = {ord("q"): 1, ord("r"): 4}
 _GETS = {ord("h"): 1, ord("j"): 4}
 _NAMES = {ord(op.code): op.name for op in pickletools.opcodes}
+TOO_MUCH_TEXT = "more text than any network has"
 _LONGEST_NAME = 200
+_MOST_ARGUMENTS = 16
 
 
 class Refused(Exception):
@@ -69,15 +71,15 @@ class Budget:
     tensor_bytes: int = 0
     depth: int = 100
 
-    def spend(self, what: str, amount: int, advice: str) -> None:
-        """Take from one of the above.
+    def spend(self, what: str, amount: int, excess: str) -> None:
+        """Take from one of the above; `excess` says what there is too much of.
 
         Raises:
             Refused: if there is not so much left.
         """
         left = getattr(self, what) - amount
         if left < 0:
-            raise Refused(advice)
+            raise Refused(excess)
         setattr(self, what, left)
 
 
@@ -180,7 +182,7 @@ class Machine:
 
     def _text(self, length: int) -> str:
         raw = self._take(length)
-        self.budget.spend("text", length, "more text than any network has")
+        self.budget.spend("text", length, TOO_MUCH_TEXT)
         try:
             return str(raw, "utf-8")
         except UnicodeDecodeError:
@@ -279,6 +281,8 @@ class Machine:
         called, args = self._pop_many(2)
         if not isinstance(called, Global) or type(args) is not tuple:
             raise Refused("a call of something that is no known name")
+        if len(args) > _MOST_ARGUMENTS:
+            raise Refused(f"a call with {len(args)} arguments")
         try:
             self._stack.append(self.makers[called](*args))
         except TypeError:  # too many or too few arguments
@@ -351,8 +355,8 @@ def check_depth(root: Any, limit: int) -> None:
             continue
         if id(value) in path:
             raise Refused("a container that contains itself")
-        children = _children(value)
-        if not children or id(value) in done:
+        # Before looking inside: a long list that is referred to often would be walked each time.
+        if id(value) in done or not (children := _children(value)):
             continue
         path[id(value)] = value
         if len(path) > limit:

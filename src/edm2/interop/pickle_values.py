@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edm2.interop.pickle_machine import Blob, Budget, Buildable, Global, Machine, Refused
+from edm2.interop.pickle_machine import TOO_MUCH_TEXT, Blob, Budget, Buildable, Global, Machine, Refused
 
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _STORAGES = {
@@ -175,10 +175,10 @@ def network_makers(budget: Budget) -> dict[Global, Callable[..., Any]]:
         Global("torch", "device"): lambda *name: "device",
         Global("numpy", "ndarray"): lambda *_: _refuse("an array made in place"),
         Global("numpy", "dtype"): _array_type,
-        Global("_codecs", "encode"): _latin1,
+        Global("_codecs", "encode"): lambda text, encoding: _latin1(budget, text, encoding),
     }
     for kind in ("ModuleDict", "ModuleList", "Sequential"):
-        makers[Global("torch.nn.modules.container", kind)] = lambda kind=kind: Record(kind)
+        makers[Global("torch.nn.modules.container", kind)] = _maker_of(kind)
     for dtype in ("float16", "bfloat16", "float32", "float64"):
         makers[Global("torch", dtype)] = lambda *_: _refuse("a call of a type")
     for core in ("numpy.core", "numpy._core"):
@@ -186,6 +186,10 @@ def network_makers(budget: Budget) -> dict[Global, Callable[..., Any]]:
         makers[Global(f"{core}.multiarray", "scalar")] = number
         makers[Global(f"{core}.numeric", "_frombuffer")] = array_from_buffer
     return makers
+
+
+def _maker_of(kind: str) -> Callable[[], Record]:
+    return lambda: Record(kind)
 
 
 def _refuse(what: str) -> Any:
@@ -247,10 +251,11 @@ def _array_type(code: Any, *_: Any) -> _ArrayType:
     return _ArrayType(code)
 
 
-def _latin1(text: Any, encoding: Any) -> Blob:
+def _latin1(budget: Budget, text: Any, encoding: Any) -> Blob:
     """Bytes as old pickles spell them."""
     if not isinstance(text, str) or encoding != "latin1":
         raise Refused("text in an unknown encoding")
+    budget.spend("text", len(text), TOO_MUCH_TEXT)  # once more for every time it is encoded
     try:
         return Blob(memoryview(text.encode("latin1")), -1)
     except UnicodeEncodeError:

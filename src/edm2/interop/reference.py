@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ from edm2.interop.pickle_values import StoredArray
 from edm2.metrics import FeatureStatistics
 
 REFERENCE_FORMAT = "edm2.reference/1"
-_LARGEST_NPZ = 1 << 30
+_LARGEST_NPZ = 1 << 28
+_MOST_NUMBERS = 1 << 26
+_MOST_METRICS = 8
+# What zipfile and NumPy raise for damaged archives, and for shapes that do not fit into the memory.
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, MemoryError, RuntimeError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,8 @@ def read_reference_statistics(path: str | Path) -> dict[str, ReferenceStatistics
 def statistics_of(path: Path, content: Any) -> dict[str, ReferenceStatistics]:
     """`read_reference_statistics` for what `read_pickle` gave."""
     found = {k: v for k, v in content.items() if type(v) is dict} if type(content) is dict else {}
-    if not found or not all(isinstance(name, str) and name.isidentifier() for name in found):
+    named = all(isinstance(name, str) and name.isidentifier() for name in found)
+    if not 0 < len(found) <= _MOST_METRICS or not named:
         raise refusal(path, "no reference statistics by name of a metric")
     num_images = content.get("num_images")
     if num_images is not None and (type(num_images) is not int or not 2 <= num_images < 1 << 40):
@@ -103,7 +109,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
         if unpacked <= _LARGEST_NPZ:
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in ("mu", "sigma") if name in arrays}
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+    except _BROKEN as error:
         raise refusal(path, f"no whole archive of numbers ({error})") from None
     raise refusal(path, f"more than {_LARGEST_NPZ} bytes once unpacked")
 
@@ -116,6 +122,10 @@ def _moments(path: Path, metric: str, content: dict[str, Any], num_images: int |
         array = value.array if isinstance(value, StoredArray) else value
         if not isinstance(array, np.ndarray) or array.ndim != dims or array.dtype.kind not in "fiu":
             raise refusal(path, f"no {name} of {metric} with {dims} dimension{'s' * (dims > 1)}")
+        if array.size > _MOST_NUMBERS:
+            raise refusal(
+                path, f"a {name} of {metric} with {array.size} numbers, more than any features have"
+            )
         arrays.append(np.array(array, np.float64))
     mean, cov = arrays
     if cov.shape != (len(mean), len(mean)) or not (np.isfinite(mean).all() and np.isfinite(cov).all()):
