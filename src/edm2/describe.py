@@ -37,7 +37,12 @@ def describe_path(path: Path) -> str:
     file, header = read_model_header(path)
     lines += [f"model       {file}, {file.stat().st_size / 1e6:.1f} MB", *_network_lines(header["network"])]
     info = header["info"]
-    for key, label in (("sigma_rel", "EMA length"), ("num_images", "images seen"), ("data", "trained on")):
+    for key, label in (
+        ("sigma_rel", "EMA length"),
+        ("num_images", "images seen"),
+        ("data", "trained on"),
+        ("license", "licence"),
+    ):
         if info.get(key) is not None:
             lines.append(
                 f"{label:<11} {info[key]:,}" if isinstance(info[key], int) else f"{label:<11} {info[key]}"
