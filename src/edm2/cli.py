@@ -18,6 +18,12 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
 COMMANDS: dict[str, Any] = {
     "demo": "the whole job on handwritten digits, in minutes",
     "train": "train a model on your images, or continue a run",
+    "data": {
+        "": "look at images, bring them to one size, encode them to latents",
+        "info": "counts, sizes, classes, mean and standard deviation, and what needs fixing",
+        "convert": "one size and mode, into a ZIP or folder",
+        "encode": "latents for a latent diffusion model",
+    },
     "ema": {
         "": "average the weights of a finished run over any length",
         "reconstruct": "models with any EMA length from a run's snapshots",

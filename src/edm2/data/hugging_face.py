@@ -23,6 +23,20 @@ class Entry(NamedTuple):
     label: int
 
 
+class Stream(NamedTuple):
+    """A data set that is read from beginning to end.
+
+    Attributes:
+        entries: the images that are left.
+        class_names: where they are known, else empty.
+        num_images: of the whole data set, where its description says, else None.
+    """
+
+    entries: Iterator[Entry]
+    class_names: tuple[str, ...]
+    num_images: int | None
+
+
 class _Columns(NamedTuple):
     image: str
     is_array: bool
@@ -93,9 +107,7 @@ def list_hugging_face(source: str | Path, *, split: str = "train", labels: bool 
     return Catalog(storage, storage.names, values, columns.class_names if labels else (), str(source), name)
 
 
-def stream_hugging_face(
-    source: str | Path, *, split: str = "train", start: int = 0
-) -> tuple[Iterator[Entry], tuple[str, ...]]:
+def stream_hugging_face(source: str | Path, *, split: str = "train", start: int = 0) -> Stream:
     """Read a data set from beginning to end without storing it.
 
     Training needs random access, so a stream is for `edm2 data convert`.
@@ -105,9 +117,6 @@ def stream_hugging_face(
         split: which split.
         start: images to skip.
 
-    Returns:
-        The images, and the names of the classes where they are known.
-
     Raises:
         ValueError: as `list_hugging_face` does.
     """
@@ -115,7 +124,9 @@ def stream_hugging_face(
     if stream.features is None:
         stream = stream._resolve_features()
     columns = _find_columns(stream.features, str(source))
-    return _entries(_raw(stream, columns).skip(start), columns, start), columns.class_names
+    known = (stream.info.splits or {}).get(split)
+    entries = _entries(_raw(stream, columns).skip(start), columns, start)
+    return Stream(entries, columns.class_names, known.num_examples if known else None)
 
 
 def _entries(stream: Any, columns: _Columns, start: int) -> Iterator[Entry]:
@@ -166,8 +177,9 @@ def _asked(source: str | Path, function: Any, *args: Any, **options: Any) -> Any
         return function(*args, **options)
     except Exception as error:
         # The library raises dozens of kinds: no network, no such name, a damaged file, a gated data set.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(
-            f"the library 'datasets' could not open {source} ({type(error).__name__}: {str(error)[:300]}): check the "
+            f"the library 'datasets' could not open {source} ({reason}): check the "
             "name, the split, the network and, for a gated data set, your login"
         ) from error
 

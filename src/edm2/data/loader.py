@@ -4,14 +4,10 @@ Which images a batch holds follows from the run's seed and the position alone; w
 are read.
 """
 
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple
 
@@ -21,6 +17,7 @@ from torch import Tensor
 
 from edm2.data.dataset import ImageDataset
 from edm2.data.order import indices
+from edm2.data.workers import process_pool
 
 
 class Batch(NamedTuple):
@@ -101,9 +98,7 @@ class Batches:
         self._pool: Executor | None = None
         self._closed = False
         if self._processes:
-            # A forked child would inherit torch's threads in whatever state they are.
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(workers, context, _start_worker, (dataset,))
+            self._pool = process_pool(workers, _prepare, dataset)
         elif workers:
             self._pool = ThreadPoolExecutor(workers, "edm2-loader")
 
@@ -203,20 +198,9 @@ def _read(dataset: ImageDataset, chosen: np.ndarray) -> _Arrays:
 _dataset: ImageDataset | None = None
 
 
-def _start_worker(dataset: ImageDataset) -> None:
+def _prepare(dataset: ImageDataset) -> None:
     global _dataset
     _dataset = dataset
-    # Whoever stops a run signals the whole group; the trainer then finishes its step and still needs data.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _read_in_worker(chosen: np.ndarray) -> _Arrays:

@@ -1,6 +1,7 @@
 """The real library `datasets`, offline: what it wrote is read."""
 
 import io
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 datasets = pytest.importorskip("datasets")
 
-from edm2.data import open_dataset, stream_hugging_face  # noqa: E402
+from edm2.data import convert, open_dataset, stream_hugging_face  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the library
 RNG = np.random.default_rng(0)
@@ -131,13 +132,13 @@ def test_pictures_in_a_table_are_read_as_those_in_files(tmp_path):
 def test_a_stream_gives_the_same_images_and_starts_anywhere(tmp_path):
     table().to_parquet(tmp_path / "x.parquet")
     data = open_dataset(tmp_path / "x.parquet")
-    entries, names = stream_hugging_face(tmp_path / "x.parquet")
-    entries = list(entries)
-    assert names == ("a", "b", "c")
+    stream = stream_hugging_face(tmp_path / "x.parquet")
+    entries = list(stream.entries)
+    assert stream.class_names == ("a", "b", "c")
     assert [entry.label for entry in entries] == data.labels(ALL).tolist()
     for entry, image in zip(entries, PIXELS, strict=True):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(entry.data))), image)
-    assert list(stream_hugging_face(tmp_path / "x.parquet", start=5)[0]) == entries[5:]
+    assert list(stream_hugging_face(tmp_path / "x.parquet", start=5).entries) == entries[5:]
 
 
 def test_a_saved_folder_is_no_stream(tmp_path):
@@ -164,3 +165,32 @@ def test_what_the_library_cannot_open(tmp_path):
         open_dataset(tmp_path / "x.parquet")
     with pytest.raises(ValueError, match=r"could not open hf://edm2/no-such-set"):
         open_dataset("hf://edm2/no-such-set")
+
+
+def test_a_stream_is_converted_and_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "CHUNK_IMAGES", 3)
+    table().to_parquet(tmp_path / "x.parquet")
+    conversion = convert.Conversion(mode="rgb")
+    whole = convert.convert_stream(
+        tmp_path / "x.parquet", tmp_path / "a.zip", conversion, workers=1, quiet=True
+    )
+    check(open_dataset(whole.path))
+
+    calls = []
+    write = convert.write_chunk
+
+    def dies(path, chunk):
+        calls.append(path.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(path, chunk)
+
+    monkeypatch.setattr(convert, "write_chunk", dies)
+    for raises in (True, False):
+        context = pytest.raises(KeyboardInterrupt) if raises else nullcontext()
+        with context:
+            convert.convert_stream(
+                tmp_path / "x.parquet", tmp_path / "b.zip", conversion, workers=1, quiet=True
+            )
+    assert calls == ["000000.zip", "000001.zip", "000001.zip", "000002.zip"]
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()

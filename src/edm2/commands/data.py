@@ -1,0 +1,150 @@
+"""`edm2 data`: look at images, bring them to one size, encode them to latents."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from edm2.data import open_dataset
+from edm2.data.convert import Conversion, Converted, convert_stream
+from edm2.data.convert import convert as convert_catalog
+from edm2.data.describe import describe
+from edm2.data.latents import encode_latents, load_autoencoder
+from edm2.data.sources import open_catalog
+from edm2.data.survey import survey
+from edm2.train.build import pick_device
+
+_SOURCE = Annotated[str, tyro.conf.Positional]
+
+
+@dataclass(kw_only=True)
+class _Info:
+    """Count images, sizes and classes, measure mean and standard deviation, name what needs fixing."""
+
+    source: _SOURCE
+    """Folder, ZIP, .npy, .npz, IDX folder, Arrow or Parquet files, hf://NAME, digits or fashion-mnist."""
+    split: str = "train"
+    """Split, where the source has several."""
+    labels: bool = True
+    """Whether to look at labels."""
+    sample: int | None = None
+    """Number of images whose pixels are read; default: all, so that every damaged one is found."""
+    workers: int | None = None
+    """Threads; default: one a processor."""
+
+
+@dataclass(kw_only=True)
+class _Convert:
+    """Bring images to one size and mode, into a new ZIP or folder. The same command again goes on after a stop."""
+
+    source: _SOURCE
+    """As for `edm2 data info`."""
+    out: Path
+    """New folder, or a name that ends in .zip."""
+    size: str | None = None
+    """Side in pixels, or HEIGHTxWIDTH; default: as it is."""
+    method: Literal["center-crop", "resize"] = "center-crop"
+    """center-crop: cover the size and cut out the centre, as for ImageNet. resize: stretch to the size."""
+    mode: Literal["auto", "gray", "rgb", "rgba"] = "auto"
+    """Mode of the pictures; auto: the one they have in common, else rgb."""
+    split: str = "train"
+    """Split, where the source has several."""
+    labels: bool = True
+    """Whether to keep labels."""
+    stream: bool = False
+    """Read a Hugging Face source from beginning to end without storing it."""
+    skip_damaged: bool = False
+    """Leave damaged images out, and say how many; else the first of them ends the work."""
+    workers: int | None = None
+    """Processes; default: one a processor."""
+
+
+@dataclass(kw_only=True)
+class _Encode:
+    """Encode images to latents: 2 x C channels, means then standard deviations. The same command again goes on."""
+
+    source: _SOURCE
+    """As for `edm2 data info`; images of one size."""
+    out: Path
+    """New folder, or a name that ends in .zip."""
+    vae: str
+    """AutoencoderKL on the hub, such as stabilityai/sd-vae-ft-mse, or the folder of one."""
+    split: str = "train"
+    """Split, where the source has several."""
+    batch: int = 8
+    """Images at a time."""
+    pixel_range: Literal["zero-one", "minus-one-one"] = "zero-one"
+    """Scale of the autoencoder's input; zero-one is that of the models released with EDM2."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the autoencoder; latents are stored in float32."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+    skip_damaged: bool = False
+    """Leave damaged images out, and say how many."""
+
+
+def info(prog: str, words: Sequence[str]) -> None:
+    """`edm2 data info`."""
+    chosen = tyro.cli(_Info, prog=prog, args=list(words))
+    catalog = open_catalog(chosen.source, split=chosen.split, labels=chosen.labels)
+    print(describe(survey(catalog, sample=chosen.sample, workers=chosen.workers)))
+
+
+def convert(prog: str, words: Sequence[str]) -> None:
+    """`edm2 data convert`."""
+    chosen = tyro.cli(_Convert, prog=prog, args=list(words))
+    conversion = Conversion(size=_size(chosen.size), method=chosen.method, mode=chosen.mode)
+    if chosen.stream:
+        done = convert_stream(
+            chosen.source,
+            chosen.out,
+            conversion,
+            split=chosen.split,
+            skip_damaged=chosen.skip_damaged,
+            workers=chosen.workers,
+        )
+    else:
+        catalog = open_catalog(chosen.source, split=chosen.split, labels=chosen.labels)
+        done = convert_catalog(
+            catalog, chosen.out, conversion, skip_damaged=chosen.skip_damaged, workers=chosen.workers
+        )
+    print(_outcome(done))
+
+
+def encode(prog: str, words: Sequence[str]) -> None:
+    """`edm2 data encode`."""
+    chosen = tyro.cli(_Encode, prog=prog, args=list(words))
+    dataset = open_dataset(chosen.source, split=chosen.split, verify=True, skip_damaged=chosen.skip_damaged)
+    autoencoder = load_autoencoder(chosen.vae, pick_device(chosen.device), getattr(torch, chosen.dtype))
+    done = encode_latents(
+        dataset, chosen.out, autoencoder, batch_size=chosen.batch, pixel_range=chosen.pixel_range
+    )
+    mean, std = (" ".join(f"{value:.2f}" for value in values) for values in (done.mean, done.std))
+    print(f"{done.path}: {done.num_images:,} images of {2 * len(done.mean)} channels")
+    print(
+        f"train with: --data {done.path} --dataset.coding latents --dataset.mean {mean} --dataset.std {std}"
+    )
+
+
+def _outcome(done: Converted) -> str:
+    lines = [f"{done.path}: {done.num_images:,} images"]
+    if done.enlarged:
+        lines.append(f"enlarged: {done.enlarged:,} images that were smaller")
+    if done.skipped:
+        lines.append(f"skipped: {len(done.skipped):,} damaged images")
+        lines += [f"  {name}: {reason}" for name, reason in done.skipped[:10]]
+    return "\n".join(lines)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    try:
+        sides = [int(part) for part in text.split("x")]
+        height, width = sides * 2 if len(sides) == 1 else sides
+    except ValueError:
+        raise ValueError(f"--size {text!r}: write 64, or height and width as 64x96") from None
+    return height, width

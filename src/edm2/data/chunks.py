@@ -1,0 +1,182 @@
+"""Work on a data set in chunks that are kept when it is cut off, and packed into a folder or ZIP at the end.
+
+While work goes on, `DEST.partial` holds one ZIP a chunk. DEST appears when it is whole, and its bytes do not
+depend on the number of workers or on interruptions.
+"""
+
+import io
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edm2.data.dataset import Skipped
+from edm2.data.labels import LABEL_FILE
+from edm2.files import sync_folder, write_atomic, write_json
+
+_REPORT = "report.json"
+_SETTINGS = "settings.json"
+# The earliest date that a ZIP can hold: real ones would make equal contents differ.
+_DATE = (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass
+class Chunk:
+    """The result of a chunk: files by name, their labels, and what happened.
+
+    Attributes:
+        files: name -> bytes.
+        labels: of the files, in their order; -1 for none.
+        skipped: images that were left out.
+        sums: numbers that are added up over all chunks.
+    """
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    labels: list[int] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    sums: dict[str, Any] = field(default_factory=dict)
+
+
+def image_name(number: int, suffix: str) -> str:
+    """Name of an image in the official layout: `00012/img00012345.png`."""
+    digits = f"{number:08d}"
+    return f"{digits[:5]}/img{digits}{suffix}"
+
+
+class ChunkFolder:
+    """The chunks of one piece of work.
+
+    Args:
+        dest: folder or `.zip` to be made.
+        settings: what determines the result; work that was done under others is refused.
+
+    Raises:
+        ValueError: where dest exists, or other work on it was begun.
+    """
+
+    def __init__(self, dest: Path, settings: dict[str, Any]) -> None:
+        if dest.exists():
+            raise ValueError(f"{dest} exists already: give another --out, or delete it")
+        if dest.suffix and dest.suffix.lower() != ".zip":
+            raise ValueError(f"{dest} must be a folder or end in .zip")
+        self.dest, self.folder = dest, dest.with_name(dest.name + ".partial")
+        settings = json.loads(json.dumps(settings))
+        kept = self.folder / _SETTINGS
+        if kept.exists():
+            before = json.loads(kept.read_text())
+            changed = [key for key in settings if before.get(key) != settings[key]]
+            if changed:
+                shown = ", ".join(f"{key} was {before.get(key)}, is {settings[key]}" for key in changed)
+                raise ValueError(
+                    f"{self.folder} holds part of other work ({shown}): delete it, or give another --out"
+                )
+        else:
+            write_json(kept, settings)
+
+    def path(self, number: int) -> Path:
+        """File of a chunk."""
+        return self.folder / f"{number:06d}.zip"
+
+    def is_done(self, number: int) -> bool:
+        """Whether a chunk is there; it is written whole or not at all."""
+        return self.path(number).exists()
+
+    def report(self, number: int) -> dict[str, Any]:
+        """What `write_chunk` noted."""
+        with zipfile.ZipFile(self.path(number)) as archive:
+            return json.loads(archive.read(_REPORT))
+
+    def pack(self, count: int, class_names: Sequence[str]) -> tuple[int, list[Skipped], dict[str, Any]]:
+        """Put the chunks together at `dest`, and remove them.
+
+        Args:
+            count: number of chunks.
+            class_names: noted beside the labels.
+
+        Returns:
+            Number of images, those left out, and the sums over all chunks.
+
+        Raises:
+            ValueError: where no image is left.
+        """
+        reports = [self.report(number) for number in range(count)]
+        labels = [pair for report in reports for pair in report["labels"]]
+        skipped = [Skipped(*pair) for report in reports for pair in report["skipped"]]
+        if not labels:
+            raise ValueError(f"no image is left: {len(skipped)} were damaged, the first {skipped[0].name!r}")
+        content: dict[str, Any] = {"labels": labels if labels[0][1] >= 0 else None}
+        if class_names:
+            content["class_names"] = list(class_names)
+        label_file = (json.dumps(content, indent=None, separators=(",", ":")) + "\n").encode()
+        archives = [self.path(number) for number in range(count)]
+        if self.dest.suffix:
+            self._pack_zip(archives, label_file)
+        else:
+            self._pack_folder(archives, label_file)
+        shutil.rmtree(self.folder)
+        return len(labels), skipped, _added(report["sums"] for report in reports)
+
+    def _pack_zip(self, archives: Sequence[Path], label_file: bytes) -> None:
+        aside = self.folder / "packed.zip"
+        with open(aside, "wb") as file:
+            with zipfile.ZipFile(file, "w") as target:
+                for archive in archives:
+                    with zipfile.ZipFile(archive) as source:
+                        for name in _images(source):
+                            target.writestr(_entry(name), source.read(name))
+                target.writestr(_entry(LABEL_FILE), label_file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, self.dest)
+        sync_folder(self.dest.parent)
+
+    def _pack_folder(self, archives: Sequence[Path], label_file: bytes) -> None:
+        aside = self.folder / "packed"
+        shutil.rmtree(aside, ignore_errors=True)
+        for archive in archives:
+            with zipfile.ZipFile(archive) as source:
+                for name in _images(source):
+                    (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                    (aside / name).write_bytes(source.read(name))
+        (aside / LABEL_FILE).write_bytes(label_file)
+        os.sync()
+        os.replace(aside, self.dest)
+        sync_folder(self.dest.parent)
+
+
+def write_chunk(path: Path, chunk: Chunk) -> None:
+    """Write a chunk's file, whole or not at all."""
+    labels = [[name, label] for name, label in zip(chunk.files, chunk.labels, strict=True)]
+    report = {"labels": labels, "skipped": chunk.skipped, "sums": chunk.sums}
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, data in chunk.files.items():
+            archive.writestr(_entry(name), data)
+        archive.writestr(_entry(_REPORT), json.dumps(report))
+    write_atomic(path, content.getvalue(), durable=False)
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name, _DATE)
+    info.external_attr = 0o644 << 16
+    info.create_system = 3
+    return info
+
+
+def _images(archive: zipfile.ZipFile) -> list[str]:
+    return [name for name in archive.namelist() if name != _REPORT]
+
+
+def _added(sums: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    total: dict[str, Any] = {}
+    for part in sums:
+        for key, value in part.items():
+            if isinstance(value, list):
+                total[key] = [a + b for a, b in zip(total.get(key, [0.0] * len(value)), value, strict=True)]
+            else:
+                total[key] = total.get(key, 0) + value
+    return total

@@ -1,0 +1,310 @@
+"""From any source to a data set of one size in the official layout."""
+
+import hashlib
+import io
+import os
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from edm2.data.chunks import Chunk, ChunkFolder, image_name, write_chunk
+from edm2.data.dataset import Skipped
+from edm2.data.files import Catalog, damage_message, read_headers
+from edm2.data.hugging_face import Entry, stream_hugging_face
+from edm2.data.pictures import ARRAY, UNREADABLE, common_mode, decode
+from edm2.data.resize import crop_centre, stretch
+from edm2.data.workers import process_pool
+from edm2.progress import Progress
+
+CHUNK_IMAGES = 256
+Mode = Literal["auto", "gray", "rgb", "rgba"]
+_MODES = {"gray": "L", "rgb": "RGB", "rgba": "RGBA"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What is done to every image.
+
+    Args:
+        size: height and width wanted in pixels; None keeps the images' own, which must be equal.
+        method: "center-crop" covers the size and cuts out the centre, "resize" stretches to it.
+        mode: to which pictures are converted; "auto" is the mode they have in common, else RGB. Arrays keep
+            their channels.
+
+    Raises:
+        ValueError: for a size below 1 or an unknown mode or method.
+    """
+
+    size: tuple[int, int] | None = None
+    method: Literal["center-crop", "resize"] = "center-crop"
+    mode: Mode = "auto"
+
+    def __post_init__(self) -> None:
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"size {self.size} must be at least 1 by 1")
+        if self.method not in ("center-crop", "resize"):
+            raise ValueError(f"method {self.method!r} must be center-crop or resize")
+        if self.mode not in ("auto", *_MODES):
+            raise ValueError(f"mode {self.mode!r} must be one of auto, {', '.join(_MODES)}")
+
+
+class Converted(NamedTuple):
+    """The outcome of `convert`.
+
+    Attributes:
+        path: what was made.
+        num_images: in it.
+        skipped: images that were left out because they are damaged.
+        enlarged: number of images that were smaller than the size wanted.
+    """
+
+    path: Path
+    num_images: int
+    skipped: list[Skipped]
+    enlarged: int
+
+
+def convert(
+    catalog: Catalog,
+    dest: str | Path,
+    conversion: Conversion,
+    *,
+    skip_damaged: bool = False,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> Converted:
+    """Bring all images of a source to one size and mode, in a new folder or ZIP.
+
+    Bytes become PNG, floats `.npy`. The same call goes on with work that was cut off; equal images give equal bytes.
+
+    Args:
+        catalog: the images, from `open_catalog`.
+        dest: new folder, or a file name that ends in `.zip`.
+        conversion: what to do.
+        skip_damaged: leave damaged images out; else the first of them is an error.
+        workers: processes; default: one a processor; 1 works in this process.
+        quiet: show no progress.
+
+    Raises:
+        ValueError: for a damaged image, a destination that exists, or images that cannot be converted.
+    """
+    mode = _checked_mode(catalog, conversion, skip_damaged)
+    settings = {
+        "source": catalog.where,
+        "images": len(catalog.names),
+        "content": _digest(catalog),
+        "mode": mode,
+    }
+    size = [conversion.size, conversion.method]
+    folder = ChunkFolder(Path(dest), {**settings, "size": size, "chunk": CHUNK_IMAGES})
+    job = _Job(folder, conversion, _MODES.get(mode), skip_damaged, catalog)
+    starts = range(0, len(catalog.names), CHUNK_IMAGES)
+    tasks = ((i, range(s, min(s + CHUNK_IMAGES, len(catalog.names)))) for i, s in enumerate(starts))
+    _run(job, iter(tasks), len(catalog.names), workers, quiet)
+    return _packed(folder, len(starts), catalog.class_names)
+
+
+def convert_stream(
+    source: str | Path,
+    dest: str | Path,
+    conversion: Conversion,
+    *,
+    split: str = "train",
+    skip_damaged: bool = False,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> Converted:
+    """As `convert`, from a stream of the library `datasets`, which is read once and not stored.
+
+    Args:
+        source: `hf://NAME`, or Arrow or Parquet files.
+        dest: as in `convert`.
+        conversion: likewise; mode must be given, because it cannot be seen beforehand.
+        split: which split.
+        skip_damaged: as in `convert`.
+        workers: likewise.
+        quiet: likewise.
+
+    Raises:
+        ValueError: as in `convert` and `stream_hugging_face`, and for mode auto.
+    """
+    if conversion.mode == "auto":
+        raise ValueError("a stream cannot be looked through for its common mode: give gray, rgb or rgba")
+    settings = {"source": f"stream of {source}, {split}", **asdict(conversion), "chunk": CHUNK_IMAGES}
+    folder = ChunkFolder(Path(dest), settings)
+    first = 0
+    while folder.is_done(first):
+        first += 1
+    stream = stream_hugging_face(source, split=split, start=first * CHUNK_IMAGES)
+    job = _Job(folder, conversion, _MODES[conversion.mode], skip_damaged, None)
+    last = _run(
+        job, _entry_tasks(stream.entries, first), stream.num_images, workers, quiet, done=first * CHUNK_IMAGES
+    )
+    return _packed(folder, max(first, last + 1), stream.class_names)
+
+
+class _Job(NamedTuple):
+    folder: ChunkFolder
+    conversion: Conversion
+    mode: str | None
+    skip_damaged: bool
+    catalog: Catalog | None
+
+
+_Task = tuple[int, "range | list[tuple[int, Entry]]"]
+
+
+def _entry_tasks(entries: Iterator[Entry], first: int) -> Iterator[_Task]:
+    number, rows = first, []
+    for row, entry in enumerate(entries, first * CHUNK_IMAGES):
+        rows.append((row, entry))
+        if len(rows) == CHUNK_IMAGES:
+            yield number, rows
+            number, rows = number + 1, []
+    if rows:
+        yield number, rows
+
+
+def _run(
+    job: _Job, tasks: Iterator[_Task], total: int | None, workers: int | None, quiet: bool, done: int = 0
+) -> int:
+    # The number of the last chunk, or -1.
+    workers = workers or os.cpu_count() or 1
+    if total is not None:
+        workers = min(workers, -(-total // CHUNK_IMAGES))
+    last = -1
+    # A stream of unknown length shows what is done, and no time left.
+    with Progress("converting", total or done, "images", done=done, quiet=quiet) as progress:
+        if workers == 1:
+            for number, rows in tasks:
+                if not job.folder.is_done(number):
+                    _convert_chunk(job, number, rows)
+                progress.advance(len(rows))
+                last = number
+            return last
+        with process_pool(workers, _prepare, job) as pool:
+            pending: deque[tuple[int, int, Future[None] | None]] = deque()
+            try:
+                for number, rows in tasks:
+                    known = job.folder.is_done(number)
+                    pending.append(
+                        (number, len(rows), None if known else pool.submit(_in_worker, number, rows))
+                    )
+                    if len(pending) > 2 * workers:
+                        last = _finish(pending, progress)
+                while pending:
+                    last = _finish(pending, progress)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return last
+
+
+def _finish(pending: "deque[tuple[int, int, Future[None] | None]]", progress: Progress) -> int:
+    number, count, future = pending.popleft()
+    if future is not None:
+        future.result()
+    progress.advance(count)
+    return number
+
+
+# Of a worker process.
+_job: _Job | None = None
+
+
+def _prepare(job: _Job) -> None:
+    global _job
+    _job = job
+
+
+def _in_worker(number: int, rows: "range | list[tuple[int, Entry]]") -> None:
+    assert _job is not None
+    _convert_chunk(_job, number, rows)
+
+
+def _convert_chunk(job: _Job, number: int, rows: "range | list[tuple[int, Entry]]") -> None:
+    chunk = Chunk(sums={"enlarged": 0})
+    for row, entry in rows if isinstance(rows, list) else _listed(job.catalog, rows):
+        try:
+            image = decode(entry.name, entry.data, job.mode)
+        except UNREADABLE as error:
+            damaged = Skipped(entry.name, str(error))
+            if not job.skip_damaged:
+                where = job.catalog.where if job.catalog else "the stream"
+                raise ValueError(damage_message([damaged], where)) from error
+            chunk.skipped.append(damaged)
+            continue
+        image, enlarged = _fitted(image, job.conversion, alpha=job.mode == "RGBA")
+        suffix, data = _encoded(image)
+        chunk.files[image_name(row, suffix)] = data
+        chunk.labels.append(entry.label)
+        chunk.sums["enlarged"] += enlarged
+    write_chunk(job.folder.path(number), chunk)
+
+
+def _listed(catalog: Catalog | None, rows: range) -> Iterator[tuple[int, Entry]]:
+    assert catalog is not None
+    for row in rows:
+        name = catalog.names[row]
+        label = -1 if catalog.labels is None else int(catalog.labels[row])
+        try:
+            data = catalog.storage.read(name)
+        except UNREADABLE:
+            data = b""  # decoding names it
+        yield row, Entry(name, data, label)
+
+
+def _fitted(image: np.ndarray, conversion: Conversion, *, alpha: bool) -> tuple[np.ndarray, bool]:
+    if conversion.size is None:
+        return image, False
+    enlarged = image.shape[1] < conversion.size[0] or image.shape[2] < conversion.size[1]
+    function = crop_centre if conversion.method == "center-crop" else stretch
+    return function(image, conversion.size, alpha=alpha and len(image) == 4), enlarged
+
+
+def _encoded(image: np.ndarray) -> tuple[str, bytes]:
+    file = io.BytesIO()
+    if image.dtype == np.uint8 and len(image) <= 4:
+        pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+        Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
+        return ".png", file.getvalue()
+    np.save(file, np.ascontiguousarray(image))
+    return ".npy", file.getvalue()
+
+
+def _checked_mode(catalog: Catalog, conversion: Conversion, skip_damaged: bool) -> str:
+    # Our name of the mode in which pictures are read; "auto" leaves each as it is.
+    headers, damaged = read_headers(catalog)
+    if damaged and not skip_damaged:
+        raise ValueError(damage_message(damaged, catalog.where))
+    kinds = Counter(h.dtype for h in headers.values())
+    if len(kinds) > 1:
+        shown = " and ".join(f"{count} of {kind}" for kind, count in kinds.items())
+        raise ValueError(f"{catalog.where} holds images of bytes and of floats ({shown}): convert them apart")
+    sizes = {(h.height, h.width) for h in headers.values()}
+    if conversion.size is None and len(sizes) > 1:
+        raise ValueError(f"the images of {catalog.where} have {len(sizes)} different sizes: give --size")
+    modes = {h.mode for h in headers.values()} - {ARRAY, "F"}
+    if conversion.mode != "auto" or not modes:
+        return conversion.mode
+    common = common_mode(modes)
+    return next((ours for ours, mode in _MODES.items() if mode == common), "auto")
+
+
+def _digest(catalog: Catalog) -> str:
+    digest = hashlib.sha256()
+    for row, (name, size) in enumerate(zip(catalog.names, catalog.sizes, strict=True)):
+        label = -1 if catalog.labels is None else catalog.labels[row]
+        digest.update(f"{name}\0{size}\0{label}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def _packed(folder: ChunkFolder, count: int, class_names: Any) -> Converted:
+    num_images, skipped, sums = folder.pack(count, class_names)
+    return Converted(folder.dest, num_images, skipped, sums["enlarged"])

@@ -1,0 +1,122 @@
+"""A survey in words."""
+
+from collections import Counter
+from typing import Any
+
+from edm2.data.survey import Survey
+
+_MODES = {
+    "L": "gray", "LA": "gray with alpha", "RGB": "RGB", "RGBA": "RGBA", "F": "one band of numbers", "array": "arrays",
+}  # fmt: skip
+
+
+def describe(found: Survey) -> str:
+    """What `edm2 data info` prints.
+
+    Args:
+        found: from `survey`.
+    """
+    lines = [
+        f"source    {found.where}",
+        f"images    {found.num_images:,}, {_bytes(found.num_bytes)} as stored",
+        f"size      {_counted(found.sizes, lambda size: f'{size[0]}x{size[1]} (height x width)')}",
+        f"mode      {_counted(found.modes, _MODES.__getitem__)}",
+        *_values(found),
+        *_classes(found),
+    ]
+    problems = _problems(found)
+    lines.append("to fix    " + ("nothing" if not problems else ""))
+    return "\n".join([line.rstrip() for line in lines] + [f"  - {problem}" for problem in problems])
+
+
+def _values(found: Survey) -> list[str]:
+    if found.mean is None or found.std is None:
+        return []
+    (channels, dtype), _ = found.kinds.most_common(1)[0]
+    of = "of x / 127.5 - 1, " if dtype == "uint8" else ""
+    part = "" if found.num_decoded == found.num_images else f"on {found.num_decoded:,} images, "
+    return [
+        f"values    {channels} channels of {dtype}, {found.minimum:g} to {found.maximum:g}",
+        f"mean      {_numbers(found.mean)}  ({of}{part}by channel)",
+        f"std       {_numbers(found.std)}",
+    ]
+
+
+def _classes(found: Survey) -> list[str]:
+    sizes = found.class_sizes
+    if sizes is None:
+        return ["classes   none"]
+    names = found.class_names or tuple(str(number) for number in range(len(sizes)))
+    order = sizes.argsort(kind="stable")
+    small, large = order[0], order[-1]
+    lines = [
+        f"classes   {len(sizes)}, of {sizes[small]:,} ({names[small]}) to {sizes[large]:,} ({names[large]}) images"
+    ]
+    if len(sizes) <= 20:
+        lines += [f"  {name}: {size:,}" for name, size in zip(names, sizes, strict=True)]
+    return lines
+
+
+def _problems(found: Survey) -> list[str]:
+    problems = []
+    if found.damaged:
+        shown = "; ".join(f"{name!r} ({reason})" for name, reason in found.damaged[:5])
+        more = " ..." if len(found.damaged) > 5 else ""
+        problems.append(
+            f"{len(found.damaged):,} damaged images: {shown}{more}. Replace them, or leave them out with skip_damaged"
+        )
+    if len(found.sizes) > 1:
+        side = min(min(size) for size in found.sizes)
+        problems.append(
+            f"{len(found.sizes)} different sizes: run 'edm2 data convert {found.where} --out NEW.zip --size N', "
+            f"N up to {side} enlarges nothing"
+        )
+    if len(found.kinds) > 1:
+        kinds = _counted(found.kinds, lambda kind: f"{kind[0]} channels of {kind[1]}")
+        problems.append(f"different kinds of images ({kinds}): train on each apart")
+    elif len(found.modes) > 1:
+        channels = found.kinds.most_common(1)[0][0][0]
+        problems.append(f"different modes: all are read with {channels} channels, transparent parts on white")
+    problems += [f"{count:,} images: {note}" for note, count in found.notes.items()]
+    if found.class_sizes is not None and (found.class_sizes == 0).any():
+        problems.append(f"{(found.class_sizes == 0).sum()} classes without images")
+    return problems + _magnitude(found)
+
+
+def _magnitude(found: Survey) -> list[str]:
+    if found.mean is None or found.std is None:
+        return []
+    flat = [
+        str(i)
+        for i, (mean, std) in enumerate(zip(found.mean, found.std, strict=True))
+        if std <= 1e-6 * abs(mean)
+    ]
+    if flat:
+        return [f"channel {', '.join(flat)} is constant: leave it out of the images"]
+    square = sum(m * m + s * s for m, s in zip(found.mean, found.std, strict=True)) / len(found.mean)
+    if 0.5 / 1.5 <= square**0.5 <= 0.5 * 1.5:
+        return []
+    return [
+        f"coded plainly, the magnitude would be {square**0.5:.3g}, far from sigma_data 0.5: keep "
+        f"--dataset.coding measured (the default), or give --dataset.coding fixed "
+        f"--dataset.mean {_numbers(found.mean)} --dataset.std {_numbers(found.std)}"
+    ]
+
+
+def _counted(counts: Counter[Any], words: Any) -> str:
+    shown = [f"{words(key)}: {count:,}" for key, count in counts.most_common(4)]
+    if len(counts) == 1:
+        return words(next(iter(counts)))
+    return "; ".join(shown) + (f"; {len(counts) - 4} more" if len(counts) > 4 else "")
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
+
+
+def _bytes(count: int) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.3g} TB"

@@ -1,0 +1,47 @@
+"""Images brought to one size."""
+
+import numpy as np
+from PIL import Image
+
+
+def crop_centre(image: np.ndarray, size: tuple[int, int], *, alpha: bool = False) -> np.ndarray:
+    """Scale an image until it just covers a size, and cut out its centre.
+
+    It is halved with a box filter while both sides stay at least as long as wanted, then scaled bicubically;
+    this is how ImageNet was prepared for EDM2. Smaller images are enlarged.
+
+    Args:
+        image: `[C, H, W]` uint8 or float32.
+        size: height and width wanted, in pixels.
+        alpha: whether the last channel is opacity, which weighs the others.
+
+    Returns:
+        `[C, *size]` of the same type.
+
+    Ref: SPEC section 9.
+    """
+    height, width = image.shape[1:]
+    while height >= 2 * size[0] and width >= 2 * size[1]:
+        height, width = height // 2, width // 2
+        image = _scaled(image, (height, width), Image.Resampling.BOX, alpha)
+    scale = max(size[0] / height, size[1] / width)
+    height, width = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    image = _scaled(image, (height, width), Image.Resampling.BICUBIC, alpha)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    return image[:, top : top + size[0], left : left + size[1]]
+
+
+def stretch(image: np.ndarray, size: tuple[int, int], *, alpha: bool = False) -> np.ndarray:
+    """Scale an image bicubically to a size, whatever its shape; arguments as in `crop_centre`."""
+    return _scaled(image, size, Image.Resampling.BICUBIC, alpha)
+
+
+def _scaled(image: np.ndarray, size: tuple[int, int], method: Image.Resampling, alpha: bool) -> np.ndarray:
+    if image.shape[1:] == size:
+        return image
+    extent = (size[1], size[0])
+    if alpha:
+        # Pillow weighs colours by their opacity, so that those of transparent parts do not bleed.
+        return np.asarray(Image.fromarray(image.transpose(1, 2, 0)).resize(extent, method)).transpose(2, 0, 1)
+    # Channel by channel, because Pillow knows no images of five bands or of several float bands.
+    return np.stack([np.asarray(Image.fromarray(channel).resize(extent, method)) for channel in image])

@@ -1,0 +1,67 @@
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edm2.cli import main
+from edm2.data import open_dataset
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(5):
+        Image.fromarray(RNG.integers(0, 256, (8 + i, 12, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+def test_info_then_convert_then_info(folder, tmp_path, capsys):
+    main(["data", "info", str(folder)])
+    assert "5 different sizes: run 'edm2 data convert" in capsys.readouterr().out
+    out = tmp_path / "new" / "x.zip"
+    out.parent.mkdir()
+    main(["data", "convert", str(folder), "--out", str(out), "--size", "8", "--workers", "1"])
+    assert capsys.readouterr().out == f"{out}: 5 images\n"
+    main(["data", "info", str(out)])
+    text = capsys.readouterr().out
+    assert "8x8 (height x width)" in text
+    assert "different sizes" not in text
+
+
+def test_convert_says_what_it_enlarged_and_skipped(folder, tmp_path, capsys):
+    (folder / "0.png").write_bytes(b"x")
+    out = tmp_path / "out"
+    words = ["data", "convert", str(folder), "--out", str(out), "--size", "10x12", "--workers", "1"]
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert "image '0.png' in" in capsys.readouterr().err
+    main([*words, "--skip-damaged", "--mode", "gray"])
+    text = capsys.readouterr().out
+    assert (
+        f"{out}: 4 images\nenlarged: 1 images that were smaller\nskipped: 1 damaged images\n  0.png: cannot"
+        in text
+    )
+    assert open_dataset(out).image_shape == (1, 10, 12)
+
+
+@pytest.mark.parametrize("size", ["big", "8x8x8", "x"])
+def test_sizes_that_are_none(folder, tmp_path, size, capsys):
+    with pytest.raises(SystemExit):
+        main(["data", "convert", str(folder), "--out", str(tmp_path / "out"), "--size", size])
+    assert f"--size '{size}': write 64, or height and width as 64x96" in capsys.readouterr().err
+
+
+def test_encode_without_diffusers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(SystemExit):
+        main(["data", "encode", "digits", "--out", str(tmp_path / "x"), "--vae", "a/b"])
+    assert "pip install 'edm2[latent]'" in capsys.readouterr().err
+
+
+def test_streams_need_a_mode(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["data", "convert", "hf://a/b", "--out", str(tmp_path / "x"), "--stream"])
+    assert "give gray, rgb or rgba" in capsys.readouterr().err

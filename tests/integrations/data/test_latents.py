@@ -1,0 +1,65 @@
+"""The real library `diffusers`, with a small autoencoder made here."""
+
+import numpy as np
+import pytest
+import torch
+
+diffusers = pytest.importorskip("diffusers")
+
+from edm2.cli import main  # noqa: E402
+from edm2.data import ArrayDataset, open_dataset  # noqa: E402
+from edm2.data.latents import encode_latents, load_autoencoder  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of the library
+CPU = torch.device("cpu")
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
+
+
+@pytest.fixture
+def vae(tmp_path):
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    model.save_pretrained(tmp_path / "vae")
+    return model.eval()
+
+
+@torch.no_grad()
+def test_latents_are_those_of_the_autoencoder(vae, tmp_path):
+    loaded = load_autoencoder(tmp_path / "vae", CPU)
+    done = encode_latents(ArrayDataset(IMAGES), tmp_path / "x.zip", loaded, batch_size=2, quiet=True)
+    stored = torch.from_numpy(open_dataset(done.path).images(np.arange(5)))
+    expected = vae.encode(torch.from_numpy(IMAGES) / 255).latent_dist
+    assert stored.shape == (5, 8, 8, 8)
+    assert torch.allclose(stored, torch.cat([expected.mean, expected.std], dim=1), atol=1e-5)
+
+
+def test_the_command_says_how_to_train_on_them(vae, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", IMAGES)
+    vae_of_a_pipeline = tmp_path / "pipeline"
+    vae_of_a_pipeline.mkdir()
+    (tmp_path / "vae").rename(vae_of_a_pipeline / "vae")
+    out = tmp_path / "latents.zip"
+    words = ["data", "encode", str(tmp_path / "x.npy"), "--out", str(out), "--vae", str(vae_of_a_pipeline)]
+    main([*words, "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert f"{out}: 5 images of 8 channels" in text
+    assert f"train with: --data {out} --dataset.coding latents --dataset.mean" in text
+    assert open_dataset(out).image_shape == (8, 8, 8)
+
+
+def test_autoencoders_that_cannot_be_loaded(vae, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"could not be loaded .*give the name of an AutoencoderKL on the hub"
+    ):
+        load_autoencoder(tmp_path / "none", CPU)
+    # Pickled weights are never read.
+    torch.save(vae.state_dict(), tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_autoencoder(tmp_path / "vae", CPU)
