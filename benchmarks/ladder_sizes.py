@@ -35,10 +35,10 @@ def main() -> None:
     shape = dict(resolution=chosen.resolution, channels=chosen.channels, classes=chosen.classes)
     print("| config | base width | parameters | u(sigma) | Gflops |")
     print("|---|---:|---:|---:|---:|")
-    for config in CONFIGS:
+    for config, features in CONFIGS.items():
         for width in chosen.model_channels:
             network, head, gflops = size(config, model_channels=width, **shape)
-            print(f"| {config} | {width} | {network:,} | {head} | {gflops:.2f} |")
+            print(f"| {config} {features.title} | {width} | {network:,} | {head} | {gflops:.2f} |")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from edm2.diffusion import (
     training_rules,
 )
 from edm2.ema import PowerEMA, reconstruct
-from edm2.nn import ForcedWeightNorm, NormalizedConv, PlainConv, count_flops, rms
+from edm2.nn import ForcedWeightNorm, NormalizedConv, PlainConv, count_flops, rms, use_channels_last
 
 LETTERS = "ABCDEFG"
 TINY = dict(model_channels=16, channel_mult=(1, 2), num_blocks=1, channels_per_head=16)
@@ -148,6 +148,29 @@ def test_config_is_written_and_rebuilds_the_network(config, tmp_path):
     # Tensors that lie elsewhere in memory may round differently, and three large steps amplify it.
     assert torch.allclose(*samples, rtol=1e-3, atol=1e-3)
     assert torch.isfinite(samples[0]).all()
+
+
+@pytest.mark.parametrize("config", LETTERS)
+def test_gradients_are_finite_and_alike_in_float16_and_channels_last(config):
+    net = speak(make(config, label_dim=3, dropout=0.0)).train()
+    ForcedWeightNorm(net)
+    generator = torch.Generator().manual_seed(0)
+    images, noise = torch.randn(2, 4, 1, 8, 8, generator=generator).unbind(0)
+    sigma, labels = torch.tensor([0.002, 0.3, 2.0, 80.0]), torch.tensor([0, 1, 2, 0])
+
+    def gradients():
+        net.zero_grad()
+        loss = edm2_loss(net, images / 2, labels, sigma, noise).sum() / len(images)
+        (training_rules(config).loss_scaling * loss).backward()
+        return torch.cat([p.grad.flatten() for p in net.parameters()])
+
+    expected = gradients()
+    use_channels_last(net)
+    assert torch.allclose(gradients(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    net.dtype = torch.float16
+    reduced = gradients()
+    assert torch.isfinite(reduced).all()
+    assert torch.nn.functional.cosine_similarity(reduced, expected, dim=0) > 0.99
 
 
 def test_files_without_config_are_of_g(tmp_path):

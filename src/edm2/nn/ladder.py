@@ -7,7 +7,6 @@ The fields of `Features` say where each difference acts. What training must do d
 Ref: EDM2 Table 1, Sec. 2, App. B; LADDER sections 3-9.
 """
 
-import dataclasses
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -150,10 +149,14 @@ class Features:
         return rms_norm(x, dim) if self.eps_inside_root else normalize(x, dim)
 
 
+# Group norms keep magnitudes in check inside the branches; weights and the main path grow as they like.
 _A = Features(name="A", title="EDM baseline")
 
+# Nothing in principle: a tuned baseline, in which u(sigma) balances the noise levels.
 _B = replace(_A, name="B", title="Minor improvements", attn_resolutions=(16, 8), uncertainty=True)
 
+# Whatever does not help is taken out, so that what remains can be reasoned about: norms act on magnitude alone, and
+# one channel of ones stands in for all biases.
 _C = replace(
     _B,
     name="C",
@@ -171,12 +174,18 @@ _C = replace(
     clip_act=256.0,
 )
 
+# No layer scales its input by the size of its weights any more, so activations stop growing with training. But a
+# gradient is now orthogonal to the weight vector, every step lengthens it, and longer vectors turn more slowly.
 _D = replace(_C, name="D", title="Magnitude-preserving learned layers", weights="normalized")
 
+# Stored weights keep their length, so that the learning rate alone says how fast they turn.
 _E = replace(_D, name="E", title="Control effective learning rate", weights="forced")
 
+# Layers that keep magnitudes leave group norms without work; a pixel norm in the encoder is enough.
 _F = replace(_E, name="F", title="Remove group normalizations", group_norm=None, embedding_layers=1)
 
+# The functions between the layers keep magnitudes, too, and branches are mixed in fixed proportions. Normalised
+# weights cannot start at zero, so gains take over what zero-init did in A.
 _G = replace(
     _F,
     name="G",
@@ -256,6 +265,3 @@ def _check(features: Features) -> None:
 
 def _names(config: str) -> str:
     return ", ".join(name for name, having in _OPTIONS.items() if config in having)
-
-
-assert set(_OPTIONS) <= {field.name for field in dataclasses.fields(Features)}

@@ -1,6 +1,6 @@
-"""Magnitude-preserving layers: Fourier features, and one class for convolutions and linear maps.
+"""Fourier features, and layers that keep magnitudes: one class for convolutions and linear maps, in two steps.
 
-Ref: EDM2 Sec. 2.3, App. B.4-B.7.
+Ref: EDM2 Sec. 2.2-2.3, App. B.3-B.7.
 """
 
 import math
@@ -177,17 +177,19 @@ class ForcedWeightNorm:
         for layer in layers:
             layer.forces_norm = False
         self.weights: list[Tensor] = [layer.weight for layer in layers]
-        self.scales = [1 / math.sqrt(w[0].numel()) for w in self.weights]
+        self.scales = [1 / math.sqrt(math.prod(w.shape[1:])) for w in self.weights]
 
     @torch.no_grad()
     def __call__(self) -> None:
         """Overwrite each weight by `normalize(weight)`, without synchronising with the host."""
         if not self.weights:
             return
+        # FSDP2 spreads whole rows over processes, and each row has its own norm.
+        weights = [w.to_local() if hasattr(w, "to_local") else w for w in self.weights]
         norms = [
             torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True, dtype=torch.float32)
-            for w in self.weights
+            for w in weights
         ]
         torch._foreach_mul_(norms, self.scales)
         torch._foreach_add_(norms, EPS)
-        torch._foreach_div_(self.weights, norms)
+        torch._foreach_div_(weights, norms)
