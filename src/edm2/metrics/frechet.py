@@ -5,6 +5,7 @@ Everything is float64 on the CPU: in the features' own precision the distance of
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 
 class FeatureStatistics:
@@ -99,6 +100,35 @@ class FeatureStatistics:
         self._scatter += np.outer(shift, shift) * (self.num_images * (other.num_images / total))
         self._mean = self._mean + shift * (other.num_images / total)
         self.num_images = total
+
+    def all_reduce(self) -> None:
+        """Merge the statistics of all processes of `torch.distributed`, in place.
+
+        Afterwards every process holds the same bits, whatever each one saw, nothing included. A collective
+        call over the CPU.
+
+        Raises:
+            ValueError: where processes saw different numbers of features, or none saw an image.
+        """
+        sizes = torch.tensor([self.num_images, len(self._mean)])
+        every = [torch.empty_like(sizes) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, sizes)
+        widths = sorted({int(width) for count, width in every if count})
+        if len(widths) != 1:
+            raise ValueError(f"processes saw features of the sizes {widths}: use one extractor throughout")
+        total = FeatureStatistics(widths[0])
+        # One process at a time, so that memory does not grow with their number.
+        for rank, (count, _) in enumerate(every):
+            if not count:
+                continue
+            part = self if rank == dist.get_rank() else FeatureStatistics(widths[0])
+            moments = torch.from_numpy(np.vstack([part._mean, part._scatter]))
+            dist.broadcast(moments, rank)
+            part = FeatureStatistics(widths[0])
+            part.num_images = int(count)
+            part._mean, part._scatter = moments[0].numpy(), moments[1:].numpy()
+            total.merge(part)
+        self.num_images, self._mean, self._scatter = total.num_images, total._mean, total._scatter
 
     @property
     def mean(self) -> np.ndarray:

@@ -1,0 +1,37 @@
+"""One of several processes: sees its share of the features, then all hold the statistics of the whole."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from edm2.metrics import FeatureStatistics
+
+
+def main(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    features = np.random.default_rng(0).normal(size=(50, 6)) + 1000
+    whole = FeatureStatistics()
+    whole.update(features)
+    # The last process sees nothing, as where there are more processes than batches.
+    shares = [features[:13], features[13:], features[:0]]
+    mine = FeatureStatistics()
+    mine.update(shares[rank])
+    mine.all_reduce()
+    assert mine.num_images == 50
+    assert np.allclose(mine.mean, whole.mean, rtol=1e-14)
+    assert np.allclose(mine.cov, whole.cov, rtol=1e-10, atol=1e-12)
+    first = torch.from_numpy(mine.cov)
+    dist.broadcast(first, 0)
+    assert np.array_equal(first.numpy(), mine.cov)
+    other = FeatureStatistics()
+    other.update(np.zeros((3, 2 + rank)))
+    with pytest.raises(ValueError, match="processes saw features of the sizes"):
+        other.all_reduce()
+    dist.destroy_process_group()
+
+
+main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
