@@ -169,11 +169,13 @@ def test_preset_brings_network_guide_and_settings(release: Path, tmp_path: Path)
     assert alone[-1].found == "settings of FID 1.58, without a guide"
 
 
-def test_guide_of_another_preset_is_used_again(release: Path, tmp_path: Path) -> None:
+def test_models_that_are_there_are_used_again(release: Path, tmp_path: Path) -> None:
     preset, out = sampling_preset("edm2-img64-s-autog-fid"), tmp_path / "out"
     import_named(str(preset.guide), out, source=str(release))
     (release / str(preset.guide)).unlink()
     assert len(import_preset(preset, out, source=str(release))) == 2
+    (out / f"{preset.name}.json").unlink()
+    assert [w.path.name for w in import_preset(preset, out)] == [f"{preset.name}.json"]
     shutil.rmtree(out)
     other = import_named(str(preset.network), tmp_path / "other", source=str(release))[0].path
     out.mkdir()

@@ -67,7 +67,7 @@ def import_path(path: str | Path, out: str | Path, *, prefix: str | None = None)
         return _import_snapshots(path, out, prefix)
     if prefix is not None:
         raise ValueError(f"{path} is one file: a prefix chooses among the trainings of a folder")
-    target = _free(out / f"{path.stem}.safetensors")
+    target = _free(out / _model_name(path.name))
     if path.suffix == ".npz":
         return _save_statistics(path, read_reference_statistics(path), target)
     content = read_pickle(path)
@@ -99,27 +99,26 @@ def import_preset(
 
     Args:
         preset: see `edm2.interop.released.sampling_preset`.
-        out: folder for the models and `{preset}.json`; a guide that is there from another preset is used.
+        out: folder for the models and `{preset}.json`; models that were made there before are used.
         source: see `edm2.interop.fetch.fetch`.
         sha256: expected hashes of network and guide, if known.
 
     Raises:
-        FileExistsError: if the network or the setting is there already.
+        FileExistsError: if the setting, or another file by the name of a model, is there already.
     """
     out = Path(out)
     settings = _free(out / f"{preset.name}.json")
-    _free(out / f"{Path(str(preset.network)).stem}.safetensors")
-    names = [str(preset.network)]
-    if preset.guide is not None and not _is_model_of(out, preset.guide):
-        names.append(str(preset.guide))
-    written = _import_fetched(names, out, source, sha256)
-    guide = None if preset.guide is None else f"{Path(str(preset.guide)).stem}.safetensors"
+    networks = [network for network in (preset.network, preset.guide) if network is not None]
+    missing = [str(network) for network in networks if not _is_model_of(out, network)]
+    written = _import_fetched(missing, out, source, sha256)
+    model = _model_name(str(preset.network))
+    guide = None if preset.guide is None else _model_name(str(preset.guide))
     write_json(
         settings,
         {
             "format": "edm2.sampling/1",
             "preset": preset.name,
-            "model": written[0].path.name,
+            "model": model,
             "guide": guide,
             "guidance": preset.guidance,
             "reported": {"metric": preset.metric, "value": preset.reported},
@@ -141,7 +140,7 @@ def _import_fetched(
             f"{len(sha256)} hashes for {len(names)} files ({', '.join(names)}): give one each, in that order"
         )
     for name in names:
-        _free(out / f"{Path(name).stem}.safetensors")
+        _free(out / _model_name(name))
     downloads = out / _DOWNLOADS
     hashes: Sequence[str | None] = sha256 or [None] * len(names)
     try:
@@ -156,6 +155,10 @@ def _import_fetched(
     return written
 
 
+def _model_name(name: str) -> str:
+    return f"{Path(name).stem}.safetensors"
+
+
 def _free(path: Path) -> Path:
     if path.exists():
         raise FileExistsError(f"{path} exists already: choose another --out or move it away")
@@ -163,7 +166,7 @@ def _free(path: Path) -> Path:
 
 
 def _is_model_of(out: Path, name: SnapshotName) -> bool:
-    path = out / f"{Path(str(name)).stem}.safetensors"
+    path = out / _model_name(str(name))
     if not path.exists():
         return False
     source = read_model_header(path)[1]["info"].get("source", {})
