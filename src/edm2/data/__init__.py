@@ -1,6 +1,7 @@
 """Image data sets, the order in which a run sees them, and the coding between pixels and network units."""
 
 from edm2.data.arrays import NpyDataset, open_npz
+from edm2.data.augment import AUGMENT_DIM, Augmentation, mirror
 from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset, Skipped
 from edm2.data.encoders import FloatCoding, PixelCoding, coding_warning, measure_coding
 from edm2.data.files import FileDataset
@@ -12,8 +13,10 @@ from edm2.data.sources import BUILT_IN, open_dataset
 from edm2.data.verify import find_damaged
 
 __all__ = [
+    "AUGMENT_DIM",
     "BUILT_IN",
     "ArrayDataset",
+    "Augmentation",
     "Batch",
     "Batches",
     "FileDataset",
@@ -28,6 +31,7 @@ __all__ = [
     "find_damaged",
     "indices",
     "measure_coding",
+    "mirror",
     "open_dataset",
     "open_npz",
     "read_idx",

@@ -1,0 +1,210 @@
+"""Mirroring, and the augmentation for small data sets that does not show in samples.
+
+Every draw is a function of (seed, position of the image in the run).
+
+Ref: EDM (arXiv 2206.00364) App. F.2.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+from edm2.nn import keyed_normal, keyed_uniform
+
+# Streams of keyed random numbers; training uses 0 to 2.
+_MIRROR, _SWITCHES, _UNIFORMS, _NORMALS = 16, 17, 18, 19
+_TRANSFORMATIONS = ("flip_x", "flip_y", "scale", "rotation", "stretch", "translation")
+
+AUGMENT_DIM = 9
+
+
+def mirror(images: Tensor, index: Tensor, *, seed: int, probability: float = 0.5) -> Tensor:
+    """Mirror images left to right, as if the data set held every image both ways.
+
+    Samples are then mirrored as often: right for faces, wrong for text.
+
+    Args:
+        images: `[B, C, H, W]`.
+        index: `[B]` int64, positions in the run.
+        seed: of the run.
+        probability: that an image is mirrored, in [0, 1].
+
+    Returns:
+        `[B, C, H, W]`.
+
+    Raises:
+        ValueError: for a probability outside [0, 1].
+    """
+    _require_probability(probability)
+    chosen = keyed_uniform(index, (), seed=seed, stream=_MIRROR) < probability
+    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(3), images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random geometric transformations, with a label that tells the network what was done.
+
+    A network that sees the label keeps its samples, made with the label zero, free of the transformations: they
+    do not leak. Each transformation happens with its own chance `probability`, in the order of the label:
+
+    | label | meaning | drawn from |
+    |---|---|---|
+    | 0, 1 | 1 where mirrored left to right; top to bottom | a fair coin |
+    | 2 | a: scaled by `scale**a` | N(0, 1) |
+    | 3, 4 | cos r - 1, sin r: turned by r | r uniform in (-pi, pi) |
+    | 5, 6 | a cos r, a sin r: stretched by `stretch**abs(a)` along r, shrunk as much across | a ~ N(0, 1), r uniform |
+    | 7, 8 | a, b: moved by `translation` x a of the width, x b of the height | N(0, 1) |
+
+    Images that are only flipped, or not touched, keep their values exactly. The others are sampled bicubically
+    and continued by their mirror image beyond the border. Transformations, chances and labels follow the paper's
+    description; its resampling filter (a wavelet) and the order of the matrices are not reproduced, so images
+    differ from its own in detail. Only for pixels: a flipped latent is not the latent of a flipped image.
+
+    Args:
+        probability: of each transformation, in [0, 1]; the paper uses 0.12 for CIFAR-10 and 0.15 for FFHQ.
+        always_flip_x: mirror left to right with the fair coin alone, whatever the probability, as the paper does.
+        scale: factor at one standard deviation, at least 1.
+        stretch: likewise.
+        translation: share of the side at one standard deviation, at least 0.
+
+    Raises:
+        ValueError: for values outside their range.
+
+    Ref: EDM App. F.2, Table 6.
+    """
+
+    probability: float = 0.12
+    always_flip_x: bool = False
+    scale: float = 2**0.2
+    stretch: float = 2**0.2
+    translation: float = 0.125
+
+    def __post_init__(self) -> None:
+        _require_probability(self.probability)
+        if not (
+            1 <= self.scale < math.inf and 1 <= self.stretch < math.inf and 0 <= self.translation < math.inf
+        ):
+            raise ValueError(
+                f"scale {self.scale} and stretch {self.stretch} must be at least 1, translation "
+                f"{self.translation} at least 0, and all finite"
+            )
+
+    def __call__(self, images: Tensor, index: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+        """Transform images.
+
+        Args:
+            images: `[B, C, H, W]` float.
+            index: `[B]` int64, positions in the run.
+            seed: of the run.
+
+        Returns:
+            `[B, C, H, W]` like the images, and labels `[B, 9]` float32.
+
+        Raises:
+            ValueError: for images of bytes.
+        """
+        if not images.is_floating_point():
+            raise ValueError(f"augmentation takes float images, not {images.dtype}: code them first")
+        label = self.labels(index, seed=seed)
+        return transform(images, label.to(images.device), self), label.to(images.device)
+
+    def labels(self, index: Tensor, *, seed: int) -> Tensor:
+        """What is to be done to the images at these positions, `[B, 9]` float32; arguments as in a call."""
+        on = keyed_uniform(index, (len(_TRANSFORMATIONS),), seed=seed, stream=_SWITCHES) < self.probability
+        if self.always_flip_x:
+            on[:, 0] = True
+        coins = (keyed_uniform(index, (4,), seed=seed, stream=_UNIFORMS)).unbind(1)
+        normals = keyed_normal(index, (4,), seed=seed, stream=_NORMALS).unbind(1)
+        turn, axis = (2 * math.pi * coin - math.pi for coin in coins[2:])
+        flips = [(coin < 0.5).float() for coin in coins[:2]]
+        parts = [
+            *flips,
+            normals[0],
+            turn.cos() - 1,
+            turn.sin(),
+            normals[1] * axis.cos(),
+            normals[1] * axis.sin(),
+            normals[2],
+            normals[3],
+        ]
+        # Which transformation each entry of the label belongs to.
+        owner = torch.tensor([0, 1, 2, 3, 3, 4, 4, 5, 5], device=on.device)
+        return torch.where(on[:, owner], torch.stack(parts, dim=1), 0.0)
+
+
+def transform(images: Tensor, label: Tensor, augmentation: Augmentation) -> Tensor:
+    """Do to images what their labels say.
+
+    Args:
+        images: `[B, C, H, W]` float.
+        label: `[B, 9]`, as `Augmentation` describes; zero leaves an image exactly as it is.
+        augmentation: strength of the transformations.
+
+    Returns:
+        `[B, C, H, W]`.
+    """
+    flip_x, flip_y = (label[:, i] > 0.5 for i in (0, 1))
+    images = torch.where(flip_x[:, None, None, None], images.flip(3), images)
+    images = torch.where(flip_y[:, None, None, None], images.flip(2), images)
+    moved = (label[:, 2:] != 0).any(1)
+    if not moved.any():
+        return images
+    height, width = images.shape[2:]
+    # From places in the result to places in the source, both in pixels from the centre.
+    backward = _forward_matrix(label[:, 2:].double(), augmentation, height, width).inverse()
+    x, y = _centred(width, images.device), _centred(height, images.device)
+    places = torch.stack(
+        [x[None, :].expand(height, width), y[:, None].expand(height, width), x.new_ones(height, width)],
+        dim=-1,
+    )
+    found = places.reshape(1, -1, 3) @ backward[:, :2].transpose(1, 2)
+    grid = found / torch.tensor([width / 2, height / 2], dtype=torch.float64, device=images.device)
+    grid = grid.reshape(len(images), height, width, 2).to(images.dtype)
+    sampled = grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    return torch.where(moved[:, None, None, None], sampled, images)
+
+
+def _forward_matrix(label: Tensor, augmentation: Augmentation, height: int, width: int) -> Tensor:
+    # [B, 3, 3], to be applied to columns (x, y, 1); x to the right, y down, so turns go clockwise.
+    scale, turn_cos, turn_sin, along_x, along_y, move_x, move_y = label.unbind(1)
+    factor = augmentation.scale**scale
+    # Shrinking along r is stretching across it, so that positive amounts are all there is.
+    amount = torch.hypot(along_x, along_y)
+    axis = torch.atan2(along_y, along_x)
+    grow = augmentation.stretch**amount
+    anisotropy = _turned(axis) @ _scaled(grow, 1 / grow) @ _turned(-axis)
+    turn = _turned(torch.atan2(turn_sin, turn_cos + 1))
+    moved = _moved(move_x * augmentation.translation * width, move_y * augmentation.translation * height)
+    return moved @ anisotropy @ turn @ _scaled(factor, factor)
+
+
+def _centred(size: int, device: torch.device) -> Tensor:
+    return torch.arange(size, dtype=torch.float64, device=device) - (size - 1) / 2
+
+
+def _turned(angle: Tensor) -> Tensor:
+    zero, cos, sin = torch.zeros_like(angle), angle.cos(), angle.sin()
+    return _matrix(cos, -sin, zero, sin, cos, zero)
+
+
+def _scaled(x: Tensor, y: Tensor) -> Tensor:
+    zero = torch.zeros_like(x)
+    return _matrix(x, zero, zero, zero, y, zero)
+
+
+def _moved(x: Tensor, y: Tensor) -> Tensor:
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    return _matrix(one, zero, x, zero, one, y)
+
+
+def _matrix(*entries: Tensor) -> Tensor:
+    zero, one = torch.zeros_like(entries[0]), torch.ones_like(entries[0])
+    return torch.stack([*entries, zero, zero, one], dim=1).reshape(-1, 3, 3)
+
+
+def _require_probability(probability: float) -> None:
+    if not 0 <= probability <= 1:
+        raise ValueError(f"probability {probability} must be in [0, 1]")
