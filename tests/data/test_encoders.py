@@ -98,6 +98,22 @@ def test_warning_names_a_constant_channel():
     assert "constant (1)" in str(coding_warning(ArrayDataset(opaque), PixelCoding()))
 
 
+def test_latents_are_measured_as_they_are_drawn():
+    rng = np.random.default_rng(0)
+    mean = rng.normal([[[5.0]], [[-2.0]]], [[[3.0]], [[1.0]]], (50, 2, 8, 8))
+    std = np.abs(rng.normal(1, 0.3, mean.shape))
+    data = ArrayDataset(np.concatenate([mean, std], axis=1).astype(np.float32))
+    drawn = mean + std * rng.normal(size=(40, *mean.shape))
+    coding = measure_coding(data, latents=True)
+    assert coding.mean == pytest.approx(drawn.mean((0, 1, 3, 4)), abs=0.02)
+    assert coding.std == pytest.approx(drawn.std((0, 1, 3, 4)), rel=0.01)
+    assert coding_warning(data, coding, latents=True) is None
+    far = coding_warning(data, FloatCoding(mean=(0.0, 0.0), std=(1.0, 1.0)), latents=True)
+    magnitude = float(str(far).split("magnitude ")[1].split()[0])
+    assert magnitude == pytest.approx(0.5 * np.sqrt(np.square(drawn).mean()), rel=0.01)
+    assert f"mean ({round(coding.mean[0], 4)}, " in str(far)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -120,6 +136,8 @@ def test_errors_of_use():
         FloatCoding().encode(ALL)
     with pytest.raises(ValueError, match="for 3 channels, the images have 1"):
         PixelCoding(mean=(0.0, 0.0, 0.0)).encode(ALL)
+    with pytest.raises(ValueError, match="for 3 channels, the images have 2"):
+        coding_warning(dataset(), PixelCoding(mean=(0.0, 0.0, 0.0)))
     with pytest.raises(ValueError, match=r"channel 0 of data set 'array' is constant"):
         measure_coding(ArrayDataset(np.full((3, 1, 2, 2), 7, np.uint8)))
     with pytest.raises(ValueError, match="sample 0 must be at least 1"):

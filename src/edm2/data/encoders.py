@@ -93,13 +93,16 @@ class PixelCoding(FloatCoding):
         return (self._restore(x) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-def measure_coding(dataset: ImageDataset, *, sample: int = 10_000, sigma_data: float = 0.5) -> FloatCoding:
+def measure_coding(
+    dataset: ImageDataset, *, sample: int = 10_000, sigma_data: float = 0.5, latents: bool = False
+) -> FloatCoding:
     """The coding under which a data set has zero mean and standard deviation sigma_data in every channel.
 
     Args:
         dataset: uint8 images give a `PixelCoding`, float ones a `FloatCoding`.
         sample: number of images to measure, drawn by a fixed rule; all of them where there are fewer.
         sigma_data: standard deviation of the coded data.
+        latents: the channels are means, then standard deviations, of what is coded; one value for each pair.
 
     Returns:
         The coding, with one mean and one standard deviation a channel.
@@ -107,7 +110,7 @@ def measure_coding(dataset: ImageDataset, *, sample: int = 10_000, sigma_data: f
     Raises:
         ValueError: for a channel that is constant over the data set.
     """
-    mean, square = _channel_moments(dataset, None, sample)
+    mean, square = _channel_moments(dataset, sample, latents)
     std = np.sqrt(np.maximum(square - mean**2, 0))
     # Below this share of the mean, the difference of squares is rounding.
     flat = np.flatnonzero(std <= 1e-6 * np.abs(mean))
@@ -120,7 +123,9 @@ def measure_coding(dataset: ImageDataset, *, sample: int = 10_000, sigma_data: f
     return kind(mean=tuple(mean.tolist()), std=tuple(std.tolist()), sigma_data=sigma_data)
 
 
-def coding_warning(dataset: ImageDataset, coding: FloatCoding, *, sample: int = 2000) -> str | None:
+def coding_warning(
+    dataset: ImageDataset, coding: FloatCoding, *, sample: int = 2000, latents: bool = False
+) -> str | None:
     """Say so when coded data is far from the magnitude that the network is made for.
 
     The measure is the root mean square, because the preconditioning takes the data's mean to be zero.
@@ -129,18 +134,24 @@ def coding_warning(dataset: ImageDataset, coding: FloatCoding, *, sample: int = 
         dataset: what will be trained on.
         coding: how it will be coded.
         sample: number of images to measure.
+        latents: as in `measure_coding`.
 
     Returns:
         A sentence with the fix, or None where the magnitude is within a factor 1.5 of sigma_data.
+
+    Raises:
+        ValueError: for a coding that does not fit the images' type or number of channels.
     """
-    _, square = _channel_moments(dataset, coding, sample)
-    magnitude = math.sqrt(square.mean())
+    mean, square = _channel_moments(dataset, sample, latents)
+    coding.encode(torch.from_numpy(dataset.images(np.arange(1))[:, : len(mean)]))
+    shift, std = np.array(coding.mean), np.array(coding.std)
+    coded = (square - 2 * shift * mean + shift**2) * (coding.sigma_data / std) ** 2
+    magnitude = math.sqrt(max(coded.mean(), 0))
     if coding.sigma_data / 1.5 <= magnitude <= coding.sigma_data * 1.5:
         return None
     try:
-        better = measure_coding(dataset, sample=sample, sigma_data=coding.sigma_data)
-        mean, std = (tuple(round(v, 4) for v in values) for values in (better.mean, better.std))
-        fix = f"code it with mean {mean} and std {std}"
+        better = measure_coding(dataset, sample=sample, sigma_data=coding.sigma_data, latents=latents)
+        fix = f"code it with mean {_rounded(better.mean)} and std {_rounded(better.std)}"
     except ValueError as error:
         fix = str(error)
     return (
@@ -149,23 +160,24 @@ def coding_warning(dataset: ImageDataset, coding: FloatCoding, *, sample: int = 
     )
 
 
-def _channel_moments(
-    dataset: ImageDataset, coding: FloatCoding | None, sample: int
-) -> tuple[np.ndarray, np.ndarray]:
-    # Mean and mean square of each channel in float64; without a coding, of x / 127.5 - 1 or the raw floats.
+def _rounded(values: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(round(value, 4) for value in values)
+
+
+def _channel_moments(dataset: ImageDataset, sample: int, latents: bool) -> tuple[np.ndarray, np.ndarray]:
+    # Mean and mean square of each channel in float64, of x / 127.5 - 1 or of the floats.
     if sample < 1:
         raise ValueError(f"sample {sample} must be at least 1")
     sample = min(sample, len(dataset))
     total = np.zeros((2, dataset.image_shape[0]))
     for start in range(0, sample, 256):
         chosen = indices(start, min(256, sample - start), size=len(dataset), seed=0)
-        images = dataset.images(np.sort(chosen))
-        if coding is None:
-            values = images.astype(np.float64)
-            if images.dtype == np.uint8:
-                values = values / 127.5 - 1
-        else:
-            values = coding.encode(torch.from_numpy(images)).double().numpy()
+        values = dataset.images(np.sort(chosen)).astype(np.float64)
+        if dataset.dtype == np.uint8:
+            values = values / 127.5 - 1
         total += [values.sum((0, 2, 3)), np.square(values).sum((0, 2, 3))]
     mean, square = total / (sample * math.prod(dataset.image_shape[1:]))
-    return mean, square
+    if not latents:
+        return mean, square
+    half = len(mean) // 2
+    return mean[:half], square[:half] + square[half:]
