@@ -36,6 +36,7 @@ def main(rank: int, folder: Path) -> None:
     check_applied(ema, alone, model)
     check_state(ema, model)
     check_failed_write(ema, rank, folder)
+    check_ddp(rank)
     if rank == 0:
         mine, other = (reconstruct(folder / name, sigma_rel=0.13) for name in ("sharded", "alone"))
         for name, tensor in mine.tensors.items():
@@ -75,6 +76,28 @@ def check_failed_write(ema: PowerEMA, rank: int, folder: Path) -> None:
     expected = (FileExistsError, "file") if rank == 0 else (RuntimeError, "first process could not write")
     with pytest.raises(expected[0], match=expected[1]):
         ema.snapshot(folder / "file")
+
+
+def check_ddp(rank: int) -> None:
+    """Data-parallel replicas hold whole, equal averages under the bare module's names."""
+    torch.manual_seed(1)
+    bare = nn.Linear(4, 3)
+    wrapped = nn.parallel.DistributedDataParallel(bare)
+    ema, alone = PowerEMA(wrapped, run_id="ddp"), PowerEMA(bare, run_id="ddp")
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        wrapped(torch.full((2, 4), float(rank + step))).square().sum().backward()
+        optimizer.step()
+        ema.update(step)
+        alone.update(step)
+    for name, average in ema.average(0.1).items():
+        assert torch.equal(average, alone.average(0.1)[name])
+        total = average.clone()
+        dist.all_reduce(total)
+        assert torch.equal(total, 2 * average)
+    with ema.applied(wrapped, 0.1):
+        assert torch.equal(bare.weight, ema.average(0.1)["weight"])
 
 
 if __name__ == "__main__":

@@ -119,7 +119,10 @@ def test_a_changed_model_is_refused() -> None:
     ema = PowerEMA(model)
     ema.update(1)
     model[0].weight = nn.Parameter(torch.zeros(3, 2))
-    with pytest.raises(ValueError, match=r"'0.weight' changed its shape from \(2, 2\) to \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"'0.weight' changed from \(2, 2\) float32 on cpu to \(3, 2\)"):
+        ema.update(2)
+    model.half()
+    with pytest.raises(ValueError, match=r"only once the model is where it trains"):
         ema.update(2)
     del model[0].weight
     with pytest.raises(ValueError, match=r"'0.weight' is no longer in the model"):
@@ -246,3 +249,45 @@ def test_update_allocates_nothing_once_it_runs() -> None:
     with torch.profiler.profile(profile_memory=True) as profile:
         ema.update(2)
     assert sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages()) < 1024
+
+
+def test_model_is_never_copied_and_each_tensor_is_averaged_once() -> None:
+    class Uncopyable(nn.Linear):
+        def __deepcopy__(self, memo: object) -> "Uncopyable":
+            raise AssertionError("copied")
+
+    model = nn.ModuleDict({"embedding": Uncopyable(4, 3), "head": nn.Linear(4, 3, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    ema = PowerEMA(model)
+    for t in walk(model, [1, 2]):
+        ema.update(t)
+    assert ema.names == ["embedding.weight", "embedding.bias"]
+    with ema.applied(model, 0.1):
+        assert model["head"].weight is model["embedding"].weight
+
+
+def test_time_may_be_a_tensor_and_the_optimiser_may_replace_the_weights_data() -> None:
+    model, twin = nn.Linear(3, 2), nn.Linear(3, 2)
+    twin.load_state_dict(model.state_dict())
+    ema, other = PowerEMA(model), PowerEMA(twin)
+    for step in range(1, 4):
+        new = torch.full((2, 3), float(step))
+        model.weight.data = new.clone()
+        twin.weight = nn.Parameter(new.clone())
+        ema.update(torch.tensor(step))  # type: ignore[arg-type]
+        other.update(step)
+    assert torch.equal(ema.average(0.1)["weight"], other.average(0.1)["weight"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_update_on_a_gpu_never_waits_for_it(device: str | None) -> None:
+    model = nn.Linear(64, 64).cuda()
+    ema = PowerEMA(model, device=device)
+    ema.update(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ema.update(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert ema.average(0.1)["weight"].device.type == (device or "cuda")

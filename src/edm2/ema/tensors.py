@@ -120,9 +120,8 @@ def _all_places(model: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | None
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; any other tensor as it is, outside the autograd graph."""
-    tensor = tensor.detach()
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    """This process's part of a sharded tensor; any other tensor as it is."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def is_sharded(tensor: Tensor) -> bool:

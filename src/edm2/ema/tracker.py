@@ -13,6 +13,7 @@ from edm2.ema import snapshots
 from edm2.ema.averages import Averages
 from edm2.ema.encoding import Track
 from edm2.ema.offload import HostAverages
+from edm2.ema.plans import Plan, named_plan
 from edm2.ema.profiles import sigma_rel_to_gamma, step_weight
 from edm2.ema.sharding import distance, write_from_first
 from edm2.ema.solve import solve_live
@@ -29,7 +30,9 @@ class PowerEMA:
 
     Args:
         model: Module to follow. Wrappers (DDP, FSDP2, torch.compile) leave no trace in the names.
-        sigma_rels: Width of each average as a fraction of training time, in (0, 0.2887].
+        sigma_rels: Width of each average as a fraction of training time, in (0, 0.2887]. Default: the paper's
+            pair, 0.05 and 0.10.
+        plan: A plan or the name of one, such as "compact", instead of `sigma_rels`.
         include: Called with each clean name and tensor; says which take part. Default: all.
         clock: Unit of time, a word for the reader of the snapshots.
         start: Time at which training starts: 0, or the clock's value where fine-tuning begins.
@@ -46,8 +49,9 @@ class PowerEMA:
     def __init__(
         self,
         model: nn.Module,
-        sigma_rels: Sequence[float] = (0.05, 0.10),
+        sigma_rels: Sequence[float] | None = None,
         *,
+        plan: Plan | str | None = None,
         include: Include | None = None,
         clock: str = "steps",
         start: float = 0,
@@ -55,6 +59,10 @@ class PowerEMA:
         dtype: torch.dtype = torch.float32,
         device: str | None = None,
     ) -> None:
+        if plan is not None and sigma_rels is not None:
+            raise ValueError("give one of sigma_rels and plan: a plan says which widths are tracked")
+        if sigma_rels is None:
+            sigma_rels = (plan if isinstance(plan, Plan) else named_plan(plan or "paper")).sigma_rels
         self.sigma_rels = tuple(float(s) for s in sigma_rels)
         if not self.sigma_rels or len(set(self.sigma_rels)) < len(self.sigma_rels):
             raise ValueError(f"sigma_rels needs one or more different widths, got {self.sigma_rels}")
@@ -66,16 +74,16 @@ class PowerEMA:
         self._include = include
         self._tensors = collect(model, include)
         self._templates = [slot.get() for slot in self._tensors.averaged]
-        self._shapes = [x.shape for x in self._templates]
-        self._locals = [local(x) for x in self._templates]
+        self._kinds = _kinds(self._templates)
+        weights = [local(x) for x in self._templates]
         if device not in (None, "cpu"):
             raise ValueError(
                 f"device {device!r} is not known: None keeps averages beside the weights, 'cpu' in host"
                 " memory"
             )
-        offload = device == "cpu" and any(x.device.type != "cpu" for x in self._locals)
+        offload = device == "cpu" and any(x.device.type != "cpu" for x in weights)
         kind = HostAverages if offload else Averages
-        self._averages = kind(self._locals, len(self.sigma_rels), dtype=dtype)
+        self._averages = kind(weights, len(self.sigma_rels), dtype=dtype)
 
     @property
     def names(self) -> list[str]:
@@ -90,7 +98,7 @@ class PowerEMA:
             t: Training time, in the clock's unit; must grow from call to call.
 
         Raises:
-            ValueError: If t does not grow or a tensor changed its shape or went away.
+            ValueError: If t does not grow, or a tensor went away or changed its shape, device or type.
         """
         t = t if isinstance(t, int | float) else float(t)
         if not t > self.t:
@@ -104,24 +112,20 @@ class PowerEMA:
         self.t = t
 
     def _current(self) -> list[Tensor]:
+        """Local weights as they are now, found anew each time: frameworks replace tensors and their storage."""
         tensors = [slot.get() for slot in self._tensors.averaged]
-        if any(new is not old for new, old in zip(tensors, self._templates, strict=True)):
-            self._locals = [local(x) for x in tensors]
-            self._templates = tensors
-        elif any(map(is_sharded, tensors)):
-            self._locals = [local(x) for x in tensors]
-        if [x.shape for x in tensors] != self._shapes:
-            slot, new, old = next(
-                (s, x.shape, o)
-                for s, x, o in zip(self._tensors.averaged, tensors, self._shapes, strict=True)
-                if x.shape != o
-            )
+        kinds = _kinds(tensors)
+        if kinds != self._kinds:
+            pairs = zip(self.names, kinds, self._kinds, strict=True)
+            name, new, old = next((n, new, old) for n, new, old in pairs if new != old)
             raise ValueError(
-                f"tensor {slot.name!r} changed its shape from {tuple(old)} to {tuple(new)}: an average needs"
-                " the same tensors throughout; build a new PowerEMA"
+                f"tensor {name!r} changed from {_words(*old)} to {_words(*new)}: an average needs the same"
+                " tensors throughout; build a new PowerEMA, and only once the model is where it trains"
             )
-        return self._locals
+        self._templates = tensors
+        return [local(x) for x in tensors]
 
+    @torch.no_grad()
     def snapshot(
         self, folder: str | Path, *, metadata: dict[str, Any] | None = None, dtype: str = "fp32"
     ) -> list[Path]:
@@ -223,7 +227,7 @@ class PowerEMA:
         self._check_names([slot.name for slot in slots])
         weights = [local(slot.get()) for slot in slots]
         values = self._local_average(sigma_rel)
-        saved = [x.clone() for x in weights]
+        saved = [x.detach().clone() for x in weights]
         try:
             _copy(weights, values)
             yield model
@@ -287,6 +291,14 @@ class PowerEMA:
         for key, tensor in tensors.items():
             local(tensor).copy_(local(given[key]))
         self.run_id, self.start, self.t = state["run_id"], state["start"], state["t"]
+
+
+def _kinds(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.device, torch.dtype]]:
+    return [(x.shape, x.device, x.dtype) for x in tensors]
+
+
+def _words(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> str:
+    return f"{tuple(shape)} {str(dtype).removeprefix('torch.')} on {device}"
 
 
 @torch.no_grad()
