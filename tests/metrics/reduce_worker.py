@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from edm2.metrics import FeatureStatistics
+from edm2.metrics import CallableFeatures, FeatureStatistics, measure
 
 
 def main(rank: int, size: int, folder: str) -> None:
@@ -27,11 +27,25 @@ def main(rank: int, size: int, folder: str) -> None:
     first = torch.from_numpy(mine.cov)
     dist.broadcast(first, 0)
     assert np.array_equal(first.numpy(), mine.cov)
+    check_measure(rank, shares)
     other = FeatureStatistics()
     other.update(np.zeros((3, 2 + rank)))
     with pytest.raises(ValueError, match="processes saw features of the sizes"):
         other.all_reduce()
     dist.destroy_process_group()
+
+
+def check_measure(rank: int, shares: list[np.ndarray]) -> None:
+    """Images whose one feature is the pixel: what is kept comes back in the order of the ranks."""
+    pixel = CallableFeatures(lambda x: x.flatten(1).float(), name="pixel", num_features=1)
+    starts = np.cumsum([0, *map(len, shares)])
+    indices = np.arange(starts[rank], starts[rank + 1])
+    images = indices.astype(np.uint8)[:, None, None, None]
+    found = measure(pixel, [(indices, images)] if len(indices) else [], rows=np.array([2, 12, 13, 49]))
+    assert found.features is not None
+    assert found.features[:, 0].tolist() == [2, 12, 13, 49]
+    assert found.statistics.num_images == 50
+    assert np.isclose(found.statistics.mean[0], 24.5)
 
 
 main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -4,14 +4,25 @@ Inception's features mean little on 8x8 gray digits. A network that tells this d
 its last layer but one gives features in which a Frechet distance does.
 """
 
+import hashlib
+import json
 import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edm2.files import write_atomic
+from edm2.metrics.extractors import check_images
+
 _BLOCK = 1000
+_FORMAT = "edm2 feature classifier 1"
 
 
 class ClassifierFeatures:
@@ -20,11 +31,69 @@ class ClassifierFeatures:
     Args:
         network: maps `[B, C, H, W]` in [-1, 1] to features `[B, D]` and logits `[B, num_classes]`.
         image_shape: `(C, H, W)` that it was trained on.
+
+    Attributes:
+        name: as in `FeatureExtractor`, like `resize`.
     """
+
+    name = "classifier"
+    resize = "none: images of the shape it was trained on, scaled to [-1, 1]"
 
     def __init__(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
         self.image_shape = image_shape
         self._network = network.eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ClassifierFeatures":
+        """Open a saved classifier.
+
+        Raises:
+            ValueError: if the file holds something else.
+        """
+        if not Path(path).is_file():
+            raise ValueError(
+                f"there is no classifier at {path}: `edm2 metrics ref DATA --out FILE` trains and saves one"
+            )
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+            settings = json.loads(metadata["settings"])
+            settings["shape"] = tuple(settings["shape"])
+            network = _Network(**settings, generator=torch.Generator())
+            network.load_state_dict(state)
+        except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} holds no classifier that `ClassifierFeatures.save` wrote ({error})"
+            ) from error
+        return cls(network, network.settings["shape"])
+
+    def save(self, path: str | Path) -> None:
+        """Write the network as safetensors; the same network gives the same bytes.
+
+        Raises:
+            ValueError: for a network that `fit_classifier` did not make.
+        """
+        if not isinstance(self._network, _Network):
+            raise ValueError("only a network that fit_classifier made can be saved: save your own yourself")
+        metadata = {"format": _FORMAT, "settings": json.dumps(self._network.settings)}
+        write_atomic(path, save(self._network.state_dict(), metadata))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the network's weights."""
+        digest = hashlib.sha256(str(self.image_shape).encode())
+        for name, tensor in sorted(self._network.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def num_features(self) -> int:
+        """D."""
+        return self.features(torch.zeros(1, *self.image_shape, dtype=torch.uint8)).shape[1]
 
     def features(self, images: np.ndarray | Tensor) -> Tensor:
         """Activations of the last layer but one.
@@ -54,7 +123,7 @@ class ClassifierFeatures:
 
     @torch.no_grad()
     def _run(self, images: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
-        images = _checked(images)
+        images = check_images(images)
         if tuple(images.shape[1:]) != self.image_shape:
             raise ValueError(
                 f"images have the shape {list(images.shape[1:])}, but the classifier was trained on "
@@ -105,7 +174,7 @@ def fit_classifier(
     Raises:
         ValueError: for images or labels of another type, shape or range.
     """
-    images, labels = _checked(images), torch.as_tensor(labels).long()
+    images, labels = check_images(images), torch.as_tensor(labels).long()
     if labels.shape != images.shape[:1] or len(labels) == 0:
         raise ValueError(f"{list(labels.shape)} labels do not fit {len(images)} images")
     if num_classes < 2 or not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
@@ -165,6 +234,9 @@ class _Network(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
+        self.settings: dict[str, Any] = dict(
+            shape=shape, num_classes=num_classes, width=width, num_features=num_features
+        )
         channels, height, width_px = shape
         layers: list[nn.Module] = []
         out = width
@@ -198,13 +270,6 @@ class _Network(nn.Module):
 def _conv(in_channels: int, out_channels: int, *, stride: int) -> nn.Module:
     # skip_init leaves the global random state alone.
     return nn.utils.skip_init(nn.Conv2d, in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
-
-
-def _checked(images: np.ndarray | Tensor) -> Tensor:
-    images = torch.as_tensor(images)
-    if images.ndim != 4 or images.dtype != torch.uint8:
-        raise ValueError(f"images must be [N, C, H, W] uint8, not {list(images.shape)} {images.dtype}")
-    return images.cpu()
 
 
 def _scaled(images: Tensor) -> Tensor:

@@ -1,0 +1,115 @@
+"""DINOv2 features, through the transformers package."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import functional
+
+from edm2.files import sha256_of
+from edm2.metrics.extractors import as_rgb
+
+DINOV2 = "facebook/dinov2-large"
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SIDE = 224
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_HOW_TO_GET = (
+    f"download {_CONFIG} and {_WEIGHTS} of https://huggingface.co/{DINOV2} into a folder and give that; the page of "
+    f"{_WEIGHTS} there states its sha256"
+)
+
+
+class DinoV2Features:
+    """The class token of DINOv2 after its last norm: 1024 features of ViT-L/14.
+
+    Images are resized to 224x224 bicubic with antialiasing in float32, neither rounded nor clamped, scaled to
+    [0, 1], and normalised by ImageNet's mean and standard deviation.
+
+    Args:
+        source: a local folder with config.json and model.safetensors, or a name on the Hugging Face hub.
+        sha256: expected hash of model.safetensors; 64 hexadecimal digits.
+        device: where to compute.
+
+    Raises:
+        ValueError: if transformers or the weights are missing, or the weights are others.
+    """
+
+    name = "dinov2"
+    resize = f"{_SIDE}x{_SIDE} bicubic with antialiasing, scaled to [0, 1], ImageNet mean and std"
+
+    def __init__(
+        self, source: str | Path = DINOV2, *, sha256: str | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        try:
+            from transformers import Dinov2Model
+        except ImportError:
+            raise ValueError("DINOv2 needs the transformers package: pip install 'edm2[metrics]'") from None
+        folder = _find(source)
+        self.sha256 = sha256_of(folder / _WEIGHTS)
+        if sha256 is not None and sha256.lower() != self.sha256:
+            raise ValueError(
+                f"{folder / _WEIGHTS} has the sha256 {self.sha256}, not {sha256}: it is damaged or another file"
+            )
+        try:
+            loaded: Any = Dinov2Model.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+            network, report = loaded
+            # transformers would go on with random numbers in their place.
+            if report["missing_keys"]:
+                missing = sorted(report["missing_keys"])
+                raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder} holds no DINOv2 network ({error}): {_HOW_TO_GET}") from error
+        self._device = torch.device(device)
+        self._network = network.to(self._device).eval().requires_grad_(False)
+        self.num_features = int(network.config.hidden_size)
+
+    @torch.no_grad()
+    def features(self, images: np.ndarray | Tensor) -> Tensor:
+        """Features of images.
+
+        Args:
+            images: `[N, C, H, W]` uint8, RGB or gray.
+
+        Returns:
+            `[N, D]` float32 on the CPU.
+
+        Raises:
+            ValueError: for other images.
+        """
+        rgb = as_rgb(images, self.name).to(self._device)
+        if not len(rgb):
+            return torch.empty(0, self.num_features)
+        resized = functional.interpolate(
+            rgb.float(), (_SIDE, _SIDE), mode="bicubic", align_corners=False, antialias=True
+        )
+        mean, std = (torch.tensor(v, device=self._device)[:, None, None] for v in (_MEAN, _STD))
+        return self._network(pixel_values=(resized / 255 - mean) / std).last_hidden_state[:, 0].cpu()
+
+
+def _find(source: str | Path) -> Path:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        missing = [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder} holds no {' and no '.join(missing)}: {_HOW_TO_GET}")
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[_CONFIG, _WEIGHTS]))
+    # The hub's own errors, its client's and the network's share no base of their own.
+    except (OSError, ValueError, RuntimeError, HFValidationError) as error:
+        raise ValueError(
+            f"{source} is no folder here, and could not be had from the Hugging Face hub ({type(error).__name__}): "
+            f"{_HOW_TO_GET}"
+        ) from error
