@@ -3,6 +3,8 @@
 Needs torch, numpy and safetensors, and nothing else of edm2.
 """
 
+from edm2.ema.planning import plan
+from edm2.ema.plans import PLANS, Plan
 from edm2.ema.profiles import decay, gamma_to_sigma_rel, sigma_rel_to_gamma
 from edm2.ema.reconstruct import AccuracyWarning, Reconstruction, reconstruct, reconstruct_many
 from edm2.ema.solve import solve_coefficients
@@ -10,12 +12,15 @@ from edm2.ema.targets import Target
 from edm2.ema.tracker import PowerEMA
 
 __all__ = [
+    "PLANS",
     "AccuracyWarning",
+    "Plan",
     "PowerEMA",
     "Reconstruction",
     "Target",
     "decay",
     "gamma_to_sigma_rel",
+    "plan",
     "reconstruct",
     "reconstruct_many",
     "sigma_rel_to_gamma",
