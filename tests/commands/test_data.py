@@ -41,8 +41,7 @@ def test_convert_says_what_it_enlarged_and_skipped(folder, tmp_path, capsys):
     main([*words, "--skip-damaged", "--mode", "gray"])
     text = capsys.readouterr().out
     assert (
-        f"{out}: 4 images\nenlarged: 1 images that were smaller\nskipped: 1 damaged images\n  0.png: cannot"
-        in text
+        f"{out}: 4 images\nenlarged, because smaller: 1\nskipped, because damaged: 1\n  0.png: cannot" in text
     )
     assert open_dataset(out).image_shape == (1, 10, 12)
 

@@ -287,7 +287,7 @@ def test_damaged_images_are_skipped_where_that_is_wanted(folder):
     whole = (folder / NAMES[3]).read_bytes()
     (folder / NAMES[3]).write_bytes(whole[: len(whole) // 2])
     (folder / NAMES[4]).write_bytes(b"x")
-    match = rf"image '{NAMES[4]}' .*cannot identify.* or open the data set with skip_damaged"
+    match = rf"image '{NAMES[4]}' .*cannot identify.* or leave it out with skip_damaged"
     with pytest.raises(ValueError, match=match):
         open_dataset(folder)
     with pytest.warns(

@@ -63,12 +63,13 @@ def test_everything_that_needs_fixing_is_said(tmp_path):
     whole = (tmp_path / "b" / "2.png").read_bytes()
     (tmp_path / "b" / "4.png").write_bytes(whole[: len(whole) // 2])
     found, text = look(tmp_path)
+    text += "\n"
     assert [name for name, _ in found.damaged] == ["b/3.png", "b/4.png"]
     for line in (
-        "2 damaged images: 'b/3.png' (",
+        "damaged: 2 images: 'b/3.png' (",
         f"3 different sizes: run 'edm2 data convert {tmp_path} --out NEW.zip --size N', N up to 4 enlarges nothing",
         "different modes: all are read with 3 channels",
-        "1 images: turned upright as EXIF says",
+        "turned upright as EXIF says: 1 image\n",
     ):
         assert line in text
     assert found.sizes == {(4, 4): 1, (6, 4): 1, (9, 9): 2}
@@ -102,4 +103,4 @@ def test_magnitude_and_constant_channels(tmp_path):
 def test_classes_without_images(tmp_path):
     save(tmp_path / "0.png", np.zeros((4, 4), np.uint8))
     (tmp_path / "dataset.json").write_text('{"labels": [["0.png", 2]]}')
-    assert "2 classes without images" in look(tmp_path)[1]
+    assert "classes without images: 2" in look(tmp_path)[1]

@@ -132,9 +132,9 @@ def encode(prog: str, words: Sequence[str]) -> None:
 def _outcome(done: Converted) -> str:
     lines = [f"{done.path}: {done.num_images:,} images"]
     if done.enlarged:
-        lines.append(f"enlarged: {done.enlarged:,} images that were smaller")
+        lines.append(f"enlarged, because smaller: {done.enlarged:,}")
     if done.skipped:
-        lines.append(f"skipped: {len(done.skipped):,} damaged images")
+        lines.append(f"skipped, because damaged: {len(done.skipped):,}")
         lines += [f"  {name}: {reason}" for name, reason in done.skipped[:10]]
     return "\n".join(lines)
 

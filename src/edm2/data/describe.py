@@ -63,7 +63,7 @@ def _problems(found: Survey) -> list[str]:
         shown = "; ".join(f"{name!r} ({reason})" for name, reason in found.damaged[:5])
         more = " ..." if len(found.damaged) > 5 else ""
         problems.append(
-            f"{len(found.damaged):,} damaged images: {shown}{more}. Replace them, or leave them out with skip_damaged"
+            f"damaged: {_images(len(found.damaged))}: {shown}{more}. Replace them, or leave them out with skip_damaged"
         )
     if len(found.sizes) > 1:
         side = min(min(size) for size in found.sizes)
@@ -77,9 +77,9 @@ def _problems(found: Survey) -> list[str]:
     elif len(found.modes) > 1:
         channels = found.kinds.most_common(1)[0][0][0]
         problems.append(f"different modes: all are read with {channels} channels, transparent parts on white")
-    problems += [f"{count:,} images: {note}" for note, count in found.notes.items()]
+    problems += [f"{note}: {_images(count)}" for note, count in found.notes.items()]
     if found.class_sizes is not None and (found.class_sizes == 0).any():
-        problems.append(f"{(found.class_sizes == 0).sum()} classes without images")
+        problems.append(f"classes without images: {(found.class_sizes == 0).sum()}")
     return problems + _magnitude(found)
 
 
@@ -108,6 +108,10 @@ def _counted(counts: Counter[Any], words: Any) -> str:
     if len(counts) == 1:
         return words(next(iter(counts)))
     return "; ".join(shown) + (f"; {len(counts) - 4} more" if len(counts) > 4 else "")
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image" + ("" if count == 1 else "s")
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -156,7 +156,7 @@ def damage_message(damaged: Sequence[Skipped], where: str) -> str:
     others = "" if len(damaged) == 1 else f", and {len(damaged) - 1} more"
     return (
         f"image {name!r} in {where} is damaged or not supported ({reason}){others}: "
-        f"replace it, take it (and its line in {LABEL_FILE}) out, or open the data set with skip_damaged"
+        f"replace it, take it (and its line in {LABEL_FILE}) out, or leave it out with skip_damaged"
     )
 
 
