@@ -136,6 +136,12 @@ def test_nothing_left(tmp_path):
         run(tmp_path / "in", tmp_path / "out", 1, True)
 
 
+def test_a_stream_without_images_makes_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no image is left: 0 were damaged$"):
+        ChunkFolder(tmp_path / "out", {}).pack(0, ())
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("mode", "channels"), [("auto", 3), ("gray", 1), ("rgb", 3), ("rgba", 4)])
 def test_modes(folder, tmp_path, mode, channels):
     Image.fromarray(PICTURES[0]).convert("L").save(folder / "a" / "0.png")

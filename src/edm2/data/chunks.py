@@ -107,7 +107,8 @@ class ChunkFolder:
         labels = [pair for report in reports for pair in report["labels"]]
         skipped = [Skipped(*pair) for report in reports for pair in report["skipped"]]
         if not labels:
-            raise ValueError(f"no image is left: {len(skipped)} were damaged, the first {skipped[0].name!r}")
+            first = f", the first {skipped[0].name!r}" if skipped else ""
+            raise ValueError(f"no image is left: {len(skipped)} were damaged{first}")
         content: dict[str, Any] = {"labels": labels if labels[0][1] >= 0 else None}
         if class_names:
             content["class_names"] = list(class_names)

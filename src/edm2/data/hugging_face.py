@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,11 +197,11 @@ def _pick(loaded: Any, split: str, path: Path) -> Any:
 
 def _table_files(folder: Path) -> list[Path]:
     # As in a snapshot of the hub: at the top, or in "data". Looking further would list all of an image folder.
-    for suffix in (".parquet", ".arrow"):
-        found = sorted([*folder.glob(f"*{suffix}"), *folder.glob(f"data/*{suffix}")])
-        if found:
-            return found
-    return []
+    places = [place for place in (folder, folder / "data") if place.is_dir()]
+    found = sorted(
+        Path(entry.path) for place in places for entry in os.scandir(place) if entry.name.endswith(_TABLES)
+    )
+    return [file for file in found if file.suffix == found[-1].suffix]
 
 
 def _of_split(files: list[Path], split: str, path: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from PIL import Image
 
 datasets = pytest.importorskip("datasets")
 
+from edm2.cli import main  # noqa: E402
 from edm2.data import convert, open_dataset, stream_hugging_face  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the library
@@ -194,3 +195,12 @@ def test_a_stream_is_converted_and_goes_on_where_it_was_cut_off(tmp_path, monkey
             )
     assert calls == ["000000.zip", "000001.zip", "000001.zip", "000002.zip"]
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def test_the_command_streams(tmp_path, capsys):
+    table().to_parquet(tmp_path / "x.parquet")
+    out = tmp_path / "a.zip"
+    words = ["--out", str(out), "--stream", "--mode", "gray", "--size", "4", "--workers", "1"]
+    main(["data", "convert", str(tmp_path / "x.parquet"), *words])
+    assert capsys.readouterr().out == f"{out}: 8 images\n"
+    assert open_dataset(out).image_shape == (1, 4, 4)
