@@ -137,7 +137,7 @@ def test_nothing_left(tmp_path):
 
 
 def test_a_stream_without_images_makes_nothing(tmp_path):
-    with pytest.raises(ValueError, match="no image is left: 0 were damaged$"):
+    with pytest.raises(ValueError, match=r"no image is left: 0 were damaged$"):
         ChunkFolder(tmp_path / "out", {}).pack(0, ())
     assert not (tmp_path / "out").exists()
 

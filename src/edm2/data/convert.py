@@ -19,7 +19,7 @@ from edm2.data.files import Catalog, damage_message, read_headers
 from edm2.data.hugging_face import Entry, stream_hugging_face
 from edm2.data.pictures import ARRAY, UNREADABLE, common_mode, decode
 from edm2.data.resize import crop_centre, stretch
-from edm2.data.workers import process_pool
+from edm2.data.workers import process_pool, result_of
 from edm2.progress import Progress
 
 CHUNK_IMAGES = 256
@@ -209,7 +209,7 @@ def _run(
 def _finish(pending: "deque[tuple[int, int, Future[None] | None]]", progress: Progress) -> int:
     number, count, future = pending.popleft()
     if future is not None:
-        future.result()
+        result_of(future)
     progress.advance(count)
     return number
 

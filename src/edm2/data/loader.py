@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edm2.data.dataset import ImageDataset
 from edm2.data.order import indices
-from edm2.data.workers import process_pool
+from edm2.data.workers import process_pool, result_of
 
 
 class Batch(NamedTuple):
@@ -60,6 +60,7 @@ class Batches:
 
     Raises:
         ValueError: for numbers that do not fit each other; from `next`, for an image that cannot be read.
+        ChildProcessError: from `next`, where a worker process was killed.
 
     Example:
         >>> with Batches(dataset, 256, seed=0, start=num_images) as batches:
@@ -146,7 +147,7 @@ class Batches:
         if not self._pending:
             raise StopIteration
         position, future = self._pending.popleft()
-        return self._batch(position, future.result())
+        return self._batch(position, result_of(future))
 
     def _chosen(self, position: int) -> np.ndarray:
         return indices(position, self._size, size=len(self._dataset), seed=self._seed)

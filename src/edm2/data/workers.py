@@ -5,29 +5,56 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+_Result = TypeVar("_Result")
 
 
-def process_pool(count: int, prepare: Callable[..., None], *arguments: Any) -> ProcessPoolExecutor:
+def process_pool(
+    count: int, prepare: Callable[..., None], *arguments: Any, grace: float = 60.0
+) -> ProcessPoolExecutor:
     """A pool of processes, each prepared once.
 
     Args:
         count: number of processes.
         prepare: called in each with the arguments, which must be picklable.
         *arguments: what the tasks share, so that it does not travel with each of them.
+        grace: seconds from SIGTERM to the end of a worker. Whoever stops a program signals its whole group, and
+            the parent may need its workers to finish.
     """
     # A forked child would inherit torch's threads in whatever state they are.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, context, _start, (prepare, arguments))
+    return ProcessPoolExecutor(count, context, _start, (grace, prepare, arguments))
 
 
-def _start(prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    # Whoever stops a program signals its whole group; the parent may still need its workers to finish.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def result_of(future: "Future[_Result]") -> _Result:
+    """The result of a task, or its error.
+
+    Raises:
+        ChildProcessError: where a worker was killed.
+    """
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a worker process was killed, often because memory ran out: use fewer workers"
+        ) from error
+
+
+def _start(grace: float, prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Not ignored for good, because the pool itself ends its workers by SIGTERM after one of them was killed.
+    signal.signal(signal.SIGTERM, lambda *_: _end_after(grace))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     prepare(*arguments)
+
+
+def _end_after(seconds: float) -> None:
+    timer = threading.Timer(seconds, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 def _end_with_parent() -> None:
