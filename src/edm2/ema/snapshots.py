@@ -14,6 +14,7 @@ from edm2.ema import tensorfile
 from edm2.ema.encoding import Track, write_track
 from edm2.ema.locking import folder_lock, sync_folder
 from edm2.ema.profiles import sigma_rel_to_gamma
+from edm2.ema.thinning import times_to_keep
 
 MANIFEST = "manifest.json"
 _FORMAT, _VERSION = "edm2.ema", 1
@@ -141,12 +142,20 @@ def read_manifest(folder: str | Path | ForeignSnapshots) -> Manifest:
 
 
 def write(
-    folder: Path, run: RunInfo, *, t: float, layout: str, tracks: Iterable[Track], dtype: str
+    folder: Path,
+    run: RunInfo,
+    *,
+    t: float,
+    layout: str,
+    tracks: Iterable[Track],
+    dtype: str,
+    keep: int | None = None,
 ) -> list[Path]:
     """Add the averages of one time to a folder; see `PowerEMA.snapshot`.
 
     Every file is written aside, flushed and renamed, then the manifest is replaced in one step, so that a
-    kill at any moment leaves a folder with all that its manifest names.
+    kill at any moment leaves a folder with all that its manifest names. Snapshots that are given up leave
+    the manifest in the same step, and their files are deleted after it.
     """
     _check_json(run.metadata)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,10 +168,18 @@ def write(
             _start_folder(folder, run, layout)
         remove_strays(folder, run, known)
         new = [_write_one(folder, run, t=t, track=track, dtype=dtype) for track in tracks]
-        kept = [s for s in known if s.t < t] + _later(folder, known, new)
-        write_manifest(folder, Manifest(run=run, layout=layout, snapshots=tuple(kept + new)))
-        remove_strays(folder, run, (*kept, *new))
+        content = [s for s in known if s.t < t] + new + _later(folder, known, new)
+        if keep is not None:
+            content = _thinned(content, run, new, keep)
+        write_manifest(folder, Manifest(run=run, layout=layout, snapshots=tuple(content)))
+        remove_strays(folder, run, content)
     return [folder / snapshot.file for snapshot in new]
+
+
+def _thinned(content: list[Snapshot], run: RunInfo, new: list[Snapshot], keep: int) -> list[Snapshot]:
+    times = sorted({s.t - run.start for s in content})
+    kept = times_to_keep(times, [s.sigma_rel for s in new], keep // len(new), dtype=new[0].dtype)
+    return [s for s in content if s.t - run.start in kept]
 
 
 def _start_folder(folder: Path, run: RunInfo, layout: str) -> None:

@@ -127,7 +127,12 @@ class PowerEMA:
 
     @torch.no_grad()
     def snapshot(
-        self, folder: str | Path, *, metadata: dict[str, Any] | None = None, dtype: str = "fp32"
+        self,
+        folder: str | Path,
+        *,
+        metadata: dict[str, Any] | None = None,
+        dtype: str = "fp32",
+        keep: int | None = None,
     ) -> list[Path]:
         """Add the averages as they are now to a folder of snapshots.
 
@@ -138,17 +143,23 @@ class PowerEMA:
             metadata: Anything JSON can hold that describes the run, such as the model's arguments; the same
                 at every call.
             dtype: How tensors are stored: fp32, bf16, or fp16 with a scale for each tensor.
+            keep: Most snapshots (files) that the folder holds; the least useful times are given up. Default: all.
 
         Returns:
             The files of this time, one a track.
 
         Raises:
-            ValueError: If there was no update yet, the folder holds another run, or an average is not finite.
+            ValueError: If there was no update yet, the folder holds another run, an average is not finite, or
+                one time's snapshots are more than `keep`.
             OSError: If the disk is full; the folder then holds what it held before.
         """
         if self.t == self.start:
             raise ValueError(
                 "snapshot before the first update: there is no average yet; call update(t) first"
+            )
+        if keep is not None and keep < len(self.sigma_rels):
+            raise ValueError(
+                f"keep {keep} has no room for the {len(self.sigma_rels)} tracks of one time: keep more"
             )
         run = snapshots.RunInfo(
             run_id=self.run_id,
@@ -173,7 +184,9 @@ class PowerEMA:
         layout = snapshots.layout_digest({**shapes, **{n: tuple(x.shape) for n, x in copied.items()}})
 
         def write() -> list[Path]:
-            return snapshots.write(Path(folder), run, layout=layout, t=self.t, tracks=tracks, dtype=dtype)
+            return snapshots.write(
+                Path(folder), run, layout=layout, t=self.t, tracks=tracks, dtype=dtype, keep=keep
+            )
 
         return write_from_first(write, tracks, self._templates)
 
