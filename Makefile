@@ -4,11 +4,12 @@ OUT ?= runs/demo
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test lint type bench clean
+.PHONY: help demo test test-integrations lint type bench clean
 
 help:
 	@echo 'make demo    train on digits, tune, sample, write $(OUT)/report.html (about four minutes)'
 	@echo 'make test    run the tests'
+	@echo 'make test-integrations   the tests that need other libraries; installs them into .venv'
 	@echo 'make lint    check style and format'
 	@echo 'make type    check types'
 	@echo 'make bench   measure speed on this machine'
@@ -18,7 +19,10 @@ demo: .venv/core
 	$(BIN)/edm2 demo --out $(OUT)
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -rs
+
+test-integrations: .venv/integrations
+	$(BIN)/python -m pytest tests/integrations
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -43,4 +47,8 @@ clean:
 
 .venv/dev: .venv/core
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/integrations: .venv/dev
+	$(PIP) -e '.[integrations,data,latent,metrics]'
 	@touch $@

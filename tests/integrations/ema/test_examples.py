@@ -1,0 +1,58 @@
+"""The examples run and show what they say."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_plain_example_finds_a_better_length_and_a_close_reconstruction(tmp_path: Path) -> None:
+    losses = load("ema_plain").train_and_compare(800, tmp_path / "snapshots")
+    assert losses["sigma_rel 0.15"] < losses["weights as they are"]
+    assert losses["error"] < 2e-3
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_lora_example_averages_adapters_only(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    losses = load("ema_lora_peft").main()
+    assert min(losses, key=losses.get) != "weights as they are"
+    assert "averaged: 4 of 8 tensors" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_accelerate_example_resumes_exactly(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    train = load("ema_accelerate").train
+    through = train(tmp_path / "through", 32, cpu=True)
+    train(tmp_path / "halves", 16, cpu=True)
+    resumed = train(tmp_path / "halves", 32, resume=True, cpu=True)
+    for sigma_rel in (0.05, 0.1):
+        one, other = (e.average(sigma_rel) for e in (through, resumed))
+        assert all(torch.equal(other[name], value) for name, value in one.items())
+
+
+def test_accelerate_example_runs_in_two_processes(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0",
+        str(EXAMPLES / "ema_accelerate.py"), "--out", str(tmp_path), "--steps", "16",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "sigma_rel 0.075 at step 16" in done.stdout
