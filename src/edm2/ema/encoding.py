@@ -55,7 +55,8 @@ def write_track(path: Path, track: Track, *, dtype: str, metadata: dict[str, str
         Checksums, and norm, rounding and distance of the average.
 
     Raises:
-        ValueError: If the type is unknown or a value is not finite.
+        ValueError: If the type is unknown.
+        FloatingPointError: If a value is not finite.
         OSError: If it cannot be written.
     """
     if dtype not in STORED:
@@ -95,7 +96,7 @@ def _scale(name: str, tensor: Tensor, stored: torch.dtype) -> float:
     """Power of two that brings a tensor near the top of float16's range; exact to multiply and divide by."""
     largest = float(tensor.abs().max()) if tensor.numel() else 0.0
     if not math.isfinite(largest):
-        raise ValueError(
+        raise FloatingPointError(
             f"the average of {name!r} is not finite: the weights diverged before this snapshot, which is not"
             " written; go back to the last good checkpoint"
         )
