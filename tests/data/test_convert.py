@@ -169,6 +169,15 @@ def test_gray_stays_gray_and_bands_stay_bands(tmp_path):
     assert copied.class_names == digits.class_names
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+def test_the_last_band_of_an_array_is_not_taken_for_opacity(tmp_path, channels):
+    images = RNG.integers(0, 256, (3, channels, 12, 10), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", images)
+    run(tmp_path / "x.npy", tmp_path / "out", size=(8, 8), mode="rgba")
+    data = open_dataset(tmp_path / "out")
+    assert np.array_equal(data.images(np.arange(3)), np.stack([crop_centre(i, (8, 8)) for i in images]))
+
+
 def test_images_that_cannot_go_together(folder, tmp_path):
     with pytest.raises(ValueError, match="have 7 different sizes: give --size"):
         run(folder, tmp_path / "out")

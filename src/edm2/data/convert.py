@@ -81,7 +81,8 @@ def convert(
 ) -> Converted:
     """Bring all images of a source to one size and mode, in a new folder or ZIP.
 
-    Bytes become PNG, floats `.npy`. The same call goes on with work that was cut off; equal images give equal bytes.
+    Pictures, and arrays of 1 or 3 channels of bytes, become PNG; all else `.npy`. The same call goes on with work
+    that was cut off, and equal images give equal bytes.
 
     Args:
         catalog: the images, from `open_catalog`.
@@ -157,7 +158,8 @@ class _Job(NamedTuple):
     catalog: Catalog | None
 
 
-_Task = tuple[int, "range | list[tuple[int, Entry]]"]
+_Rows = range | list[tuple[int, Entry]]
+_Task = tuple[int, _Rows]
 
 
 def _entry_tasks(entries: Iterator[Entry], first: int) -> Iterator[_Task]:
@@ -223,41 +225,44 @@ def _prepare(job: _Job) -> None:
     _job = job
 
 
-def _in_worker(number: int, rows: "range | list[tuple[int, Entry]]") -> None:
+def _in_worker(number: int, rows: _Rows) -> None:
     assert _job is not None
     _convert_chunk(_job, number, rows)
 
 
-def _convert_chunk(job: _Job, number: int, rows: "range | list[tuple[int, Entry]]") -> None:
+def _convert_chunk(job: _Job, number: int, rows: _Rows) -> None:
     chunk = Chunk(sums={"enlarged": 0})
-    for row, entry in rows if isinstance(rows, list) else _listed(job.catalog, rows):
-        try:
-            image = decode(entry.name, entry.data, job.mode)
-        except UNREADABLE as error:
-            damaged = Skipped(entry.name, str(error))
+    for row in rows:
+        place, name, label, image = _image(job, row)
+        if isinstance(image, Exception):
+            damaged = Skipped(name, str(image))
             if not job.skip_damaged:
                 where = job.catalog.where if job.catalog else "the stream"
-                raise ValueError(damage_message([damaged], where)) from error
+                raise ValueError(damage_message([damaged], where)) from image
             chunk.skipped.append(damaged)
             continue
-        image, enlarged = _fitted(image, job.conversion, alpha=job.mode == "RGBA")
-        suffix, data = _encoded(image)
-        chunk.files[image_name(row, suffix)] = data
-        chunk.labels.append(entry.label)
+        is_array = name.lower().endswith(".npy")
+        image, enlarged = _fitted(image, job.conversion, alpha=job.mode == "RGBA" and not is_array)
+        suffix, data = _encoded(image, is_array)
+        chunk.files[image_name(place, suffix)] = data
+        chunk.labels.append(label)
         chunk.sums["enlarged"] += enlarged
     write_chunk(job.folder.path(number), chunk)
 
 
-def _listed(catalog: Catalog | None, rows: range) -> Iterator[tuple[int, Entry]]:
-    assert catalog is not None
-    for row in rows:
-        name = catalog.names[row]
-        label = -1 if catalog.labels is None else int(catalog.labels[row])
-        try:
-            data = catalog.storage.read(name)
-        except UNREADABLE:
-            data = b""  # decoding names it
-        yield row, Entry(name, data, label)
+def _image(job: _Job, row: int | tuple[int, Entry]) -> tuple[int, str, int, np.ndarray | Exception]:
+    # Number, name, label, and the image or why it cannot be read.
+    if isinstance(row, tuple):
+        place, (name, data, label) = row
+    else:
+        assert job.catalog is not None
+        place, name, data = row, job.catalog.names[row], None
+        label = -1 if job.catalog.labels is None else int(job.catalog.labels[row])
+    try:
+        data = job.catalog.storage.read(name) if job.catalog is not None else data
+        return place, name, label, decode(name, data or b"", job.mode)
+    except UNREADABLE as error:
+        return place, name, label, error
 
 
 def _fitted(image: np.ndarray, conversion: Conversion, *, alpha: bool) -> tuple[np.ndarray, bool]:
@@ -265,12 +270,13 @@ def _fitted(image: np.ndarray, conversion: Conversion, *, alpha: bool) -> tuple[
         return image, False
     enlarged = image.shape[1] < conversion.size[0] or image.shape[2] < conversion.size[1]
     function = crop_centre if conversion.method == "center-crop" else stretch
-    return function(image, conversion.size, alpha=alpha and len(image) == 4), enlarged
+    return function(image, conversion.size, alpha=alpha), enlarged
 
 
-def _encoded(image: np.ndarray) -> tuple[str, bytes]:
+def _encoded(image: np.ndarray, is_array: bool) -> tuple[str, bytes]:
     file = io.BytesIO()
-    if image.dtype == np.uint8 and len(image) <= 4:
+    # The last of two or four channels of an array need not be opacity, which it would be in a PNG.
+    if image.dtype == np.uint8 and len(image) in ((1, 3) if is_array else (1, 2, 3, 4)):
         pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
         Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
         return ".png", file.getvalue()
