@@ -3,6 +3,7 @@
 Needs torch, numpy and safetensors, and nothing else of edm2.
 """
 
+from edm2.ema.checkpoints import average_checkpoints
 from edm2.ema.planning import plan
 from edm2.ema.plans import PLANS, Plan
 from edm2.ema.profiles import decay, gamma_to_sigma_rel, sigma_rel_to_gamma
@@ -18,6 +19,7 @@ __all__ = [
     "PowerEMA",
     "Reconstruction",
     "Target",
+    "average_checkpoints",
     "decay",
     "gamma_to_sigma_rel",
     "plan",
