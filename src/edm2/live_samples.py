@@ -38,7 +38,7 @@ class LiveSamples:
 
     def __call__(self, trainer: Trainer) -> None:
         """Make a grid if one is due. Changes nothing of the run: weights are put back bit for bit."""
-        if not trainer.is_due(self.every):
+        if trainer.ema is None or not trainer.is_due(self.every):
             return
         denoiser = trainer.denoiser
         sigma_rel = max(trainer.ema.sigma_rels) if self.sigma_rel is None else self.sigma_rel

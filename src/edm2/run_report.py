@@ -182,10 +182,24 @@ def _training(page: Page, run: _Run) -> None:
 def _magnitudes(page: Page, run: _Run) -> None:
     if not run.magnitudes:
         return page.text("Not recorded: train with --record-magnitudes.")
-    images = [record["num_images"] for record in run.magnitudes]
+    add_magnitudes(page, run.magnitudes)
+
+
+def add_magnitudes(
+    page: Page, records: Sequence[dict[str, Any]], *, kinds: Sequence[str] = tuple(_KINDS)
+) -> None:
+    """Add curves of a run's magnitudes, by resolution.
+
+    Args:
+        page: where.
+        records: lines of `magnitudes.jsonl`.
+        kinds: activations, weights, gradients, updates.
+    """
+    images = [record["num_images"] for record in records]
     with page.columns():
-        for kind, (title, label) in _KINDS.items():
-            values = [by_resolution(record[kind]) for record in run.magnitudes]
+        for kind in kinds:
+            title, label = _KINDS[kind]
+            values = [by_resolution(record[kind]) for record in records]
             page.figure(
                 magnitude_curve(images, values, label=label), title, f"Curves of {label} by resolution"
             )

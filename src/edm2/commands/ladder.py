@@ -1,0 +1,45 @@
+"""`edm2 ladder`."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from edm2.ladder_experiment import LadderPlan, run_ladder, table, write_ladder_report
+from edm2.presets import get_preset
+
+
+@dataclass(kw_only=True)
+class _Ladder:
+    """Train configurations A to G alike and compare them, each at its own best EMA length.
+
+    The same command continues where it was stopped.
+    """
+
+    out: Path
+    """Folder for all runs, ladder.json and report.html."""
+    preset: str = "digits"
+    """Settings of config G; the other configurations are made of it in the paper's proportions."""
+    data: str | None = None
+    """Images with classes; default: the preset's."""
+    images: int | None = None
+    """Training images of each run; default: the preset's."""
+    batch: int | None = None
+    """Images a step; default: the preset's."""
+    plan: Annotated[LadderPlan, tyro.conf.arg(name="")] = field(default_factory=LadderPlan)
+
+
+def run(prog: str, words: Sequence[str]) -> None:
+    """`edm2 ladder`."""
+    chosen = tyro.cli(_Ladder, prog=prog, args=list(words))
+    changes: dict[str, Any] = dict(data=chosen.data, num_images=chosen.images, batch_size=chosen.batch)
+    given = {name: value for name, value in changes.items() if value is not None}
+    settings = dataclasses.replace(get_preset(chosen.preset), **given)
+    rungs = run_ladder(settings, chosen.plan, chosen.out)
+    headers, rows = table(rungs)
+    lines: list[list[object]] = [[*headers], ["---"] * len(headers), *rows]
+    print("\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines))
+    print(write_ladder_report(rungs, settings, chosen.plan, chosen.out))

@@ -1,0 +1,344 @@
+"""The ladder as an experiment: configurations A to G trained alike, each judged at its own best EMA length.
+
+Ref: EDM2 Table 1, Fig. 3.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edm2.data import ImageDataset, open_dataset
+from edm2.diffusion import Denoiser
+from edm2.ema import reconstruct_many
+from edm2.files import write_json
+from edm2.generate import Generator
+from edm2.metrics import ClassifierFeatures, FeatureStatistics, fit_classifier, frechet_distance
+from edm2.nn import CONFIGS, use_channels_last
+from edm2.report import Page
+from edm2.report.ladder import ladder_figure, length_curves
+from edm2.run_report import add_magnitudes
+from edm2.train import TrainConfig, train
+from edm2.train.coding import Coding
+from edm2.train.ladder import with_config
+from edm2.train.run_folder import MAGNITUDES_FILE, SNAPSHOTS, read_log
+
+PAPER_FID = {"A": 8.00, "B": 7.24, "C": 6.96, "D": 3.75, "E": 3.02, "F": 2.71, "G": 2.56}
+"""ImageNet-512, size S, from the paper's Table 1."""
+
+# Seeds of samples: the search for rate and length never sees those that the result is measured with.
+_SEARCH_SEED, _FINAL_SEED = 1_000_000, 2_000_000
+_RATE_RUN_SEED = 1_000
+_MOMENTS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderPlan:
+    """What is trained and how it is judged; the same for every configuration.
+
+    Attributes:
+        configs: letters, in the order of the table.
+        seeds: of the training runs.
+        rate_factors: tried on the learning rate that the paper's proportions give, in runs of their own; the
+            factor with the lowest Frechet distance is used. One factor: no search.
+        rate_images: length of these runs.
+        sigma_rels: EMA lengths tried after training.
+        search_samples: images for each choice, of learning rate and of EMA length.
+        final_samples: images for the result.
+        num_steps: of the sampler.
+    """
+
+    configs: tuple[str, ...] = tuple(CONFIGS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rate_factors: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
+    rate_images: int = 10_000
+    sigma_rels: tuple[float, ...] = (0.03, 0.05, 0.075, 0.10, 0.14, 0.20, 0.25)
+    search_samples: int = 500
+    final_samples: int = 1000
+    num_steps: int = 16
+
+    def __post_init__(self) -> None:
+        unknown = [c for c in self.configs if c not in CONFIGS]
+        if unknown:
+            raise ValueError(f"config {unknown[0]!r} is not one of {', '.join(CONFIGS)}")
+        for name in ("configs", "seeds", "rate_factors", "sigma_rels"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} {values} must be one or more different values")
+        for name in ("rate_images", "search_samples", "final_samples", "num_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if min(self.rate_factors) <= 0:
+            raise ValueError(f"rate_factors {self.rate_factors} must be above 0")
+
+
+@dataclass(kw_only=True)
+class Rung:
+    """What came out for one configuration.
+
+    Attributes:
+        config: its letter.
+        rate_scores: Frechet distance by factor on the learning rate; empty without a search.
+        rate_factor: the factor used.
+        frechet: distance of each seed, at that run's best EMA length.
+        sigma_rel: that length, of each seed.
+        by_length: Frechet distance in the search by EMA length, of each seed.
+        images_per_second: of each seed.
+        activations: RMS of block outputs, the largest block's, at the end over the start, of each seed.
+        weights: RMS of the weights, end over start, of each seed.
+        num_params: parameters.
+    """
+
+    config: str
+    rate_scores: dict[float, float] = field(default_factory=dict)
+    rate_factor: float = 1.0
+    frechet: list[float] = field(default_factory=list)
+    sigma_rel: list[float] = field(default_factory=list)
+    by_length: list[list[float]] = field(default_factory=list)
+    images_per_second: list[float] = field(default_factory=list)
+    activations: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    num_params: int = 0
+
+
+class Judge:
+    """Frechet distances to a data set's training images, in features of a classifier trained on them."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        where = np.arange(len(dataset))
+        images = dataset.images(where)
+        self._extractor: ClassifierFeatures = fit_classifier(
+            images, dataset.labels(where), num_classes=dataset.num_classes
+        )
+        self._reference = self._statistics(images)
+
+    def score(self, generator: Generator, seeds: Sequence[int], num_steps: int) -> float:
+        """Frechet distance of the images of some seeds."""
+        return frechet_distance(
+            self._statistics(generator.images(seeds, num_steps=num_steps)), self._reference
+        )
+
+    def _statistics(self, images: np.ndarray) -> FeatureStatistics:
+        found = FeatureStatistics()
+        found.update(self._extractor.features(images))
+        return found
+
+
+def run_ladder(
+    settings: TrainConfig, plan: LadderPlan, out: str | Path, *, quiet: bool = False
+) -> list[Rung]:
+    """Train and judge every configuration; what is done already, in `out`, is not done again.
+
+    Args:
+        settings: of config G; the others are made of it by `edm2.train.ladder.with_config`.
+        plan: see `LadderPlan`.
+        out: folder for runs and `ladder.json`.
+        quiet: show no progress.
+
+    Returns:
+        One rung a configuration, in the plan's order.
+
+    Raises:
+        ValueError: for data without classes, settings that do not fit every configuration, or a folder that
+            holds runs of other settings.
+    """
+    out = Path(out)
+    dataset = open_dataset(settings.data, labels=settings.dataset.labels, pad_to=settings.dataset.pad_to)
+    if not dataset.num_classes:
+        raise ValueError(
+            f"{settings.data} has no classes: the features to compare in come from a classifier of them; give labels"
+        )
+    prepared = {letter: with_config(settings, letter) for letter in plan.configs}
+    judge = Judge(dataset)
+    rungs = []
+    for letter, own in prepared.items():
+        rung = Rung(config=letter)
+        for factor in plan.rate_factors if len(plan.rate_factors) > 1 else ():
+            config = _with_rate(own, factor, plan.rate_images, _RATE_RUN_SEED)
+            run = out / letter / f"rate-{factor:g}"
+            rung.rate_scores[factor] = min(_trained(config, plan, judge, run, quiet)["by_length"])
+        rung.rate_factor = (
+            min(rung.rate_scores, key=rung.rate_scores.__getitem__)
+            if rung.rate_scores
+            else plan.rate_factors[0]
+        )
+        for seed in plan.seeds:
+            config = _with_rate(own, rung.rate_factor, own.num_images, seed)
+            found = _trained(config, plan, judge, out / letter / f"seed-{seed}", quiet, final=True)
+            rung.num_params = found.pop("num_params")
+            for name, value in found.items():
+                getattr(rung, name).append(value)
+        rungs.append(rung)
+        if not quiet:
+            print(_line(rung), flush=True)
+    write_json(
+        out / "ladder.json", {"plan": dataclasses.asdict(plan), "rungs": list(map(dataclasses.asdict, rungs))}
+    )
+    return rungs
+
+
+def _with_rate(config: TrainConfig, factor: float, num_images: int, seed: int) -> TrainConfig:
+    optimizer = dataclasses.replace(config.optimizer, ref_lr=config.optimizer.ref_lr * factor)
+    # Enough snapshots for every length, however short the run is.
+    every = max(num_images // _MOMENTS, config.batch_size)
+    return dataclasses.replace(
+        config, optimizer=optimizer, num_images=num_images, seed=seed, snapshot_images=every
+    )
+
+
+def _trained(
+    config: TrainConfig, plan: LadderPlan, judge: Judge, run: Path, quiet: bool, *, final: bool = False
+) -> dict[str, Any]:
+    """Train one run and judge it, or read what was found before with the same settings."""
+    judged = {
+        name: value for name, value in dataclasses.asdict(plan).items() if name not in ("configs", "seeds")
+    }
+    identity = json.dumps([config.identity(), config.num_images, judged, final], sort_keys=True)
+    key = hashlib.sha256(identity.encode()).hexdigest()
+    cache = run / "judged.json"
+    if cache.exists():
+        known = json.loads(cache.read_text())
+        if known.pop("key") == key:
+            return known
+    try:
+        train(config, run, quiet=quiet)
+    except FloatingPointError:
+        found = _diverged(plan)
+    else:
+        found = _judged(run, plan, judge, final)
+    write_json(cache, {"key": key, **found})
+    return found
+
+
+def _diverged(plan: LadderPlan) -> dict[str, Any]:
+    """Of a run that left the finite numbers: worse than any other."""
+    return {"by_length": [math.inf] * len(plan.sigma_rels), "frechet": math.inf, "sigma_rel": math.nan,
+            "images_per_second": math.nan, "activations": math.inf, "weights": math.inf, "num_params": 0}  # fmt: skip
+
+
+def _judged(run: Path, plan: LadderPlan, judge: Judge, final: bool) -> dict[str, Any]:
+    search = range(_SEARCH_SEED, _SEARCH_SEED + plan.search_samples)
+    by_length = [judge.score(g, search, plan.num_steps) for g in _generators(run, plan.sigma_rels)]
+    if not final:
+        return {"by_length": by_length}
+    best = plan.sigma_rels[int(np.argmin(by_length))]
+    (generator,) = _generators(run, [best])
+    seeds = range(_FINAL_SEED, _FINAL_SEED + plan.final_samples)
+    magnitudes, log = read_log(run, MAGNITUDES_FILE), read_log(run)
+    return {
+        "by_length": by_length,
+        "frechet": judge.score(generator, seeds, plan.num_steps),
+        "sigma_rel": best,
+        "images_per_second": log[-1]["images_per_second"],
+        "activations": max(magnitudes[-1]["activations"].values())
+        / max(magnitudes[0]["activations"].values()),
+        "weights": _rms(magnitudes[-1]["weights"]) / _rms(magnitudes[0]["weights"]),
+        "num_params": sum(p.numel() for p in generator.denoiser.parameters()),
+    }
+
+
+def _generators(run: Path, sigma_rels: Sequence[float]) -> Iterator[Generator]:
+    denoiser = None
+    for result in reconstruct_many(run / SNAPSHOTS, sigma_rels, warn_above=math.inf):
+        assert result.metadata is not None
+        if denoiser is None:
+            denoiser = Denoiser(**result.metadata["network"]).eval().requires_grad_(False)
+            use_channels_last(denoiser)
+        denoiser.load_state_dict(result.tensors)
+        info = result.metadata["info"]
+        yield Generator(denoiser, Coding.from_json(info["coding"]), info)
+
+
+def _rms(values: dict[str, float]) -> float:
+    return math.sqrt(statistics.fmean(value**2 for value in values.values()))
+
+
+def _line(rung: Rung) -> str:
+    return f"config {rung.config}: Frechet distance {spread(rung.frechet)} at EMA length {spread(rung.sigma_rel)}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, and the range where there are several values."""
+    middle = f"{statistics.median(values):.3g}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.3g} to {max(values):.3g})"
+
+
+def write_ladder_report(
+    rungs: Sequence[Rung], settings: TrainConfig, plan: LadderPlan, out: str | Path
+) -> Path:
+    """Write `report.html` beside the runs: table, distances, EMA lengths, magnitudes.
+
+    Args:
+        rungs: what `run_ladder` returned.
+        settings: of config G.
+        plan: how it was judged.
+        out: the folder that `run_ladder` filled.
+
+    Returns:
+        The file.
+    """
+    out = Path(out)
+    page = Page(
+        "The ladder, configurations A to G",
+        lead=f"Trained on {settings.data}, {settings.num_images:,} images each, {len(plan.seeds)} seeds; every run "
+        "judged at its own best EMA length, found after training.",
+    )
+    page.section(
+        "Result",
+        f"Frechet distance to the training images in the features of a classifier trained on them, "
+        f"{plan.final_samples} images, {plan.num_steps} steps; median of the seeds, and their range. The length was "
+        "chosen with other images. A small data set and a short run need not follow the paper's order.",
+    )
+    page.table(*table(rungs))
+    page.figure(
+        ladder_figure({r.config: r.frechet for r in rungs}, PAPER_FID),
+        "Frechet distance by configuration; below, the paper's at ImageNet-512",
+        "Dots of the Frechet distance of each run by configuration, above the paper's values",
+    )
+    page.section("EMA length", "First seed. Lengths were put together after training, from one run each.")
+    page.figure(
+        length_curves(plan.sigma_rels, {r.config: r.by_length[0] for r in rungs}),
+        "Frechet distance against EMA length",
+        "Curves of Frechet distance against EMA length, one each configuration",
+    )
+    page.section(
+        "Learning rate",
+        "The paper's rates in proportion, times a factor found the same way for every configuration: runs of "
+        f"{plan.rate_images:,} images, the lowest Frechet distance over all EMA lengths wins.",
+    )
+    if len(plan.rate_factors) > 1:
+        rows = [
+            [r.config, *(f"{r.rate_scores[f]:.3g}" for f in plan.rate_factors), r.rate_factor] for r in rungs
+        ]
+        page.table(["config", *(f"x {f:g}" for f in plan.rate_factors), "used"], rows)
+    page.section("Magnitudes", "First seed of each configuration.")
+    for rung in rungs:
+        records = read_log(out / rung.config / f"seed-{plan.seeds[0]}", MAGNITUDES_FILE)
+        if records:
+            page.text(f"Config {rung.config}, {CONFIGS[rung.config].title}")
+            add_magnitudes(page, records, kinds=("activations", "weights"))
+    return page.write(out / "report.html")
+
+
+def table(rungs: Sequence[Rung]) -> tuple[list[str], list[list[object]]]:
+    """Headers and rows: one configuration a row."""
+    headers = [
+        "config", "name", "Frechet distance", "EMA length", "rate factor", "images/s",
+        "activations, end/start", "weights, end/start", "parameters", "paper's FID",
+    ]  # fmt: skip
+    rows: list[list[object]] = [
+        [
+            rung.config, CONFIGS[rung.config].title, spread(rung.frechet), spread(rung.sigma_rel),
+            f"{rung.rate_factor:g}", f"{statistics.median(rung.images_per_second):.0f}", spread(rung.activations),
+            spread(rung.weights), f"{rung.num_params:,}", f"{PAPER_FID[rung.config]:.2f}",
+        ]
+        for rung in rungs
+    ]  # fmt: skip
+    return headers, rows

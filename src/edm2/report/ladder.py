@@ -1,0 +1,105 @@
+"""The ladder's pictures: distance by configuration, and by EMA length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edm2.report.style import LIGHT, SERIES, add_legend, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def ladder_figure(values: Mapping[str, Sequence[float]], published: Mapping[str, float]) -> Figure:
+    """Distance of every run by configuration, above the published ones.
+
+    Args:
+        values: configuration -> one value a seed; those that are not finite are named at the top edge.
+        published: configuration -> published value, drawn below on an axis of its own.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: if nothing is finite.
+    """
+    letters = list(values)
+    finite = {c: [v for v in runs if math.isfinite(v)] for c, runs in values.items()}
+    if not any(finite.values()):
+        raise ValueError("no value is finite: there is nothing to draw")
+    figure, (ours, paper) = new_figure(rows=(1.6, 1.0), height=4.2)
+    for ax in (ours, paper):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    for i, letter in enumerate(letters):
+        runs = finite[letter]
+        ours.plot(
+            [i] * len(runs),
+            runs,
+            "o",
+            color=SERIES[0],
+            markersize=4.5,
+            alpha=0.7,
+            label="a run" if not i else None,
+        )
+        if runs:
+            middle = float(np.median(runs))
+            ours.plot(
+                [i - 0.22, i + 0.22],
+                [middle] * 2,
+                color=SERIES[1],
+                linewidth=1.8,
+                label="median" if not i else None,
+            )
+        if len(runs) < len(values[letter]):
+            _note(ours, i, f"{len(values[letter]) - len(runs)} diverged")
+    known = [(i, published[letter]) for i, letter in enumerate(letters) if letter in published]
+    paper.plot(*zip(*known, strict=True), "s-", color=SERIES[2], markersize=4.5)
+    paper.set_xticks(range(len(letters)), letters)
+    paper.set_xlabel("configuration")
+    ours.set_ylabel("Frechet distance")
+    paper.set_ylabel("paper, FID")
+    add_legend(ours)
+    return figure
+
+
+def length_curves(sigma_rels: Sequence[float], scores: Mapping[str, Sequence[float]]) -> Figure:
+    """Distance against EMA length, a curve each configuration.
+
+    Args:
+        sigma_rels: relative EMA lengths, increasing.
+        scores: configuration -> score at each length; one without a finite value is left out.
+
+    Returns:
+        The figure.
+    """
+    figure, (ax,) = new_figure()
+    ax.set_yscale("log")
+    for i, (letter, curve) in enumerate(scores.items()):
+        if np.isfinite(curve).all():
+            ax.plot(
+                100 * np.asarray(sigma_rels),
+                curve,
+                "o-",
+                markersize=3,
+                color=SERIES[i % len(SERIES)],
+                label=letter,
+            )
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    ax.set_xlabel("EMA length σ_rel, share of training")
+    ax.set_ylabel("Frechet distance")
+    add_legend(ax)
+    return figure
+
+
+def _note(ax: Axes, x: float, text: str) -> None:
+    place = ax.get_xaxis_transform()
+    ax.text(x, 0.97, text, transform=place, ha="center", va="top", color=LIGHT["muted"], fontsize=8)

@@ -1,0 +1,61 @@
+"""Training settings of the configurations A to G, made from those of config G.
+
+Ref: EDM2 Table 1, App. B; LADDER sections 3-10.
+"""
+
+import dataclasses
+import math
+from typing import Any, cast
+
+from edm2.diffusion.ladder import training_rules
+from edm2.train.config import TrainConfig
+
+# Config A's average forgets with a half-life that grows as a twentieth of the images seen, up to 50 M images
+# (`edm2.diffusion.ladder.traditional_decay`). Such an average is a power function, t^gamma with gamma + 1 =
+# ln 2 / 0.05, so the tracked averages give it by `edm2 ema reconstruct --sigma-rel` for runs up to 1000 M images.
+_GAMMA = math.log(2) / 0.05 - 1
+TRADITIONAL_SIGMA_REL = math.sqrt((_GAMMA + 1) / ((_GAMMA + 2) ** 2 * (_GAMMA + 3)))
+
+
+def with_config(settings: TrainConfig, config: str) -> TrainConfig:
+    """The same run with another configuration of the ladder.
+
+    What the paper changes from one configuration to the next is changed in proportion: the learning rate by the
+    ratio of the paper's rates, its decay where the paper has one, Adam's betas, the factor on the loss, and
+    config A's noise distribution. Lengths, batch, network size and seeds stay.
+
+    Args:
+        settings: of config G.
+        config: `A` to `G`.
+
+    Returns:
+        The settings of that configuration.
+
+    Raises:
+        ValueError: for another name, or settings that are not of config G.
+    """
+    if settings.architecture != "G":
+        raise ValueError(
+            f"these settings are of config {settings.architecture}: start from those of G, whose learning rate "
+            "the others are scaled from"
+        )
+    rules, published = training_rules(config), training_rules("G")
+    optimizer = dataclasses.replace(
+        settings.optimizer,
+        ref_lr=settings.optimizer.ref_lr * (rules.ref_lr / published.ref_lr),
+        ref_batches=settings.optimizer.ref_batches if rules.ref_batches else 0,
+        betas=rules.betas,
+        # The paper never undoes its factor on the loss. Ours is undone on the gradients: an epsilon divided by it
+        # makes Adam's updates the same.
+        eps=rules.eps / rules.loss_scaling,
+    )
+    loss = settings.loss
+    if (rules.p_mean, rules.p_std) != (published.p_mean, published.p_std):
+        loss = dataclasses.replace(loss, p_mean=rules.p_mean, p_std=rules.p_std)
+    return dataclasses.replace(
+        settings,
+        architecture=cast(Any, rules.config),
+        loss_scaling=rules.loss_scaling,
+        optimizer=optimizer,
+        loss=loss,
+    )

@@ -1,0 +1,107 @@
+import dataclasses
+import json
+import math
+
+import pytest
+
+from edm2.ladder_experiment import LadderPlan, run_ladder, spread, table, write_ladder_report
+from edm2.presets import get_preset
+from edm2.report.ladder import ladder_figure
+
+PLAN = LadderPlan(
+    configs=("C", "G"), seeds=(0, 1), rate_factors=(1.0, 1e30), rate_images=32, sigma_rels=(0.05, 0.1),
+    search_samples=24, final_samples=24, num_steps=2,
+)  # fmt: skip
+
+
+def settings():
+    config = get_preset("digits")
+    network = dataclasses.replace(
+        config.network,
+        model_channels=8,
+        channel_mult=(1,),
+        attn_resolutions=(8,),
+        num_blocks=1,
+        channels_per_head=8,
+    )
+    return dataclasses.replace(config, num_images=64, batch_size=8, log_images=16, network=network)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ladder")
+    return run_ladder(settings(), PLAN, out, quiet=True), out
+
+
+def test_every_configuration_has_every_seed_and_a_length_from_the_plan(done):
+    rungs, out = done
+    assert [rung.config for rung in rungs] == ["C", "G"]
+    for rung in rungs:
+        assert len(rung.frechet) == len(rung.images_per_second) == len(rung.by_length) == 2
+        assert set(rung.sigma_rel) <= {0.05, 0.1}
+        for best, scores in zip(rung.sigma_rel, rung.by_length, strict=True):
+            assert scores[PLAN.sigma_rels.index(best)] == min(scores)
+        assert all(math.isfinite(value) for value in rung.frechet)
+    # Stored weights of G are kept normalised, those of C are free.
+    assert rungs[1].weights == pytest.approx([1, 1], abs=1e-3)
+    assert rungs[0].num_params != rungs[1].num_params
+    assert [r["config"] for r in json.loads((out / "ladder.json").read_text())["rungs"]] == ["C", "G"]
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen(done):
+    rungs, _ = done
+    for rung in rungs:
+        assert rung.rate_factor == 1.0
+        assert rung.rate_scores[1e30] > rung.rate_scores[1.0]
+
+
+def test_a_second_call_trains_nothing_again(done):
+    rungs, out = done
+    models = {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")}
+    assert len(models) >= 4
+    again = run_ladder(settings(), PLAN, out, quiet=True)
+    assert again == rungs
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")} == models
+
+
+def test_report(done):
+    rungs, out = done
+    page = write_ladder_report(rungs, settings(), PLAN, out).read_text()
+    for text in ("Architectural streamlining", "Learning rate", "EMA length", "6.96", "2.56"):
+        assert text in page
+    headers, rows = table(rungs)
+    assert all(len(row) == len(headers) for row in rows)
+
+
+def test_spread():
+    assert spread([2.0]) == "2"
+    assert spread([3.0, 1.0, 2.0]) == "2 (1 to 3)"
+
+
+def test_diverged_runs_are_named_in_the_figure():
+    figure = ladder_figure({"A": [math.inf, 2.0], "B": [1.0, 3.0]}, {"A": 8.0, "B": 7.0})
+    assert "1 diverged" in [text.get_text() for text in figure.axes[0].texts]
+    with pytest.raises(ValueError, match="no value is finite"):
+        ladder_figure({"A": [math.inf]}, {"A": 8.0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(configs=("A", "X")), "config 'X' is not one of A, B, C, D, E, F, G"),
+        (dict(seeds=(1, 1)), r"seeds \(1, 1\) must be one or more different values"),
+        (dict(sigma_rels=()), r"sigma_rels \(\) must be one or more"),
+        (dict(final_samples=0), "final_samples 0 must be at least 1"),
+        (dict(rate_factors=(0.0,)), r"rate_factors \(0.0,\) must be above 0"),
+    ],
+)
+def test_bad_plans(changes, message):
+    with pytest.raises(ValueError, match=message):
+        LadderPlan(**changes)
+
+
+def test_data_without_classes(tmp_path):
+    config = settings()
+    config = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, labels=False))
+    with pytest.raises(ValueError, match="digits has no classes"):
+        run_ladder(config, PLAN, tmp_path)
