@@ -1,6 +1,7 @@
 """The real library `datasets`, offline: what it wrote is read."""
 
 import io
+import pickle
 from contextlib import nullcontext
 
 import numpy as np
@@ -128,6 +129,12 @@ def test_pictures_in_a_table_are_read_as_those_in_files(tmp_path):
         data = open_dataset(tmp_path / "saved", skip_damaged=True)
     assert np.array_equal(data.images(np.array([0]))[0], EXPECTED[0][:, ::-1, ::-1])
     assert data.images(np.array([1]))[0].std(axis=0).max() == 0
+
+
+def test_a_table_travels_to_worker_processes_as_its_path(tmp_path):
+    table().save_to_disk(tmp_path / "saved")
+    sent = pickle.dumps(open_dataset(tmp_path / "saved"))  # what multiprocessing does
+    check(pickle.loads(sent))
 
 
 def test_a_stream_gives_the_same_images_and_starts_anywhere(tmp_path):
