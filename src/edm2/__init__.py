@@ -4,18 +4,21 @@ Importing `edm2` does no work: each part is loaded at first use, so that `edm2.e
 """
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 __version__ = "0.1.0"
 
-_PARTS = ("data", "diffusion", "ema", "generate", "metrics", "nn", "presets", "report", "train")
+_PARTS = ("data", "diffusion", "ema", "generate", "interop", "metrics", "nn", "presets", "report", "train")
+_NAMES = {"Generator": "generate"}
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return importlib.import_module(f"edm2.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"edm2.{_NAMES[name]}"), name)
     raise AttributeError(f"module 'edm2' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PARTS])
+    return sorted([*globals(), *_PARTS, *_NAMES])

@@ -13,7 +13,7 @@ from edm2.diffusion.denoiser import Denoiser
 from edm2.files import write_atomic
 
 MODEL_FILE = "model.safetensors"
-_FORMAT = "edm2.model/1"
+_KIND, _VERSION = "edm2.model", "1"
 _KEY = "edm2"
 
 
@@ -45,7 +45,8 @@ def save_model(
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already: choose another name or move it away")
     # One metadata key only: safetensors does not keep the order of several, and equal models are equal bytes.
-    header = json.dumps({"format": _FORMAT, "network": network, "info": info or {}}, sort_keys=True)
+    description = {"format": f"{_KIND}/{_VERSION}", "network": network, "info": info or {}}
+    header = json.dumps(description, sort_keys=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomic(path, safetensors.torch.save(contiguous, metadata={_KEY: header}))
     return path
@@ -73,13 +74,19 @@ def read_model_header(path: str | Path) -> tuple[Path, dict[str, Any]]:
         ) from error
     try:
         header = json.loads(metadata[_KEY])
-        if header["format"] != _FORMAT or not isinstance(header["network"], dict):
+        kind, _, version = header["format"].partition("/")
+        if kind != _KIND or not isinstance(header["network"], dict) or not isinstance(header["info"], dict):
             raise KeyError("format")
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(
             f"{file} holds tensors but no description of an edm2 model: give a file that `edm2 train` or "
             "`edm2 ema reconstruct` wrote"
         ) from None
+    if version != _VERSION:
+        raise ValueError(
+            f"{file} has format version {version}, and this edm2 reads version {_VERSION}: use the edm2 that wrote it, "
+            "or a newer one"
+        )
     return file, header
 
 
