@@ -1,0 +1,368 @@
+"""`edm2 metrics ref | score | compare`."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from edm2.image_sets import MIN_IMAGES, ImageSet, open_images
+from edm2.interop.fetch import fetch
+from edm2.metrics import (
+    ClassifierFeatures,
+    DinoV2Features,
+    FeatureExtractor,
+    InceptionFeatures,
+    Measured,
+    Reference,
+    describe_extractor,
+    fit_classifier,
+)
+from edm2.metrics import score as score_measured
+from edm2.metrics.dinov2 import DINOV2
+from edm2.metrics.inception import HOW_TO_GET_INCEPTION
+from edm2.metrics.measure import KEPT_FEATURES
+from edm2.scoring import (
+    SCORE_NAMES,
+    check_extractor,
+    check_result,
+    differences,
+    doubts,
+    is_reference,
+    measure_images,
+    provenance_of,
+    read_reference,
+    read_result,
+    without_numbers,
+    write_result,
+)
+from edm2.train.world import World, join_world
+
+_CACHE = Path("~/.cache/edm2")
+# Where two results differ in one of these, their numbers cannot be compared.
+_MUST_AGREE = (
+    "extractor",
+    "reference.sha256",
+    "reference.images.fingerprint",
+    "settings",
+    "images.num_images",
+    "images.shape",
+)
+
+
+@dataclass(kw_only=True)
+class _Options:
+    extractor: Literal["inception", "dinov2", "classifier"] | None = None
+    """What makes features. Default: the reference's; to make one, a classifier trained on its labels."""
+    weights: str | None = None
+    """Its weights: a file (inception, classifier), a folder or hub name (dinov2), or the file's http(s) address."""
+    weights_sha256: str | None = None
+    """Expected hash of the weights. Required for inception, whose TorchScript file contains code that runs."""
+    trust_weights: bool = False
+    """Open a TorchScript file without knowing its hash."""
+    split: str = "train"
+    """Split of a data set."""
+    keep: int = KEPT_FEATURES
+    """Images whose features are kept, at random, for all numbers but the Frechet distance; 0 for none."""
+    seed: int = 0
+    """Of that choice, of subsets, and of a classifier's training."""
+    batch: int = 100
+    """Images at a time."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N. torchrun spreads the images over several processes."""
+
+
+_Shared = Annotated[_Options, tyro.conf.arg(name="")]
+
+
+@dataclass(kw_only=True)
+class _Ref:
+    """Measure a data set once, so that images can be scored against it."""
+
+    data: Annotated[str, tyro.conf.Positional]
+    """Images: a built-in name, or a folder, ZIP or array file."""
+    out: Path
+    """Reference file to write, .safetensors. A classifier is written beside it."""
+    options: _Shared = field(default_factory=_Options)
+
+
+@dataclass(kw_only=True)
+class _Score:
+    """Score images against a reference."""
+
+    images: Annotated[str, tyro.conf.Positional]
+    """A folder of samples, or anything that `edm2 metrics ref` takes."""
+    ref: Path
+    """Reference: of `edm2 metrics ref`, an official .pkl (nothing in it is run), or .npz with mu and sigma."""
+    metric: str | None = None
+    """Which of an official file's statistics: fid or fd_dinov2."""
+    out: Path | None = None
+    """JSON file for the numbers. Default: beside the images."""
+    options: _Shared = field(default_factory=_Options)
+
+
+@dataclass(kw_only=True)
+class _Compare:
+    """Compare two sets of images or references, or two results of `edm2 metrics`."""
+
+    a: Annotated[str, tyro.conf.Positional]
+    """What counts as real: images, or a reference file. Or a result, .json."""
+    b: Annotated[str, tyro.conf.Positional]
+    """What counts as generated, likewise."""
+    out: Path | None = None
+    """JSON file for the numbers. Default: A-vs-B.metrics.json here."""
+    options: _Shared = field(default_factory=_Options)
+
+
+def ref(prog: str, words: Sequence[str]) -> None:
+    """`edm2 metrics ref`."""
+    chosen = tyro.cli(_Ref, prog=prog, args=list(words))
+    options, out = chosen.options, chosen.out
+    _check(options)
+    with join_world(options.device) as world:
+        images = open_images(chosen.data, split=options.split)
+        beside = _classifier_beside(out)
+        fits = options.extractor in (None, "classifier") and options.weights is None
+        if out.exists():
+            extractor: FeatureExtractor = (
+                ClassifierFeatures.load(beside) if fits else _open(options, None, world)
+            )
+        elif fits:
+            extractor = _fit(images, beside, options)
+        else:
+            extractor = _open(options, None, world)
+        provenance = provenance_of(images.provenance, extractor, keep=options.keep, seed=options.seed)
+        if out.exists():
+            differing = differences(Reference.load(out).provenance, provenance)
+            if differing:
+                raise ValueError(
+                    f"{out} holds a reference made otherwise ({', '.join(differing)} differ): choose another --out"
+                )
+            return print(f"{out} holds this reference already")
+        _see(extractor, images)
+        made = _measured(images, extractor, options, world)
+        if world.is_first:
+            if fits and isinstance(extractor, ClassifierFeatures):
+                extractor.save(beside)
+            Reference(measured=made, provenance=provenance).save(out)
+            print(
+                f"{out}: {len(images.dataset):,} images, {extractor.num_features:,} features by {extractor.name}"
+            )
+
+
+def score(prog: str, words: Sequence[str]) -> None:
+    """`edm2 metrics score`."""
+    chosen = tyro.cli(_Score, prog=prog, args=list(words))
+    options = chosen.options
+    _check(options)
+    with join_world(options.device) as world:
+        real = _Side(reference=read_reference(chosen.ref, metric=chosen.metric), where=str(chosen.ref))
+        made = _Side(
+            images=open_images(chosen.images, split=options.split, num_classes=real.num_classes),
+            where=chosen.images,
+        )
+        out = chosen.out or Path(f"{chosen.images.rstrip('/')}.metrics.json")
+        _score(real, made, _open(options, real, world), out, options, world)
+
+
+def compare(prog: str, words: Sequence[str]) -> None:
+    """`edm2 metrics compare`."""
+    chosen = tyro.cli(_Compare, prog=prog, args=list(words))
+    options, names = chosen.options, (chosen.a, chosen.b)
+    _check(options)
+    if any(name.endswith(".json") for name in names):
+        if not all(name.endswith(".json") for name in names):
+            raise ValueError(f"{chosen.a} and {chosen.b}: compare a result (.json) with another result")
+        return _compare_results(read_result(Path(chosen.a)), read_result(Path(chosen.b)))
+    with join_world(options.device) as world:
+        real = _side(chosen.a, options, None)
+        made = _side(chosen.b, options, real.num_classes)
+        known = next((side for side in (real, made) if side.reference is not None), None)
+        extractor = _open(options, known, world)
+        stems = [Path(name.rstrip("/")).stem for name in names]
+        out = chosen.out or Path(f"{stems[0]}-vs-{stems[1]}.metrics.json")
+        _score(real, made, extractor, out, options, world)
+
+
+@dataclass(kw_only=True)
+class _Side:
+    """One of the two sets that are compared: images, or a reference."""
+
+    where: str
+    images: ImageSet | None = None
+    reference: Reference | None = None
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        if self.images is not None:
+            return self.images.provenance
+        assert self.reference is not None
+        known: dict[str, Any] = self.reference.provenance["images"]
+        return known
+
+    @property
+    def num_classes(self) -> int | None:
+        counts = self.provenance.get("class_counts")
+        return len(counts) if counts else None
+
+    def measured(self, extractor: FeatureExtractor, options: _Options, world: World) -> Measured:
+        if self.reference is not None:
+            return self.reference.measured
+        assert self.images is not None
+        return _measured(self.images, extractor, options, world)
+
+
+def _side(name: str, options: _Options, num_classes: int | None) -> _Side:
+    if is_reference(name):
+        return _Side(reference=read_reference(name), where=name)
+    return _Side(images=open_images(name, split=options.split, num_classes=num_classes), where=name)
+
+
+def _score(
+    real: _Side, made: _Side, extractor: FeatureExtractor, out: Path, options: _Options, world: World
+) -> None:
+    """Check everything, then measure, print and write."""
+    for side in (real, made):
+        if side.reference is not None:
+            check_extractor(describe_extractor(extractor), side.reference.provenance["extractor"], side.where)
+    provenance = provenance_of(made.provenance, extractor, keep=options.keep, seed=options.seed)
+    provenance["reference"] = {
+        "images": real.provenance,
+        "sha256": real.reference.sha256 if real.reference is not None else None,
+    }
+    old = check_result(out, provenance)
+    if old is not None:
+        return _print_result(old, f"these numbers were in {out} already")
+    for side in (real, made):
+        if side.images is not None:
+            _see(extractor, side.images)
+    found = doubts(made.provenance, real.provenance, provenance["extractor"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        scores = score_measured(
+            made.measured(extractor, options, world),
+            real.measured(extractor, options, world),
+            seed=options.seed,
+        )
+    found += [str(warning.message) for warning in caught]
+    if world.is_first:
+        for text in found:
+            warnings.warn(text, stacklevel=2)
+        _print_result(write_result(out, provenance, scores, found), f"written to {out}")
+
+
+def _compare_results(a: dict[str, Any], b: dict[str, Any]) -> None:
+    print(f"{'':<28} {'A':>12} {'B':>12}")
+    for name in SCORE_NAMES:
+        values = " ".join(_text(result["scores"].get(name)) for result in (a, b))
+        print(f"{name.replace('_', ' '):<28} {values}")
+    differing = differences(without_numbers(a), without_numbers(b))
+    if differing:
+        print(f"made otherwise: {', '.join(differing)}")
+    wrong = [name for name in differing if name.startswith(_MUST_AGREE)]
+    if wrong:
+        warnings.warn(
+            f"these numbers cannot be compared: {', '.join(wrong)} differ between them", stacklevel=2
+        )
+
+
+def _print_result(result: dict[str, Any], note: str) -> None:
+    images, reference, extractor = result["images"], result["reference"]["images"], result["extractor"]
+    count = reference.get("num_images")
+    print(f"images     {images['source']}: {images['num_images']:,}")
+    print(f"reference  {reference['source']}: {f'{count:,}' if count is not None else 'number not known'}")
+    print(
+        f"extractor  {extractor['name']} {extractor['sha256'][:16]}, {extractor['num_features']:,} features"
+    )
+    values = [result["scores"].get(name) for name in SCORE_NAMES]
+    for name, value in zip(SCORE_NAMES, values, strict=True):
+        print(f"{name.replace('_', ' '):<28} {_text(value)}")
+    if None in values:
+        print("- needs the features of single images, which one of the two sets does not keep")
+    print(note)
+
+
+def _text(value: float | None) -> str:
+    return f"{'-' if value is None else f'{value:.6g}':>12}"
+
+
+def _check(options: _Options) -> None:
+    for name, least in (("keep", 0), ("batch", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least {least}")
+    if 0 < options.keep < MIN_IMAGES:
+        raise ValueError(f"--keep {options.keep} must be 0 or at least {MIN_IMAGES}")
+
+
+def _open(options: _Options, known: _Side | None, world: World) -> FeatureExtractor:
+    """The extractor that is asked for, or that a reference was made with."""
+    name: str | None = options.extractor
+    if known is not None and known.reference is not None:
+        wanted = known.reference.provenance["extractor"]["name"]
+        if name not in (None, wanted):
+            raise ValueError(f"{known.where} was measured by {wanted}: leave --extractor {name} out")
+        name = wanted
+    weights = options.weights
+    if weights is not None and "://" in weights:
+        source, _, file = weights.rpartition("/")
+        weights = str(fetch(file, source, _CACHE.expanduser(), sha256=options.weights_sha256))
+    if name == "inception":
+        if weights is None:
+            raise ValueError(
+                f"inception needs its weights: {HOW_TO_GET_INCEPTION}, then give both as --weights and "
+                "--weights-sha256"
+            )
+        return InceptionFeatures(
+            weights,
+            sha256=options.weights_sha256,
+            trust_code=options.trust_weights,
+            device=world.device,
+        )
+    if name == "dinov2":
+        return DinoV2Features(weights or DINOV2, sha256=options.weights_sha256, device=world.device)
+    if name in (None, "classifier"):
+        if weights is None and known is None:
+            raise ValueError(
+                "which extractor? give --extractor, or --weights with a classifier that `edm2 metrics ref` trained, or "
+                "compare with a reference file"
+            )
+        path = weights if weights is not None else _classifier_beside(Path(known.where if known else ""))
+        return ClassifierFeatures.load(path)
+    raise ValueError(
+        f"{known.where if known else ''} was measured by {name!r}, which only its owner's code can load: use "
+        "edm2.metrics.score in Python"
+    )
+
+
+def _fit(images: ImageSet, beside: Path, options: _Options) -> ClassifierFeatures:
+    dataset = images.dataset
+    if beside.exists():
+        raise ValueError(f"{beside} exists: use it with --weights {beside}, or choose another --out")
+    if dataset.num_classes < 2:
+        raise ValueError(
+            f"{images.provenance['source']} has no classes to train a classifier on: give --extractor inception or "
+            "dinov2, or --weights with a classifier"
+        )
+    rows = np.arange(len(dataset))
+    print(f"training a classifier on {len(rows):,} images", flush=True)
+    return fit_classifier(
+        dataset.images(rows), dataset.labels(rows), num_classes=dataset.num_classes, seed=options.seed
+    )
+
+
+def _classifier_beside(out: Path) -> Path:
+    return out.with_name(f"{out.stem}-classifier.safetensors")
+
+
+def _see(extractor: FeatureExtractor, images: ImageSet) -> None:
+    # One image through the extractor: what does not fit is an error now and not after hours.
+    extractor.features(images.dataset.images(np.arange(1)))
+
+
+def _measured(images: ImageSet, extractor: FeatureExtractor, options: _Options, world: World) -> Measured:
+    return measure_images(
+        images, extractor, keep=options.keep, seed=options.seed, batch_size=options.batch, world=world
+    )

@@ -1,0 +1,304 @@
+import contextlib
+import hashlib
+import io
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from edm2.cli import main
+from edm2.image_sets import open_images, seed_text
+from edm2.metrics import FeatureStatistics, InceptionFeatures, Reference, fit_classifier, frechet_distance
+from edm2.scoring import doubts
+
+SHAPE = (1, 8, 8)
+SAMPLING = {"labels": "seed modulo classes", "model": {"run_id": "r"}, "sampler": {"num_steps": 4}}
+
+
+def run(*words):
+    """Run a command; gives its warnings, which go to standard error."""
+    errors = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(errors):
+        warnings.simplefilter("always", UserWarning)
+        main([str(word) for word in words])
+    mark = "edm2: warning: "
+    return [line.removeprefix(mark) for line in errors.getvalue().splitlines() if line.startswith(mark)]
+
+
+def fails(capsys, *words):
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def write_images(folder, count, *, shape=SHAPE, seed=0, first=0):
+    folder.mkdir()
+    images = np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
+    for i, image in enumerate(images):
+        array = image[0] if shape[0] == 1 else image.transpose(1, 2, 0)
+        Image.fromarray(array).save(folder / f"{first + i:06d}.png")
+    return images
+
+
+@pytest.fixture(scope="module")
+def digits_ref(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ref") / "digits.safetensors"
+    run("metrics", "ref", "digits", "--out", path)
+    return path
+
+
+@pytest.fixture
+def samples(tmp_path):
+    write_images(tmp_path / "samples", 40, first=100)
+    Image.new("L", (99, 70)).save(tmp_path / "samples" / "grid.png")
+    (tmp_path / "samples" / "samples.json").write_text(json.dumps(SAMPLING))
+    return tmp_path / "samples"
+
+
+def test_real_digits_score_better_than_noise(digits_ref, samples, tmp_path, capsys):
+    found = run(
+        "metrics", "score", "digits", "--split", "test", "--ref", digits_ref, "--out", tmp_path / "real.json"
+    )
+    run("metrics", "score", samples, "--ref", digits_ref)
+    real, noise = (
+        json.loads(path.read_text()) for path in (tmp_path / "real.json", tmp_path / "samples.metrics.json")
+    )
+    assert real["scores"]["frechet_distance"] < 3 < 20 < noise["scores"]["frechet_distance"]
+    assert real["scores"]["precision"] > 0.7 > 0.3 > noise["scores"]["precision"]
+    assert real["scores"]["kernel_distance"] < noise["scores"]["kernel_distance"]
+    assert real["scores"]["coverage"] > noise["scores"]["coverage"]
+    assert any("359 images, fewer than 640" in text for text in found)
+    assert found == real["warnings"]
+    out = capsys.readouterr().out
+    assert f"{noise['scores']['frechet_distance']:.6g}" in out
+    assert "extractor  classifier" in out
+
+
+def test_provenance_is_whole(digits_ref, samples):
+    run("metrics", "score", samples, "--ref", digits_ref)
+    result = json.loads((samples.parent / "samples.metrics.json").read_text())
+    assert result["images"]["num_images"] == 40
+    assert result["images"]["seeds"] == "100-139"
+    assert result["images"]["sampling"] == SAMPLING
+    assert result["images"]["class_counts"] == [4] * 10
+    assert result["images"]["shape"] == [1, 8, 8]
+    reference = Reference.load(digits_ref)
+    assert result["reference"]["sha256"] == reference.sha256
+    assert result["reference"]["images"]["num_images"] == 1438
+    assert result["extractor"] == reference.provenance["extractor"]
+    assert "scaled to [-1, 1]" in result["extractor"]["resize"]
+    assert result["versions"]["torch"] == torch.__version__
+    few, small_subsets = result["warnings"]
+    assert "there are 40 images for 64 features" in few
+    assert "subsets of the kernel distance have 40 images" in small_subsets
+
+
+def test_the_same_again_is_kept_and_anything_else_refused(digits_ref, samples, tmp_path, capsys):
+    run("metrics", "score", samples, "--ref", digits_ref)
+    out = tmp_path / "samples.metrics.json"
+    before = out.read_bytes()
+    capsys.readouterr()
+    run("metrics", "score", samples, "--ref", digits_ref)
+    assert "already" in capsys.readouterr().out
+    error = fails(capsys, "metrics", "score", samples, "--ref", digits_ref, "--seed", 1)
+    assert "holds numbers made otherwise (settings.seed differ): choose another --out" in error
+    out.with_name("other.json").write_text("{}")
+    error = fails(capsys, "metrics", "score", samples, "--ref", digits_ref, "--out", tmp_path / "other.json")
+    assert "is no result of edm2 metrics" in error
+    assert out.read_bytes() == before
+    assert (tmp_path / "other.json").read_text() == "{}"
+
+
+def test_a_reference_is_kept_and_never_overwritten(digits_ref, capsys):
+    before = digits_ref.read_bytes()
+    capsys.readouterr()
+    run("metrics", "ref", "digits", "--out", digits_ref)
+    assert "holds this reference already" in capsys.readouterr().out
+    error = fails(capsys, "metrics", "ref", "digits", "--out", digits_ref, "--split", "test")
+    assert "holds a reference made otherwise (images." in error
+    other = digits_ref.with_name("digits.other")
+    error = fails(capsys, "metrics", "ref", "digits", "--out", other)
+    assert "digits-classifier.safetensors exists: use it with --weights" in error
+    assert not other.exists()
+    assert digits_ref.read_bytes() == before
+
+
+def test_compare_images_references_and_results(digits_ref, samples, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    classifier = digits_ref.with_name("digits-classifier.safetensors")
+    run("metrics", "score", samples, "--ref", digits_ref)
+    run("metrics", "compare", digits_ref, samples)
+    run("metrics", "compare", "digits", samples, "--weights", classifier, "--out", "c.json")
+    paths = (tmp_path / name for name in ("samples.metrics.json", "digits-vs-samples.metrics.json", "c.json"))
+    scored, by_reference, by_images = (json.loads(path.read_text()) for path in paths)
+    assert scored["scores"] == by_reference["scores"]
+    assert scored["scores"] == pytest.approx(by_images["scores"], rel=1e-9)
+    capsys.readouterr()
+    assert run("metrics", "compare", "samples.metrics.json", "digits-vs-samples.metrics.json") == []
+    assert "made otherwise" not in capsys.readouterr().out
+    run("metrics", "score", "digits", "--split", "test", "--ref", digits_ref, "--out", "real.json")
+    found = run("metrics", "compare", "samples.metrics.json", "real.json")
+    assert found == ["these numbers cannot be compared: images.num_images differ between them"]
+    error = fails(capsys, "metrics", "compare", "c.json", "digits")
+    assert "compare a result (.json) with another result" in error
+
+
+def test_an_official_reference_is_read_and_not_run(samples, tmp_path, capsys):
+    path, sha256 = scripted(tmp_path / "inception.pt")
+    features = (
+        InceptionFeatures(path, sha256=sha256)
+        .features(np.random.default_rng(5).integers(0, 256, (500, 1, 8, 8), dtype=np.uint8))
+        .double()
+        .numpy()
+    )
+    moments = {"mu": features.mean(0), "sigma": np.cov(features.T)}
+    official = tmp_path / "ref.pkl"
+    official.write_bytes(pickle.dumps({"fid": moments, "num_images": 500}))
+    np.savez(tmp_path / "ref.npz", **moments)
+    options = ("--weights", path, "--weights-sha256", sha256)
+    found = run("metrics", "score", samples, "--ref", official, *options)
+    result = json.loads((tmp_path / "samples.metrics.json").read_text())
+    images = InceptionFeatures(path, sha256=sha256).features(
+        open_images(str(samples)).dataset.images(np.arange(40))
+    )
+    made = FeatureStatistics()
+    made.update(images)
+    expected = frechet_distance(
+        made, FeatureStatistics.from_moments(moments["mu"], moments["sigma"], num_images=500)
+    )
+    assert result["scores"]["frechet_distance"] == pytest.approx(expected, rel=1e-9)
+    assert result["scores"]["kernel_distance"] is None
+    assert any("gray and inception was trained on photos" in text for text in found)
+    assert "needs the features of single images" in capsys.readouterr().out
+    run("metrics", "score", samples, "--ref", tmp_path / "ref.npz", "--out", tmp_path / "n.json", *options)
+    by_npz = json.loads((tmp_path / "n.json").read_text())
+    assert by_npz["scores"]["frechet_distance"] == pytest.approx(expected, rel=1e-9)
+    assert by_npz["reference"]["images"]["num_images"] is None
+    assert "number not known" in capsys.readouterr().out
+    words = ("metrics", "score", samples, "--ref", official)
+    assert "holds no fd_dinov2: there is fid" in fails(capsys, *words, "--metric", "fd_dinov2")
+    error = fails(capsys, *words, "--out", tmp_path / "new.json")
+    assert "inception needs its weights: get the TorchScript file" in error
+    assert "as --weights and --weights-sha256" in error
+    error = fails(capsys, *words, "--weights", path)
+    assert "TorchScript, which contains code that runs: give the sha256" in error
+    official.write_bytes(b"cposix\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    assert "error" in fails(capsys, *words, "--weights", path)
+    assert not (tmp_path / "ran").exists()
+
+
+def scripted(path):
+    class Network(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.to(torch.float32)
+            return torch.cat([x.mean(dim=(2, 3)), x[:, :, 0, 0]], dim=1)[:, 2:4]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.script(Network()), path)
+    return path, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_bad_input_ends_before_any_work(digits_ref, samples, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("edm2.commands.metrics.measure_images", lambda *_, **__: pytest.fail("worked"))
+    few = tmp_path / "few"
+    write_images(few, 5)
+    assert "few holds 5 images: at least 6 are needed" in fails(
+        capsys, "metrics", "score", few, "--ref", digits_ref
+    )
+    wide = tmp_path / "wide"
+    write_images(wide, 8, shape=(1, 8, 9))
+    error = fails(capsys, "metrics", "score", wide, "--ref", digits_ref)
+    assert "the classifier was trained on [1, 8, 8]" in error
+    latents = tmp_path / "latents.npy"
+    np.save(latents, np.zeros((8, 4, 8, 8), np.float32))
+    error = fails(capsys, "metrics", "score", latents, "--ref", digits_ref)
+    assert "are float32, not uint8: extractors see pictures, so decode latents first" in error
+    error = fails(capsys, "metrics", "ref", wide, "--out", tmp_path / "r.safetensors")
+    assert "has no classes to train a classifier on: give --extractor inception" in error
+    error = fails(capsys, "metrics", "score", samples, "--ref", tmp_path / "none.safetensors")
+    assert "there is no reference file" in error
+    error = fails(capsys, "metrics", "score", samples, "--ref", digits_ref, "--extractor", "dinov2")
+    assert "was measured by classifier: leave --extractor dinov2 out" in error
+    error = fails(capsys, "metrics", "score", samples, "--ref", digits_ref, "--metric", "fid")
+    assert "is of one extractor: leave --metric fid out" in error
+    error = fails(capsys, "metrics", "score", samples, "--ref", digits_ref, "--weights", tmp_path / "no")
+    assert "there is no classifier at" in error
+    assert "which extractor? give --extractor" in fails(capsys, "metrics", "compare", wide, samples)
+    assert "--batch 0 must be at least 1" in fails(capsys, "metrics", "compare", wide, samples, "--batch", 0)
+    error = fails(capsys, "metrics", "compare", wide, samples, "--keep", 3)
+    assert "--keep 3 must be 0 or at least 6" in error
+    (samples / "samples.json").write_text("{")
+    assert "samples.json is damaged" in fails(capsys, "metrics", "score", samples, "--ref", digits_ref)
+    assert not list(tmp_path.glob("*.metrics.json"))
+
+
+def test_a_classifier_of_another_training_is_refused(digits_ref, samples, tmp_path, capsys):
+    images = np.zeros((4, *SHAPE), np.uint8)
+    other = tmp_path / "b-classifier.safetensors"
+    fit_classifier(images, np.arange(4) % 2, num_classes=2, num_steps=1).save(other)
+    error = fails(capsys, "metrics", "score", samples, "--ref", digits_ref, "--weights", other)
+    assert "was measured by an extractor of sha256" in error
+    assert "features of two extractors cannot be compared" in error
+    reference = Reference.load(digits_ref)
+    mine = Reference(
+        measured=reference.measured, provenance={"extractor": {"name": "mine"}, "images": {"source": "x"}}
+    )
+    mine.save(tmp_path / "mine.safetensors")
+    error = fails(capsys, "metrics", "score", samples, "--ref", tmp_path / "mine.safetensors")
+    assert "was measured by 'mine', which only its owner's code can load: use edm2.metrics.score" in error
+
+
+def test_two_processes_give_the_numbers_of_one(digits_ref, samples, tmp_path):
+    run("metrics", "score", samples, "--ref", digits_ref, "--keep", 30)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "edm2"]
+    words = ["metrics", "score", samples, "--ref", digits_ref, "--keep", "30", "--out", tmp_path / "two.json"]
+    done = subprocess.run(
+        [sys.executable, *launch, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("samples.metrics.json", "two.json"))
+    assert two["scores"] == pytest.approx(one["scores"], rel=1e-9)
+    assert two["warnings"] == one["warnings"]
+    assert done.stdout.count("frechet distance") == 1
+
+
+def test_doubts():
+    extractor = {"name": "dinov2", "num_features": 1024}
+    images = {"num_images": 1000, "shape": [1, 32, 32], "fingerprint": "a", "class_counts": [500, 500]}
+    reference = {"num_images": 60_000, "shape": [3, 64, 64], "fingerprint": "a", "class_counts": [75, 25]}
+    found = doubts(images, reference, extractor)
+    for text, part in zip(
+        found,
+        [
+            "there are 1,000 images for 1,024 features: covariances are singular",
+            "gray and dinov2 was trained on photos",
+            "the images are 32x32x1 and the reference's 64x64x3",
+            "the images are the reference's own",
+            "25% of the images would need another class",
+        ],
+        strict=True,
+    ):
+        assert part in text
+    enough = {"num_images": 50_000, "shape": [3, 64, 64], "fingerprint": "b", "class_counts": [750, 251]}
+    assert doubts(enough, reference, extractor) == []
+    few = doubts(enough, {"num_images": 49_999}, extractor)
+    assert few == [
+        "the reference is of 49,999 images, fewer than 50,000: the Frechet distance is too large; compare it only with "
+        "one of as many images"
+    ]
+
+
+def test_seed_text():
+    assert seed_text([3, 1, 2, 7, 9, 10]) == "1-3,7,9-10"
