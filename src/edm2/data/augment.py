@@ -59,13 +59,17 @@ class Augmentation:
     | 7, 8 | a, b: moved by `translation` x a of the width, x b of the height | N(0, 1) |
 
     Images that are only flipped, or not touched, keep their values exactly. The others are sampled bicubically
-    and continued by their mirror image beyond the border. Transformations, chances and labels follow the paper's
-    description; its resampling filter (a wavelet) and the order of the matrices are not reproduced, so images
-    differ from its own in detail. Only for pixels: a flipped latent is not the latent of a flipped image.
+    and continued by their mirror image beyond the border. Only for pixels: a flipped latent is not the latent of a
+    flipped image.
+
+    What can be trusted: the label says exactly what was done, zero is the untouched image, and the draws have the
+    distributions above (tested). Kinds, strengths and chances are the paper's as we understand its description, not
+    compared with results of its authors; its resampling filter (a wavelet) and the order in which transformations
+    are combined are not reproduced.
 
     Args:
-        probability: of each transformation, in [0, 1]; the paper uses 0.12 for CIFAR-10 and 0.15 for FFHQ.
-        always_flip_x: mirror left to right with the fair coin alone, whatever the probability, as the paper does.
+        probability: of each transformation, in [0, 1]; the paper's are 0.12 to 0.15.
+        always_flip_x: mirror left to right with the fair coin alone, whatever the probability.
         scale: factor at one standard deviation, at least 1.
         stretch: likewise.
         translation: share of the side at one standard deviation, at least 0.
@@ -73,7 +77,7 @@ class Augmentation:
     Raises:
         ValueError: for values outside their range.
 
-    Ref: EDM App. F.2, Table 6.
+    Ref: EDM App. F.2.
     """
 
     probability: float = 0.12
@@ -116,7 +120,7 @@ class Augmentation:
         on = keyed_uniform(index, (len(_TRANSFORMATIONS),), seed=seed, stream=_SWITCHES) < self.probability
         if self.always_flip_x:
             on[:, 0] = True
-        coins = (keyed_uniform(index, (4,), seed=seed, stream=_UNIFORMS)).unbind(1)
+        coins = keyed_uniform(index, (4,), seed=seed, stream=_UNIFORMS).unbind(1)
         normals = keyed_normal(index, (4,), seed=seed, stream=_NORMALS).unbind(1)
         turn, axis = (2 * math.pi * coin - math.pi for coin in coins[2:])
         flips = [(coin < 0.5).float() for coin in coins[:2]]
