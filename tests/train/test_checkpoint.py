@@ -13,7 +13,7 @@ import torch
 from tiny_run import files_of, tiny_config, tiny_data
 
 from edm2.train import TrainConfig, Trainer, train
-from edm2.train.checkpoint import load_newest, prune, save_checkpoint, verify
+from edm2.train.checkpoint import find_newest, prune, read_checkpoint, save_checkpoint, verify
 
 _NEWEST, _OLDER = "000000000160", "000000000120"
 
@@ -163,7 +163,7 @@ def names(folder: Path) -> list[int]:
 
 def save(folder: Path, num_images: int, keep: int = 2, **options: str) -> None:
     tensors = {"model": {"w": torch.full((3,), float(num_images))}}
-    save_checkpoint(folder, num_images, tensors, {"ema": {"run_id": "r"}}, keep=keep, **options)  # type: ignore[arg-type]
+    save_checkpoint(folder, num_images, tensors, {"run_id": "r"}, keep=keep, **options)  # type: ignore[arg-type]
 
 
 def test_newest_and_milestones_are_kept(tmp_path: Path) -> None:
@@ -200,13 +200,13 @@ def test_writing_again_replaces(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "000000000001/manifest.json").read_text())
     assert manifest["role"] == "milestone"
     assert verify(tmp_path / "000000000001", run_id="r") is None
-    found = load_newest(tmp_path, run_id="r")
+    found = find_newest(tmp_path, run_id="r")
     assert found is not None
-    assert torch.equal(found[0]["model"]["w"], torch.ones(3))
+    assert torch.equal(read_checkpoint(found)[0]["model"]["w"], torch.ones(3))
 
 
 def test_no_checkpoints_at_all(tmp_path: Path) -> None:
-    assert load_newest(tmp_path / "missing", run_id="r") is None
+    assert find_newest(tmp_path / "missing", run_id="r") is None
     prune(tmp_path / "missing", keep=1)
 
 

@@ -1,7 +1,14 @@
 """What a run is made of: its data, its device, its network."""
 
+import functools
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import edm2
 from edm2.data import ImageDataset, open_dataset
@@ -32,6 +39,7 @@ def build_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) -
         height if height == width else (height, width),
         coding.num_channels,
         dataset.num_classes,
+        config=config.architecture,
         dtype=config.dtype,
         sigma_data=config.loss.sigma_data,
         model_channels=network.model_channels,
@@ -61,6 +69,37 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
+    """Let modules forget their activations in the forward pass and compute them again in the backward pass.
+
+    Costs a forward pass, saves most of the memory. Changes no value: dropout is a function of the image.
+    """
+    for block in blocks:
+        block.forward = functools.partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that numbers depend on."""
     return {"edm2": edm2.__version__, "torch": torch.__version__, "numpy": np.__version__}
+
+
+@functools.cache
+def git_state() -> dict[str, str | bool] | None:
+    """Commit that the code of edm2 is from, and whether it was changed since; None for an installed package."""
+    folder = Path(__file__).parent.parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        # An installed copy may lie inside somebody else's repository, which does not track it.
+        if not git("ls-files", "--", "__init__.py"):
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--", "."))}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -99,25 +99,19 @@ def prune(folder: Path, *, keep: int) -> None:
             _remove(folder / name)
 
 
-def load_newest(folder: Path, *, run_id: str) -> tuple[Tensors, dict[str, Any]] | None:
-    """Read the newest whole checkpoint; damaged ones that are passed over are named, and renamed to stay.
+def find_newest(folder: Path, *, run_id: str) -> Path | None:
+    """Find the newest whole checkpoint; damaged ones that are passed over are named, and renamed to stay.
 
     Args:
         folder: where the run's checkpoints lie.
         run_id: of the run; a checkpoint of another one counts as damaged.
 
     Returns:
-        Tensors by file and name, and the state; None where there is no checkpoint at all.
+        The checkpoint; None where there is none at all.
 
     Raises:
         ValueError: if there are checkpoints and all are damaged.
     """
-    found = find_newest(folder, run_id=run_id)
-    return None if found is None else read_checkpoint(found)
-
-
-def find_newest(folder: Path, *, run_id: str) -> Path | None:
-    """The newest whole checkpoint; see `load_newest`."""
     names = _names(folder)
     problems: list[str] = []
     for name in reversed(names):
@@ -156,7 +150,7 @@ def verify(checkpoint: Path, *, run_id: str) -> str | None:
                 return f"checkpoint {checkpoint} is damaged: {name} is missing"
             if path.stat().st_size != facts["num_bytes"] or sha256_of(path) != facts["sha256"]:
                 return f"checkpoint {checkpoint} is damaged: {name} is not as it was written"
-        found = json.loads((checkpoint / _STATE).read_text())["ema"]["run_id"]
+        found = json.loads((checkpoint / _STATE).read_text())["run_id"]
     except FileNotFoundError:
         return f"checkpoint {checkpoint} is damaged: {_MANIFEST} is missing"
     except OSError as error:

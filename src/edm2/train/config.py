@@ -57,15 +57,15 @@ class NetworkConfig:
     """Resolutions with attention; by default those of 16 and 8 that occur."""
     channels_per_head: int = 64
     """Width of an attention head."""
-    dropout: float = 0.0
-    """Dropout probability."""
+    dropout: float | None = None
+    """Dropout probability; by default the configuration's, 0 for G and 0.1 for A to F."""
 
     def __post_init__(self) -> None:
         for name in ("model_channels", "num_blocks", "channels_per_head"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         whole = len(self.channel_mult) >= 1 and min(self.channel_mult) >= 1
         _require(whole, "channel_mult", self.channel_mult, "one or more numbers of at least 1")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        _require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +135,8 @@ class TrainConfig:
     """Images a step."""
     microbatch: int | None = None
     """Images a forward pass, a divisor of batch; smaller takes less memory. Default: the whole batch."""
+    architecture: Annotated[Literal["A", "B", "C", "D", "E", "F", "G"], _NAME(name="config")] = "G"
+    """Configuration of the paper's ladder; it also changes the defaults of loss and optimiser."""
     seed: int = 0
     """Seed of the weights, the order of images, noise and dropout."""
     snapshot_images: int = 8 << 20
@@ -145,16 +147,28 @@ class TrainConfig:
     """Images between lines of the log."""
     keep_checkpoints: int = 2
     """Number of checkpoints kept, the newest."""
+    keep_every: int = 0
+    """Every so many checkpoints, one is kept for good; 0 for none."""
+    max_hours: float | None = None
+    """Stop after so many hours as if asked to: save, and end with exit code 75; the same command continues."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network; weights, loss and averages stay float32."""
+    workers: int = 2
+    """Threads that read images ahead; 0 reads them when they are needed."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     channels_last: bool = True
     """Memory format of convolutions; faster on most machines."""
+    sharding: Literal["none", "full"] = "none"
+    """With several processes. none: each holds the whole network (DDP). full: each holds a part of it (FSDP2)."""
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward pass: less memory, a third more time."""
+    loss_scaling: float = 1.0
+    """Factor on the loss, undone on the gradients; keeps small float16 gradients above 0."""
     compile: bool = False
     """Use torch.compile; takes minutes to start, pays in long runs."""
     record_magnitudes: bool = True
-    """Whether each line of the log comes with the magnitudes of one step, for `edm2 report`."""
+    """Whether each line of the log comes with the magnitudes of one step, for `edm2 report`; not with sharding."""
     stop_after_nonfinite: int = 8
     """Number of steps in a row with a loss or gradient that is not finite after which the run stops."""
     dataset: DataConfig = field(default_factory=DataConfig)
@@ -169,6 +183,11 @@ class TrainConfig:
             "keep_checkpoints", "stop_after_nonfinite",
         ):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("keep_every", "workers"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(0 < self.loss_scaling < math.inf, "loss_scaling", self.loss_scaling, "above 0 and finite")
+        if self.max_hours is not None:
+            _require(self.max_hours > 0, "max_hours", self.max_hours, "above 0")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
         if self.microbatch is not None:
             divides = 1 <= self.microbatch <= self.batch_size and self.batch_size % self.microbatch == 0
@@ -186,8 +205,9 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that make a run this run; the others may change when it is continued."""
         free = {
-            "num_images", "microbatch", "snapshot_images", "checkpoint_images", "keep_checkpoints", "device",
-            "channels_last", "compile", "record_magnitudes", "stop_after_nonfinite",
+            "num_images", "microbatch", "snapshot_images", "checkpoint_images", "keep_checkpoints", "keep_every",
+            "max_hours", "workers", "device", "channels_last", "sharding", "checkpoint_activations", "loss_scaling",
+            "compile", "record_magnitudes", "stop_after_nonfinite",
         }  # fmt: skip
         return {key: value for key, value in self.to_json().items() if key not in free}
 

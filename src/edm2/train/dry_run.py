@@ -106,7 +106,7 @@ def dry_run(config: TrainConfig, *, steps: int = 5, dataset: ImageDataset | None
         peak = _peak_bytes(trainer.device)
         flops = _flops(trainer)
     num_params = sum(p.numel() for p in trainer.denoiser.parameters())
-    tracks = len(trainer.ema.sigma_rels)
+    tracks = len(config.ema.sigma_rels)
     times = math.ceil(config.num_images / config.snapshot_images)
     return DryRun(
         num_images=config.num_images,

@@ -1,0 +1,95 @@
+"""A network on several processes: copies that exchange gradients (DDP), or parts of one (FSDP2)."""
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from edm2.diffusion import Denoiser
+from edm2.ema.tensors import is_sharded
+from edm2.train.world import World
+
+
+def shard(denoiser: Denoiser, world: World) -> None:
+    """Spread the network's weights over all processes with FSDP2, block by block, in place.
+
+    Scalars and the small uncertainty head stay whole on every process.
+
+    Raises:
+        ValueError: with a torch that is too old.
+    """
+    # Takes a second to import, which runs on one process should not pay.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise ValueError(
+            f"sharding full needs torch 2.7 or newer, this is {torch.__version__}: use sharding none"
+        )
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    scalars = {p for p in denoiser.parameters() if p.ndim == 0}
+    for block in blocks_of(denoiser):
+        fully_shard(block, mesh=mesh, ignored_params=scalars)
+    fully_shard(denoiser.unet, mesh=mesh, ignored_params=scalars)
+
+
+def replicate(denoiser: Denoiser, world: World) -> Any:
+    """The network with DistributedDataParallel around it."""
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    with warnings.catch_warnings():
+        # torch 2.13 has a new name for broadcast_buffers, which older ones do not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped = nn.parallel.DistributedDataParallel(
+            denoiser, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    wrapped.sigma_data = denoiser.sigma_data  # type: ignore[assignment]
+    return wrapped
+
+
+def blocks_of(denoiser: Denoiser) -> list[nn.Module]:
+    """The network's blocks: its parts that have parts."""
+    parts = [*denoiser.unet.enc.values(), *denoiser.unet.dec.values()]
+    return [part for part in parts if any(True for _ in part.children())]
+
+
+def exchange_gradients(forward: Any, wanted: bool) -> AbstractContextManager[None]:
+    """Context for one forward and backward pass: whether processes exchange gradients at its end."""
+    if isinstance(forward, nn.parallel.DistributedDataParallel):
+        return nullcontext() if wanted else forward.no_sync()
+    unet: Any = forward.unet
+    if hasattr(unet, "set_requires_gradient_sync"):
+        unet.set_requires_gradient_sync(wanted)
+    return nullcontext()
+
+
+@torch.no_grad()
+def average_whole_gradients(gradients: Sequence[Tensor], world: World) -> None:
+    """Average, over all processes, the gradients that sharding leaves whole; FSDP2 averages the others."""
+    rest = [g for g in gradients if not is_sharded(g)]
+    if world.size == 1 or len(rest) == len(gradients):
+        return
+    flat = torch.cat([g.flatten() for g in rest]) / world.size
+    dist.all_reduce(flat)
+    for g, part in zip(rest, flat.split([g.numel() for g in rest]), strict=True):
+        g.copy_(part.view_as(g))
+
+
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor; a collective call where it is sharded."""
+    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return found
+
+
+def copy_whole(target: Any, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded; each process takes its part."""
+    value = value.to(target.device)
+    if is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value, target.device_mesh, target.placements)
+    target.copy_(value)

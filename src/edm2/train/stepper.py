@@ -1,0 +1,172 @@
+"""One optimiser step: what the network is shown, its loss, its gradients, its update.
+
+Ref: EDM2 Sec. 2-3, App. B; SPEC sections 3 and 4.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edm2.data import Batch, Batches, ImageDataset
+from edm2.diffusion import Denoiser, draw_sigma, edm2_loss
+from edm2.ema.tensors import is_sharded
+from edm2.nn import ForcedWeightNorm, keyed_normal, use_channels_last
+from edm2.train.build import checkpoint_activations
+from edm2.train.coding import Coding
+from edm2.train.config import TrainConfig
+from edm2.train.gradients import clean_gradients
+from edm2.train.parallel import average_whole_gradients, blocks_of, exchange_gradients, replicate, shard
+from edm2.train.schedule import learning_rate
+from edm2.train.world import World
+
+# Streams of keyed random numbers; dropout blocks count up from 0 under a seed of their own.
+_SIGMA, _NOISE = 0, 1
+_DROPOUT_SEED_OFFSET = 1 << 62
+
+
+class Stepper:
+    """Network and optimiser, and how they take a step on this process's share of a batch.
+
+    Args:
+        config: all settings.
+        dataset: training images.
+        coding: from stored images to what the network sees.
+        denoiser: the network, moved and wrapped as the settings ask.
+        world: the processes that share the work.
+
+    Attributes:
+        denoiser: the network in training mode.
+        optimizer: its optimiser.
+    """
+
+    def __init__(
+        self, config: TrainConfig, dataset: ImageDataset, coding: Coding, denoiser: Denoiser, world: World
+    ) -> None:
+        self._config, self._coding, self._world = config, coding, world
+        self._share = world.share(config.batch_size, config.microbatch)
+        self._size = min(config.microbatch or self._share, self._share)
+        self._dataset = dataset
+        self._batches: Batches | None = None
+        self._next_step = -1
+        self.denoiser = denoiser.train().to(world.device)
+        if config.checkpoint_activations:
+            checkpoint_activations(blocks_of(self.denoiser))
+        sharded = config.sharding == "full" and world.size > 1
+        if config.channels_last and not sharded:  # FSDP2 takes contiguous weights only
+            use_channels_last(self.denoiser)
+        if sharded:
+            shard(self.denoiser, world)
+        self._force_norm = ForcedWeightNorm(self.denoiser)
+        options = config.optimizer
+        # One call of the fused optimiser takes either whole or sharded weights.
+        groups = [
+            [p for p in self.denoiser.parameters() if is_sharded(p) is spread] for spread in (False, True)
+        ]
+        self.optimizer = torch.optim.Adam(
+            [{"params": group} for group in groups if group],
+            lr=0.0,
+            betas=options.betas,
+            eps=options.eps,
+            fused=True,
+        )
+        copies = world.size > 1 and not sharded
+        self._eager: Any = replicate(self.denoiser, world) if copies else self.denoiser
+        self._forward: Any = torch.compile(self._eager) if config.compile else self._eager
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are spread over processes."""
+        return any(is_sharded(p) for p in self.denoiser.parameters())
+
+    def prepare(self, num_images: int) -> None:
+        """Set the learning rate and normalise the weights for the step that starts at `num_images`."""
+        config = self._config
+        lr = learning_rate(
+            num_images,
+            batch_size=config.batch_size,
+            ref_lr=config.optimizer.ref_lr,
+            ref_batches=config.optimizer.ref_batches,
+            rampup_mimg=config.optimizer.rampup_mimg,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._force_norm()
+
+    def update(self, num_images: int, *, eager: bool = False) -> tuple[Tensor, Tensor]:
+        """Compute gradients on the batch that starts at `num_images`, and update the weights.
+
+        Args:
+            num_images: images seen before.
+            eager: run the modules themselves, also where a compiled graph is there.
+
+        Returns:
+            Mean loss of the whole batch, float64, and the norm of the gradients before they were cleaned.
+        """
+        config, world = self._config, self._world
+        forward = self._eager if eager else self._forward
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        batches = self._batches_from(num_images)
+        for start in range(0, self._share, self._size):
+            with exchange_gradients(self._eager, wanted=start + self._size == self._share):
+                loss = self._loss(forward, next(batches))
+                # Processes average their gradients, where the sum over the batch is wanted.
+                (loss.sum() * (config.loss_scaling * world.size) / config.batch_size).backward()
+            loss_sum += loss.detach().mean(dtype=torch.float64) * (self._size / config.batch_size)
+        gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
+        average_whole_gradients(gradients, world)
+        norm = clean_gradients(gradients, scale=1 / config.loss_scaling)
+        self.optimizer.step()
+        return world.sum(loss_sum), norm
+
+    def close(self) -> None:
+        """End what reads images ahead."""
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = None
+
+    def _batches_from(self, num_images: int) -> Batches:
+        config = self._config
+        if self._batches is None or num_images != self._next_step:
+            self.close()
+            self._batches = Batches(
+                self._dataset,
+                config.batch_size,
+                seed=config.seed,
+                start=num_images,
+                stop=max(config.num_steps * config.batch_size, num_images + config.batch_size),
+                microbatch=self._size,
+                rank=self._world.rank,
+                world_size=self._world.size,
+                workers=config.workers,
+                pin_memory=self._world.device.type == "cuda",
+            )
+        self._next_step = num_images + config.batch_size
+        return self._batches
+
+    def _loss(self, forward: Any, batch: Batch) -> Tensor:
+        config, device = self._config, self._world.device
+        where = torch.arange(batch.position, batch.position + len(batch.images), device=device)
+        stored = batch.images.to(device, non_blocking=True)
+        labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
+        images = self._coding.encode(stored, where, seed=config.seed)
+        sigma = draw_sigma(
+            where, p_mean=config.loss.p_mean, p_std=config.loss.p_std, seed=config.seed, stream=_SIGMA
+        )
+        noise = keyed_normal(where, images.shape[1:], seed=config.seed, stream=_NOISE)
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        return edm2_loss(
+            forward,
+            images.to(memory_format=layout),
+            labels,
+            sigma,
+            noise,
+            dropout_index=where,
+            dropout_seed=config.seed + _DROPOUT_SEED_OFFSET,
+        )

@@ -1,0 +1,132 @@
+"""The processes of a run: one, or as many as torchrun started.
+
+Everything distributed is PyTorch's own: process groups, DistributedDataParallel, fully_shard (FSDP2).
+"""
+
+import gc
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from edm2.train.build import pick_device
+
+
+class FirstFailed(RuntimeError):
+    """Raised on the other processes when the first one could not go on; its own error says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among the run's processes.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
+        device: where it computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum of a tensor over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; the same answer in all."""
+        if self.size == 1:
+            return flag
+        shared = torch.tensor(int(flag))
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return bool(shared)
+
+    def on_first(self, function: Callable[[], int | None]) -> int | None:
+        """Run a function on the first process while the others wait, and tell all what it gave.
+
+        Raises:
+            FirstFailed: on the other processes, where the function raised on the first.
+        """
+        if self.size == 1:
+            return function()
+        failed, has_value, answer = 0, 0, 0
+        error: Exception | None = None
+        if self.is_first:
+            try:
+                value = function()
+                has_value, answer = int(value is not None), value or 0
+            except Exception as caught:  # the others wait for this process, so the error is raised after them
+                failed, error = 1, caught
+        outcome = torch.tensor([failed, has_value, answer])
+        dist.broadcast(outcome, 0)
+        if error is not None:
+            raise error
+        failed, has_value, answer = outcome.tolist()
+        if failed:
+            raise FirstFailed("the first process could not go on: its own error says why")
+        return answer if has_value else None
+
+    def share(self, batch_size: int, microbatch: int | None) -> int:
+        """Images of each batch that a process takes.
+
+        Raises:
+            ValueError: if the batch, or the share, cannot be cut evenly.
+        """
+        share, rest = divmod(batch_size, self.size)
+        if rest:
+            raise ValueError(
+                f"batch {batch_size} cannot be shared evenly by {self.size} processes: choose a multiple of {self.size}"
+            )
+        if microbatch is not None and share % min(microbatch, share):
+            raise ValueError(
+                f"microbatch {microbatch} does not divide the {share} images that each of {self.size} processes takes "
+                f"of batch {batch_size}: choose a divisor of {share}"
+            )
+        return share
+
+
+@contextmanager
+def join_world(device: str) -> Iterator[World]:
+    """Join the processes that torchrun started, or be the only one.
+
+    Args:
+        device: as in `pick_device`; with several processes `auto` and `cuda` take the GPU of the local rank.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(rank=0, size=1, device=pick_device(device))
+        return
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    # CPU tensors go through gloo on every machine, so that small decisions never wait for the GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        with warnings.catch_warnings():
+            if dist.get_rank() > 0:  # the first one says it for all
+                warnings.simplefilter("ignore")
+            yield World(rank=dist.get_rank(), size=size, device=chosen)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        # What still holds the group, such as DDP's hooks, must let go first: its end waits for threads that need
+        # the interpreter's lock.
+        gc.collect()
+        dist.destroy_process_group()
