@@ -100,6 +100,7 @@ def reconstruct_many(
     t: float | None = None,
     *,
     warn_above: float = 0.01,
+    read: bool = True,
 ) -> list[Reconstruction]:
     """Put several averages together in one pass over the files; see `reconstruct`.
 
@@ -108,6 +109,7 @@ def reconstruct_many(
         targets: Widths or other profiles.
         t: Time at which they are wanted. Default: the last snapshot's.
         warn_above: Warn where the expected relative error is larger.
+        read: False leaves `tensors` empty: coefficients and the error to expect, without reading the files.
 
     Returns:
         One average a target.
@@ -120,11 +122,14 @@ def reconstruct_many(
     solutions = stored.solve([w.at(t - manifest.run.start) for w in wanted])
     for target, solution in zip(wanted, solutions, strict=True):
         _refuse_hopeless(target, solution, t, used)
-    sums, copied = stored.add_up(np.stack([s.coefficients for s in solutions], axis=1), t)
+    sums: list[dict[str, Tensor]] = [{} for _ in solutions]
+    copied: dict[str, Tensor] = {}
+    if read:
+        sums, copied = stored.add_up(np.stack([s.coefficients for s in solutions], axis=1), t)
     results = []
     for target, solution, averaged in zip(wanted, solutions, sums, strict=True):
         tensors = {**averaged, **copied}
-        tensors |= {alias: tensors[name] for alias, name in manifest.run.aliases.items()}
+        tensors |= {alias: tensors[name] for alias, name in manifest.run.aliases.items() if read}
         error = expected_error(solution, stored.motion)
         if error > warn_above:
             warnings.warn(_advice(target, solution, error, used, t), AccuracyWarning, stacklevel=3)
@@ -249,10 +254,11 @@ def _refuse_hopeless(target: Target, solution: Solution, t: float, used: Sequenc
             " earlier snapshot is needed"
         )
     if solution.profile_misfit > HOPELESS_MISFIT:
+        near = f"near {target.sigma_rel:g}" if target.sigma_rel is not None else "like it"
         raise ValueError(
             f"{target.label} at t {t:g} cannot be expressed by these {len(used)} snapshots of widths"
             f" {', '.join(f'{w:g}' for w in widths)} (misfit {solution.profile_misfit:.0%}): choose a target"
-            " nearer to them; `edm2 ema plan` tells which tracks reach further"
+            f" nearer to them; it needs another track {near}, or closer snapshots (`edm2.ema.plan` tells which)"
         )
 
 

@@ -158,21 +158,45 @@ def write(
     the manifest in the same step, and their files are deleted after it.
     """
     _check_json(run.metadata)
-    folder.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder):
-        known: tuple[Snapshot, ...] = ()
-        if (folder / MANIFEST).exists():
-            old = read_manifest(folder)
-            run, known = _same_run(folder, old, run, layout), old.snapshots
-        else:
-            _start_folder(folder, run, layout)
-        remove_strays(folder, run, known)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with folder_lock(folder):
+            return _write(folder, run, t=t, layout=layout, tracks=tracks, dtype=dtype, keep=keep)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"could not write a snapshot to {folder} ({error.strerror}): it still holds what it held before;"
+            " make room and call snapshot() again",
+        ) from error
+
+
+def _write(
+    folder: Path,
+    run: RunInfo,
+    *,
+    t: float,
+    layout: str,
+    tracks: Iterable[Track],
+    dtype: str,
+    keep: int | None,
+) -> list[Path]:
+    known: tuple[Snapshot, ...] = ()
+    if (folder / MANIFEST).exists():
+        old = read_manifest(folder)
+        run, known = _same_run(folder, old, run, layout), old.snapshots
+    else:
+        _start_folder(folder, run, layout)
+    remove_strays(folder, run, known)
+    try:
         new = [_write_one(folder, run, t=t, track=track, dtype=dtype) for track in tracks]
         content = [s for s in known if s.t < t] + new + _later(folder, known, new)
         if keep is not None:
             content = _thinned(content, run, new, keep)
         write_manifest(folder, Manifest(run=run, layout=layout, snapshots=tuple(content)))
-        remove_strays(folder, run, content)
+    except Exception:
+        remove_strays(folder, run, read_manifest(folder).snapshots)
+        raise
+    remove_strays(folder, run, content)
     return [folder / snapshot.file for snapshot in new]
 
 
@@ -196,18 +220,7 @@ def _write_one(folder: Path, run: RunInfo, *, t: float, track: Track, dtype: str
     gamma = sigma_rel_to_gamma(track.sigma_rel)
     header = {"run_id": run.run_id, "clock": run.clock, "t": repr(t), "gamma": repr(gamma)}
     aside = folder / f".writing-{track.sigma_rel!r}.tmp"
-    try:
-        sums, facts = write_track(aside, track, dtype=dtype, metadata={"format": _FORMAT, **header})
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"could not write a snapshot to {folder} ({error.strerror}): it still holds what it held before;"
-            " make room and call snapshot() again",
-        ) from error
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    sums, facts = write_track(aside, track, dtype=dtype, metadata={"format": _FORMAT, **header})
     file = f"t{_time_text(t)}_s{track.sigma_rel:.4f}_{sums.sha256[:8]}.safetensors"
     os.replace(aside, folder / file)
     return Snapshot(
