@@ -3,38 +3,274 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 
+from edm2.ema import PLANS, Plan, Reconstruction, reconstruct_many
+from edm2.ema import plan as find_plan
+from edm2.ema.plans import MOVEMENT, named_plan, spread
+from edm2.ema.profiles import FloatArray
+from edm2.ema.snapshots import Manifest, read_manifest
+from edm2.ema.targets import PowerProfile, Target
+from edm2.ema.tensorfile import save_tensors
+from edm2.ema.verify import damaged
+from edm2.files import write_atomic
 from edm2.generate import reconstruct_models
+from edm2.generate.reconstructed import snapshots_of
+from edm2.report.ema_figures import Profiles, plan_figure, profile_figure
+from edm2.report.style import figure_png
+
+_RUN = Annotated[Path, tyro.conf.Positional]
+Numbers = list[float]  # a name, because a command below is called list
+
+# Dense towards the end, where short averages have their weight.
+_TIMES = 1 - np.linspace(1, 0, 2000) ** 2
+
+# The official folders hold the paper's pair every 32 Mi images of up to 2 Gi.
+_RELEASED = Plan(
+    name="released (every 32 Mi)", sigma_rels=(0.05, 0.1), times=tuple((i + 1) / 64 for i in range(64))
+)
+
+
+@dataclass(kw_only=True)
+class _List:
+    """Show what a folder of snapshots holds: times, tracks, stored type, sizes."""
+
+    run: _RUN
+    """Folder of a run, or of snapshots."""
+
+
+@dataclass(kw_only=True)
+class _Verify:
+    """Read every file and compare it with the sha256 noted when it was written. Exit code 1 if one is damaged."""
+
+    run: _RUN
+    """Folder of a run, or of snapshots."""
 
 
 @dataclass(kw_only=True)
 class _Reconstruct:
     """Write models with any EMA length from the snapshots of one run."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: _RUN
     """Folder of the run, or of its snapshots."""
     sigma_rel: str
-    """EMA lengths relative to the training time, separated by commas: 0.05,0.10."""
+    """EMA lengths relative to the training time, separated by commas: 0.05,0.10. All come from one pass."""
     out: Path
     """Folder for the models, named after their lengths."""
-    images: float | None = None
-    """Time in images at which the averages are wanted; default: the last snapshot's."""
+    t: Annotated[float | None, tyro.conf.arg(aliases=["--images"])] = None
+    """Time, in the run's clock, at which the averages are wanted; default: the last snapshot's."""
+
+
+@dataclass(kw_only=True)
+class _Profile:
+    """Draw the wanted profiles and what the snapshots make of them; print the coefficients in short."""
+
+    run: _RUN
+    """Folder of the run, or of its snapshots."""
+    sigma_rel: str = "0.03,0.05,0.10,0.20"
+    """EMA lengths, separated by commas."""
+    out: Path
+    """PNG file."""
+    t: float | None = None
+    """Time, in the run's clock; default: the last snapshot's."""
+
+
+@dataclass(kw_only=True)
+class _Plan:
+    """Choose which averages to track and when to store them, so that any length in a range can be had later."""
+
+    sigma_range: str = "0.03,0.25"
+    """Shortest and longest EMA length wanted, relative to the training time."""
+    name: str | None = None
+    """Show a named plan instead: paper, compact, lean, small."""
+    tracks: int | None = None
+    """Averages to track; default: the best number within the budgets."""
+    times: int | None = None
+    """Times at which they are stored; 1 is the end of training alone."""
+    params: str = "100M"
+    """Parameters of the model: 100M, 1.5G."""
+    memory: str | None = None
+    """Room for the running averages: 2GB."""
+    storage: str | None = None
+    """Room for the snapshots: 10GB."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """How snapshots are stored."""
+    mid_run: bool = False
+    """Every length is also wanted at each stored time, not only at the end."""
+    out: Path | None = None
+    """PNG file: the error at each length, beside that of the paper's and the released models' snapshots."""
+
+
+def list(prog: str, words: Sequence[str]) -> None:
+    """`edm2 ema list`."""
+    folder = snapshots_of(tyro.cli(_List, prog=prog, args=[*words]).run)
+    manifest = read_manifest(folder)
+    print(_headline(folder, manifest))
+    if manifest.snapshots:
+        print(f"{'time':>16}  {'sigma_rel':>9}  {'type':<4}  {'size':>9}  to weights  file")
+    for s in manifest.snapshots:
+        print(
+            f"{s.t:>16,.10g}  {s.sigma_rel:>9g}  {s.dtype:<4}  {_size(s.num_bytes):>9}  {s.distance:>10.1%}  {s.file}"
+        )
+
+
+def verify(prog: str, words: Sequence[str]) -> None:
+    """`edm2 ema verify`."""
+    folder = snapshots_of(tyro.cli(_Verify, prog=prog, args=[*words]).run)
+    manifest = read_manifest(folder)
+    wrong = [*damaged(folder, manifest)]
+    if wrong:
+        raise OSError(f"{len(wrong)} of {len(manifest.snapshots)} files:\n  " + "\n  ".join(wrong))
+    print(f"{_headline(folder, manifest)}\nall files are as they were written")
 
 
 def reconstruct(prog: str, words: Sequence[str]) -> None:
     """`edm2 ema reconstruct`."""
-    chosen = tyro.cli(_Reconstruct, prog=prog, args=list(words))
-    for path, error in reconstruct_models(
-        chosen.run, _lengths(chosen.sigma_rel), chosen.out, t=chosen.images
-    ):
+    chosen = tyro.cli(_Reconstruct, prog=prog, args=[*words])
+    lengths, folder = _numbers("--sigma-rel", chosen.sigma_rel), snapshots_of(chosen.run)
+    if "network" in (read_manifest(folder).run.metadata or {}):
+        written = reconstruct_models(chosen.run, lengths, chosen.out, t=chosen.t)
+    else:
+        paths = [chosen.out / f"ema-{length:.4g}.safetensors" for length in lengths]
+        for path in paths:
+            if path.exists():
+                raise FileExistsError(f"{path} exists already: choose another --out or move it away")
+        results = reconstruct_many(folder, lengths, chosen.t)
+        written = [(_save(p, r), r.expected_error) for p, r in zip(paths, results, strict=True)]
+    for path, error in written:
         print(f"{path}  expected relative error {error:.1e}")
 
 
-def _lengths(text: str) -> list[float]:
+def profile(prog: str, words: Sequence[str]) -> None:
+    """`edm2 ema profile`."""
+    chosen = tyro.cli(_Profile, prog=prog, args=[*words])
+    folder = snapshots_of(chosen.run)
+    manifest = read_manifest(folder)
+    results = reconstruct_many(folder, _numbers("--sigma-rel", chosen.sigma_rel), chosen.t, read=False)
+    drawn = [_drawn(manifest, result) for result in results]
+    print(f"{'wanted':<16} {'files':>5}  {'largest coefficient':>19}  amplification  expected relative error")
+    for result in results:
+        largest = max(result.coefficients.values(), key=abs)
+        print(
+            f"{result.label:<16} {len(result.coefficients):>5}  {largest:>19.3g}  {result.amplification:>13.2f}"
+            f"  {result.expected_error:.1e}"
+        )
+    times = manifest.run.start + _TIMES * (results[0].t - manifest.run.start)
+    print(write_atomic(chosen.out, figure_png(profile_figure(times, drawn, clock=manifest.run.clock))))
+
+
+def plan(prog: str, words: Sequence[str]) -> None:
+    """`edm2 ema plan`."""
+    chosen = tyro.cli(_Plan, prog=prog, args=[*words])
+    num_params = round(_amount("--params", chosen.params))
+    ends = _numbers("--sigma-range", chosen.sigma_range)
+    if len(ends) != 2:
+        raise ValueError(
+            f"--sigma-range {chosen.sigma_range!r}: write the shortest and the longest, 0.03,0.25"
+        )
+    room = {
+        f"{name}_bytes": None if text is None else round(_amount(f"--{name}", text.removesuffix("B")))
+        for name, text in (("memory", chosen.memory), ("storage", chosen.storage))
+    }
+    if chosen.name is not None:
+        found = named_plan(chosen.name)
+    else:
+        found = find_plan(
+            (ends[0], ends[1]), tracks=chosen.tracks, times=chosen.times, num_params=num_params,
+            dtype=chosen.dtype, mid_run=chosen.mid_run, **room,
+        )  # fmt: skip
+    others = [PLANS["paper"], _RELEASED]
+    widths = spread((ends[0], ends[1]), 121)
+    print(_plan_text(found, num_params, widths))
+    for other in others:
+        if other.name != found.name:
+            print(f"\nbeside it, {_comparison(other, num_params, widths)}")
+    if chosen.out is not None:
+        fine = spread((ends[0], ends[1]), 601)
+        shown = [found, *(other for other in others if other.name != found.name)]
+        curves = [(f"{p.name}, {p.num_files} files", p.errors(fine)) for p in shown]
+        print(write_atomic(chosen.out, figure_png(plan_figure(fine, curves))))
+
+
+def _plan_text(found: Plan, num_params: int, widths: FloatArray) -> str:
+    error = float(found.errors(widths).max())
+    times = "the end alone" if len(found.times) == 1 else ", ".join(f"{t:.3g}" for t in found.times)
+    tracks = ", ".join(f"{s:g}" for s in found.sigma_rels)
+    return "\n".join(
+        [
+            f"track           {tracks}",
+            f"store at        {times if len(found.times) <= 16 else f'{len(found.times)} equal steps'}"
+            f"{'' if len(found.times) == 1 else ' of the run'}, as {found.dtype}: {found.num_files} files",
+            f"worst error     {error:.2g} of the profile, for lengths {widths[0]:g} to {widths[-1]:g};"
+            f" about {error * MOVEMENT:.1g} of the parameters",
+            f"memory          {_size(found.memory_bytes(num_params))} for the running averages of {num_params:,}"
+            " parameters",
+            f"storage         {_size(found.storage_bytes(num_params))}",
+            f"in Python       PowerEMA(model, sigma_rels=[{tracks}])",
+        ]
+    )
+
+
+def _comparison(other: Plan, num_params: int, widths: FloatArray) -> str:
+    return (
+        f"{other.name}: {other.num_files} files, {_size(other.storage_bytes(num_params))},"
+        f" worst error {float(other.errors(widths).max()):.2g}"
+    )
+
+
+def _drawn(manifest: Manifest, result: Reconstruction) -> Profiles:
+    assert result.sigma_rel is not None
+    start = manifest.run.start
+    times = _TIMES * (result.t - start)
+    made = np.zeros_like(times)
+    for snapshot in manifest.snapshots:
+        if snapshot.file in result.coefficients:
+            stored = PowerProfile(snapshot.t - start, snapshot.gamma)
+            made += result.coefficients[snapshot.file] * stored.density(times)
+    wanted = Target.power(result.sigma_rel).at(result.t - start).density(times)
+    return Profiles(label=result.label, wanted=wanted, made=made)
+
+
+def _save(path: Path, result: Reconstruction) -> Path:
+    facts = ("label", "t", "clock", "run_id", "expected_error")
+    return save_tensors(path, result.tensors, {name: str(getattr(result, name)) for name in facts})
+
+
+def _headline(folder: Path, manifest: Manifest) -> str:
+    run, entries = manifest.run, manifest.snapshots
+    tracks = sorted({s.sigma_rel for s in entries})
+    return (
+        f"{folder}: run {run.run_id}, time in {run.clock} from {run.start:g};"
+        f" {len(entries)} files, {_size(sum(s.num_bytes for s in entries))}:"
+        f" {len({s.t for s in entries})} times, tracks {', '.join(f'{s:g}' for s in tracks)}"
+    )
+
+
+def _numbers(option: str, text: str) -> Numbers:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--sigma-rel {text!r}: write lengths separated by commas, 0.05,0.10") from None
+        raise ValueError(f"{option} {text!r}: write lengths separated by commas, 0.05,0.10") from None
+
+
+def _amount(option: str, text: str) -> float:
+    """A number with k, M, G or T after it."""
+    factor = 1000 ** (1 + "kMGT".index(text[-1])) if text and text[-1] in "kMGT" else 1
+    try:
+        value = float(text[: len(text) - (factor > 1)]) * factor
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < 1e18:
+        raise ValueError(f"{option} {text!r} is not understood: write a number such as 500k, 100M, 2.5G, 1T")
+    return value
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"

@@ -114,6 +114,35 @@ def write_tensors(
     )
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write tensors on the CPU to a new safetensors file, whole or not at all.
+
+    Args:
+        path: File to write; its folder is made.
+        tensors: Name -> tensor; tied ones are written under each name.
+        metadata: Strings for the header.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileExistsError: If the file is there already.
+        OSError: If the disk is full or cannot be written.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists already: choose another name or move it away")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    specs = [TensorSpec(name=n, dtype=x.dtype, shape=tuple(x.shape)) for n, x in tensors.items()]
+    try:
+        write_tensors(aside, specs, tensors.__getitem__, metadata)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    return path
+
+
 def _header(order: list[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     content: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     position = 0
