@@ -87,6 +87,8 @@ def read_reference(path: str | Path, *, metric: str | None = None) -> Reference:
         reference = Reference.load(path)
         if metric is not None:
             raise ValueError(f"{path} is of one extractor: leave --metric {metric} out")
+        if "name" not in reference.provenance.get("extractor", {}) or "images" not in reference.provenance:
+            raise ValueError(f"{path} does not say what was measured by what: make it with `edm2 metrics ref`")
         return reference
     found = read_reference_statistics(path)
     metric = next(iter(found)) if metric is None else metric

@@ -254,6 +254,9 @@ def test_a_classifier_of_another_training_is_refused(digits_ref, samples, tmp_pa
     mine.save(tmp_path / "mine.safetensors")
     error = fails(capsys, "metrics", "score", samples, "--ref", tmp_path / "mine.safetensors")
     assert "was measured by 'mine', which only its owner's code can load: use edm2.metrics.score" in error
+    Reference(measured=reference.measured).save(tmp_path / "nameless.safetensors")
+    error = fails(capsys, "metrics", "score", samples, "--ref", tmp_path / "nameless.safetensors")
+    assert "does not say what was measured by what: make it with `edm2 metrics ref`" in error
 
 
 def test_two_processes_give_the_numbers_of_one(digits_ref, samples, tmp_path):
