@@ -1,0 +1,156 @@
+"""Cost of one EMA update of two tracks: ours against the least it can be, the textbook loop, and other libraries.
+
+    python benchmarks/ema_update_cost.py                       # 5M parameters in 200 tensors
+    python benchmarks/ema_update_cost.py --million 100 --tensors 300
+    PYTHONPATH=peers python benchmarks/ema_update_cost.py      # with ema-pytorch and nitrous-ema installed there
+
+The least is an in-place lerp of two flat tensors of the same size: one pass over the same bytes. Ratios are
+taken round by round, as the methods take turns. Other libraries take part where they are installed; each does
+its own update of two averages, on the model's device. pytorch-posthoc-ema moves the model to the host's memory
+and back; it is measured as it is.
+"""
+
+import copy
+import importlib.util
+import statistics
+import tempfile
+
+import torch
+from common import in_turns, machine, options
+from torch import nn
+
+from edm2.ema import PowerEMA
+
+
+def make_model(num_params: int, num_tensors: int) -> nn.Module:
+    """Tensors of many sizes, some of them small as biases are."""
+    torch.manual_seed(0)
+    sizes = torch.rand(num_tensors) ** 3
+    sizes[::4] = 0
+    sizes = (sizes / sizes.sum() * num_params).long().clamp(min=64).tolist()
+    model = nn.Module()
+    for i, size in enumerate(sizes):
+        model.register_parameter(f"p{i}", nn.Parameter(torch.randn(size)))
+    return model
+
+
+class Counter:
+    """Calls a function with 1, 2, 3, ..."""
+
+    def __init__(self, function):
+        self.function, self.count = function, 0
+
+    def __call__(self):
+        self.count += 1
+        self.function(self.count)
+
+
+def textbook(model: nn.Module):
+    """The loop of many training scripts, over two copies of the model."""
+    copies = [copy.deepcopy(model) for _ in range(2)]
+
+    @torch.no_grad()
+    def update():
+        for average, beta in zip(copies, (0.999, 0.9999), strict=True):
+            for a, p in zip(average.parameters(), model.parameters(), strict=True):
+                a.mul_(beta).add_(p, alpha=1 - beta)
+
+    return update
+
+
+def flat(model: nn.Module):
+    """The least that has to be done."""
+    source = torch.cat([p.detach().flatten() for p in model.parameters()])
+    averages = [source.clone() for _ in range(2)]
+
+    def update():
+        for average, weight in zip(averages, (0.001, 0.0001), strict=True):
+            average.lerp_(source, weight)
+
+    return update
+
+
+def peers(model: nn.Module, folder: str):
+    """Updates of other libraries that are installed here."""
+    found = {}
+    if importlib.util.find_spec("ema_pytorch"):
+        from ema_pytorch import EMA, PostHocEMA
+
+        for use_foreach in (False, True):
+            emas = [
+                EMA(
+                    model,
+                    update_every=1,
+                    update_after_step=0,
+                    use_foreach=use_foreach,
+                    include_online_model=False,
+                )
+                for _ in range(2)
+            ]
+            name = f"ema-pytorch EMA{', foreach' if use_foreach else ''}"
+            found[name] = lambda emas=emas: [ema.update() for ema in emas]
+        ema = PostHocEMA(
+            model,
+            sigma_rels=(0.05, 0.10),
+            update_every=1,
+            checkpoint_every_num_steps=10**9,
+            checkpoint_folder=folder,
+        )
+        found["ema-pytorch PostHocEMA"] = ema.update
+    if importlib.util.find_spec("nitrous_ema"):
+        from nitrous_ema import PostHocEMA as NitrousEMA
+
+        nitrous = NitrousEMA(
+            model,
+            sigma_rels=(0.05, 0.10),
+            update_every=1,
+            checkpoint_every_num_steps=10**9,
+            checkpoint_folder=folder,
+        )
+        found["nitrous-ema"] = nitrous.update
+    if importlib.util.find_spec("posthoc_ema"):
+        from posthoc_ema import PostHocEMA as PlainEMA
+
+        plain = PlainEMA.from_model(
+            model,
+            folder,
+            sigma_rels=(0.05, 0.10),
+            update_every=1,
+            checkpoint_every=10**9,
+            update_after_step=0,
+        )
+        found["pytorch-posthoc-ema"] = lambda: plain.update_(model)
+    return found
+
+
+def main():
+    arguments = options(
+        __doc__, million=5, tensors=200, rounds=21, device="cuda" if torch.cuda.is_available() else "cpu",
+    )  # fmt: skip
+    device = torch.device(arguments.device)
+    model = make_model(arguments.million * 10**6, arguments.tensors).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        methods = {
+            "flat lerp (the least)": flat(model),
+            "edm2": Counter(PowerEMA(model).update),
+            "textbook loop": textbook(model),
+            **peers(model, folder),
+        }
+        if device.type == "cuda":
+            methods["edm2, averages on the CPU"] = Counter(PowerEMA(model, device="cpu").update)
+        times = in_turns(methods, device, arguments.rounds)
+    print(
+        f"one update of two averages, {arguments.million}M float32 parameters in {arguments.tensors} tensors"
+    )
+    print(machine(device))
+    print(f"{'method':<28} {'ms':>8} {'of the least':>12} {'of edm2':>8}")
+    for name, seconds in times.items():
+        ratios = [
+            statistics.median(a / b for a, b in zip(seconds, times[other], strict=True))
+            for other in ("flat lerp (the least)", "edm2")
+        ]
+        print(f"{name:<28} {1e3 * statistics.median(seconds):>8.2f} {ratios[0]:>11.2f}x {ratios[1]:>7.2f}x")
+
+
+if __name__ == "__main__":
+    main()
