@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from edm2.ema import PowerEMA, Target, reconstruct, sigma_rel_to_gamma
+from edm2.ema import PowerEMA, Target, reconstruct, reconstruct_many, sigma_rel_to_gamma
 
 STEPS = 200
 
@@ -68,6 +68,28 @@ def test_reconstruction_is_the_average_done_by_hand(
     assert error < 0.15 * last
     assert error < result.expected_error < 10 * error
     assert result.label == target.label
+
+
+def test_several_targets_in_one_pass_and_in_mid_run_are_each_alone(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Linear(20, 20)
+    ema = PowerEMA(model, plan="compact")
+    for t in range(1, STEPS + 1):
+        with torch.no_grad():
+            model.weight.add_(0.002 * torch.randn(20, 20, generator=generator))
+        ema.update(t)
+        if t % 50 == 0:
+            ema.snapshot(tmp_path)
+    targets = [Target.power(0.1), Target.exponential(20), Target.uniform(60)]
+    for t in (None, 150, 120):
+        together = reconstruct_many(tmp_path, targets, t=t, warn_above=9)
+        for target, one in zip(targets, together, strict=True):
+            alone = reconstruct(tmp_path, target=target, t=t, warn_above=9)
+            difference = (one.tensors["weight"] - alone.tensors["weight"]).norm() / one.tensors[
+                "weight"
+            ].norm()
+            assert float(difference) < 0.1 * one.expected_error
+            assert one.t == (t or STEPS)
 
 
 def test_bad_targets_are_refused(tmp_path: Path) -> None:
