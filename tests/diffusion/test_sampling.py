@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 import torch
 
-from edm2.diffusion import Denoiser, draw_sigma, edm2_loss, guided, sample_heun, time_steps
+from edm2.diffusion import (
+    SAMPLERS,
+    Denoiser,
+    draw_sigma,
+    edm2_loss,
+    guided,
+    sample_dpmpp_2m,
+    sample_euler,
+    sample_heun,
+    time_steps,
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,24 +64,68 @@ def exact_solution(noise, mean, std, sigma_max):
     return mean + (sigma_max * noise - mean) * std / math.sqrt(std**2 + sigma_max**2)
 
 
-def test_heun_converges_at_second_order_to_the_exact_solution():
+@pytest.mark.parametrize(("name", "order"), [("heun", 2), ("euler", 1), ("dpmpp-2m", 2)])
+def test_order_of_convergence_to_the_exact_solution(name, order):
     noise = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = exact_solution(noise, 0.3, 0.5, 80)
     # The last step, to 0, is an Euler step: a tiny sigma_min keeps its error out of the picture.
+    settings = dict(sigma_min=1e-8, rho=9, dtype=torch.float64)
     errors = []
-    for num_steps in (40, 80, 160):
-        out = sample_heun(
-            gaussian_denoiser(0.3, 0.5),
-            noise,
-            num_steps=num_steps,
-            sigma_min=1e-8,
-            rho=9,
-            dtype=torch.float64,
-        )
+    for num_steps in (80, 160, 320):
+        out = SAMPLERS[name](gaussian_denoiser(0.3, 0.5), noise, num_steps=num_steps, **settings)
         errors.append(float((out - exact).abs().max()))
-    assert errors[-1] < 2e-3
+    assert errors[-1] < 0.02
     for coarse, fine in itertools.pairwise(errors):
-        assert math.log2(coarse / fine) == pytest.approx(2, abs=0.2)
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
+
+
+def test_euler_equals_hand_computation():
+    noise = torch.tensor([[[[0.3]]]], dtype=torch.float64)
+    # D(x) = x / 2, so dx/dsigma = x / (2 sigma): the levels are 4, 1, 0.
+    out = sample_euler(
+        lambda x, s, c: x / 2, noise, num_steps=2, sigma_min=1.0, sigma_max=4.0, dtype=torch.float64
+    )
+    x = 4 * 0.3
+    x = x + (1 - 4) * (x / 2) / 4
+    assert float(out) == pytest.approx(x + (0 - 1) * (x / 2) / 1, rel=1e-12)
+
+
+def test_multistep_equals_hand_computation():
+    noise = torch.tensor([[[[0.3]]]], dtype=torch.float64)
+    seen = []
+
+    def denoiser(x, sigma, labels):
+        seen.append(float(x))
+        return x / 2
+
+    out = sample_dpmpp_2m(
+        denoiser, noise, num_steps=3, sigma_min=1.0, sigma_max=9.0, rho=1, dtype=torch.float64
+    )
+    # Levels 9, 5, 1, 0. First and last step take the denoised images as constant, the second extrapolates them.
+    x0 = 9 * 0.3
+    x1 = 5 / 9 * x0 + (1 - 5 / 9) * x0 / 2
+    slope = (x1 / 2 - x0 / 2) / math.log(9 / 5)
+    x2 = 1 / 5 * x1 + (1 - 1 / 5) * (x1 / 2 + slope * math.log(5) / 2)
+    assert seen == pytest.approx([x0, x1, x2], rel=1e-12)
+    assert float(out) == pytest.approx(x2 / 2, rel=1e-12)
+
+
+def test_guidance_acts_in_its_interval_alone():
+    for name, evaluations in {"heun": 15, "euler": 8, "dpmpp-2m": 8}.items():
+        seen = {"main": [], "guide": []}
+
+        def counted(who, seen=seen):
+            def denoiser(x, sigma, labels):
+                seen[who].append(float(sigma))
+                return torch.zeros_like(x)
+
+            return denoiser
+
+        options = dict(guide=counted("guide"), guidance=2.0, interval=(0.1, 10.0), num_steps=8)
+        SAMPLERS[name](counted("main"), torch.zeros(1, 1, 1, 1), **options)
+        assert len(seen["main"]) == evaluations
+        assert seen["guide"] == [s for s in seen["main"] if 0.1 < s <= 10.0]
+        assert 0 < len(seen["guide"]) < evaluations
 
 
 def test_default_schedule_solves_a_gaussian_to_two_percent():
@@ -139,6 +193,12 @@ def test_schedule_ends_and_defaults():
         (dict(rho=-1.0), "rho -1.0 must be positive"),
         (dict(s_churn=1.0), "s_churn 1.0 adds noise: pass randn_like"),
         (dict(guidance=1.5), "guidance 1.5 needs a guide"),
+        (dict(guidance=2.0, guide=gaussian_denoiser(0, 1), interval=(3.0, 1.0)), "0 <= low < high must hold"),
+        (
+            dict(guidance=2.0, guide=gaussian_denoiser(0, 1), interval=(90.0, 100.0)),
+            r"interval \(90, 100\] of guidance holds none of the schedule's noise levels, 0.002 to 80",
+        ),
+        (dict(interval=(0.1, 1.0)), r"interval \(0.1, 1\] of guidance, but guidance 1 is none"),
         (dict(guidance=math.nan), "guidance nan must be finite"),
     ],
 )

@@ -1,21 +1,15 @@
-"""Samplers: functions over any callable `denoiser(x, sigma, labels)`.
+"""The schedule and the Heun sampler: functions over any callable `denoiser(x, sigma, labels)`.
 
 Ref: EDM (arXiv 2206.00364) Alg. 2, Eq. 5; EDM2 Sec. 3 and App. C; SPEC section 6.
 """
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-class DenoiserFn(Protocol):
-    """Any denoiser: an `edm2.diffusion.Denoiser`, another network, or a closed form."""
-
-    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None, /) -> Tensor:
-        """Noisy `[B, C, H, W]`, sigma scalar, labels -> the expected clean images, `[B, C, H, W]`."""
+from edm2.diffusion.guidance import DenoiserFn, guided_by_level
 
 
 def time_steps(
@@ -41,33 +35,6 @@ def time_steps(
     return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
 
 
-def guided(denoiser: DenoiserFn, guide: DenoiserFn | None, guidance: float) -> DenoiserFn:
-    """Extrapolate from a guide to the main denoiser: `D_guide + w (D_main - D_guide)`.
-
-    Args:
-        denoiser: the main network.
-        guide: an unconditional network (classifier-free guidance), a weaker one (autoguidance), or None.
-        guidance: w; 1 leaves the main network alone, and the guide is not run.
-
-    Raises:
-        ValueError: for a guidance weight other than 1 without a guide, or one that is not finite.
-
-    Ref: EDM2 Eq. 11; arXiv 2406.02507 Eq. 3.
-    """
-    if not math.isfinite(guidance):
-        raise ValueError(f"guidance {guidance} must be finite")
-    if guidance == 1:
-        return denoiser
-    if guide is None:
-        raise ValueError(f"guidance {guidance} needs a guide: pass guide=..., or guidance=1 for none")
-
-    def guided_denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None, /) -> Tensor:
-        reference = guide(x, sigma, labels)
-        return reference + guidance * (denoiser(x, sigma, labels) - reference)
-
-    return guided_denoiser
-
-
 @torch.no_grad()
 def sample_heun(
     denoiser: DenoiserFn,
@@ -76,6 +43,7 @@ def sample_heun(
     *,
     guide: DenoiserFn | None = None,
     guidance: float = 1.0,
+    interval: tuple[float, float] = (0.0, math.inf),
     num_steps: int = 32,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
@@ -97,6 +65,7 @@ def sample_heun(
         labels: given to the denoiser and the guide as they are.
         guide: see `guided`.
         guidance: see `guided`.
+        interval: (low, high]: noise levels at which guidance acts; elsewhere the guide is not run.
         num_steps: number of noise levels.
         sigma_min: lowest noise level before 0.
         sigma_max: highest noise level.
@@ -112,30 +81,33 @@ def sample_heun(
         `[B, C, H, W]` in `dtype`.
 
     Raises:
-        ValueError: for churn without `randn_like`, a guidance weight without a guide, or a bad schedule.
+        ValueError: for churn without `randn_like`, a guidance weight without a guide, a bad schedule, or an
+            interval that holds none of its levels.
 
     Ref: EDM Alg. 2.
     """
-    steps = time_steps(num_steps, sigma_min, sigma_max, rho).to(noise.device, dtype)
+    levels = time_steps(num_steps, sigma_min, sigma_max, rho).tolist()
+    steps = torch.tensor(levels, dtype=torch.float64).to(noise.device, dtype)
     if s_churn > 0 and randn_like is None:
         raise ValueError(f"s_churn {s_churn} adds noise: pass randn_like, a function of the state's shape")
-    denoise = guided(denoiser, guide, guidance)
-    churn = [s_churn > 0 and s_min <= float(s) <= s_max for s in steps.tolist()]
+    at_level = guided_by_level(denoiser, guide, guidance, interval, levels[:-1])
+    churn = [s_churn > 0 and s_min <= level <= s_max for level in levels]
+    raise_by = 1 + min(s_churn / num_steps, math.sqrt(2) - 1)
 
-    def slope(x: Tensor, sigma: Tensor) -> Tensor:
-        return (x - denoise(x, sigma, labels).to(dtype)) / sigma
+    def slope(x: Tensor, sigma: Tensor, level: float) -> Tensor:
+        return (x - at_level(level)(x, sigma, labels).to(dtype)) / sigma
 
     x = noise.to(dtype) * steps[0]
     for i in range(num_steps):
-        sigma, sigma_next = steps[i], steps[i + 1]
+        sigma, sigma_next, level = steps[i], steps[i + 1], levels[i]
         if churn[i]:
             assert randn_like is not None
-            raised = sigma * (1 + min(s_churn / num_steps, math.sqrt(2) - 1))
+            raised = sigma * raise_by
             x = x + (raised**2 - sigma**2).sqrt() * s_noise * randn_like(x).to(dtype)
-            sigma = raised
-        d = slope(x, sigma)
+            sigma, level = raised, level * raise_by
+        d = slope(x, sigma, level)
         x_next = x + (sigma_next - sigma) * d
         if i < num_steps - 1:
-            x_next = x + (sigma_next - sigma) * (d + slope(x_next, sigma_next)) / 2
+            x_next = x + (sigma_next - sigma) * (d + slope(x_next, sigma_next, levels[i + 1])) / 2
         x = x_next
     return x
