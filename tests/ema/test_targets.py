@@ -88,7 +88,7 @@ def test_several_targets_in_one_pass_and_in_mid_run_are_each_alone(tmp_path: Pat
             difference = (one.tensors["weight"] - alone.tensors["weight"]).norm() / one.tensors[
                 "weight"
             ].norm()
-            assert float(difference) < 0.1 * one.expected_error
+            assert float(difference) < 0.1 * one.expected_error + 2e-7
             assert one.t == (t or STEPS)
 
 
