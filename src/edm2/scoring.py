@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from edm2.metrics import (
     Measured,
     Reference,
     Scores,
-    describe_extractor,
     measure,
 )
 from edm2.metrics.measure import DENSITY_K, MANIFOLD_K, kept_rows
@@ -56,20 +56,27 @@ def measure_images(
 
 
 def provenance_of(
-    images: dict[str, Any], extractor: FeatureExtractor, *, keep: int, seed: int
+    images: dict[str, Any], extractor: dict[str, Any], *, keep: int, seed: int
 ) -> dict[str, Any]:
-    """What a measurement is of and was made by, as JSON."""
-    settings = {"keep": keep, "seed": seed, "precision_recall_k": MANIFOLD_K, "density_coverage_k": DENSITY_K}
+    """What a measurement is of and was made by, as JSON.
+
+    Args:
+        images: provenance of the images.
+        extractor: as of `edm2.metrics.describe_extractor`.
+        keep: number of images whose features are kept.
+        seed: of that choice and of subsets.
+    """
+    settings = {
+        "keep": keep,
+        "seed": seed,
+        "precision_recall_k": MANIFOLD_K,
+        "density_coverage_k": DENSITY_K,
+    }
     versions = {"edm2": edm2.__version__, "numpy": np.__version__, "torch": torch.__version__}
     versions["python"] = platform.python_version()
-    if extractor.name == "dinov2":
+    if "transformers" in sys.modules:
         versions["transformers"] = importlib.metadata.version("transformers")
-    return {
-        "extractor": describe_extractor(extractor),
-        "images": images,
-        "settings": settings,
-        "versions": versions,
-    }
+    return {"extractor": extractor, "images": images, "settings": settings, "versions": versions}
 
 
 def read_reference(path: str | Path, *, metric: str | None = None) -> Reference:
@@ -88,7 +95,9 @@ def read_reference(path: str | Path, *, metric: str | None = None) -> Reference:
         if metric is not None:
             raise ValueError(f"{path} is of one extractor: leave --metric {metric} out")
         if "name" not in reference.provenance.get("extractor", {}) or "images" not in reference.provenance:
-            raise ValueError(f"{path} does not say what was measured by what: make it with `edm2 metrics ref`")
+            raise ValueError(
+                f"{path} does not say what was measured by what: make it with `edm2 metrics ref`"
+            )
         return reference
     found = read_reference_statistics(path)
     metric = next(iter(found)) if metric is None else metric
@@ -119,7 +128,7 @@ def is_reference(path: str | Path) -> bool:
 def check_extractor(extractor: dict[str, Any], reference: dict[str, Any], where: str) -> None:
     """Raise a ValueError unless features by one extractor can be compared with a reference's."""
     for key in ("name", "sha256", "num_features"):
-        if reference.get(key) is not None and reference[key] != extractor[key]:
+        if None not in (reference.get(key), extractor.get(key)) and reference[key] != extractor[key]:
             raise ValueError(
                 f"{where} was measured by an extractor of {key} {reference[key]}, and this one's is {extractor[key]}: "
                 "features of two extractors cannot be compared"
@@ -202,17 +211,18 @@ def doubts(images: dict[str, Any], reference: dict[str, Any], extractor: dict[st
                 f"{whose} {count:,} images, fewer than {_CONVENTION if general else 10 * width:,}: the Frechet "
                 "distance is too large; compare it only with one of as many images"
             )
-    if general and images["shape"][0] == 1:
+    shape, fingerprint = images.get("shape"), images.get("fingerprint")
+    if general and shape is not None and shape[0] == 1:
         found.append(
             f"the images are gray and {extractor['name']} was trained on photos in colour: numbers mean little"
         )
     known = reference.get("shape")
-    if known is not None and known != images["shape"]:
+    if known is not None and shape is not None and known != shape:
         found.append(
-            f"the images are {_shape_text(images['shape'])} and the reference's {_shape_text(known)}: part of the "
+            f"the images are {_shape_text(shape)} and the reference's {_shape_text(known)}: part of the "
             "distance is that of their sizes"
         )
-    if reference.get("fingerprint") == images["fingerprint"]:
+    if fingerprint is not None and fingerprint == reference.get("fingerprint"):
         found.append("the images are the reference's own: the numbers say nothing about a generator")
     difference = _class_difference(images.get("class_counts"), reference.get("class_counts"))
     if difference > _CLASS_DIFFERENCE:

@@ -150,6 +150,19 @@ def test_compare_images_references_and_results(digits_ref, samples, tmp_path, mo
     assert "compare a result (.json) with another result" in error
 
 
+def test_two_references_need_no_extractor(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, mean in (("a", 0.0), ("b", 3.0)):
+        np.savez(tmp_path / f"{name}.npz", mu=np.full(4, mean), sigma=np.eye(4))
+    run("metrics", "compare", "a.npz", "b.npz")
+    result = json.loads((tmp_path / "a-vs-b.metrics.json").read_text())
+    assert result["scores"]["frechet_distance"] == pytest.approx(36)
+    assert "extractor  inception (weights not known), 4 features" in capsys.readouterr().out
+    np.savez(tmp_path / "c.npz", mu=np.zeros(3), sigma=np.eye(3))
+    error = fails(capsys, "metrics", "compare", "a.npz", "c.npz")
+    assert "a.npz was measured by an extractor of num_features 4, and this one's is 3" in error
+
+
 def test_an_official_reference_is_read_and_not_run(samples, tmp_path, capsys):
     path, sha256 = scripted(tmp_path / "inception.pt")
     features = (
@@ -192,6 +205,32 @@ def test_an_official_reference_is_read_and_not_run(samples, tmp_path, capsys):
     official.write_bytes(b"cposix\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
     assert "error" in fails(capsys, *words, "--weights", path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_weights_from_an_address_need_their_hash(samples, tmp_path, capsys, monkeypatch):
+    path, sha256 = scripted(tmp_path / "inception.pt")
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(2), sigma=np.eye(2))
+    asked = []
+
+    def fetch(name, source, folder, *, sha256):
+        asked.append((name, source, sha256))
+        return path
+
+    monkeypatch.setattr("edm2.commands.metrics.fetch", fetch)
+    words = (
+        "metrics",
+        "score",
+        samples,
+        "--ref",
+        tmp_path / "ref.npz",
+        "--weights",
+        "https://host/a/inception.pt",
+    )
+    assert "is downloaded only with the hash that it should have" in fails(capsys, *words)
+    assert asked == []
+    run(*words, "--weights-sha256", sha256)
+    assert asked == [("inception.pt", "https://host/a", sha256)]
+    assert (tmp_path / "samples.metrics.json").exists()
 
 
 def scripted(path):
@@ -247,6 +286,10 @@ def test_a_classifier_of_another_training_is_refused(digits_ref, samples, tmp_pa
     error = fails(capsys, "metrics", "score", samples, "--ref", digits_ref, "--weights", other)
     assert "was measured by an extractor of sha256" in error
     assert "features of two extractors cannot be compared" in error
+    error = fails(
+        capsys, "metrics", "score", samples, "--ref", digits_ref, "--weights", other, "--weights-sha256", "00"
+    )
+    assert "has another sha256 than 00: it is another file" in error
     reference = Reference.load(digits_ref)
     mine = Reference(
         measured=reference.measured, provenance={"extractor": {"name": "mine"}, "images": {"source": "x"}}

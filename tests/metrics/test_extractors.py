@@ -1,4 +1,6 @@
 import hashlib
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -142,3 +144,13 @@ def test_classifier_errors(tmp_path):
     with pytest.raises(ValueError, match="only a network that fit_classifier made can be saved"):
         ClassifierFeatures(nn.Identity(), (3, 6, 7)).save(tmp_path / "own")
     assert not (tmp_path / "own").exists()
+
+
+def test_importing_metrics_loads_nothing_heavy_nor_above_it():
+    code = (
+        "import sys, edm2.metrics; "
+        "print(*(m for m in sys.modules if m.startswith(('edm2.', 'transformers', 'sklearn', 'scipy'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert [name for name in loaded if not name.startswith("edm2.metrics")] == ["edm2.files"]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from edm2.files import sha256_of
 from edm2.image_sets import MIN_IMAGES, ImageSet, open_images
 from edm2.interop.fetch import fetch
 from edm2.metrics import (
@@ -58,7 +59,7 @@ class _Options:
     extractor: Literal["inception", "dinov2", "classifier"] | None = None
     """What makes features. Default: the reference's; to make one, a classifier trained on its labels."""
     weights: str | None = None
-    """Its weights: a file (inception, classifier), a folder or hub name (dinov2), or the file's http(s) address."""
+    """Its weights: a file or its http(s) address (inception, classifier), a folder or hub name (dinov2)."""
     weights_sha256: str | None = None
     """Expected hash of the weights. Required for inception, whose TorchScript file contains code that runs."""
     trust_weights: bool = False
@@ -134,7 +135,9 @@ def ref(prog: str, words: Sequence[str]) -> None:
             extractor = _fit(images, beside, options)
         else:
             extractor = _open(options, None, world)
-        provenance = provenance_of(images.provenance, extractor, keep=options.keep, seed=options.seed)
+        provenance = provenance_of(
+            images.provenance, describe_extractor(extractor), keep=options.keep, seed=options.seed
+        )
         if out.exists():
             differing = differences(Reference.load(out).provenance, provenance)
             if differing:
@@ -180,8 +183,10 @@ def compare(prog: str, words: Sequence[str]) -> None:
     with join_world(options.device) as world:
         real = _side(chosen.a, options, None)
         made = _side(chosen.b, options, real.num_classes)
-        known = next((side for side in (real, made) if side.reference is not None), None)
-        extractor = _open(options, known, world)
+        extractor = None
+        if real.images is not None or made.images is not None:
+            known = next((side for side in (real, made) if side.reference is not None), None)
+            extractor = _open(options, known, world)
         stems = [Path(name.rstrip("/")).stem for name in names]
         out = chosen.out or Path(f"{stems[0]}-vs-{stems[1]}.metrics.json")
         _score(real, made, extractor, out, options, world)
@@ -208,10 +213,11 @@ class _Side:
         counts = self.provenance.get("class_counts")
         return len(counts) if counts else None
 
-    def measured(self, extractor: FeatureExtractor, options: _Options, world: World) -> Measured:
+    def measured(self, extractor: FeatureExtractor | None, options: _Options, world: World) -> Measured:
         if self.reference is not None:
             return self.reference.measured
         assert self.images is not None
+        assert extractor is not None
         return _measured(self.images, extractor, options, world)
 
 
@@ -222,13 +228,18 @@ def _side(name: str, options: _Options, num_classes: int | None) -> _Side:
 
 
 def _score(
-    real: _Side, made: _Side, extractor: FeatureExtractor, out: Path, options: _Options, world: World
+    real: _Side, made: _Side, extractor: FeatureExtractor | None, out: Path, options: _Options, world: World
 ) -> None:
-    """Check everything, then measure, print and write."""
+    """Check everything, then measure, print and write; two references need no extractor."""
+    if extractor is not None:
+        described = describe_extractor(extractor)
+    else:
+        assert made.reference is not None
+        described = made.reference.provenance["extractor"]
     for side in (real, made):
         if side.reference is not None:
-            check_extractor(describe_extractor(extractor), side.reference.provenance["extractor"], side.where)
-    provenance = provenance_of(made.provenance, extractor, keep=options.keep, seed=options.seed)
+            check_extractor(described, side.reference.provenance["extractor"], side.where)
+    provenance = provenance_of(made.provenance, described, keep=options.keep, seed=options.seed)
     provenance["reference"] = {
         "images": real.provenance,
         "sha256": real.reference.sha256 if real.reference is not None else None,
@@ -237,7 +248,7 @@ def _score(
     if old is not None:
         return _print_result(old, f"these numbers were in {out} already")
     for side in (real, made):
-        if side.images is not None:
+        if side.images is not None and extractor is not None:
             _see(extractor, side.images)
     found = doubts(made.provenance, real.provenance, provenance["extractor"])
     with warnings.catch_warnings(record=True) as caught:
@@ -270,13 +281,12 @@ def _compare_results(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 
 def _print_result(result: dict[str, Any], note: str) -> None:
-    images, reference, extractor = result["images"], result["reference"]["images"], result["extractor"]
-    count = reference.get("num_images")
-    print(f"images     {images['source']}: {images['num_images']:,}")
-    print(f"reference  {reference['source']}: {f'{count:,}' if count is not None else 'number not known'}")
-    print(
-        f"extractor  {extractor['name']} {extractor['sha256'][:16]}, {extractor['num_features']:,} features"
-    )
+    extractor = result["extractor"]
+    for label, images in (("images", result["images"]), ("reference", result["reference"]["images"])):
+        count = images.get("num_images")
+        print(f"{label:<10} {images['source']}: {f'{count:,}' if count is not None else 'number not known'}")
+    sha256 = (extractor.get("sha256") or "")[:16] or "(weights not known)"
+    print(f"extractor  {extractor['name']} {sha256}, {extractor['num_features']:,} features")
     values = [result["scores"].get(name) for name in SCORE_NAMES]
     for name, value in zip(SCORE_NAMES, values, strict=True):
         print(f"{name.replace('_', ' '):<28} {_text(value)}")
@@ -306,7 +316,13 @@ def _open(options: _Options, known: _Side | None, world: World) -> FeatureExtrac
             raise ValueError(f"{known.where} was measured by {wanted}: leave --extractor {name} out")
         name = wanted
     weights = options.weights
+    if name == "dinov2":
+        return DinoV2Features(weights or DINOV2, sha256=options.weights_sha256, device=world.device)
     if weights is not None and "://" in weights:
+        if options.weights_sha256 is None:
+            raise ValueError(
+                f"{weights} is downloaded only with the hash that it should have: give --weights-sha256"
+            )
         source, _, file = weights.rpartition("/")
         weights = str(fetch(file, source, _CACHE.expanduser(), sha256=options.weights_sha256))
     if name == "inception":
@@ -321,16 +337,19 @@ def _open(options: _Options, known: _Side | None, world: World) -> FeatureExtrac
             trust_code=options.trust_weights,
             device=world.device,
         )
-    if name == "dinov2":
-        return DinoV2Features(weights or DINOV2, sha256=options.weights_sha256, device=world.device)
     if name in (None, "classifier"):
         if weights is None and known is None:
             raise ValueError(
                 "which extractor? give --extractor, or --weights with a classifier that `edm2 metrics ref` trained, or "
                 "compare with a reference file"
             )
-        path = weights if weights is not None else _classifier_beside(Path(known.where if known else ""))
-        return ClassifierFeatures.load(path)
+        path = (
+            Path(weights) if weights is not None else _classifier_beside(Path(known.where if known else ""))
+        )
+        found = ClassifierFeatures.load(path)
+        if options.weights_sha256 is not None and sha256_of(path) != options.weights_sha256.lower():
+            raise ValueError(f"{path} has another sha256 than {options.weights_sha256}: it is another file")
+        return found
     raise ValueError(
         f"{known.where if known else ''} was measured by {name!r}, which only its owner's code can load: use "
         "edm2.metrics.score in Python"
