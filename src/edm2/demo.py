@@ -2,36 +2,24 @@
 
 import dataclasses
 import json
-import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from edm2.data import ImageDataset, open_dataset
-from edm2.diffusion import Denoiser, edm2_loss
-from edm2.ema import reconstruct_many
 from edm2.files import write_atomic, write_json
 from edm2.generate import Generator, read_images, reconstruct_models, write_samples
-from edm2.metrics import (
-    ClassifierFeatures,
-    FeatureStatistics,
-    fit_classifier,
-    frechet_distance,
-    label_agreement,
-    nearest_distances,
-)
-from edm2.nn import keyed_normal, use_channels_last
+from edm2.judging import Judge, generators
+from edm2.metrics import label_agreement, nearest_distances
 from edm2.presets import get_preset
 from edm2.progress import Progress, time_text
 from edm2.report import Page, figure_png, image_grid, loss_curve, save_png, score_curve, uncertainty_curve
+from edm2.run_report import errors_by_noise, noise_density
 from edm2.train import TrainConfig, train
-from edm2.train.coding import Coding
-from edm2.train.run_folder import SNAPSHOTS, read_log
+from edm2.train.run_folder import SNAPSHOTS, flat_settings, read_log
 
 SWEEP = (0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.16, 0.20, 0.25)
 _SWEEP_SEED, _SWEEP_IMAGES, _SWEEP_STEPS = 1_000_000, 300, 8
@@ -100,12 +88,11 @@ def run_demo(
 
     say = _Steps(5, quiet)
     say(f"Fitting the feature classifier on {len(real)} real images")
-    extractor = fit_classifier(images, labels, num_classes=real.num_classes)
-    reference = _statistics(extractor, images)
+    judge = Judge(real)
     say(f"Training on {config.num_images:,} images, tracking EMA lengths {_lengths(config.ema.sigma_rels)}")
     train(config, out / "run", preset="digits", quiet=quiet)
     say(f"Scoring {len(SWEEP)} EMA lengths reconstructed from that one run")
-    scores = _sweep(out / "run" / SNAPSHOTS, extractor, reference, quiet)
+    scores = _sweep(out / "run" / SNAPSHOTS, judge, quiet)
     best = SWEEP[int(np.argmin(scores))]
     say(f"Sampling with the best EMA length, {best:g}")
     model = out / "ema" / f"ema-{best:.4g}.safetensors"
@@ -117,16 +104,13 @@ def run_demo(
     made = read_images([out / "samples" / f"{seed:06d}.png" for seed in seeds])
     wanted = generator.labels_for(seeds)
     say("Measuring and writing the report")
-    near, near_real = (
-        nearest_distances(made, images).distance,
-        nearest_distances(test_images, images).distance,
-    )
+    near, near_real = (nearest_distances(some, images).distance for some in (made, test_images))
     measured = Measured(
         sigma_rels=SWEEP,
         scores=tuple(scores),
         best=best,
-        frechet=frechet_distance(_statistics(extractor, made), reference),
-        frechet_real=frechet_distance(_statistics(extractor, test_images), reference),
+        frechet=judge.distance(made),
+        frechet_real=judge.distance(test_images),
         agreement=label_agreement(images, labels, made, wanted),
         accuracy_real=label_agreement(images, labels, test_images, test_labels),
         nearest=float(np.median(near)),
@@ -154,52 +138,14 @@ def _everything(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
     return dataset.images(where), dataset.labels(where)
 
 
-def _statistics(extractor: ClassifierFeatures, images: np.ndarray) -> FeatureStatistics:
-    statistics = FeatureStatistics()
-    statistics.update(extractor.features(images))
-    return statistics
-
-
-def _sweep(
-    snapshots: Path, extractor: ClassifierFeatures, reference: FeatureStatistics, quiet: bool
-) -> list[float]:
-    seeds = list(range(_SWEEP_SEED, _SWEEP_SEED + _SWEEP_IMAGES))
+def _sweep(snapshots: Path, judge: Judge, quiet: bool) -> list[float]:
+    seeds = range(_SWEEP_SEED, _SWEEP_SEED + _SWEEP_IMAGES)
     scores = []
-    generator: Generator | None = None
     with Progress("scoring", len(SWEEP), "EMA lengths", quiet=quiet) as progress:
-        for result in reconstruct_many(snapshots, SWEEP):
-            assert result.metadata is not None
-            if generator is None:
-                generator = _generator(result.metadata)
-            generator.denoiser.load_state_dict(result.tensors)
-            images = generator.images(seeds, num_steps=_SWEEP_STEPS)
-            scores.append(frechet_distance(_statistics(extractor, images), reference))
-            progress.advance(EMA_length=result.sigma_rel, Frechet_distance=scores[-1])
+        for sigma_rel, generator in zip(SWEEP, generators(snapshots, SWEEP), strict=True):
+            scores.append(judge.score(generator, seeds, _SWEEP_STEPS))
+            progress.advance(EMA_length=sigma_rel, Frechet_distance=scores[-1])
     return scores
-
-
-def _generator(metadata: dict[str, Any]) -> Generator:
-    denoiser = Denoiser(**metadata["network"]).eval().requires_grad_(False)
-    use_channels_last(denoiser)
-    return Generator(denoiser, Coding.from_json(metadata["info"]["coding"]), metadata["info"])
-
-
-@torch.no_grad()
-def _errors_by_noise(
-    generator: Generator, images: np.ndarray, labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Noise levels, the learned uncertainty, and the log of the weighted error measured on held-out images."""
-    sigmas = torch.logspace(math.log10(0.002), math.log10(80), 25)
-    index = torch.arange(len(images))
-    clean = generator.coding.encode(torch.from_numpy(images), index, seed=0)
-    noise = keyed_normal(index, clean.shape[1:], seed=1)
-    learned = generator.denoiser.logvar(sigmas).flatten()
-    measured = []
-    for sigma, u in zip(sigmas, learned, strict=True):
-        loss = edm2_loss(generator.denoiser, clean, torch.from_numpy(labels), sigma.expand(len(clean)), noise)
-        # The loss is error / exp(u) + u; undo it.
-        measured.append(float(torch.log((loss.mean() - u) * u.exp())))
-    return sigmas.numpy(), learned.numpy(), np.array(measured)
 
 
 def _write_report(
@@ -219,8 +165,8 @@ def _write_report(
     save_png(real_grid, out / "real.png")
 
     log = read_log(out / "run")
-    sigma, learned, errors = _errors_by_noise(generator, test_images, test_labels)
-    density = np.exp(-0.5 * ((np.log(sigma) - config.loss.p_mean) / config.loss.p_std) ** 2)
+    sigma, learned, errors = errors_by_noise(generator, test_images, test_labels)
+    density = noise_density(sigma, p_mean=config.loss.p_mean, p_std=config.loss.p_std)
     page = Page(
         "Digits, from nothing to a tuned generator",
         lead=f"A config-G diffusion model trained on {len(log) and log[-1]['num_images']:,} images, its EMA length "
@@ -319,15 +265,10 @@ def _add_settings(page: Page, out: Path, config: TrainConfig, generator: Generat
         f"{parameters:,} parameters. Expected error of the reconstructed parameters: "
         f"{generator.info['expected_error']:.1e} (relative L2).",
     )
-    page.table(["setting", "value"], [[key, json.dumps(value)] for key, value in _flat(config.to_json())])
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    page.table(
+        ["setting", "value"],
+        [[name, json.dumps(value)] for name, value in flat_settings(config.to_json()).items()],
+    )
 
 
 def _lengths(sigma_rels: tuple[float, ...]) -> str:

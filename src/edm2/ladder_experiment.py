@@ -8,25 +8,21 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edm2.data import ImageDataset, open_dataset
-from edm2.diffusion import Denoiser
-from edm2.ema import reconstruct_many
+from edm2.data import open_dataset
 from edm2.files import write_json
-from edm2.generate import Generator
-from edm2.metrics import ClassifierFeatures, FeatureStatistics, fit_classifier, frechet_distance
-from edm2.nn import CONFIGS, use_channels_last
+from edm2.judging import Judge, generators
+from edm2.nn import CONFIGS
 from edm2.report import Page
 from edm2.report.ladder import ladder_figure, length_curves
 from edm2.run_report import add_magnitudes
 from edm2.train import TrainConfig, train
-from edm2.train.coding import Coding
 from edm2.train.ladder import with_config
 from edm2.train.run_folder import MAGNITUDES_FILE, SNAPSHOTS, read_log
 
@@ -106,29 +102,6 @@ class Rung:
     activations: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     num_params: int = 0
-
-
-class Judge:
-    """Frechet distances to a data set's training images, in features of a classifier trained on them."""
-
-    def __init__(self, dataset: ImageDataset) -> None:
-        where = np.arange(len(dataset))
-        images = dataset.images(where)
-        self._extractor: ClassifierFeatures = fit_classifier(
-            images, dataset.labels(where), num_classes=dataset.num_classes
-        )
-        self._reference = self._statistics(images)
-
-    def score(self, generator: Generator, seeds: Sequence[int], num_steps: int) -> float:
-        """Frechet distance of the images of some seeds."""
-        return frechet_distance(
-            self._statistics(generator.images(seeds, num_steps=num_steps)), self._reference
-        )
-
-    def _statistics(self, images: np.ndarray) -> FeatureStatistics:
-        found = FeatureStatistics()
-        found.update(self._extractor.features(images))
-        return found
 
 
 def run_ladder(
@@ -225,11 +198,11 @@ def _diverged(plan: LadderPlan) -> dict[str, Any]:
 
 def _judged(run: Path, plan: LadderPlan, judge: Judge, final: bool) -> dict[str, Any]:
     search = range(_SEARCH_SEED, _SEARCH_SEED + plan.search_samples)
-    by_length = [judge.score(g, search, plan.num_steps) for g in _generators(run, plan.sigma_rels)]
+    by_length = [judge.score(g, search, plan.num_steps) for g in generators(run / SNAPSHOTS, plan.sigma_rels)]
     if not final:
         return {"by_length": by_length}
     best = plan.sigma_rels[int(np.argmin(by_length))]
-    (generator,) = _generators(run, [best])
+    (generator,) = generators(run / SNAPSHOTS, [best])
     seeds = range(_FINAL_SEED, _FINAL_SEED + plan.final_samples)
     magnitudes, log = read_log(run, MAGNITUDES_FILE), read_log(run)
     return {
@@ -242,18 +215,6 @@ def _judged(run: Path, plan: LadderPlan, judge: Judge, final: bool) -> dict[str,
         "weights": _rms(magnitudes[-1]["weights"]) / _rms(magnitudes[0]["weights"]),
         "num_params": sum(p.numel() for p in generator.denoiser.parameters()),
     }
-
-
-def _generators(run: Path, sigma_rels: Sequence[float]) -> Iterator[Generator]:
-    denoiser = None
-    for result in reconstruct_many(run / SNAPSHOTS, sigma_rels, warn_above=math.inf):
-        assert result.metadata is not None
-        if denoiser is None:
-            denoiser = Denoiser(**result.metadata["network"]).eval().requires_grad_(False)
-            use_channels_last(denoiser)
-        denoiser.load_state_dict(result.tensors)
-        info = result.metadata["info"]
-        yield Generator(denoiser, Coding.from_json(info["coding"]), info)
 
 
 def _rms(values: dict[str, float]) -> float:

@@ -10,16 +10,15 @@ import numpy as np
 import torch
 
 from edm2.data import open_dataset
-from edm2.diffusion import Denoiser, edm2_loss
-from edm2.ema import reconstruct
+from edm2.diffusion import edm2_loss
 from edm2.ema.snapshots import read_manifest
 from edm2.generate import Generator
-from edm2.nn import keyed_normal, use_channels_last
+from edm2.judging import generators
+from edm2.nn import keyed_normal
 from edm2.progress import Progress, time_text
 from edm2.report import Page, image_grid, loss_curve, uncertainty_curve
 from edm2.report.magnitudes import by_resolution, magnitude_curve
-from edm2.train.coding import Coding
-from edm2.train.run_folder import MAGNITUDES_FILE, SNAPSHOTS, read_config, read_log
+from edm2.train.run_folder import MAGNITUDES_FILE, SNAPSHOTS, flat_settings, read_config, read_log
 
 _NOISE_LEVELS, _NOISE_IMAGES = 25, 256
 _MOMENTS, _SEEDS_SHOWN, _STEPS = 6, 10, 16
@@ -50,13 +49,7 @@ class _Run:
         if self.manifest is None or not self.manifest.snapshots:
             return None
         longest = max(s.sigma_rel for s in self.manifest.snapshots)
-        result = reconstruct(self.folder / SNAPSHOTS, longest, t, warn_above=math.inf)
-        assert result.metadata is not None
-        denoiser = Denoiser(**result.metadata["network"]).eval().requires_grad_(False)
-        denoiser.load_state_dict(result.tensors)
-        use_channels_last(denoiser)
-        info = {**result.metadata["info"], "sigma_rel": longest}
-        return Generator(denoiser, Coding.from_json(info["coding"]), info)
+        return next(generators(self.folder / SNAPSHOTS, [longest], t))
 
     def moments(self) -> list[float]:
         """Up to six times of snapshots, each about twice the one before."""
@@ -248,14 +241,7 @@ def _samples(page: Page, run: _Run) -> None:
 
 def _settings(page: Page, runs: Sequence[_Run]) -> None:
     page.section("Settings")
-    flat = [dict(_flat(run.settings)) for run in runs]
+    flat = [flat_settings(run.settings) for run in runs]
     names = list(dict.fromkeys(name for settings in flat for name in settings))
     rows = [[name, *(json.dumps(settings.get(name)) for settings in flat)] for name in names]
     page.table(["setting", *(run.name for run in runs)], rows)
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in settings.items():
-        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return pairs

@@ -102,7 +102,7 @@ def append_log(out: Path, record: dict[str, Any], name: str = LOG_FILE) -> None:
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    old, new = _flat(old), _flat(new)
+    old, new = flat_settings(old), flat_settings(new)
     parts = [
         f"{key} {old.get(key)} there, {new.get(key)} here"
         for key in sorted(old.keys() | new.keys())
@@ -111,11 +111,12 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "; ".join(parts[:4]) or "the images have changed"
 
 
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+def flat_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without nesting: `network.dropout` for the one inside the other."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
-            flat |= {f"{key}.{k}": v for k, v in _flat(value).items()}
+            flat |= {f"{key}.{k}": v for k, v in flat_settings(value).items()}
         else:
             flat[key] = value
     return flat
