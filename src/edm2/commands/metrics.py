@@ -161,6 +161,8 @@ def score(prog: str, words: Sequence[str]) -> None:
     chosen = tyro.cli(_Score, prog=prog, args=list(words))
     options = chosen.options
     _check(options)
+    if chosen.out is None and "://" in chosen.images:
+        raise ValueError(f"{chosen.images} is no place to write beside: give --out with a file")
     with join_world(options.device) as world:
         real = _Side(reference=read_reference(chosen.ref, metric=chosen.metric), where=str(chosen.ref))
         made = _Side(
