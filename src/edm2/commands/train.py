@@ -1,6 +1,7 @@
 """`edm2 train`."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,20 +9,23 @@ from typing import Annotated, Any
 
 import tyro
 
-from edm2.cli import EXIT_STOPPED, end
+from edm2.cli import EXIT_FAILED, EXIT_STOPPED, end
 from edm2.live_samples import LiveSamples
 from edm2.presets import get_preset
 from edm2.train import Stopped, TrainConfig, train
 from edm2.train.dry_run import dry_run
+from edm2.train.ladder import with_config
 from edm2.train.run_folder import LOG_FILE, SNAPSHOTS
 from edm2.train.trackers import open_trackers
+from edm2.train.world import FirstFailed
 
 
 @dataclass(kw_only=True)
 class _Train:
     """Train a model, or continue the run that the folder holds.
 
-    The preset sets every option; any of them can be changed here. The same command again continues after a stop.
+    The preset sets every option, and --config what the ladder changes of it; any can be changed here. The same
+    command again continues after a stop.
     """
 
     preset: str
@@ -45,6 +49,9 @@ def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 train`."""
     name = _value_of("--preset", words)
     settings = get_preset("digits" if name is None else name)
+    letter = _value_of("--config", words)
+    if letter is not None:
+        settings = with_config(settings, letter)
     default: Any = _Train(preset=tyro.MISSING if name is None else name, out=tyro.MISSING, config=settings)
     chosen = tyro.cli(_Train, prog=prog, args=list(words), default=default)
     if chosen.dry_run:
@@ -55,11 +62,17 @@ def run(prog: str, words: Sequence[str]) -> None:
     live = None
     if chosen.sample_images is not None:
         live = LiveSamples(every=chosen.sample_images, sigma_rel=chosen.sample_sigma_rel)
+    is_first = os.environ.get("RANK", "0") == "0"  # set by torchrun; the first process speaks for all
     try:
         model = train(chosen.config, chosen.out, preset=chosen.preset, on_step=live, trackers=trackers)
     except Stopped as stop:
+        if not is_first:
+            raise SystemExit(EXIT_STOPPED) from None
         end(str(stop), EXIT_STOPPED)
-    print(f"model:     {model}\nsnapshots: {chosen.out / SNAPSHOTS}\nlog:       {chosen.out / LOG_FILE}")
+    except FirstFailed:
+        raise SystemExit(EXIT_FAILED) from None
+    if is_first:
+        print(f"model:     {model}\nsnapshots: {chosen.out / SNAPSHOTS}\nlog:       {chosen.out / LOG_FILE}")
 
 
 def _value_of(option: str, words: Sequence[str]) -> str | None:

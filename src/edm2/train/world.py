@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from edm2.train.build import pick_device
 
@@ -115,13 +116,17 @@ def join_world(device: str) -> Iterator[World]:
     chosen = pick_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    # torchrun may keep its store when it restarts processes, with the addresses of those that died.
+    store, rank, size = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # CPU tensors go through gloo on every machine, so that small decisions never wait for the GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         with warnings.catch_warnings():
-            if dist.get_rank() > 0:  # the first one says it for all
+            if rank > 0:  # the first one says it for all
                 warnings.simplefilter("ignore")
-            yield World(rank=dist.get_rank(), size=size, device=chosen)
+            yield World(rank=rank, size=size, device=chosen)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
         raise

@@ -1,0 +1,86 @@
+"""Trains in groups of processes forked from one that has everything imported; and alone, under torchrun.
+
+Usage: distributed_worker.py FOLDER
+       torchrun ... distributed_worker.py FOLDER killed
+"""
+
+import dataclasses
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed.fsdp
+from tiny_run import tiny_config, tiny_data, tiny_network
+
+from edm2.train import Stopped, TrainConfig, Trainer, train
+
+DATA = tiny_data()
+CONFIG = tiny_config(num_images=96, snapshot_images=48, network=tiny_network(attn_resolutions=(4,)))
+FULL = dataclasses.replace(CONFIG, sharding="full")
+
+OnStep = Callable[[Trainer], None]
+
+
+def group(size: int, out: Path, config: TrainConfig = CONFIG, on_step: OnStep | None = None) -> list[int]:
+    """Exit codes of the processes of a run: 0 done, 75 stopped."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            code = 0
+            try:
+                train(config, out, dataset=DATA, quiet=True, on_step=on_step)
+            except Stopped:
+                code = 75
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stderr.flush()
+            os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def stop_on(rank: int, num_images: int) -> OnStep:
+    def on_step(trainer: Trainer) -> None:
+        if trainer.world.rank == rank and trainer.num_images == num_images:
+            signal.raise_signal(signal.SIGTERM)
+
+    return on_step
+
+
+def main(folder: Path) -> None:
+    train(CONFIG, folder / "one", dataset=DATA, quiet=True)
+    for name, config in (("ddp", CONFIG), ("fsdp", FULL)):
+        assert group(2, folder / name, config) == [0, 0], name
+        micro = dataclasses.replace(config, microbatch=2)
+        assert group(2, folder / f"{name}-micro", micro) == [0, 0], name
+        for size in (1, 2, 4):
+            out = folder / f"{name}-then-{size}"
+            assert group(2, out, config, stop_on(1, 56)) == [75, 75], name
+            assert group(size, out, config) == [0] * size, name
+
+
+def killed(folder: Path) -> None:
+    def on_step(trainer: Trainer) -> None:
+        first_life = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if first_life and trainer.world.rank == 1 and trainer.num_images == 72:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(CONFIG, folder / "killed", dataset=DATA, quiet=True, on_step=on_step)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    where = Path(sys.argv[1])
+    killed(where) if "killed" in sys.argv[2:] else main(where)

@@ -1,0 +1,123 @@
+"""Several processes train as one does, and their number may change between sessions (gloo, on the CPU)."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from tiny_run import files_of, log_of, tiny_config
+
+from edm2.train.world import World, join_world
+
+WORKER = str(Path(__file__).with_name("distributed_worker.py"))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    done = run([sys.executable, WORKER, str(folder)])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+NAMES = [
+    f"{kind}{end}" for kind in ("ddp", "fsdp") for end in ("", "-micro", "-then-1", "-then-2", "-then-4")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_to_one_process(runs: Path, name: str) -> None:
+    one, other = log_of(runs / "one"), log_of(runs / name)
+    for key in ("num_images", "learning_rate", "nonfinite_steps"):
+        assert [record[key] for record in other] == [record[key] for record in one]
+    for key in ("loss", "grad_norm"):
+        wanted = [record[key] for record in one]
+        assert [record[key] for record in other] == pytest.approx(wanted, rel=1e-5)
+    # The same averages, times and names are stored; with float32's rounding in another order.
+    snapshots = [sorted((runs / n / "snapshots").glob("*.safetensors")) for n in ("one", name)]
+    for path, twin in zip(*snapshots, strict=True):
+        tensors, others = safetensors.torch.load_file(path), safetensors.torch.load_file(twin)
+        assert tensors.keys() == others.keys()
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(others[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_a_stop_on_any_process_changes_no_byte(runs: Path, name: str) -> None:
+    assert files_of(runs / f"{name}-then-2") == files_of(runs / name)
+    assert log_of(runs / f"{name}-then-2") == log_of(runs / name)
+
+
+@pytest.mark.slow
+def test_killed_process_restarts_from_the_last_checkpoint(runs: Path) -> None:
+    done = run([*TORCHRUN, "--max-restarts", "1", WORKER, str(runs), "killed"])
+    assert done.returncode == 0, done.stderr
+    assert "exitcode: -9" in re.sub(r" +", " ", done.stderr) or "Signal 9" in done.stderr
+    assert files_of(runs / "killed") == files_of(runs / "ddp")
+    assert log_of(runs / "killed") == log_of(runs / "ddp")
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / f"images/{i}.png")
+    words = [
+        "-m", "edm2", "train", "--preset", "digits", "--data", str(tmp_path / "images"), "--images", "16",
+        "--batch", "4", "--device", "cpu", "--network.model-channels", "8", "--network.channel-mult", "1",
+        "--network.num-blocks", "1", "--network.attn-resolutions", "8", "--network.channels-per-head", "8",
+    ]  # fmt: skip
+    done = run([*TORCHRUN, *words, "--out", str(tmp_path / "run")])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("model:") == 1
+    assert log_of(tmp_path / "run")[-1]["num_images"] == 16
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    done = run([*TORCHRUN, *words, "--out", str(tmp_path / "images")])
+    assert done.returncode == 1
+    assert done.stderr.count("is not empty and holds no run") == 1
+
+
+def world(size: int) -> World:
+    return World(rank=0, size=size, device=torch.device("cpu"))
+
+
+def test_batches_that_cannot_be_shared() -> None:
+    assert world(4).share(64, None) == 16
+    assert world(4).share(64, 32) == 16
+    with pytest.raises(
+        ValueError, match="batch 64 cannot be shared evenly by 3 processes: choose a multiple of 3"
+    ):
+        world(3).share(64, None)
+    with pytest.raises(
+        ValueError, match=r"microbatch 6 does not divide the 16 images .*: choose a divisor of 16"
+    ):
+        world(4).share(64, 6)
+
+
+def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join_world("cpu") as alone:
+        assert (alone.rank, alone.size, alone.is_first) == (0, 1, True)
+        assert alone.any(True)
+        assert not alone.any(False)
+        assert alone.on_first(lambda: 7) == 7
+        assert float(alone.sum(torch.tensor(2.0))) == 2.0
+
+
+def test_sharding_is_no_part_of_a_run() -> None:
+    assert tiny_config(sharding="full").run_id("x") == tiny_config().run_id("x")
