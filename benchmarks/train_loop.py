@@ -1,0 +1,90 @@
+"""What the whole training loop costs over the bare training step, in turns in one run.
+
+    python benchmarks/train_loop.py                     # 1.7M parameters at 32x32x1, batch 64
+    python benchmarks/train_loop.py --steps 5 --rounds 3 --model-channels 8 --batch 8      # a quick try
+
+The bare step: forward and backward pass, Adam and weight normalisation on a batch that lies ready. The loop adds
+data, noise, two averages, the log with magnitudes, a snapshot and a checkpoint every `--save-steps` steps.
+"""
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import in_turns, machine, options
+from train_step import Step
+
+from edm2.data import ArrayDataset
+from edm2.train import NetworkConfig, TrainConfig, Trainer
+
+
+class Pause(Exception):
+    """Leaves the loop between two steps."""
+
+
+def pause_at(num_images, trainer):
+    if trainer.num_images >= num_images:
+        raise Pause
+
+
+def main():
+    arguments = options(
+        __doc__,
+        resolution=32, channels=1, model_channels=32, channel_mult=(1, 2, 2), num_blocks=2, attention=(8,),
+        batch=64, steps=20, save_steps=500, log_steps=50, rounds=5,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )  # fmt: skip
+    batch, device = arguments.batch, torch.device(arguments.device)
+    shape = (arguments.channels, arguments.resolution, arguments.resolution)
+    rng = np.random.default_rng(0)
+    dataset = ArrayDataset(rng.integers(0, 256, (4096, *shape), dtype=np.uint8), np.arange(4096) % 10)
+    config = TrainConfig(
+        num_images=1 << 40,
+        batch_size=batch,
+        snapshot_images=arguments.save_steps * batch,
+        checkpoint_images=arguments.save_steps * batch,
+        log_images=arguments.log_steps * batch,
+        device=arguments.device,
+        network=NetworkConfig(
+            model_channels=arguments.model_channels,
+            channel_mult=tuple(arguments.channel_mult),
+            num_blocks=arguments.num_blocks,
+            attn_resolutions=tuple(arguments.attention),
+            channels_per_head=min(64, arguments.model_channels),
+        ),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, dataset, Path(folder) / "run")
+        ready = (
+            0.5 * torch.randn(batch, *shape, device=device),
+            torch.arange(batch, device=device) % 10,
+            torch.exp(torch.randn(batch, device=device) - 0.4),
+            torch.randn(batch, *shape, device=device),
+        )
+        step = Step(trainer.denoiser, ready, fast=True)
+
+        def bare():
+            for _ in range(arguments.steps):
+                step()
+
+        def loop():
+            stop = trainer.num_images + arguments.steps * batch
+            with contextlib.suppress(Pause):
+                trainer.run(quiet=True, on_step=lambda trainer: pause_at(stop, trainer))
+
+        times = in_turns({"bare step": bare, "whole loop": loop}, device, arguments.rounds)
+        trainer.close()
+    images = arguments.steps * batch
+    print(machine(device))
+    for name, seconds in times.items():
+        print(f"{name:<12} {images / float(np.median(seconds)):>9.1f} images/s")
+    ratios = [b / a for a, b in zip(times["bare step"], times["whole loop"], strict=True)]
+    print(
+        f"the loop takes {100 * (float(np.median(ratios)) - 1):+.1f}% (rounds {[f'{r:.3f}' for r in ratios]})"
+    )
+
+
+if __name__ == "__main__":
+    main()
