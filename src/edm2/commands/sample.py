@@ -3,31 +3,55 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import numpy as np
+import torch
 import tyro
 
 from edm2.generate import Generator, parse_seeds, write_samples
-from edm2.train.build import pick_device
+from edm2.train.world import join_world
 
 
 @dataclass(kw_only=True)
 class _Sample:
-    """Make images with a model: one PNG a seed, and a grid. A folder that is half full is continued."""
+    """Make images with a model: one file a seed, and a grid. What is half done is continued by the same command.
 
-    model: Path
-    """Model file, or the folder of a finished run."""
+    Under torchrun the processes share the seeds. An image depends on its seed alone.
+    """
+
+    source: Annotated[Path | None, tyro.conf.Positional] = None
+    """Folder of a run, or a model file."""
+    model: Path | None = None
+    """The same as an option."""
     out: Path
-    """Folder for the images."""
+    """Folder for the images, or a file that ends in .zip (in the layout of data sets) or .npz."""
     seeds: str = "0-63"
     """One image a seed: 0-63 or 1,5,10-12. Noise and class come from the seed alone."""
+    ema: float | None = None
+    """EMA length to put together from the run's snapshots. Default: the model that the run saved."""
+    ema_images: float | None = None
+    """Time of that average in training images. Default: the last snapshot's."""
     label: int | None = None
-    """Class of all images; default: seed modulo the number of classes."""
+    """Class of all images. Default: seed modulo the number of classes."""
+    labels: Path | None = None
+    """.npy file of classes or vectors; an image takes the row seed modulo rows."""
+    conditions: Path | None = None
+    """.npy file of images to condition on, of unit magnitude; an image takes the row seed modulo rows."""
     guide: Path | None = None
-    """Model to guide with: an unconditional one, or a weaker one."""
+    """Model or run to guide with: an unconditional model, or a weaker one."""
+    guide_ema: float | None = None
+    """EMA length of the guide, from the snapshots of --guide, or of the run itself."""
+    guide_images: float | None = None
+    """Training images that the guide has seen: an earlier moment of that run. Default: all."""
     guidance: float = 1.0
     """Guidance weight; 1 for none."""
+    interval: tuple[float, float] | None = None
+    """Noise levels between which guidance acts. Default: all."""
+    sampler: Literal["heun", "euler", "dpmpp-2m"] = "heun"
+    """Heun runs the network twice on each noise level but the last, the others once."""
     num_steps: int = 32
-    """Noise levels; the network runs twice on each but the last."""
+    """Noise levels."""
     sigma_min: float = 0.002
     """Lowest noise level."""
     sigma_max: float = 80.0
@@ -35,24 +59,85 @@ class _Sample:
     rho: float = 7.0
     """Exponent of the schedule."""
     s_churn: float = 0.0
-    """Strength of added noise; 0 is deterministic."""
+    """Strength of added noise, with heun; 0 is deterministic."""
     batch: int = 250
     """Images at a time."""
+    grid: int = 400
+    """Most images on the grid; 0 for none."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the network."""
+    compile: bool = False
+    """Use torch.compile; takes minutes to start, pays for many images."""
 
 
 def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 sample`."""
     chosen = tyro.cli(_Sample, prog=prog, args=list(words))
+    if (chosen.source is None) == (chosen.model is None):
+        raise ValueError("which model? Give one run or model file, either as the first word or with --model")
+    path = chosen.source or chosen.model
+    assert path is not None
     seeds = parse_seeds(chosen.seeds)
-    device = pick_device(chosen.device)
-    generator = Generator.load(chosen.model, device=device)
-    options = {
-        name: getattr(chosen, name)
-        for name in ("num_steps", "sigma_min", "sigma_max", "rho", "s_churn", "guidance")
+    if chosen.batch < 1:
+        raise ValueError(f"--batch {chosen.batch} must be at least 1")
+    options: dict[str, Any] = {
+        name: getattr(chosen, name) for name in ("num_steps", "sigma_min", "sigma_max", "rho", "guidance")
     }
-    if chosen.guide is not None:
-        options["guide"] = Generator.load(chosen.guide, device=device).denoiser
-    labels = None if chosen.label is None else [chosen.label] * len(seeds)
-    print(write_samples(generator, chosen.out, seeds, labels=labels, batch_size=chosen.batch, **options))
+    if chosen.s_churn:
+        options["s_churn"] = chosen.s_churn
+    if chosen.interval is not None:
+        options["interval"] = chosen.interval
+    with join_world(chosen.device) as world:
+        common: dict[str, Any] = dict(device=world.device, dtype=chosen.dtype, compile=chosen.compile)
+        generator = Generator.load(path, chosen.ema, num_images=chosen.ema_images, **common)
+        made = write_samples(
+            generator,
+            chosen.out,
+            seeds,
+            labels=_labels(chosen),
+            conditions=None if chosen.conditions is None else _read_array(chosen.conditions),
+            guide=_guide(chosen, path, common),
+            sampler=chosen.sampler,
+            batch_size=chosen.batch,
+            grid=chosen.grid,
+            world=world,
+            **options,
+        )
+        if world.is_first:
+            print(made)
+
+
+def _guide(chosen: _Sample, path: Path, common: dict[str, Any]) -> Generator | None:
+    wanted = chosen.guide is not None or chosen.guide_ema is not None
+    if chosen.guide_images is not None and chosen.guide_ema is None:
+        raise ValueError(f"--guide-images {chosen.guide_images:g} needs --guide-ema, the guide's EMA length")
+    if wanted and chosen.guidance == 1:
+        raise ValueError(
+            "a guide has no effect with --guidance 1: give another weight, or leave the guide out"
+        )
+    if chosen.interval is not None and chosen.guidance == 1:
+        raise ValueError("--interval has no effect with --guidance 1: give a weight and a guide")
+    if not wanted:
+        return None
+    return Generator.load(chosen.guide or path, chosen.guide_ema, num_images=chosen.guide_images, **common)
+
+
+def _labels(chosen: _Sample) -> int | np.ndarray | None:
+    if chosen.labels is None:
+        return chosen.label
+    if chosen.label is not None:
+        raise ValueError("--label and --labels exclude each other: give one")
+    return _read_array(chosen.labels)
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+        torch.as_tensor(array[:1])
+    except (OSError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} cannot be read as a .npy file of numbers ({error})") from error
+    if not isinstance(array, np.ndarray) or not len(array):
+        raise ValueError(f"{path} holds no rows of numbers: write it with numpy.save")
+    return array

@@ -1,7 +1,16 @@
 """Images from saved models, and models from a run's snapshots."""
 
 from edm2.generate.generator import Generator
-from edm2.generate.output import parse_seeds, read_images, write_samples
-from edm2.generate.reconstructed import reconstruct_models, snapshots_of
+from edm2.generate.output import read_images, write_samples
+from edm2.generate.reconstructed import reconstruct_denoiser, reconstruct_models, snapshots_of
+from edm2.generate.seeds import parse_seeds
 
-__all__ = ["Generator", "parse_seeds", "read_images", "reconstruct_models", "snapshots_of", "write_samples"]
+__all__ = [
+    "Generator",
+    "parse_seeds",
+    "read_images",
+    "reconstruct_denoiser",
+    "reconstruct_models",
+    "snapshots_of",
+    "write_samples",
+]

@@ -1,5 +1,6 @@
 """From a saved model to images: every image depends on its own seed alone."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edm2.diffusion import Denoiser, DenoiserFn, load_model, sample_heun
+from edm2.diffusion import SAMPLERS, Denoiser, DenoiserFn, load_model
+from edm2.generate.fixed_weights import SamplingNetwork
+from edm2.generate.reconstructed import reconstruct_denoiser
 from edm2.nn import keyed_normal, use_channels_last
 from edm2.train.coding import Coding
 
@@ -22,48 +25,132 @@ class Generator:
         denoiser: in eval mode.
         coding: between network units and pixels.
         info: what the model's file says about it.
+        fix_weights: normalise the weights once a call instead of in every evaluation; takes a copy of them.
+        compile: use torch.compile; goes with fixed weights.
 
     Attributes:
-        num_classes: 0 for an unconditional model.
+        num_classes: 0 for an unconditional model and for one that is conditioned on vectors.
         class_names: one a class, or empty.
     """
 
-    def __init__(self, denoiser: Denoiser, coding: Coding, info: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        coding: Coding,
+        info: dict[str, Any] | None = None,
+        *,
+        fix_weights: bool = False,
+        compile: bool = False,
+    ) -> None:
         self.denoiser, self.coding = denoiser, coding
         self.info = info or {}
-        self.num_classes = denoiser.label_dim
+        self.takes_vectors = denoiser.label_dim > 0 and denoiser.config.get("label_kind") == "vector"
+        self.num_classes = 0 if self.takes_vectors else denoiser.label_dim
         self.class_names = tuple(self.info.get("class_names", ()))
+        self._fixed = SamplingNetwork(denoiser, compile=compile) if fix_weights or compile else None
 
     @classmethod
-    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> "Generator":
-        """Open a saved model.
+    def load(
+        cls,
+        path: str | Path,
+        sigma_rel: float | None = None,
+        *,
+        num_images: float | None = None,
+        device: torch.device | str = "cpu",
+        dtype: str = "float32",
+        compile: bool = False,
+    ) -> "Generator":
+        """Open a saved model, or put an average together from a run's snapshots.
 
         Args:
-            path: a model file, or the folder of a finished run or of one reconstruction.
+            path: a model file, or the folder of a finished run or of one reconstruction; with `sigma_rel`, a run.
+            sigma_rel: wanted EMA length.
+            num_images: time of that average, in training images; default: the last snapshot's.
             device: where to compute.
+            dtype: precision of the network: float32, bfloat16 or float16.
+            compile: use torch.compile.
 
         Raises:
-            ValueError: as in `edm2.diffusion.load_model`, or if the file does not say how images are coded.
+            ValueError: as in `edm2.diffusion.load_model` and `edm2.ema.reconstruct`, or if the file does not say
+                how images are coded.
         """
-        denoiser, info = load_model(path, device=device)
+        if sigma_rel is None:
+            if num_images is not None:
+                raise ValueError(f"{num_images:g} images of which average? Give its EMA length, too")
+            denoiser, info = load_model(path, device=device)
+        else:
+            denoiser, info = reconstruct_denoiser(path, sigma_rel, num_images)
+            denoiser.to(device)
         if "coding" not in info:
             raise ValueError(
                 f"{path} does not say how its images are coded: load it with edm2.diffusion.load_model"
             )
+        denoiser.dtype = getattr(torch, dtype)
         use_channels_last(denoiser)
-        return cls(denoiser, Coding.from_json(info["coding"]), info)
+        return cls(denoiser, Coding.from_json(info["coding"]), info, fix_weights=True, compile=compile)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from any other: a digest of its weights, and where they are from."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.denoiser.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        facts = {key: self.info.get(key) for key in ("run_id", "num_images", "sigma_rel", "data")}
+        precision = str(self.denoiser.dtype).removeprefix("torch.")
+        return {**facts, "weights": digest.hexdigest()[:16], "dtype": precision}
 
     def labels_for(self, seeds: Sequence[int]) -> np.ndarray:
         """Default class of each seed: seed modulo the number of classes, `[N]` int64."""
         return np.asarray(seeds, np.int64) % max(self.num_classes, 1)
+
+    def check_inputs(
+        self, count: int, labels: np.ndarray | None, conditions: np.ndarray | Tensor | None
+    ) -> None:
+        """Raise ValueError unless labels and conditions fit the model and `count` images."""
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"{len(labels)} labels for {count} seeds: give one each")
+        size = self.denoiser.label_dim
+        if self.takes_vectors:
+            if labels is None or labels.ndim != 2 or labels.shape[1] != size:
+                got = "none were given" if labels is None else f"not of shape {labels.shape}"
+                raise ValueError(f"this model is conditioned on vectors: give labels [N, {size}], {got}")
+        elif labels is not None:
+            if not size:
+                raise ValueError("labels were given to an unconditional model: leave them out")
+            if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+                raise ValueError(
+                    f"labels of {labels.dtype} {labels.shape} must be class indices, integers [N]"
+                )
+            wrong = labels[(labels < 0) | (labels >= size)]
+            if len(wrong):
+                raise ValueError(f"class {wrong[0]} is outside 0..{size - 1}")
+        channels = self.denoiser.config.get("cond_channels", 0)
+        wanted = (count, channels, *self.denoiser.img_resolution)
+        if conditions is None and channels:
+            raise ValueError(f"this model is conditioned on images: give conditions {list(wanted)}")
+        if conditions is not None and tuple(conditions.shape) != wanted:
+            what = list(wanted) if channels else "none"
+            raise ValueError(f"conditions of shape {list(conditions.shape)}: this model takes {what}")
+
+    def check_guide(self, guide: "Generator") -> None:
+        """Raise ValueError unless another model can guide this one."""
+        ours, theirs = self.denoiser, guide.denoiser
+        for what, own, other, fits in (
+            ("images", _shape(ours), _shape(theirs), ()),
+            ("label size", ours.label_dim, theirs.label_dim, (0,)),
+            ("condition channels", _condition(ours), _condition(theirs), (0,)),
+        ):
+            if other != own and other not in fits:
+                raise ValueError(f"the guide has {what} {other}, the model {own}: choose a guide that fits")
 
     def latents(
         self,
         seeds: Sequence[int],
         labels: Sequence[int] | np.ndarray | None = None,
         *,
-        guide: DenoiserFn | None = None,
-        sampler: Callable[..., Tensor] = sample_heun,
+        conditions: np.ndarray | Tensor | None = None,
+        guide: "Generator | DenoiserFn | None" = None,
+        sampler: str | Callable[..., Tensor] = "heun",
         **options: Any,
     ) -> Tensor:
         """Sample in network units; see `images`.
@@ -71,31 +158,11 @@ class Generator:
         Returns:
             `[N, C, H, W]` float32.
         """
-        device = next(self.denoiser.parameters()).device
-        index = torch.tensor(list(seeds), dtype=torch.int64, device=device)
-        shape = (self.denoiser.img_channels, *self.denoiser.img_resolution)
-        classes = None
-        if self.num_classes:
-            chosen = self.labels_for(seeds) if labels is None else np.asarray(labels, np.int64)
-            if len(chosen) != len(index):
-                raise ValueError(f"{len(chosen)} labels for {len(index)} seeds: give one each")
-            wrong = chosen[(chosen < 0) | (chosen >= self.num_classes)]
-            if len(wrong):
-                raise ValueError(f"class {wrong[0]} is outside 0..{self.num_classes - 1}")
-            classes = torch.from_numpy(chosen).to(device)
-        elif labels is not None:
-            raise ValueError("labels were given to an unconditional model: leave them out")
-
-        calls = 0
-
-        def randn_like(x: Tensor) -> Tensor:
-            nonlocal calls
-            calls += 1
-            return keyed_normal(index, shape, stream=_CHURN_STREAM + calls).to(x.dtype)
-
-        return sampler(
-            self.denoiser, keyed_normal(index, shape), classes, guide=guide, randn_like=randn_like, **options
-        )
+        self._refresh()
+        if isinstance(guide, Generator):
+            self.check_guide(guide)
+            guide._refresh()
+        return self._sample(seeds, labels, conditions, guide, sampler, options)
 
     def images(
         self,
@@ -110,25 +177,84 @@ class Generator:
 
         Args:
             seeds: one per image; an image's noise, default class and churn come from its seed alone.
-            labels: class of each image; default: seed modulo the number of classes.
+            labels: class of each image; default: seed modulo the number of classes. `[N, label_dim]` floats for
+                a model that is conditioned on vectors.
             batch_size: images at a time.
             on_batch: called with the number of images after each batch.
-            **options: guide, guidance, num_steps and the other options of the sampler.
+            **options: conditions, guide, sampler (see `edm2.diffusion.SAMPLERS`), and the sampler's own.
 
         Returns:
             `[N, C, H, W]` uint8 for pixels; float32 in the data's units for float data and latents.
 
         Raises:
-            ValueError: for labels that do not fit, or bad sampler options.
+            ValueError: for labels, conditions or a guide that do not fit, or bad sampler options.
         """
         parts = []
+        conditions = options.pop("conditions", None)
         for part in _slices(len(seeds), batch_size):
             chosen = None if labels is None else labels[part]
-            decoded = self.coding.decode(self.latents(seeds[part], chosen, **options))
+            given = None if conditions is None else conditions[part]
+            decoded = self.coding.decode(self.latents(seeds[part], chosen, conditions=given, **options))
             parts.append(decoded.cpu().numpy())
             if on_batch is not None:
                 on_batch(len(parts[-1]))
         return np.concatenate(parts)
+
+    def _refresh(self) -> None:
+        if self._fixed is not None:
+            self._fixed.refresh()
+
+    def _bind(self, condition: Tensor | None) -> DenoiserFn:
+        network: Any = self.denoiser if self._fixed is None else self._fixed
+        if condition is None or not _condition(self.denoiser):
+            return network
+        return lambda x, sigma, labels, /: network(x, sigma, labels, condition=condition)
+
+    def _sample(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | np.ndarray | None,
+        conditions: np.ndarray | Tensor | None,
+        guide: "Generator | DenoiserFn | None",
+        sampler: str | Callable[..., Tensor],
+        options: dict[str, Any],
+    ) -> Tensor:
+        device = next(self.denoiser.parameters()).device
+        index = torch.tensor(list(seeds), dtype=torch.int64, device=device)
+        shape = (self.denoiser.img_channels, *self.denoiser.img_resolution)
+        chosen = None if labels is None else np.asarray(labels)
+        if chosen is None and self.num_classes:
+            chosen = self.labels_for(seeds)
+        self.check_inputs(len(index), chosen, conditions)
+        given = None if chosen is None else torch.from_numpy(chosen).to(device)
+        if given is not None:
+            given = given.float() if self.takes_vectors else given.long()
+        condition = None if conditions is None else torch.as_tensor(conditions, device=device).float()
+        if isinstance(sampler, str):
+            if sampler not in SAMPLERS:
+                raise ValueError(f"unknown sampler {sampler!r}: there are {', '.join(SAMPLERS)}")
+            sampler = SAMPLERS[sampler]
+
+        calls = 0
+
+        def randn_like(x: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return keyed_normal(index, shape, stream=_CHURN_STREAM + calls).to(x.dtype)
+
+        if options.get("s_churn", 0) > 0:
+            options = {**options, "randn_like": randn_like}
+        second = guide._bind(condition) if isinstance(guide, Generator) else guide
+        return sampler(self._bind(condition), keyed_normal(index, shape), given, guide=second, **options)
+
+
+def _shape(denoiser: Denoiser) -> tuple[int, ...]:
+    return (denoiser.img_channels, *denoiser.img_resolution)
+
+
+def _condition(denoiser: Denoiser) -> int:
+    channels: Any = denoiser.config.get("cond_channels", 0)
+    return int(channels)
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

@@ -1,46 +1,29 @@
-"""Writing samples: numbered PNG files, a contact sheet, and the settings they were made with."""
+"""Writing samples: a folder of numbered files, or one archive, with the settings they were made with."""
 
+import hashlib
+import inspect
 import json
-import re
+import shutil
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+import edm2
+from edm2.diffusion import SAMPLERS
 from edm2.files import write_atomic, write_json
+from edm2.generate.archive import ARCHIVES, SETTINGS_FILE, read_settings, write_npz, write_zip
 from edm2.generate.generator import Generator
 from edm2.progress import Progress
 from edm2.report import image_grid, save_png
+from edm2.train.world import World
 
-SETTINGS_FILE = "samples.json"
-_GRID_LIMIT = 400
 _PNG_MODES = (1, 3, 4)  # channels that a PNG holds: grey, RGB, RGBA
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Seeds from text such as `0-63` or `1,5,10-12`.
-
-    Raises:
-        ValueError: for text of another form, an empty range, or a seed given twice.
-    """
-    seeds: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-        if not match:
-            raise ValueError(
-                f"seeds {text!r}: {part!r} is neither a number nor a range; write 0-63 or 1,5,10-12"
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise ValueError(f"seeds {text!r}: the range {part.strip()} ends before it begins")
-        seeds.extend(range(first, last + 1))
-    if len(set(seeds)) < len(seeds):
-        twice = next(seed for seed in seeds if seeds.count(seed) > 1)
-        raise ValueError(f"seeds {text!r}: seed {twice} is given twice; each seed is one image")
-    return seeds
+_MADE_WITH = "made_with"  # noted, but no part of what must agree to continue
 
 
 def write_samples(
@@ -48,71 +31,179 @@ def write_samples(
     out: Path,
     seeds: list[int],
     *,
-    labels: list[int] | None = None,
+    labels: int | np.ndarray | None = None,
+    conditions: np.ndarray | None = None,
+    guide: Generator | None = None,
+    sampler: str = "heun",
     batch_size: int = 250,
+    grid: int = 400,
     quiet: bool = False,
+    world: World | None = None,
     **options: Any,
 ) -> Path:
-    """Sample into a folder, one file a seed, and a grid of the first ones.
+    """Sample into a folder, one file a seed, and a grid of the first ones; or into one `.zip` or `.npz`.
 
-    A folder that holds samples of the same model and settings is continued: seeds that are there are kept.
+    What holds samples of the same model and settings is continued: seeds that are there are kept. An archive
+    is packed from the folder `NAME.parts` once that is complete. Under torchrun the processes share the seeds.
 
     Args:
         generator: what to sample from.
-        out: folder; made where missing.
+        out: folder, made where missing; or a file that ends in .zip or .npz.
         seeds: one per image.
-        labels: class of each image; default: seed modulo the number of classes.
+        labels: class of all images, or an array whose row `seed modulo rows` is an image's class or vector;
+            default: seed modulo the number of classes.
+        conditions: `[N, cond_channels, H, W]`, chosen like the rows of labels.
+        guide: model to guide with.
+        sampler: name in `edm2.diffusion.SAMPLERS`.
         batch_size: images at a time.
+        grid: most images on the grid; 0 for no grid.
         quiet: show no progress.
+        world: the processes that share the work; default: this one alone.
         **options: options of the sampler.
 
     Returns:
-        The grid's file for pixels; the folder for data that is no picture, whose samples are .npy files.
+        The grid's file for a folder of pictures; else `out`.
 
     Raises:
-        ValueError: if the folder holds samples of another model or made with other settings.
+        ValueError: if inputs do not fit the model, or `out` holds samples of another model or made with other
+            settings; nothing is changed then.
     """
-    classes = list(generator.labels_for(seeds)) if labels is None and generator.num_classes else labels
-    settings = {
-        "model": {key: generator.info.get(key) for key in ("run_id", "num_images", "sigma_rel", "data")},
-        "labels": "seed modulo classes" if labels is None else "given",
-        "sampler": options,
-    }
-    _claim(out, settings)
+    rows = _rows_of(generator, labels, seeds)
+    given = None if conditions is None else conditions[np.asarray(seeds) % len(conditions)]
+    generator.check_inputs(len(seeds), rows, given)
+    if guide is not None:
+        generator.check_guide(guide)
+    world = World(rank=0, size=1, device=torch.device("cpu")) if world is None else world
+    settings = _settings(generator, guide, labels, conditions, sampler, options)
+    packed = out.suffix in ARCHIVES
+    if packed and out.exists():
+        _check_same(out, read_settings(out), {**settings, "seeds": _digest(np.asarray(seeds))})
+        return out
+    folder = out.with_name(f"{out.name}.parts") if packed else out
+    world.on_first(lambda: _claim(folder, settings))
     pixels = generator.coding.kind == "pixels" and generator.denoiser.img_channels in _PNG_MODES
-    name = "{:06d}.png" if pixels else "{:06d}.npy"
-    todo = [i for i, seed in enumerate(seeds) if labels is not None or not (out / name.format(seed)).exists()]
-    with Progress("sampling", len(seeds), "images", done=len(seeds) - len(todo), quiet=quiet) as progress:
+    files = [folder / f"{seed:06d}.{'png' if pixels else 'npy'}" for seed in seeds]
+    todo = [i for i, file in enumerate(files) if not file.exists()]
+    world.any(False)  # all have seen what is to be done before the first file is added
+    todo = todo[world.rank :: world.size]
+    extra = {"guide": guide, "sampler": sampler, **options}
+    done = len(seeds) - len(todo) if world.size == 1 else 0
+    total = len(seeds) if world.size == 1 else len(todo)
+    with Progress("sampling", total, "images", done=done, quiet=quiet or not world.is_first) as progress:
         for start in range(0, len(todo), batch_size):
             part = todo[start : start + batch_size]
-            chosen = None if classes is None else [int(classes[i]) for i in part]
-            images = generator.images([seeds[i] for i in part], chosen, batch_size=batch_size, **options)
-            for i, image in zip(part, images, strict=True):
-                _write_image(out / name.format(seeds[i]), image, pixels)
-            progress.advance(len(part))
-    if not pixels:
-        return out
-    shown = read_images([out / name.format(seed) for seed in seeds[:_GRID_LIMIT]])
-    columns = generator.num_classes if 4 <= generator.num_classes <= 32 else max(1, round(len(shown) ** 0.5))
-    grid = out / "grid.png"
-    save_png(image_grid(shown, columns=min(columns, len(shown)), scale=_zoom(shown.shape[-1])), grid)
-    return grid
-
-
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    path = out / SETTINGS_FILE
-    settings = json.loads(json.dumps(settings))
-    if path.exists():
-        old = json.loads(path.read_text())
-        if old != settings:
-            differing = [key for key in settings if old.get(key) != settings[key]]
-            raise ValueError(
-                f"{out} holds samples made otherwise ({', '.join(differing)} differ): choose another --out"
+            images = generator.images(
+                [seeds[i] for i in part],
+                None if rows is None else rows[part],
+                conditions=None if given is None else given[part],
+                batch_size=batch_size,
+                **extra,
             )
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no samples of edm2: choose another --out")
+            for i, image in zip(part, images, strict=True):
+                _write_image(files[i], image, pixels)
+            progress.advance(len(part))
+    world.any(False)
+    if packed:
+        world.on_first(lambda: _pack(out, settings, files, seeds, rows))
+    shown = files[:grid] if pixels and not packed else []
+    if shown:
+        world.on_first(lambda: _save_grid(shown, folder / "grid.png", generator.num_classes))
+    return folder / "grid.png" if shown else out
+
+
+def _rows_of(generator: Generator, labels: int | np.ndarray | None, seeds: list[int]) -> np.ndarray | None:
+    if isinstance(labels, np.ndarray):
+        return labels[np.asarray(seeds) % len(labels)]
+    if labels is not None:
+        return np.full(len(seeds), labels, np.int64)
+    return generator.labels_for(seeds) if generator.num_classes else None
+
+
+def _settings(
+    generator: Generator,
+    guide: Generator | None,
+    labels: int | np.ndarray | None,
+    conditions: np.ndarray | None,
+    sampler: str,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}: there are {', '.join(SAMPLERS)}")
+    known = inspect.signature(SAMPLERS[sampler]).parameters
+    unknown = sorted(options.keys() - known.keys())
+    if unknown:
+        raise ValueError(
+            f"the sampler {sampler} has no {unknown[0]}: leave it out, or choose another sampler"
+        )
+    basic = ("num_steps", "sigma_min", "sigma_max", "rho", "guidance")
+    settings = {
+        "model": generator.identity(),
+        "guide": None if guide is None else guide.identity(),
+        "labels": "seed modulo classes" if labels is None else _named(labels),
+        "conditions": None if conditions is None else _digest(conditions),
+        "sampler": {"name": sampler, **{key: known[key].default for key in basic}, **options},
+    }
+    made_with = {"edm2": edm2.__version__, "torch": torch.__version__}
+    return json.loads(json.dumps({**settings, _MADE_WITH: made_with}))
+
+
+def _named(labels: int | np.ndarray) -> dict[str, Any]:
+    return {"array": _digest(labels)} if isinstance(labels, np.ndarray) else {"class": labels}
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(f"{array.shape}{array.dtype}".encode() + array.tobytes()).hexdigest()[:16]
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    path = folder / SETTINGS_FILE
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
+        _check_same(folder, old, settings)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no samples of edm2: choose another --out")
     else:
         write_json(path, settings)
+
+
+def _check_same(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    old, new = _flat(old), _flat(new)
+    differing = [
+        f"{key} {old.get(key)} there, {new.get(key)} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(_MADE_WITH)
+    ]
+    if differing:
+        raise ValueError(
+            f"{where} holds samples made otherwise ({'; '.join(differing)}): choose another --out"
+        )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _pack(
+    out: Path, settings: dict[str, Any], files: list[Path], seeds: list[int], rows: np.ndarray | None
+) -> None:
+    settings = {**settings, "seeds": _digest(np.asarray(seeds))}
+    if out.suffix == ".zip":
+        write_zip(out, settings, files, seeds, rows)
+    else:
+        write_npz(out, settings, (_read(file) for file in files), seeds, rows)
+    shutil.rmtree(files[0].parent)
+
+
+def _save_grid(files: list[Path], path: Path, classes: int) -> None:
+    shown = read_images(files)
+    columns = classes if 4 <= classes <= 32 else max(1, round(len(shown) ** 0.5))
+    save_png(image_grid(shown, columns=min(columns, len(shown)), scale=_zoom(shown.shape[-1])), path)
 
 
 def _write_image(path: Path, image: np.ndarray, pixels: bool) -> None:
@@ -127,12 +218,15 @@ def _write_image(path: Path, image: np.ndarray, pixels: bool) -> None:
 
 def read_images(paths: Sequence[Path]) -> np.ndarray:
     """PNG files of one size as an array, `[N, C, H, W]` uint8."""
-    images = []
-    for path in paths:
-        with Image.open(path) as image:
-            array = np.asarray(image)
-        images.append(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
-    return np.stack(images)
+    return np.stack([_read(path) for path in paths])
+
+
+def _read(path: Path) -> np.ndarray:
+    if path.suffix == ".npy":
+        return np.load(path, allow_pickle=False)
+    with Image.open(path) as image:
+        array = np.asarray(image)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def _zoom(side: int) -> int:

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from edm2.diffusion import save_model
-from edm2.ema import reconstruct_many
+import torch
+
+from edm2.diffusion import Denoiser, save_model
+from edm2.ema import Reconstruction, reconstruct_many
 from edm2.train.run_folder import SNAPSHOTS
 
 
@@ -39,19 +42,38 @@ def reconstruct_models(
     results = reconstruct_many(snapshots_of(run), sigma_rels, t)
     written = []
     for name, result in zip(names, results, strict=True):
-        metadata = result.metadata
-        if not metadata or "network" not in metadata:
-            raise ValueError(
-                f"{run} holds snapshots of a model that edm2 did not train: use edm2.ema.reconstruct in Python, and "
-                "load its tensors into your model"
-            )
-        info = {
-            **metadata["info"],
-            "sigma_rel": result.sigma_rel,
-            "num_images": int(result.t),
-            "run_id": result.run_id,
-            "expected_error": result.expected_error,
-        }
-        path = save_model(Path(out) / name, metadata["network"], result.tensors, info)
-        written.append((path, result.expected_error))
+        network, info = _description(run, result)
+        written.append((save_model(Path(out) / name, network, result.tensors, info), result.expected_error))
     return written
+
+
+def reconstruct_denoiser(
+    run: str | Path, sigma_rel: float, t: float | None = None
+) -> tuple[Denoiser, dict[str, Any]]:
+    """A model with one EMA length, in memory; arguments and errors as in `reconstruct_models`.
+
+    Returns:
+        The denoiser in eval mode, without gradients, and its `info`.
+    """
+    result = reconstruct_many(snapshots_of(run), [sigma_rel], t)[0]
+    network, info = _description(run, result)
+    with torch.device("meta"):
+        denoiser = Denoiser(**network)
+    denoiser.load_state_dict(result.tensors, assign=True)
+    return denoiser.eval().requires_grad_(False), info
+
+
+def _description(run: str | Path, result: Reconstruction) -> tuple[dict[str, Any], dict[str, Any]]:
+    metadata = result.metadata
+    if not metadata or "network" not in metadata:
+        raise ValueError(
+            f"{run} holds snapshots of a model that edm2 did not train: use edm2.ema.reconstruct in Python, and "
+            "load its tensors into your model"
+        )
+    return metadata["network"], {
+        **metadata["info"],
+        "sigma_rel": result.sigma_rel,
+        "num_images": int(result.t),
+        "run_id": result.run_id,
+        "expected_error": result.expected_error,
+    }

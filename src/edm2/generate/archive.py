@@ -1,0 +1,117 @@
+"""Samples packed into one file: a ZIP in the layout of data sets, or an NPZ."""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edm2.files import sync_folder
+
+SETTINGS_FILE = "samples.json"
+ARCHIVES = (".zip", ".npz")
+_DATE = (1980, 1, 1, 0, 0, 0)  # fixed, so that equal samples are equal bytes
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings and seeds that an archive of samples was made with.
+
+    Raises:
+        ValueError: if the file holds no samples of edm2.
+    """
+    try:
+        with zipfile.ZipFile(path) as content:
+            return json.loads(content.read(SETTINGS_FILE))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        raise ValueError(
+            f"{path} exists and holds no samples of edm2: choose another --out or move it away"
+        ) from None
+
+
+def write_zip(
+    path: Path,
+    settings: dict[str, Any],
+    files: Sequence[Path],
+    seeds: Sequence[int],
+    labels: np.ndarray | None,
+) -> None:
+    """Pack files as `00012/img00012345.png`, numbered by seed, with `dataset.json`."""
+    names = [
+        f"{seed // 1000:05d}/img{seed:08d}{file.suffix}" for seed, file in zip(seeds, files, strict=True)
+    ]
+    classes = labels is not None and labels.ndim == 1
+    pairs = (
+        [[n, int(c)] for n, c in zip(names, labels, strict=True)] if labels is not None and classes else None
+    )
+    with _writing(path) as put:
+        for name, file in zip(names, files, strict=True):
+            put(name, [file.read_bytes()])
+        put("dataset.json", [json.dumps({"labels": pairs}).encode()])
+        put(SETTINGS_FILE, [json.dumps(settings, indent=1, sort_keys=True).encode()])
+
+
+def write_npz(
+    path: Path,
+    settings: dict[str, Any],
+    images: Iterator[np.ndarray],
+    seeds: Sequence[int],
+    labels: np.ndarray | None,
+) -> None:
+    """Pack images as `arr_0`, labels as `arr_1`, and `seeds`; an image at a time is in memory.
+
+    Pictures are [N, H, W, C], as evaluators of the field read them; other data is [N, C, H, W].
+    """
+    first = next(images)
+    shape = (len(seeds), *_stored(first).shape)
+
+    def rows() -> Iterator[bytes]:
+        yield _array_header(first.dtype, shape)
+        yield _stored(first).tobytes()
+        for image in images:
+            yield _stored(image).tobytes()
+
+    with _writing(path) as put:
+        put("arr_0.npy", rows())
+        if labels is not None:
+            put("arr_1.npy", [_array_header(labels.dtype, labels.shape), labels.tobytes()])
+        numbers = np.asarray(seeds, np.int64)
+        put("seeds.npy", [_array_header(numbers.dtype, numbers.shape), numbers.tobytes()])
+        put(SETTINGS_FILE, [json.dumps(settings, indent=1, sort_keys=True).encode()])
+
+
+def _stored(image: np.ndarray) -> np.ndarray:
+    return image.transpose(1, 2, 0) if image.dtype == np.uint8 else image
+
+
+def _array_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    header = BytesIO()
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.getvalue()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Callable[[str, Any], None]]:
+    """An uncompressed archive that appears under its name when it is whole."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            with zipfile.ZipFile(file, "w") as content:
+
+                def put(name: str, parts: Any) -> None:
+                    with content.open(zipfile.ZipInfo(name, _DATE), "w", force_zip64=True) as member:
+                        for part in parts:
+                            member.write(part)
+
+                yield put
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)

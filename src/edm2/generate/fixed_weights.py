@@ -1,0 +1,77 @@
+"""A network for sampling alone: its weights are normalised once instead of in every evaluation."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edm2.diffusion import Denoiser
+from edm2.nn import NormalizedConv
+from edm2.nn.layers import apply_weight
+
+# Layers that are called with a gain -> the parent's parameter that holds it.
+_GAINS = {"emb_linear": "emb_gain", "out_conv": "out_gain"}
+
+
+class FixedConv(nn.Module):
+    """A `NormalizedConv` whose effective weight is given, gain included."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        """As in `NormalizedConv`, bit for bit; the gain is in the weight already."""
+        return apply_weight(x, self.weight.to(x.dtype))
+
+
+class SamplingNetwork:
+    """A copy of a denoiser with fixed weights, in its precision.
+
+    Args:
+        denoiser: the original, which stays as it is.
+        compile: use torch.compile; the first evaluation then takes minutes.
+    """
+
+    def __init__(self, denoiser: Denoiser, *, compile: bool = False) -> None:
+        self._original = denoiser
+        self._copy = copy.deepcopy(denoiser).eval().requires_grad_(False)
+        self._fixed: dict[str, FixedConv] = {}
+        for name, layer in list(self._copy.named_modules()):
+            if isinstance(layer, NormalizedConv) and name.startswith("unet."):
+                parent, _, own = name.rpartition(".")
+                self._fixed[name] = FixedConv(_effective_weight(denoiser, name))
+                setattr(self._copy.get_submodule(parent), own, self._fixed[name])
+        self._forward: Any = torch.compile(self._copy) if compile else self._copy
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the original's weights and precision as they are now."""
+        self._copy.dtype = self._original.dtype
+        state = self._copy.state_dict()
+        for name, tensor in self._original.state_dict().items():
+            layer = name.removesuffix(".weight")
+            if layer not in self._fixed:
+                state[name].copy_(tensor)
+                continue
+            weight, fixed = _effective_weight(self._original, layer), self._fixed[layer]
+            if fixed.weight.dtype == weight.dtype:
+                fixed.weight.copy_(weight)
+            else:
+                fixed.weight = weight
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate, as the denoiser does."""
+        return self._forward(*args, **kwargs)
+
+
+@torch.no_grad()
+def _effective_weight(denoiser: Denoiser, name: str) -> Tensor:
+    layer = denoiser.get_submodule(name)
+    assert isinstance(layer, NormalizedConv)
+    parent, _, own = name.rpartition(".")
+    gain = getattr(denoiser.get_submodule(parent), _GAINS.get(own, ""), None)
+    return layer.effective_weight(1.0 if gain is None else gain).to(denoiser.dtype)

@@ -1,0 +1,33 @@
+"""Seeds, one an image, as text."""
+
+import re
+
+_MOST = 10_000_000
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds from text such as `0-63` or `1,5,10-12`.
+
+    Raises:
+        ValueError: for text of another form, an empty range, seeds too large or too many, or one given twice.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]+)(?:\s*-\s*([0-9]+))?\s*", part)
+        if not match:
+            raise ValueError(
+                f"seeds {text!r}: {part!r} is neither a number nor a range; write 0-63 or 1,5,10-12"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"seeds {text!r}: the range {part.strip()} ends before it begins")
+        if last >= 2**63:
+            raise ValueError(f"seeds {text!r}: {last} is too large; seeds must be below 2^63")
+        if len(seeds) + last - first >= _MOST:
+            raise ValueError(f"seeds {text!r}: more than {_MOST:,} images; sample them in several folders")
+        seeds.extend(range(first, last + 1))
+    if len(set(seeds)) < len(seeds):
+        seen: set[int] = set()
+        twice = next(seed for seed in seeds if seed in seen or seen.add(seed))  # type: ignore[func-returns-value]
+        raise ValueError(f"seeds {text!r}: seed {twice} is given twice; each seed is one image")
+    return seeds

@@ -1,0 +1,188 @@
+"""What sampling writes: continued where it stopped, never mixed with other samples, whole in an archive."""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small import small_generator, small_model
+
+from edm2.cli import main
+from edm2.data import open_dataset
+from edm2.generate import parse_seeds, read_images, write_samples
+
+
+def content_of(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def write(out: Path, seeds: str = "0-5", **options: Any) -> Path:
+    settings: dict[str, Any] = {"num_steps": 2, "quiet": True, **options}
+    return write_samples(settings.pop("generator", small_generator()), out, parse_seeds(seeds), **settings)
+
+
+def test_seeds() -> None:
+    assert parse_seeds("3") == [3]
+    assert parse_seeds("0-2, 7,10 - 11") == [0, 1, 2, 7, 10, 11]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "'' is neither a number nor a range; write 0-63 or 1,5,10-12"),
+        ("1,,2", "'' is neither a number nor a range"),
+        ("-3", "'-3' is neither a number nor a range"),
+        ("a", "'a' is neither a number nor a range"),
+        ("1.5", r"'1\.5' is neither"),
+        ("9-3", "the range 9-3 ends before it begins"),
+        ("1,0-4", "seed 1 is given twice; each seed is one image"),
+        ("9223372036854775808", "9223372036854775808 is too large; seeds must be below"),
+        ("0-99999999999", "more than 10,000,000 images"),
+    ],
+)
+def test_bad_seeds(text: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        parse_seeds(text)
+
+
+def test_a_folder_is_continued(tmp_path: Path) -> None:
+    assert write(tmp_path / "a", "0-3") == tmp_path / "a" / "grid.png"
+    before = (tmp_path / "a" / "000002.png").stat().st_mtime_ns
+    write(tmp_path / "a", "0-5", batch_size=3)
+    write(tmp_path / "b", "5,4,3,2,1,0")
+    one, other = ([tmp_path / f / f"{seed:06d}.png" for seed in range(6)] for f in "ab")
+    assert np.abs(read_images(one).astype(int) - read_images(other)).max() <= 1
+    assert (tmp_path / "a" / "000002.png").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"generator": small_generator(1)}, r"model\.weights \w+ there, \w+ here"),
+        ({"num_steps": 3}, "sampler.num_steps 2 there, 3 here"),
+        ({"sampler": "euler"}, "sampler.name heun there, euler here"),
+        ({"labels": 2}, "labels seed modulo classes there"),
+        ({"labels": np.array([0, 1])}, r"labels\.array None there"),
+        ({"guide": small_generator(1), "guidance": 2.0}, r"guide\.weights None there, \w+ here"),
+    ],
+)
+def test_samples_made_otherwise_are_not_touched(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    write(tmp_path / "a", "0-2")
+    before = content_of(tmp_path / "a")
+    with pytest.raises(ValueError, match=f"holds samples made otherwise .*{told}.*: choose another --out"):
+        write(tmp_path / "a", "0-5", **changes)
+    assert content_of(tmp_path / "a") == before
+
+
+def test_other_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no samples of edm2: choose another --out"):
+        write(tmp_path)
+    assert content_of(tmp_path).keys() == {"mine.txt"}
+    (tmp_path / "samples.json").write_text("{")
+    with pytest.raises(ValueError, match=r"samples\.json is damaged"):
+        write(tmp_path)
+
+
+def test_nothing_is_made_for_bad_input(tmp_path: Path) -> None:
+    for options, told in (
+        ({"labels": 3}, "class 3 is outside"),
+        ({"sampler": "euler", "s_churn": 1.0}, "the sampler euler has no s_churn"),
+        ({"sampler": "ddim"}, "unknown sampler 'ddim'"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            write(tmp_path / "a", **options)
+    assert not (tmp_path / "a").exists()
+
+
+def test_labels_by_rows_of_an_array(tmp_path: Path) -> None:
+    write(tmp_path / "a", "0,2", labels=np.array([2, 0]))
+    write(tmp_path / "b", "0,2", labels=2)
+    assert (tmp_path / "a" / "000002.png").read_bytes() == (tmp_path / "b" / "000002.png").read_bytes()
+
+
+def test_zip_is_a_data_set(tmp_path: Path) -> None:
+    write(tmp_path / "folder", "0-4,1000")
+    out = write(tmp_path / "s.zip", "0-4,1000")
+    dataset = open_dataset(str(out))
+    assert dataset.num_classes == 3
+    everything = np.arange(6)
+    assert dataset.labels(everything).tolist() == [0, 1, 2, 0, 1, 1]
+    files = [tmp_path / "folder" / f"{seed:06d}.png" for seed in (0, 1, 2, 3, 4, 1000)]
+    assert np.array_equal(dataset.images(everything), read_images(files))
+    assert not (tmp_path / "s.zip.parts").exists()
+    before = out.read_bytes()
+    assert write(out, "0-4,1000") == out
+    with pytest.raises(ValueError, match=r"s\.zip holds samples made otherwise \(seeds \w+ there"):
+        write(out, "0-5")
+    assert out.read_bytes() == before
+
+
+def test_npz(tmp_path: Path) -> None:
+    write(tmp_path / "folder", "3-5")
+    out = write(tmp_path / "s.npz", "3-5")
+    with np.load(out, allow_pickle=False) as content:
+        assert content["arr_0"].shape == (3, 8, 8, 1)
+        images = read_images([tmp_path / "folder" / f"{seed:06d}.png" for seed in (3, 4, 5)])
+        assert np.array_equal(content["arr_0"].transpose(0, 3, 1, 2), images)
+        assert content["arr_1"].tolist() == [0, 1, 2]
+        assert content["seeds"].tolist() == [3, 4, 5]
+
+
+def test_archive_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "s.zip").write_bytes(b"not a zip")
+    with pytest.raises(ValueError, match=r"s\.zip exists and holds no samples of edm2"):
+        write(tmp_path / "s.zip")
+    assert (tmp_path / "s.zip").read_bytes() == b"not a zip"
+
+
+def test_an_archive_continues_from_its_parts(tmp_path: Path) -> None:
+    write(tmp_path / "s.zip.parts", "0-2")
+    kept = (tmp_path / "s.zip.parts" / "000001.png").read_bytes()
+    out = write(tmp_path / "s.zip", "0-4")
+    assert kept == out.read_bytes()[out.read_bytes().index(kept) :][: len(kept)]
+
+
+def test_processes_share_the_seeds(tmp_path: Path) -> None:
+    model = small_model(tmp_path / "m.safetensors")
+    words = ["sample", str(model), "--num-steps", "2", "--seeds", "0-6", "--batch", "1", "--device", "cpu"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "edm2", *words, "--out", str(tmp_path / "two")],
+            env={
+                **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            },
+            stdout=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert [bool(text) for text in printed] == [True, False]
+    main([*words, "--out", str(tmp_path / "one")])
+    one, two = content_of(tmp_path / "one"), content_of(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert one == two
+
+
+def test_the_record_says_what_the_samples_are(tmp_path: Path) -> None:
+    write(tmp_path, "0", guide=small_generator(1, label_dim=0), guidance=1.5, interval=(10.0, 80.0))
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["labels"] == "seed modulo classes"
+    assert record["sampler"] == {
+        "name": "heun", "num_steps": 2, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "guidance": 1.5,
+        "interval": [10.0, 80.0],
+    }  # fmt: skip
+    assert record["model"]["run_id"] == "r"
+    assert record["guide"]["weights"] != record["model"]["weights"]
+    assert record["made_with"].keys() == {"edm2", "torch"}
