@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from edm2.ema.profiles import FloatArray
-from edm2.ema.tensorfile import DTYPES, ByteArray, TensorFile, TensorSpec, sum_text, word_sum
+from edm2.ema.tensorfile import DTYPES, ByteArray, TensorFile, sum_text, word_sum
 
-_PIECE_BYTES = 8 << 20
+# Pieces of a few files at a time stay in the processor's cache while they are checked and added up.
+_PIECE, _FILES = 1 << 16, 8
 _MAX_OPEN = 256
 
 
@@ -53,37 +54,37 @@ class WeightedSums:
         shapes = {name: self._files[0].specs[name].shape for name in names}
         sums = [{n: torch.zeros(shape) for n, shape in shapes.items()} for _ in range(num_out)]
         for first in range(0, len(self._files), _MAX_OPEN):
-            group = range(first, min(first + _MAX_OPEN, len(self._files)))
+            opened = range(first, min(first + _MAX_OPEN, len(self._files)))
             with ExitStack() as stack:
-                handles = [stack.enter_context(open(self._files[i].path, "rb", buffering=0)) for i in group]
-                rows = torch.empty(len(group), _PIECE_BYTES // 4 // len(group) // 16 * 16)
+                handles = {
+                    i: stack.enter_context(open(self._files[i].path, "rb", buffering=0)) for i in opened
+                }
                 for name in names:
-                    self._add_tensor(name, group, handles, rows, [s[name].view(-1) for s in sums])
+                    self._add_tensor(name, handles, [s[name].view(-1) for s in sums])
         return sums
 
-    def _add_tensor(
-        self, name: str, group: range, handles: list[FileIO], rows: Tensor, sums: list[Tensor]
-    ) -> None:
-        factors = np.array([self._scales[i].get(name, 1.0) for i in group])[:, None]
-        weights = torch.from_numpy(
-            (self._coefficients[group.start : group.stop] * factors).T.astype(np.float32)
-        )
-        numel, width = sums[0].numel(), rows.shape[1]
-        for begin in range(0, numel, width):
-            end = min(begin + width, numel)
-            piece = rows[:, : end - begin]
-            for row, i, handle in zip(piece, group, handles, strict=True):
-                file = self._files[i]
-                self._sums[i] += _read_into(row, handle, file, file.specs[name], begin)
-            for weight, out in zip(weights @ piece, sums, strict=True):
-                out[begin:end] += weight
+    def _add_tensor(self, name: str, handles: dict[int, FileIO], sums: list[Tensor]) -> None:
+        scales = np.array([s.get(name, 1.0) for s in self._scales])
+        weights = torch.from_numpy((self._coefficients * scales[:, None]).astype(np.float32))
+        numel = sums[0].numel()
+        rows = torch.empty(_FILES, min(numel, _PIECE))
+        for begin in range(0, numel, _PIECE):
+            pieces = [out[begin : begin + _PIECE] for out in sums]
+            for first in range(0, len(handles), _FILES):
+                group = list(handles)[first : first + _FILES]
+                part = rows[: len(group), : pieces[0].numel()]
+                for row, i in zip(part, group, strict=True):
+                    self._sums[i] += _read_into(row, handles[i], self._files[i], name, begin)
+                for piece, sum_ in zip(pieces, weights[group].T @ part, strict=True):
+                    piece.add_(sum_)
 
 
-def _read_into(row: Tensor, handle: FileIO, file: TensorFile, spec: TensorSpec, begin: int) -> int:
+def _read_into(row: Tensor, handle: FileIO, file: TensorFile, name: str, begin: int) -> int:
     """Read elements of a tensor into a float32 row; returns the sum of their words."""
-    raw = row if spec.dtype == torch.float32 else torch.empty(row.numel(), dtype=spec.dtype)
+    dtype = file.specs[name].dtype
+    raw = row if dtype == torch.float32 else torch.empty(row.numel(), dtype=dtype)
     data = raw.view(torch.uint8).numpy()
-    read_exactly(handle, file, file.offsets[spec.name] + begin * spec.dtype.itemsize, data)
+    read_exactly(handle, file, file.offsets[name] + begin * dtype.itemsize, data)
     if raw is not row:
         row.copy_(raw)
     return word_sum(data)
