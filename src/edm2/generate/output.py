@@ -135,6 +135,7 @@ def _settings(
         raise ValueError(
             f"the sampler {sampler} has no {unknown[0]}: leave it out, or choose another sampler"
         )
+    _try(sampler, guide is not None, options)
     basic = ("num_steps", "sigma_min", "sigma_max", "rho", "guidance")
     settings = {
         "model": generator.identity(),
@@ -145,6 +146,17 @@ def _settings(
     }
     made_with = {"edm2": edm2.__version__, "torch": torch.__version__}
     return json.loads(json.dumps({**settings, _MADE_WITH: made_with}))
+
+
+def _try(sampler: str, has_guide: bool, options: dict[str, Any]) -> None:
+    """Let the sampler check its options on one value, before anything is written."""
+
+    def nothing(x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None, /) -> torch.Tensor:
+        return x
+
+    churn: dict[str, Any] = {"randn_like": torch.zeros_like} if options.get("s_churn") else {}
+    guide = nothing if has_guide else None
+    SAMPLERS[sampler](nothing, torch.zeros(1, 1, 1, 1), guide=guide, **options, **churn)
 
 
 def _named(labels: int | np.ndarray) -> dict[str, Any]:

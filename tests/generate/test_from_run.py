@@ -1,0 +1,101 @@
+"""`edm2 sample` on a run: any EMA length, and the run's own past as a guide."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small import small_model
+
+from edm2.cli import main
+from edm2.data import ArrayDataset
+from edm2.generate import Generator, reconstruct_models
+from edm2.train import NetworkConfig, OptimizerConfig, TrainConfig, train
+
+QUICK = ["--num-steps", "2", "--seeds", "0-2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    images = np.random.default_rng(0).integers(0, 256, (40, 1, 4, 4), dtype=np.uint8)
+    config = TrainConfig(
+        num_images=160,
+        batch_size=8,
+        snapshot_images=40,
+        checkpoint_images=160,
+        log_images=80,
+        device="cpu",
+        network=NetworkConfig(
+            model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), channels_per_head=8
+        ),
+        optimizer=OptimizerConfig(ref_lr=0.02, ref_batches=10, rampup_mimg=0.00003),
+    )
+    out = tmp_path_factory.mktemp("run") / "run"
+    train(config, out, dataset=ArrayDataset(images, np.arange(40) % 3, name="tiny"), quiet=True)
+    return out
+
+
+def test_a_length_on_the_fly_is_the_model_that_would_be_written(run: Path, tmp_path: Path) -> None:
+    [(path, _)] = reconstruct_models(run, [0.08], tmp_path)
+    written, made = Generator.load(path), Generator.load(run, 0.08)
+    assert written.identity() == made.identity()
+    assert torch.equal(written.latents([1], num_steps=2), made.latents([1], num_steps=2))
+    with pytest.raises(FileExistsError, match=r"ema-0\.08\.safetensors exists already: choose another --out"):
+        reconstruct_models(run, [0.06, 0.08], tmp_path)
+    assert not (tmp_path / "ema-0.06.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*expect a relative error")
+def test_the_run_guides_itself(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sample", str(run), "--ema", "0.08", "--guide-ema", "0.05", "--guide-images", "80"]
+    main([*words, "--guidance", "2", *QUICK, "--out", str(tmp_path / "s")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "s" / "grid.png")
+    record = json.loads((tmp_path / "s" / "samples.json").read_text())
+    assert (record["model"]["sigma_rel"], record["model"]["num_images"]) == (0.08, 160)
+    assert (record["guide"]["sigma_rel"], record["guide"]["num_images"]) == (0.05, 80)
+    assert record["model"]["run_id"] == record["guide"]["run_id"]
+
+
+@pytest.mark.parametrize("words", [["{run}"], ["--model", "{run}"]])
+def test_the_final_model(run: Path, tmp_path: Path, words: list[str]) -> None:
+    main(["sample", *(w.format(run=run) for w in words), *QUICK, "--out", str(tmp_path / "s")])
+    assert (tmp_path / "s" / "000002.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "which model? Give one run or model file"),
+        (["{run}", "--model", "{run}"], "which model? Give one run or model file"),
+        (["nowhere"], "nowhere does not exist: give a model file"),
+        (["{run}", "--ema", "0.5"], "0.5"),
+        (["{run}", "--ema-images", "80"], "80 images of which average? Give its EMA length, too"),
+        (["{run}", "--guide-images", "80"], "--guide-images 80 needs --guide-ema"),
+        (["{run}", "--guide-ema", "0.05"], "a guide has no effect with --guidance 1"),
+        (["{run}", "--interval", "1", "2"], "--interval has no effect with --guidance 1"),
+        (["{run}", "--guidance", "2"], "guidance 2.0 needs a guide"),
+        (["{run}", "--guide", "{other}", "--guidance", "2"], "the guide has images (1, 8, 8), the model (1, 4, 4)"),
+        (["{run}", "--guide-ema", "0.05", "--guidance", "2", "--interval", "90", "99"], "holds none of the schedule"),
+        (["{run}", "--label", "3"], "class 3 is outside 0..2"),
+        (["{run}", "--label", "1", "--labels", "x.npy"], "--label and --labels exclude each other"),
+        (["{run}", "--labels", "nothing.npy"], "nothing.npy cannot be read as a .npy file"),
+        (["{run}", "--seeds", "1,1"], "seed 1 is given twice"),
+        (["{run}", "--num-steps", "0"], "num_steps 0 must be at least 1"),
+        (["{run}", "--batch", "0"], "--batch 0 must be at least 1"),
+        (["{run}", "--sampler", "euler", "--s-churn", "1"], "the sampler euler has no s_churn"),
+        (["{run}", "--device", "tpu9"], "device 'tpu9' cannot be used here"),
+    ],
+)  # fmt: skip
+def test_bad_words(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    other = tmp_path / "other.safetensors"
+    small_model(other)
+    options: list[Any] = [word.format(run=run, other=other) for word in words]
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", *options, "--out", str(tmp_path / "s")])
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
