@@ -87,7 +87,7 @@ CONVOLUTION_FLOPS = 2 * 8 * 256 * 32 * 32 * 256 * 9
 def table(
     times: dict[str, list[float]],
     images: int,
-    flops_per_image: float,
+    flops_per_image: float | dict[str, float],
     peak: list[float],
     notes: dict[str, str],
 ) -> str:
@@ -100,7 +100,8 @@ def table(
     ]
     for name, seconds in times.items():
         rate = images / statistics.median(seconds)
-        speed = rate * flops_per_image / 1e9
+        flops = flops_per_image[name] if isinstance(flops_per_image, dict) else flops_per_image
+        speed = rate * flops / 1e9
         ratio = statistics.median(a / b for a, b in zip(times[first], seconds, strict=True))
         lines.append(
             f"{name:<34} {rate:>9.1f} {speed:>8.1f} {100 * speed / best:>7.0f}% {ratio:>6.2f}x  {notes.get(name, '')}"

@@ -1,36 +1,51 @@
-"""Images a second of the Heun sampler: the plain float32 path against the fast ones, in turns, at equal results.
+"""Images a second, and what each way to be faster changes in the images: precision, compilation, sampler, guidance.
+
+The plain path is the denoiser as it trains, float32 and eager, its weights normalised in every evaluation.
+Differences are root mean squares over the standard deviation of the images: for the paths those to the plain
+path's images, for the samplers those to the Heun sampler with four times the steps.
 
 python benchmarks/sampling.py
 """
 
-import copy
+import argparse
 
 import torch
 from common import convolution_peak, in_turns, machine, make_denoiser, options, table, timed
 
-from edm2.diffusion import sample_heun
+from edm2.diffusion import SAMPLERS, Denoiser, DenoiserFn
+from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.nn import count_flops, keyed_normal, use_channels_last
+
+_INTERVAL = (0.2, 3.0)
 
 
 class Sample:
-    """One batch through the sampler, from fixed noise."""
+    """One batch through a sampler, from fixed noise."""
 
-    def __init__(self, denoiser, noise, num_steps, *, fast, dtype=torch.float32, compiled=False):
-        self.denoiser = copy.deepcopy(denoiser)
-        self.denoiser.dtype = dtype
-        self.noise, self.num_steps = noise, num_steps
-        if fast:
-            use_channels_last(self.denoiser)
-            self.noise = noise.contiguous(memory_format=torch.channels_last)
-        self.forward = torch.compile(self.denoiser) if compiled else self.denoiser
+    def __init__(
+        self,
+        network: DenoiserFn,
+        noise: torch.Tensor,
+        num_steps: int,
+        sampler: str = "heun",
+        **guidance: object,
+    ) -> None:
+        self.network, self.noise, self.num_steps = network, noise, num_steps
         self.labels = torch.arange(len(noise), device=noise.device) % 10
-        self.out = None
+        self.sampler, self.guidance = SAMPLERS[sampler], guidance
+        self.out = noise
 
-    def __call__(self):
-        self.out = sample_heun(self.forward, self.noise, self.labels, num_steps=self.num_steps)
+    def __call__(self) -> None:
+        self.out = self.sampler(
+            self.network, self.noise, self.labels, num_steps=self.num_steps, **self.guidance
+        )
+
+    def difference(self, reference: torch.Tensor) -> str:
+        """Root mean square difference of the images, relative to their standard deviation."""
+        return f"images {float((self.out - reference).square().mean().sqrt() / reference.std()):.1e}"
 
 
-def main():
+def main() -> None:
     arguments = options(
         __doc__,
         resolution=32, channels=1, model_channels=32, channel_mult=(1, 2, 2), num_blocks=2, attention=(8,),
@@ -38,34 +53,101 @@ def main():
         device="cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
     device = torch.device(arguments.device)
-    denoiser = make_denoiser(arguments).to(device).eval().requires_grad_(False)
     shape = (arguments.channels, arguments.resolution, arguments.resolution)
     noise = keyed_normal(torch.arange(arguments.batch, device=device), shape)
     with torch.device("meta"):
-        flops = count_flops(make_denoiser(arguments).eval(), torch.zeros(1, *shape), torch.ones(1))
+        flops = 2 * count_flops(make_denoiser(arguments).eval(), torch.zeros(1, *shape), torch.ones(1))
+    print(f"batch {arguments.batch}; {machine(device)}")
+    compare_paths(arguments, noise, flops)
+    compare_samplers(arguments, noise, flops)
 
-    kinds = {"plain": dict(fast=False), "channels last": dict(fast=True)}
-    if arguments.bf16:
-        kinds["... bf16"] = dict(fast=True, dtype=torch.bfloat16)
-    if arguments.compile:
-        kinds["... compile"] = dict(fast=True, compiled=True)
-    samples = {name: Sample(denoiser, noise, arguments.num_steps, **kind) for name, kind in kinds.items()}
-    if arguments.compile:
-        print(f"compile: first batch took {timed(samples['... compile'], device):.0f} s")
-    times = in_turns({**samples, "peak": convolution_peak(device)}, device, arguments.rounds)
-    reference = samples["plain"].out
-    scale = reference.std()
-    notes = {
-        name: f"images {float((sample.out - reference).square().mean().sqrt() / scale):.1e}"
-        for name, sample in samples.items()
-        if name != "plain"
+
+def compare_paths(arguments: argparse.Namespace, noise: torch.Tensor, flops: float) -> None:
+    """The same evaluations, each path adding one thing to the path above it; bf16 and compile apart."""
+    steps, last = arguments.num_steps, noise.contiguous(memory_format=torch.channels_last)
+    samples = {
+        "plain": Sample(_denoiser(arguments), noise, steps),
+        "channels last": Sample(_denoiser(arguments, fast=True), last, steps),
+        "... weights fixed": Sample(SamplingNetwork(_denoiser(arguments, fast=True)), last, steps),
     }
-    evaluations = 2 * arguments.num_steps - 1
-    print(f"sampling: {evaluations} evaluations an image, batch {arguments.batch}")
-    print(machine(device))
-    print(
-        table({n: times[n] for n in samples}, arguments.batch, 2 * flops * evaluations, times["peak"], notes)
+    if arguments.bf16:
+        network = SamplingNetwork(_denoiser(arguments, fast=True, dtype=torch.bfloat16))
+        samples["... ... bf16"] = Sample(network, last, steps)
+    if arguments.compile:
+        network = SamplingNetwork(_denoiser(arguments, fast=True), compile=True)
+        samples["... ... compile"] = Sample(network, last, steps)
+        print(f"compile: first batch took {timed(samples['... ... compile'], noise.device):.0f} s")
+        if arguments.bf16:
+            network = SamplingNetwork(_denoiser(arguments, fast=True, dtype=torch.bfloat16), compile=True)
+            samples["... ... bf16 and compile"] = Sample(network, last, steps)
+    evaluations = dict.fromkeys(samples, 2 * steps - 1)
+    _report(
+        f"paths: heun, {2 * steps - 1} evaluations an image", arguments, samples, evaluations, flops, "plain"
     )
+
+
+def compare_samplers(arguments: argparse.Namespace, noise: torch.Tensor, flops: float) -> None:
+    """Samplers and guidance on the path with fixed weights."""
+    network, last = (
+        SamplingNetwork(_denoiser(arguments, fast=True)),
+        noise.contiguous(memory_format=torch.channels_last),
+    )
+    steps = arguments.num_steps
+    samples = {f"heun, {steps} steps": Sample(network, last, steps)}
+    evaluations = {f"heun, {steps} steps": 2 * steps - 1}
+    for name, count in (("euler", 2 * steps), ("dpmpp-2m", steps), ("dpmpp-2m", 2 * steps)):
+        samples[f"{name}, {count} steps"] = Sample(network, last, count, name)
+        evaluations[f"{name}, {count} steps"] = count
+    exact = Sample(network, last, 4 * steps)
+    exact()
+    _report("samplers", arguments, samples, evaluations, flops, exact.out)
+
+    guide = SamplingNetwork(_denoiser(arguments, fast=True, weak=True))
+    guided = {
+        "no guide": Sample(network, last, steps),
+        "guide of the same size": Sample(network, last, steps, guide=guide, guidance=1.5),
+        f"... in ({_INTERVAL[0]}, {_INTERVAL[1]}]": Sample(
+            network, last, steps, guide=guide, guidance=1.5, interval=_INTERVAL
+        ),
+    }
+    _report(
+        "guidance", arguments, guided, dict.fromkeys(guided, 2 * steps - 1), flops, "guide of the same size"
+    )
+
+
+def _report(
+    title: str,
+    arguments: argparse.Namespace,
+    samples: dict[str, Sample],
+    evaluations: dict[str, int],
+    flops: float,
+    reference: str | torch.Tensor,
+) -> None:
+    """A table, whose GFLOP/s count the main network alone."""
+    device = next(iter(samples.values())).noise.device
+    times = in_turns({**samples, "peak": convolution_peak(device)}, device, arguments.rounds)
+    truth = samples[reference].out if isinstance(reference, str) else reference
+    notes = {name: sample.difference(truth) for name, sample in samples.items() if name != reference}
+    flops_per_image = {name: flops * evaluations[name] for name in samples}
+    print(f"\n{title}")
+    print(table({n: times[n] for n in samples}, arguments.batch, flops_per_image, times["peak"], notes))
+
+
+def _denoiser(
+    arguments: argparse.Namespace,
+    *,
+    fast: bool = False,
+    dtype: torch.dtype = torch.float32,
+    weak: bool = False,
+) -> Denoiser:
+    denoiser = make_denoiser(arguments).to(arguments.device).eval().requires_grad_(False)
+    denoiser.dtype = dtype
+    if weak:
+        assert denoiser.unet.out_gain is not None
+        denoiser.unet.out_gain.fill_(0.4)
+    if fast:
+        use_channels_last(denoiser)
+    return denoiser
 
 
 if __name__ == "__main__":
