@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from edm2.data import ImageDataset, open_dataset
+from edm2.diffusion import read_model_header
 from edm2.files import write_atomic, write_json
 from edm2.generate import Generator, read_images, reconstruct_models, write_samples
 from edm2.judging import Judge, generators
@@ -24,6 +26,8 @@ from edm2.train.run_folder import SNAPSHOTS, flat_settings, read_log
 SWEEP = (0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.16, 0.20, 0.25)
 _SWEEP_SEED, _SWEEP_IMAGES, _SWEEP_STEPS = 1_000_000, 300, 8
 _FINAL_IMAGES, _FINAL_STEPS = 1000, 16
+_PRESET = "digits"
+_SHOWN = 10  # of each class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,8 @@ class Measured:
         nearest: median distance of the final images to the nearest training image.
         nearest_real: the same for real test images.
         copies: share of final images nearer to a training image than 99% of the test images are.
-        seconds: time of the whole job.
+        seconds: time of this session.
+        continued: whether there was a session before, so that `seconds` is not the whole job.
     """
 
     sigma_rels: tuple[float, ...]
@@ -55,6 +60,7 @@ class Measured:
     nearest_real: float
     copies: float
     seconds: float
+    continued: bool
 
 
 def run_demo(
@@ -68,37 +74,42 @@ def run_demo(
 
     Args:
         out: folder; a demo that was interrupted there is continued.
-        config: settings of the run; default: the preset `digits`.
-        num_images: images to sample and measure at the end.
+        config: settings of the run, on a data set with classes and a test split; default: the preset `digits`.
+        num_images: images to sample and measure at the end, at least 2.
         quiet: show no progress.
 
     Returns:
         What was measured.
 
     Raises:
-        ValueError: if the folder holds something else, or as in `edm2.train.train`.
+        ValueError: if the folder holds something else, the data has no classes, or as in `edm2.train.train`.
+        Stopped: as in `edm2.train.train`; the same call continues.
     """
     out, start = Path(out), time.monotonic()
-    if out.exists() and any(out.iterdir()) and not (out / "run").is_dir():
-        raise ValueError(f"{out} is not empty and holds no demo: choose another --out")
-    config = get_preset("digits") if config is None else config
-    real, test = open_dataset(config.data), open_dataset(config.data, split="test")
+    _check_folder(out)
+    continued = (out / "run").is_dir()
+    if num_images < 2:
+        raise ValueError(f"num_images {num_images} must be at least 2, to be compared with the real ones")
+    config = get_preset(_PRESET) if config is None else config
+    real, test = (
+        open_dataset(config.data, split=split, labels=config.dataset.labels, pad_to=config.dataset.pad_to)
+        for split in ("train", "test")
+    )
+    if not real.num_classes:
+        raise ValueError(f"{config.data} has no classes: the demo judges images by their class; give labels")
     images, labels = _everything(real)
     test_images, test_labels = _everything(test)
 
     say = _Steps(5, quiet)
+    say(f"Training on {config.num_images:,} images, tracking EMA lengths {_lengths(config.ema.sigma_rels)}")
+    train(config, out / "run", preset=_PRESET if config == get_preset(_PRESET) else "", quiet=quiet)
     say(f"Fitting the feature classifier on {len(real)} real images")
     judge = Judge(real)
-    say(f"Training on {config.num_images:,} images, tracking EMA lengths {_lengths(config.ema.sigma_rels)}")
-    train(config, out / "run", preset="digits", quiet=quiet)
     say(f"Scoring {len(SWEEP)} EMA lengths reconstructed from that one run")
     scores = _sweep(out / "run" / SNAPSHOTS, judge, quiet)
     best = SWEEP[int(np.argmin(scores))]
     say(f"Sampling with the best EMA length, {best:g}")
-    model = out / "ema" / f"ema-{best:.4g}.safetensors"
-    if not model.exists():
-        reconstruct_models(out / "run", [best], out / "ema")
-    generator = Generator.load(model)
+    generator = Generator.load(_model(out, best))
     seeds = list(range(num_images))
     write_samples(generator, out / "samples", seeds, num_steps=_FINAL_STEPS, quiet=quiet)
     made = read_images([out / "samples" / f"{seed:06d}.png" for seed in seeds])
@@ -117,10 +128,33 @@ def run_demo(
         nearest_real=float(np.median(near_real)),
         copies=float((near < np.quantile(near_real, 0.01)).mean()),
         seconds=time.monotonic() - start,
+        continued=continued,
     )
     write_json(out / "measured.json", dataclasses.asdict(measured))
     _write_report(out, config, measured, generator, made, test_images, test_labels)
     return measured
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give a folder as --out")
+    if out.exists() and any(out.iterdir()) and not (out / "run").is_dir():
+        raise ValueError(f"{out} is not empty and holds no demo: choose another --out")
+
+
+def _model(out: Path, sigma_rel: float) -> Path:
+    """The model with an EMA length; put together unless an earlier session did."""
+    path = out / "ema" / f"ema-{sigma_rel:.4g}.safetensors"
+    if not path.exists():
+        return reconstruct_models(out / "run", [sigma_rel], out / "ema")[0][0]
+    seen = read_log(out / "run")[-1]["num_images"]
+    was = read_model_header(path)[1]["info"].get("num_images")
+    if was != seen:
+        raise ValueError(
+            f"{path} was made when the run had seen {was} images, and it has seen {seen} since: move {out / 'ema'} "
+            f"and {out / 'samples'} away, or choose another --out"
+        )
+    return path
 
 
 class _Steps:
@@ -158,9 +192,10 @@ def _write_report(
     test_labels: np.ndarray,
 ) -> None:
     classes = generator.num_classes
-    real = np.stack([test_images[test_labels == c][:10] for c in range(classes)], axis=1)
+    shown = min(_SHOWN, int(np.bincount(test_labels, minlength=classes).min()))
+    real = np.stack([test_images[test_labels == c][:shown] for c in range(classes)], axis=1)
     real_grid = image_grid(real.reshape(-1, *real.shape[2:]), columns=classes, scale=5)
-    made_grid = image_grid(made[: 10 * classes], columns=classes, scale=5)
+    made_grid = image_grid(made[: _SHOWN * classes], columns=classes, scale=5)
     save_png(made_grid, out / "samples.png")
     save_png(real_grid, out / "real.png")
 
@@ -169,8 +204,8 @@ def _write_report(
     density = noise_density(sigma, p_mean=config.loss.p_mean, p_std=config.loss.p_std)
     page = Page(
         "Digits, from nothing to a tuned generator",
-        lead=f"A config-G diffusion model trained on {len(log) and log[-1]['num_images']:,} images, its EMA length "
-        "chosen after training.",
+        lead=f"A config-{config.architecture} diffusion model trained on {log[-1]['num_images']:,} images, its EMA "
+        "length chosen after training.",
     )
     page.facts(
         {
@@ -179,7 +214,7 @@ def _write_report(
             "Frechet distance": f"{measured.frechet:.2f}",
             "of real test digits": f"{measured.frechet_real:.2f}",
             "best EMA length": f"{100 * measured.best:.3g}%",
-            "whole job": time_text(measured.seconds),
+            "last session" if measured.continued else "whole job": time_text(measured.seconds),
         }
     )
     page.section("Samples", "One column a class. No sample was picked: these are the first seeds.")
@@ -205,7 +240,7 @@ def _write_report(
         ],
     )
     _add_curves(page, out, config, measured, log, (sigma, learned, errors, density))
-    _add_settings(page, out, config, generator)
+    _add_settings(page, out, config, generator, num_images=len(made))
     page.write(out / "report.html")
 
 
@@ -233,8 +268,8 @@ def _add_curves(
         write_atomic(out / f"{name}.png", figure_png(figure))
     page.section(
         "EMA length, chosen after training",
-        f"Two averages were tracked; every other length was put together from their snapshots. Each was scored with "
-        f"{_SWEEP_IMAGES} images in {_SWEEP_STEPS} steps, in the features of a classifier trained on the real "
+        f"Tracked: {_lengths(config.ema.sigma_rels)}; the others were put together from snapshots. Each was scored "
+        f"with {_SWEEP_IMAGES} images in {_SWEEP_STEPS} steps, in the features of a classifier trained on the real "
         f"training images; the final score above is of {_FINAL_STEPS} steps and other seeds.",
     )
     page.figure(
@@ -250,16 +285,25 @@ def _add_curves(
         )
 
 
-def _add_settings(page: Page, out: Path, config: TrainConfig, generator: Generator) -> None:
+def _add_settings(
+    page: Page, out: Path, config: TrainConfig, generator: Generator, *, num_images: int
+) -> None:
     parameters = sum(p.numel() for p in generator.denoiser.parameters())
     best = generator.info["sigma_rel"]
-    page.section("The same by hand")
-    page.code(
-        f"edm2 train --preset digits --out {out}/run\n"
-        f"edm2 ema reconstruct {out}/run --sigma-rel {best:g} --out {out}/ema\n"
-        f"edm2 sample --model {out}/ema/ema-{best:.4g}.safetensors --num-steps {_FINAL_STEPS} --seeds 0-999 "
-        f"--out {out}/samples"
-    )
+    # Folders of their own: nothing is ever overwritten.
+    run, ema, samples = (shlex.quote(f"{out}-by-hand/{name}") for name in ("run", "ema", "samples"))
+    commands = [
+        f"edm2 train --preset {_PRESET} --out {run}",
+        f"edm2 ema reconstruct {run} --sigma-rel {best:g} --out {ema}",
+        f"edm2 sample --model {ema}/ema-{best:.4g}.safetensors --num-steps {_FINAL_STEPS} "
+        f"--seeds 0-{num_images - 1} --out {samples}",
+    ]
+    if config == get_preset(_PRESET):
+        page.section("The same by hand")
+    else:
+        page.section("The same by hand", "After training with the settings below, from Python.")
+        commands = commands[1:]
+    page.code("\n".join(commands))
     page.section(
         "Settings",
         f"{parameters:,} parameters. Expected error of the reconstructed parameters: "
