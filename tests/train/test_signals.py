@@ -54,6 +54,7 @@ def checkpoints(out: Path) -> list[int]:
     return sorted(int(path.name) for path in (out / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
