@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from edm2.data import PixelCoding
+from edm2.data import FloatCoding, PixelCoding
 from edm2.diffusion import Denoiser, save_model
 from edm2.generate import Generator
 from edm2.train.coding import Coding
@@ -28,8 +28,15 @@ def small_denoiser(seed: int = 0, label_dim: int = 3, channels: int = 1, **optio
     return denoiser.eval().requires_grad_(False)
 
 
-def small_generator(seed: int = 0, fix_weights: bool = False, **options: Any) -> Generator:
-    return Generator(small_denoiser(seed, **options), CODING, INFO, fix_weights=fix_weights)
+def small_generator(
+    seed: int = 0, fix_weights: bool = False, coding: Coding = CODING, **options: Any
+) -> Generator:
+    return Generator(small_denoiser(seed, **options), coding, INFO, fix_weights=fix_weights)
+
+
+def latent_coding() -> Coding:
+    values = FloatCoding(mean=(5.0, 3.0), std=(4.0, 2.0))
+    return Coding(kind="latents", values=values, num_channels=2)
 
 
 def small_model(path: Path, seed: int = 0, **options: Any) -> Path:

@@ -9,9 +9,12 @@ import torch
 from small import CODING, small_denoiser, small_generator, small_model
 
 import edm2
+from edm2.data import PixelCoding
 from edm2.diffusion import save_model
 from edm2.generate import Generator
 from edm2.generate.fixed_weights import SamplingNetwork
+from edm2.nn import NormalizedConv
+from edm2.train.coding import Coding
 
 
 @pytest.mark.parametrize("options", [{}, {"s_churn": 4.0}, {"sampler": "euler"}, {"sampler": "dpmpp-2m"}])
@@ -42,17 +45,40 @@ def test_default_labels() -> None:
     assert not torch.equal(generator.latents([4], num_steps=2), generator.latents([4], [0], num_steps=2))
 
 
-@pytest.mark.parametrize("options", [{}, {"config": "C"}, {"config": "D"}, {"dtype": "bfloat16"}])
-def test_fixed_weights_equal_the_plain_path(options: dict[str, Any]) -> None:
-    denoiser = small_denoiser(**options)
+@pytest.mark.parametrize("config", "CDEFG")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fixed_weights_equal_the_plain_path_bit_for_bit(config: str, dtype: str) -> None:
+    denoiser = small_denoiser(config=config, dtype=dtype)
     fixed = SamplingNetwork(denoiser)
     x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 3.0]), torch.tensor([0, 2])
-    tolerance = 0.02 if denoiser.dtype == torch.bfloat16 else 1e-5
-    assert torch.allclose(fixed(x, sigma, labels), denoiser(x, sigma, labels), atol=tolerance, rtol=tolerance)
-    denoiser.load_state_dict(small_denoiser(7, **options).state_dict())
+    assert torch.equal(fixed(x, sigma, labels), denoiser(x, sigma, labels))
+    denoiser.load_state_dict(small_denoiser(7, config=config).state_dict())
     assert not torch.allclose(fixed(x, sigma, labels), denoiser(x, sigma, labels), atol=0.05)
     fixed.refresh()
-    assert torch.allclose(fixed(x, sigma, labels), denoiser(x, sigma, labels), atol=tolerance, rtol=tolerance)
+    assert torch.equal(fixed(x, sigma, labels), denoiser(x, sigma, labels))
+
+
+def test_weights_are_normalised_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    plain = NormalizedConv.effective_weight
+
+    def count(layer: NormalizedConv, gain: Any = 1.0) -> torch.Tensor:
+        counted.append(1)
+        return plain(layer, gain)
+
+    generator = small_generator(fix_weights=True)
+    layers = sum(isinstance(layer, NormalizedConv) for layer in generator.denoiser.unet.modules())
+    monkeypatch.setattr(NormalizedConv, "effective_weight", count)
+    generator.latents([0], num_steps=8)
+    assert len(counted) == layers
+
+
+def test_compile_is_given_the_network_with_fixed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda module: given.append(module) or module)
+    compiled = Generator(small_denoiser(), CODING, compile=True)
+    assert torch.equal(compiled.latents([1], num_steps=3), small_generator().latents([1], num_steps=3))
+    assert not any(isinstance(layer, NormalizedConv) for layer in given[0].unet.modules())
 
 
 def test_fixed_weights_follow_a_change_of_precision() -> None:
@@ -128,6 +154,19 @@ def test_guide_that_does_not_fit(options: dict[str, Any], told: str) -> None:
         small_generator().latents([0], guide=small_generator(**options), guidance=2.0)
 
 
+def test_guide_with_another_coding() -> None:
+    other = Coding(kind="pixels", values=PixelCoding(mean=(0.5,), std=(0.3,)), num_channels=1)
+    with pytest.raises(
+        ValueError, match=r"the guide's images are coded as .*choose a guide that was trained with"
+    ):
+        small_generator().latents([0], guide=Generator(small_denoiser(1), other), guidance=2.0)
+
+
+def test_models_with_equal_weights_are_told_apart() -> None:
+    digests = {small_generator(**options).identity()["digest"] for options in ({}, {"sigma_data": 1.0})}
+    assert len(digests) == 2
+
+
 def test_other_bad_settings(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown sampler 'ddim': there are heun, euler, dpmpp-2m"):
         small_generator().latents([0], sampler="ddim")
@@ -143,8 +182,8 @@ def test_load(tmp_path: Path) -> None:
     assert torch.allclose(
         loaded.latents([3], num_steps=3), small_generator().latents([3], num_steps=3), atol=1e-4
     )
-    assert loaded.identity()["weights"] == small_generator().identity()["weights"]
-    assert loaded.identity()["weights"] != small_generator(1).identity()["weights"]
+    assert loaded.identity()["digest"] == small_generator().identity()["digest"]
+    assert loaded.identity()["digest"] != small_generator(1).identity()["digest"]
     half = Generator.load(path, dtype="bfloat16")
     assert half.denoiser.dtype == torch.bfloat16
     assert CODING.to_json() == loaded.coding.to_json()
@@ -162,3 +201,8 @@ def test_models_that_cannot_be_sampled(tmp_path: Path) -> None:
         ValueError, match=r"run holds no model.safetensors: give a model file or the folder of a fin"
     ):
         Generator.load(run)
+    (run / "snapshots").mkdir()
+    with pytest.raises(ValueError, match=r"run is an unfinished run, .*: name an EMA length, --ema 0\.1"):
+        Generator.load(run)
+    with pytest.raises(ValueError, match=r"m\.safetensors is a file: an EMA length is put together from"):
+        Generator.load(path, 0.1)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small import small_generator, small_model
+from small import latent_coding, small_generator, small_model
 
 from edm2.cli import main
 from edm2.data import open_dataset
-from edm2.generate import parse_seeds, read_images, write_samples
+from edm2.generate import Generator, parse_seeds, read_images, write_samples
 
 
 def content_of(folder: Path) -> dict[str, str]:
@@ -64,12 +64,12 @@ def test_a_folder_is_continued(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"generator": small_generator(1)}, r"model\.weights \w+ there, \w+ here"),
+        ({"generator": small_generator(1)}, r"model\.digest \w+ there, \w+ here"),
         ({"num_steps": 3}, "sampler.num_steps 2 there, 3 here"),
         ({"sampler": "euler"}, "sampler.name heun there, euler here"),
         ({"labels": 2}, "labels seed modulo classes there"),
         ({"labels": np.array([0, 1])}, r"labels\.array None there"),
-        ({"guide": small_generator(1), "guidance": 2.0}, r"guide\.weights None there, \w+ here"),
+        ({"guide": small_generator(1), "guidance": 2.0}, r"guide\.digest None there, \w+ here"),
     ],
 )
 def test_samples_made_otherwise_are_not_touched(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
@@ -149,6 +149,46 @@ def test_an_archive_continues_from_its_parts(tmp_path: Path) -> None:
     assert kept == out.read_bytes()[out.read_bytes().index(kept) :][: len(kept)]
 
 
+def test_other_seeds_stay_in_the_parts(tmp_path: Path) -> None:
+    write(tmp_path / "s.npz.parts", "0-4")
+    write(tmp_path / "s.npz", "0-2")
+    assert content_of(tmp_path / "s.npz.parts").keys() >= {"samples.json", "000003.png", "000004.png"}
+    assert not (tmp_path / "s.npz.parts" / "000002.png").exists()
+
+
+def test_data_that_is_no_picture(tmp_path: Path) -> None:
+    generator = small_generator(channels=2, coding=latent_coding())
+    assert write(tmp_path / "a", "0-2", generator=generator) == tmp_path / "a"
+    latents = generator.coding.decode(generator.latents([0, 1, 2], num_steps=2)).numpy()
+    assert np.allclose(np.load(tmp_path / "a" / "000001.npy"), latents[1], atol=1e-4)
+    dataset = open_dataset(str(write(tmp_path / "a.zip", "0-2", generator=generator)))
+    assert np.allclose(dataset.images(np.arange(3)), latents, atol=1e-4)
+    with np.load(write(tmp_path / "a.npz", "0-2", generator=generator), allow_pickle=False) as content:
+        assert np.allclose(content["arr_0"], latents, atol=1e-4)
+
+
+def test_vectors_and_images_as_conditions(tmp_path: Path) -> None:
+    model = small_model(tmp_path / "m.safetensors", label_kind="vector", cond_channels=2)
+    rng = np.random.default_rng(0)
+    vectors, images = (
+        rng.normal(size=(2, 3)).astype(np.float32),
+        rng.normal(size=(4, 2, 8, 8)).astype(np.float32),
+    )
+    np.save(tmp_path / "v.npy", vectors)
+    np.save(tmp_path / "c.npy", images)
+    words = ["sample", str(model), "--num-steps", "2", "--device", "cpu", "--out", str(tmp_path / "s")]
+    given = ["--labels", str(tmp_path / "v.npy"), "--conditions", str(tmp_path / "c.npy")]
+    main([*words, "--seeds", "5", *given])
+    main([*words, "--seeds", "4-6", *given])
+    one = Generator.load(model).images([5], vectors[[1]], conditions=images[[1]], num_steps=2)
+    assert np.array_equal(read_images([tmp_path / "s" / "000005.png"]), one)
+    before = content_of(tmp_path / "s")
+    np.save(tmp_path / "c.npy", images[::-1])
+    with pytest.raises(SystemExit):
+        main([*words, "--seeds", "4-7", *given])
+    assert content_of(tmp_path / "s") == before
+
+
 def test_processes_share_the_seeds(tmp_path: Path) -> None:
     model = small_model(tmp_path / "m.safetensors")
     words = ["sample", str(model), "--num-steps", "2", "--seeds", "0-6", "--batch", "1", "--device", "cpu"]
@@ -184,5 +224,5 @@ def test_the_record_says_what_the_samples_are(tmp_path: Path) -> None:
         "interval": [10.0, 80.0],
     }  # fmt: skip
     assert record["model"]["run_id"] == "r"
-    assert record["guide"]["weights"] != record["model"]["weights"]
+    assert record["guide"]["digest"] != record["model"]["digest"]
     assert record["made_with"].keys() == {"edm2", "torch"}

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 import tyro
 
+from edm2.cli import EXIT_FAILED
 from edm2.generate import Generator, parse_seeds, write_samples
-from edm2.train.world import join_world
+from edm2.train.world import FirstFailed, join_world
 
 
 @dataclass(kw_only=True)
@@ -89,6 +90,16 @@ def run(prog: str, words: Sequence[str]) -> None:
         options["s_churn"] = chosen.s_churn
     if chosen.interval is not None:
         options["interval"] = chosen.interval
+    try:
+        made = _sample(chosen, path, seeds, options)
+    except FirstFailed:
+        raise SystemExit(EXIT_FAILED) from None
+    if made is not None:
+        print(made)
+
+
+def _sample(chosen: _Sample, path: Path, seeds: list[int], options: dict[str, Any]) -> Path | None:
+    """Make the images; what was written, in the process that speaks for all."""
     with join_world(chosen.device) as world:
         common: dict[str, Any] = dict(device=world.device, dtype=chosen.dtype, compile=chosen.compile)
         generator = Generator.load(path, chosen.ema, num_images=chosen.ema_images, **common)
@@ -105,8 +116,7 @@ def run(prog: str, words: Sequence[str]) -> None:
             world=world,
             **options,
         )
-        if world.is_first:
-            print(made)
+        return made if world.is_first else None
 
 
 def _guide(chosen: _Sample, path: Path, common: dict[str, Any]) -> Generator | None:

@@ -86,7 +86,7 @@ def sample_heun(
 
     Ref: EDM Alg. 2.
     """
-    levels = time_steps(num_steps, sigma_min, sigma_max, rho).tolist()
+    levels: list[float] = time_steps(num_steps, sigma_min, sigma_max, rho).tolist()
     steps = torch.tensor(levels, dtype=torch.float64).to(noise.device, dtype)
     if s_churn > 0 and randn_like is None:
         raise ValueError(f"s_churn {s_churn} adds noise: pass randn_like, a function of the state's shape")

@@ -40,7 +40,7 @@ def sample_euler(
 
     Ref: EDM Alg. 1 without its corrector.
     """
-    levels = time_steps(num_steps, sigma_min, sigma_max, rho).tolist()
+    levels: list[float] = time_steps(num_steps, sigma_min, sigma_max, rho).tolist()
     at_level = guided_by_level(denoiser, guide, guidance, interval, levels[:-1])
     x = noise.to(dtype) * levels[0]
     for level, next_level, sigma in _pairs(levels, x):
@@ -79,7 +79,7 @@ def sample_dpmpp_2m(
 
     Ref: arXiv 2211.01095 Alg. 2, with alpha = 1 as in EDM.
     """
-    levels = time_steps(num_steps, sigma_min, sigma_max, rho).tolist()
+    levels: list[float] = time_steps(num_steps, sigma_min, sigma_max, rho).tolist()
     at_level = guided_by_level(denoiser, guide, guidance, interval, levels[:-1])
     x = noise.to(dtype) * levels[0]
     last: tuple[Tensor, float] | None = None  # denoised images, and the length of the step that left them

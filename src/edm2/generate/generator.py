@@ -1,6 +1,7 @@
 """From a saved model to images: every image depends on its own seed alone."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edm2.diffusion import SAMPLERS, Denoiser, DenoiserFn, load_model
+from edm2.diffusion import MODEL_FILE, SAMPLERS, Denoiser, DenoiserFn, load_model
 from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.generate.reconstructed import reconstruct_denoiser
 from edm2.nn import keyed_normal, use_channels_last
 from edm2.train.coding import Coding
+from edm2.train.run_folder import SNAPSHOTS
 
 _CHURN_STREAM = 1  # of the image's keyed random numbers; 0 is its starting noise
 
@@ -77,6 +79,11 @@ class Generator:
         if sigma_rel is None:
             if num_images is not None:
                 raise ValueError(f"{num_images:g} images of which average? Give its EMA length, too")
+            if (Path(path) / SNAPSHOTS).is_dir() and not (Path(path) / MODEL_FILE).exists():
+                raise ValueError(
+                    f"{path} is an unfinished run, which has no final model yet: name an EMA length, --ema 0.1 "
+                    "(sigma_rel=0.1 in Python), to put it together from its snapshots"
+                )
             denoiser, info = load_model(path, device=device)
         else:
             denoiser, info = reconstruct_denoiser(path, sigma_rel, num_images)
@@ -90,14 +97,15 @@ class Generator:
         return cls(denoiser, Coding.from_json(info["coding"]), info, fix_weights=True, compile=compile)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model from any other: a digest of its weights, and where they are from."""
-        digest = hashlib.sha256()
+        """What tells this model from any other: a digest of all that its images depend on, and where it is from."""
+        network = [self.denoiser.config, self.coding.to_json()]
+        digest = hashlib.sha256(json.dumps(network, sort_keys=True).encode())
         for name, tensor in sorted(self.denoiser.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         facts = {key: self.info.get(key) for key in ("run_id", "num_images", "sigma_rel", "data")}
         precision = str(self.denoiser.dtype).removeprefix("torch.")
-        return {**facts, "weights": digest.hexdigest()[:16], "dtype": precision}
+        return {**facts, "digest": digest.hexdigest()[:16], "dtype": precision}
 
     def labels_for(self, seeds: Sequence[int]) -> np.ndarray:
         """Default class of each seed: seed modulo the number of classes, `[N]` int64."""
@@ -142,6 +150,11 @@ class Generator:
         ):
             if other != own and other not in fits:
                 raise ValueError(f"the guide has {what} {other}, the model {own}: choose a guide that fits")
+        if guide.coding != self.coding:
+            raise ValueError(
+                f"the guide's images are coded as {guide.coding.to_json()}, the model's as {self.coding.to_json()}: "
+                "choose a guide that was trained with the same coding"
+            )
 
     def latents(
         self,

@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import json
-import shutil
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -209,7 +208,12 @@ def _pack(
         write_zip(out, settings, files, seeds, rows)
     else:
         write_npz(out, settings, (_read(file) for file in files), seeds, rows)
-    shutil.rmtree(files[0].parent)
+    folder = files[0].parent
+    for file in files:
+        file.unlink()
+    if not any(path.name != SETTINGS_FILE for path in folder.iterdir()):  # else it holds other seeds
+        (folder / SETTINGS_FILE).unlink()
+        folder.rmdir()
 
 
 def _save_grid(files: list[Path], path: Path, classes: int) -> None:

@@ -12,8 +12,16 @@ from edm2.train.run_folder import SNAPSHOTS
 
 
 def snapshots_of(run: str | Path) -> Path:
-    """The folder of snapshots that a run's folder holds, or that the path is itself."""
+    """The folder of snapshots that a run's folder holds, or that the path is itself.
+
+    Raises:
+        ValueError: for a file.
+    """
     run = Path(run)
+    if run.is_file():
+        raise ValueError(
+            f"{run} is a file: an EMA length is put together from the snapshots in the folder of a run"
+        )
     return run / SNAPSHOTS if (run / SNAPSHOTS).is_dir() else run
 
 
