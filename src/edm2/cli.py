@@ -33,6 +33,7 @@ COMMANDS: dict[str, Any] = {
         "profile": "picture: the wanted averages, and what the snapshots make of them",
     },
     "sample": "make images with a model",
+    "tune": "find a run's best EMA length, guide and guidance",
     "ladder": "train configurations A to G alike and compare them",
     "metrics": {
         "": "numbers about images, with all that they depend on",

@@ -20,6 +20,9 @@ class Judge:
 
     Args:
         dataset: real images with classes.
+
+    Attributes:
+        fingerprint: of the images and of the way they are judged.
     """
 
     def __init__(self, dataset: ImageDataset) -> None:
@@ -27,6 +30,7 @@ class Judge:
         images = dataset.images(where)
         self._extractor = fit_classifier(images, dataset.labels(where), num_classes=dataset.num_classes)
         self._reference = self._statistics(images)
+        self.fingerprint = f"Frechet distance, classifier of {dataset.fingerprint}"
 
     def distance(self, images: np.ndarray) -> float:
         """Frechet distance of images, `[N, C, H, W]` uint8."""

@@ -48,6 +48,7 @@ def digits() -> TrainConfig:
             model_channels=32, channel_mult=(1, 2), num_blocks=2, attn_resolutions=(4,), channels_per_head=32
         ),
         optimizer=OptimizerConfig(ref_lr=0.03, ref_batches=300, rampup_mimg=0.002),
+        ema=EMAConfig(sigma_rels=(0.05, 0.10)),
     )
 
 
@@ -61,7 +62,7 @@ def fashion_mnist() -> TrainConfig:
         data="fashion-mnist",
         num_images=4 * _MI,
         batch_size=256,
-        snapshot_images=_MI // 4,
+        snapshot_images=_MI // 2,
         checkpoint_images=_MI // 4,
         log_images=8192,
         dataset=DataConfig(pad_to=32),

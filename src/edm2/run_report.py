@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from edm2.data import open_dataset
 from edm2.diffusion import edm2_loss
 from edm2.ema.snapshots import read_manifest
 from edm2.generate import Generator
@@ -18,6 +17,7 @@ from edm2.nn import keyed_normal
 from edm2.progress import Progress, time_text
 from edm2.report import Page, image_grid, loss_curve, uncertainty_curve
 from edm2.report.magnitudes import by_resolution, magnitude_curve
+from edm2.train.build import open_run_data
 from edm2.train.run_folder import MAGNITUDES_FILE, SNAPSHOTS, flat_settings, read_config, read_log
 
 _NOISE_LEVELS, _NOISE_IMAGES = 25, 256
@@ -202,9 +202,8 @@ def _noise(page: Page, run: _Run) -> None:
     generator, settings = run.generator(), run.settings
     if generator is None:
         return page.text("No snapshot yet.")
-    data = settings["dataset"]
     try:
-        dataset = open_dataset(settings["data"], labels=data["labels"], pad_to=data["pad_to"])
+        dataset = open_run_data(run.folder)
     except (ValueError, OSError) as error:
         return page.text(f"The training data cannot be opened any more: {error}")
     chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), _NOISE_IMAGES)).astype(np.int64)

@@ -4,8 +4,11 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
+from edm2.ema.plans import named_plan
 from edm2.train import DataConfig, EMAConfig, LossConfig, NetworkConfig, OptimizerConfig, TrainConfig
+from edm2.train.build import ema_device
 
 
 @pytest.mark.parametrize(
@@ -68,3 +71,22 @@ def test_identity_is_what_the_result_depends_on() -> None:
     for other in ({"seed": 1}, {"batch_size": 8}, {"dtype": "bfloat16"}, {"network": network}):
         assert dataclasses.replace(base, **other).run_id("data") != base.run_id("data")
     assert base.run_id("other data") != base.run_id("data")
+
+
+def test_default_averages_cost_a_thirty_second_of_the_papers_and_lose_nothing() -> None:
+    config, paper, compact = TrainConfig(), named_plan("paper"), named_plan("compact")
+    assert config.ema.sigma_rels == compact.sigma_rels
+    times = config.num_images // config.snapshot_interval
+    assert len(config.ema.sigma_rels) * times * 32 <= paper.num_files
+    assert compact.worst_error() <= paper.worst_error()
+
+
+def test_mirror_does_not_suit_latents() -> None:
+    with pytest.raises(ValueError, match="mirror does not suit latents"):
+        DataConfig(coding="latents", mean=(0.0,), std=(1.0,), mirror=True)
+
+
+def test_averages_live_beside_the_weights_unless_told_otherwise() -> None:
+    net = torch.nn.Linear(2, 2)
+    assert ema_device(TrainConfig(), net) is None
+    assert ema_device(TrainConfig(ema_device="cpu"), net) == "cpu"

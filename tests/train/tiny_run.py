@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from edm2.data import ArrayDataset
-from edm2.train import NetworkConfig, OptimizerConfig, TrainConfig
+from edm2.train import EMAConfig, NetworkConfig, OptimizerConfig, TrainConfig
 from edm2.train.run_folder import LOG_FILE, read_log
 
 CHANGING = {"seconds", "images_per_second"}  # what the log says about the machine and the day
@@ -29,6 +29,7 @@ def tiny_config(**changes: Any) -> TrainConfig:
         "log_images": 16,
         "device": "cpu",
         "network": tiny_network(),
+        "ema": EMAConfig(sigma_rels=(0.05, 0.10)),
         "optimizer": OptimizerConfig(ref_lr=0.02, ref_batches=10, rampup_mimg=0.00003),
     }
     return TrainConfig(**{**settings, **changes})

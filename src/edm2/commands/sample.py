@@ -1,5 +1,7 @@
 """`edm2 sample`."""
 
+import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +14,16 @@ import tyro
 from edm2.cli import EXIT_FAILED
 from edm2.generate import Generator, parse_seeds, write_samples
 from edm2.train.world import FirstFailed, join_world
+from edm2.tuning import read_tuned
+
+_NUM_STEPS = 32
 
 
 @dataclass(kw_only=True)
 class _Sample:
     """Make images with a model: one file a seed, and a grid. What is half done is continued by the same command.
 
+    A run that was tuned (`edm2 tune`) is sampled with what was found, unless EMA, guide or guidance are given.
     Under torchrun the processes share the seeds. An image depends on its seed alone.
     """
 
@@ -51,8 +57,8 @@ class _Sample:
     """Noise levels between which guidance acts. Default: all."""
     sampler: Literal["heun", "euler", "dpmpp-2m"] = "heun"
     """Heun runs the network twice on each noise level but the last, the others once."""
-    num_steps: int = 32
-    """Noise levels."""
+    num_steps: int | None = None
+    """Noise levels. Default: 32, or those that the run was tuned with."""
     sigma_min: float = 0.002
     """Lowest noise level."""
     sigma_max: float = 80.0
@@ -80,9 +86,8 @@ def run(prog: str, words: Sequence[str]) -> None:
         raise ValueError("which model? Give one run or model file, either as the first word or with --model")
     path = chosen.source or chosen.model
     assert path is not None
+    chosen = _with_tuned(chosen, path)
     seeds = parse_seeds(chosen.seeds)
-    if chosen.batch < 1:
-        raise ValueError(f"--batch {chosen.batch} must be at least 1")
     options: dict[str, Any] = {
         name: getattr(chosen, name) for name in ("num_steps", "sigma_min", "sigma_max", "rho", "guidance")
     }
@@ -96,6 +101,23 @@ def run(prog: str, words: Sequence[str]) -> None:
         raise SystemExit(EXIT_FAILED) from None
     if made is not None:
         print(made)
+
+
+def _with_tuned(chosen: _Sample, path: Path) -> _Sample:
+    """Fill in what `edm2 tune` found, where nothing of it was chosen."""
+    given = (chosen.ema, chosen.ema_images, chosen.guide, chosen.guide_ema, chosen.interval)
+    free = all(value is None for value in given) and chosen.guidance == 1
+    found = read_tuned(path) if free and path.is_dir() else None
+    knobs, num_steps = found or (None, _NUM_STEPS)
+    num_steps = num_steps if chosen.num_steps is None else chosen.num_steps
+    if knobs is None:
+        return dataclasses.replace(chosen, num_steps=num_steps)
+    print(f"edm2: tuned settings: {knobs.describe()}; --ema chooses others", file=sys.stderr)
+    changes: dict[str, Any] = {"ema": knobs.sigma_rel, "num_steps": num_steps}
+    if knobs.guide_images is not None:
+        changes |= dict(guide_ema=knobs.guide_sigma_rel, guide_images=knobs.guide_images)
+        changes |= dict(guidance=knobs.guidance, interval=knobs.interval)
+    return dataclasses.replace(chosen, **changes)
 
 
 def _sample(chosen: _Sample, path: Path, seeds: list[int], options: dict[str, Any]) -> Path | None:

@@ -67,9 +67,17 @@ def write_samples(
         ValueError: if inputs do not fit the model, or `out` holds samples of another model or made with other
             settings; nothing is changed then.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1")
+    for name, array in (("labels", labels), ("conditions", conditions)):
+        if isinstance(array, np.ndarray) and not len(array):
+            raise ValueError(f"{name} is an array without rows: an image takes the row `seed modulo rows`")
     rows = _rows_of(generator, labels, seeds)
-    given = None if conditions is None else conditions[np.asarray(seeds) % len(conditions)]
-    generator.check_inputs(len(seeds), rows, given)
+    # All conditions have one shape; a row for each of many seeds would not fit into memory.
+    first = (
+        None if conditions is None else np.broadcast_to(conditions[0], (len(seeds), *conditions.shape[1:]))
+    )
+    generator.check_inputs(len(seeds), rows, first)
     if guide is not None:
         generator.check_guide(guide)
     world = World(rank=0, size=1, device=torch.device("cpu")) if world is None else world
@@ -91,10 +99,11 @@ def write_samples(
     with Progress("sampling", total, "images", done=done, quiet=quiet or not world.is_first) as progress:
         for start in range(0, len(todo), batch_size):
             part = todo[start : start + batch_size]
+            chosen = [seeds[i] for i in part]
             images = generator.images(
-                [seeds[i] for i in part],
+                chosen,
                 None if rows is None else rows[part],
-                conditions=None if given is None else given[part],
+                conditions=None if conditions is None else conditions[np.array(chosen) % len(conditions)],
                 batch_size=batch_size,
                 **extra,
             )

@@ -15,6 +15,9 @@ from edm2.data import ImageDataset, open_dataset
 from edm2.diffusion import Denoiser
 from edm2.train.coding import Coding
 from edm2.train.config import TrainConfig
+from edm2.train.run_folder import read_config
+
+_MOST_FOR_AVERAGES = 0.25  # of the free memory: activations need the rest
 
 
 def open_training_data(config: TrainConfig) -> ImageDataset:
@@ -25,10 +28,33 @@ def open_training_data(config: TrainConfig) -> ImageDataset:
     """
     if not config.data:
         raise ValueError(
-            "no training data: give --data with the path of an image folder, a ZIP or a folder of IDX files, or "
-            "the name digits or fashion-mnist"
+            "no training data: give --data with the path of an image folder, a ZIP, a .npy, .npz or Parquet file or a "
+            "folder of IDX files, or the name digits or fashion-mnist, or hf://NAME"
         )
-    return open_dataset(config.data, labels=config.dataset.labels, pad_to=config.dataset.pad_to)
+    options = config.dataset
+    return open_dataset(
+        config.data,
+        labels=options.labels,
+        pad_to=options.pad_to,
+        verify=config.verify_data,
+        skip_damaged=options.skip_damaged,
+    )
+
+
+def open_run_data(run: Path) -> ImageDataset:
+    """Open the images that a run was trained on, for measuring.
+
+    Raises:
+        ValueError: if the folder is no run, or as `edm2.data.open_dataset` does.
+    """
+    settings = read_config(run)["settings"]
+    options = settings["dataset"]
+    return open_dataset(
+        settings["data"],
+        labels=options["labels"],
+        pad_to=options["pad_to"],
+        skip_damaged=options["skip_damaged"],
+    )
 
 
 def build_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) -> Denoiser:
@@ -103,3 +129,13 @@ def git_state() -> dict[str, str | bool] | None:
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--", "."))}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def ema_device(config: TrainConfig, denoiser: nn.Module) -> str | None:
+    """Where `PowerEMA` shall keep its averages: `cpu` for host memory, None for beside the weights."""
+    device = next(denoiser.parameters()).device
+    if config.ema_device != "auto" or device.type != "cuda":
+        return "cpu" if config.ema_device == "cpu" else None
+    free, _ = torch.cuda.mem_get_info(device)
+    needed = 4 * len(config.ema.sigma_rels) * sum(p.numel() for p in denoiser.parameters())
+    return "cpu" if needed > _MOST_FOR_AVERAGES * free else None

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from edm2.ema import sigma_rel_to_gamma
+from edm2.ema.plans import named_plan
 
 _NAME = tyro.conf.arg
 
@@ -33,8 +34,17 @@ class DataConfig:
     """Mean of each channel, for fixed and latents (of x / 127.5 - 1 where the images are bytes)."""
     std: tuple[float, ...] = ()
     """Standard deviation of each channel, likewise."""
+    mirror: bool = False
+    """Whether each image is mirrored left to right with probability 1/2, anew at each use."""
+    skip_damaged: bool = False
+    """Leave damaged images out, with a warning that counts them, instead of stopping before the run starts."""
 
     def __post_init__(self) -> None:
+        if self.mirror and self.coding == "latents":
+            raise ValueError(
+                "mirror does not suit latents, whose mirror image is none of a mirrored picture: encode mirrored "
+                "pictures too"
+            )
         given = bool(self.mean and self.std)
         if given != (self.coding in ("fixed", "latents")):
             raise ValueError(
@@ -110,9 +120,13 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EMAConfig:
-    """Averages of the weights that are tracked and stored; any length between can be had afterwards."""
+    """Averages of the weights that are tracked and stored; any length between can be had afterwards.
 
-    sigma_rels: tuple[float, ...] = (0.05, 0.10)
+    The default tracks the eight averages of the plan `compact`, which give any length from 0.03 to 0.25 at any stored
+    moment without a history: with the default `snapshot_images`, 16 files where the paper's pair needs 512.
+    """
+
+    sigma_rels: tuple[float, ...] = named_plan("compact").sigma_rels
     """Lengths of the tracked averages, relative to the training time."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of stored snapshots."""
@@ -128,7 +142,8 @@ class TrainConfig:
     """A whole training run. Two runs with equal settings, data and machine give equal files."""
 
     data: str = ""
-    """Images: digits, fashion-mnist, or the path of an image folder, a ZIP, or a folder of IDX files."""
+    """Images: digits, fashion-mnist, hf://NAME, or the path of an image folder, a ZIP, a .npy, .npz or Parquet file,
+    or a folder of IDX files; docs/data.md has them all."""
     num_images: Annotated[int, _NAME(name="images")] = 2048 << 20
     """Length of the run in images; it ends after the step that reaches it."""
     batch_size: Annotated[int, _NAME(name="batch")] = 2048
@@ -139,8 +154,9 @@ class TrainConfig:
     """Configuration of the paper's ladder; it also changes the defaults of loss and optimiser."""
     seed: int = 0
     """Seed of the weights, the order of images, noise and dropout."""
-    snapshot_images: int = 8 << 20
-    """Images between snapshots of the averages; one more is taken at the end."""
+    snapshot_images: int | None = None
+    """Images between snapshots of the averages; one more is taken at the end. Default: at half of the run and at the
+    end, which is all that the default averages need."""
     checkpoint_images: int = 8 << 20
     """Images between checkpoints; one more is written at the end."""
     log_images: int = 64 << 10
@@ -155,8 +171,13 @@ class TrainConfig:
     """Precision of the network; weights, loss and averages stay float32."""
     workers: int = 2
     """Threads that read images ahead; 0 reads them when they are needed."""
+    verify_data: bool = True
+    """Decode every image before the run starts, so that damage is not found in the middle of it."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
+    ema_device: Literal["auto", "model", "cpu"] = "auto"
+    """Where the averages live: beside the weights, or in host memory. auto: in host memory where they would take more
+    than a quarter of the device's free memory."""
     channels_last: bool = True
     """Memory format of convolutions; faster on most machines."""
     sharding: Literal["none", "full"] = "none"
@@ -179,7 +200,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "num_images", "batch_size", "snapshot_images", "checkpoint_images", "log_images",
+            "num_images", "batch_size", "checkpoint_images", "log_images",
             "keep_checkpoints", "stop_after_nonfinite",
         ):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -188,10 +209,17 @@ class TrainConfig:
         _require(0 < self.loss_scaling < math.inf, "loss_scaling", self.loss_scaling, "above 0 and finite")
         if self.max_hours is not None:
             _require(self.max_hours > 0, "max_hours", self.max_hours, "above 0")
+        every = self.snapshot_images
+        _require(every is None or every >= 1, "snapshot_images", every, "at least 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
         if self.microbatch is not None:
             divides = 1 <= self.microbatch <= self.batch_size and self.batch_size % self.microbatch == 0
             _require(divides, "microbatch", self.microbatch, f"a divisor of batch {self.batch_size}")
+
+    @property
+    def snapshot_interval(self) -> int:
+        """Images between snapshots."""
+        return math.ceil(self.num_images / 2) if self.snapshot_images is None else self.snapshot_images
 
     @property
     def num_steps(self) -> int:
@@ -205,7 +233,8 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that make a run this run; the others may change when it is continued."""
         free = {
-            "num_images", "microbatch", "snapshot_images", "checkpoint_images", "keep_checkpoints", "keep_every",
+            "num_images", "microbatch", "verify_data", "ema_device", "snapshot_images", "checkpoint_images",
+            "keep_checkpoints", "keep_every",
             "max_hours", "workers", "device", "channels_last", "sharding", "checkpoint_activations", "loss_scaling",
             "compile", "record_magnitudes", "stop_after_nonfinite",
         }  # fmt: skip

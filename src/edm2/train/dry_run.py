@@ -107,7 +107,7 @@ def dry_run(config: TrainConfig, *, steps: int = 5, dataset: ImageDataset | None
         flops = _flops(trainer)
     num_params = sum(p.numel() for p in trainer.denoiser.parameters())
     tracks = len(config.ema.sigma_rels)
-    times = math.ceil(config.num_images / config.snapshot_images)
+    times = math.ceil(config.num_images / config.snapshot_interval)
     return DryRun(
         num_images=config.num_images,
         num_params=num_params,

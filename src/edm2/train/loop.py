@@ -21,7 +21,7 @@ from edm2.ema import PowerEMA
 from edm2.nn.magnitudes import MagnitudeRecorder
 from edm2.progress import Progress
 from edm2.train import run_folder
-from edm2.train.build import build_denoiser, git_state, open_training_data, pick_device, versions
+from edm2.train.build import build_denoiser, ema_device, git_state, open_training_data, pick_device, versions
 from edm2.train.checkpoint import Role, find_newest, prune, read_checkpoint
 from edm2.train.coding import Coding, make_coding
 from edm2.train.config import TrainConfig
@@ -143,7 +143,13 @@ class Trainer:
         self.denoiser, self.optimizer = self._stepper.denoiser, self._stepper.optimizer
         self.ema: PowerEMA | None = None
         if self.world.is_first or self._stepper.is_sharded:
-            self.ema = PowerEMA(self.denoiser, config.ema.sigma_rels, clock="images", run_id=self.run_id)
+            self.ema = PowerEMA(
+                self.denoiser,
+                config.ema.sigma_rels,
+                clock="images",
+                run_id=self.run_id,
+                device=ema_device(config, self.denoiser),
+            )
         recording = config.record_magnitudes and self.world.is_first and not self._stepper.is_sharded
         self._recorder = MagnitudeRecorder(self.denoiser) if recording else None
         self._saver = Saver(out / run_folder.CHECKPOINTS, keep=config.keep_checkpoints)
@@ -209,7 +215,7 @@ class Trainer:
                         images_per_second=round((self.num_images - first) / max(now - start, 1e-9), 2),
                     )
                 progress.advance(config.batch_size, **fields)
-                if self.is_due(config.snapshot_images):
+                if self.is_due(config.snapshot_interval):
                     self.snapshot()
                 self._saver.check()
                 if self.is_due(config.checkpoint_images):

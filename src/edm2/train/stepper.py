@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edm2.data import Batch, Batches, ImageDataset
+from edm2.data import Batch, Batches, ImageDataset, mirror
 from edm2.diffusion import Denoiser, draw_sigma, edm2_loss
 from edm2.ema.tensors import is_sharded
 from edm2.nn import ForcedWeightNorm, keyed_normal, use_channels_last
@@ -156,6 +156,8 @@ class Stepper:
         stored = batch.images.to(device, non_blocking=True)
         labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
         images = self._coding.encode(stored, where, seed=config.seed)
+        if config.dataset.mirror:
+            images = mirror(images, where, seed=config.seed)
         sigma = draw_sigma(
             where, p_mean=config.loss.p_mean, p_std=config.loss.p_std, seed=config.seed, stream=_SIGMA
         )

@@ -1,0 +1,52 @@
+"""`edm2 tune`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from edm2.judging import Judge
+from edm2.train.build import open_run_data
+from edm2.tuning import Tried, TuningPlan, save_tuned, tune
+from edm2.tuning_report import write_tuning_report
+
+
+@dataclass(kw_only=True)
+class _Tune:
+    """Find the EMA length, guide, guidance weight and interval with the lowest Frechet distance.
+
+    The guide is an earlier moment of the same run. Features are those of a classifier trained on the run's own
+    images, which need classes. Evaluations are kept: the same command continues after a stop, and `edm2 sample RUN`
+    uses what was found.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    plan: Annotated[TuningPlan, tyro.conf.arg(name="")] = field(default_factory=TuningPlan)
+
+
+def run(prog: str, words: Sequence[str]) -> None:
+    """`edm2 tune`."""
+    chosen = tyro.cli(_Tune, prog=prog, args=list(words))
+    judge = Judge(open_run_data(chosen.run))
+    found = tune(chosen.run, judge, chosen.plan, on_tried=_show)
+    folder = save_tuned(chosen.run, found, chosen.plan)
+    report = write_tuning_report(
+        found, chosen.plan, folder / "report.html", title=f"Tuning of {chosen.run.name}"
+    )
+    print(f"best: {found.best.describe()}")
+    print(f"Frechet distance with held-out seeds {_mean(found.held_out)}, untuned {_mean(found.baseline)}")
+    print(
+        f"lower by {100 * found.improvement:.1f}%\nreport: {report}\nmodel:  {folder / 'model.safetensors'}"
+    )
+
+
+def _show(tried: Tried, best: Tried) -> None:
+    mark = "  <- best so far" if tried == best else ""
+    print(f"{tried.stage:<22} {tried.score:9.4f}  {tried.knobs.describe()}{mark}", flush=True)
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.4f} ({min(values):.4f} to {max(values):.4f})"

@@ -1,0 +1,47 @@
+"""A search drawn knob by knob."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from edm2.report.style import LIGHT, SERIES, add_legend, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def knob_figure(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    knob: str,
+    label: str,
+    reference: float | None = None,
+) -> Figure:
+    """Score against one knob.
+
+    Args:
+        curves: name of a series -> pairs of knob and score, in any order. A nameless series has no legend.
+        knob: name of the horizontal axis.
+        label: name of the vertical axis.
+        reference: score before this knob was moved, drawn as a line.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: if there is nothing to draw.
+    """
+    if not any(curves.values()):
+        raise ValueError(f"there are no scores by {knob} to draw")
+    figure, (ax,) = new_figure()
+    for i, (name, pairs) in enumerate(curves.items()):
+        x, y = zip(*sorted(pairs), strict=True)
+        ax.plot(x, y, "o-", markersize=3.5, color=SERIES[i % len(SERIES)], label=name or None)
+    if reference is not None:
+        ax.axhline(reference, color=LIGHT["muted"], linestyle=(0, (5, 3)), linewidth=1.2, label="before")
+    ax.set_xlabel(knob, parse_math=False)
+    ax.set_ylabel(label, parse_math=False)
+    if any(curves) or reference is not None:
+        add_legend(ax)
+    return figure
