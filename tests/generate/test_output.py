@@ -95,6 +95,10 @@ def test_nothing_is_made_for_bad_input(tmp_path: Path) -> None:
         ({"labels": 3}, "class 3 is outside"),
         ({"sampler": "euler", "s_churn": 1.0}, "the sampler euler has no s_churn"),
         ({"sampler": "ddim"}, "unknown sampler 'ddim'"),
+        ({"batch_size": 0}, "batch_size 0 must be at least 1"),
+        ({"labels": np.zeros(0, np.int64)}, "labels is an array without rows"),
+        ({"conditions": np.zeros((0, 1, 8, 8))}, "conditions is an array without rows"),
+        ({"conditions": np.zeros((2, 1, 8, 8))}, "this model takes none"),
     ):
         with pytest.raises(ValueError, match=told):
             write(tmp_path / "a", **options)
