@@ -12,11 +12,9 @@ import argparse
 import torch
 from common import convolution_peak, in_turns, machine, make_denoiser, options, table, timed
 
-from edm2.diffusion import SAMPLERS, Denoiser, DenoiserFn
+from edm2.diffusion import SAMPLERS, Denoiser, DenoiserFn, time_steps
 from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.nn import count_flops, keyed_normal, use_channels_last
-
-_INTERVAL = (0.2, 3.0)
 
 
 class Sample:
@@ -102,12 +100,14 @@ def compare_samplers(arguments: argparse.Namespace, noise: torch.Tensor, flops: 
     exact()
     _report("samplers", arguments, samples, evaluations, flops, exact.out)
 
+    levels = time_steps(steps).tolist()
+    interval = levels[2 * steps // 3], levels[steps // 3]
     guide = SamplingNetwork(_denoiser(arguments, fast=True, weak=True))
     guided = {
         "no guide": Sample(network, last, steps),
         "guide of the same size": Sample(network, last, steps, guide=guide, guidance=1.5),
-        f"... in ({_INTERVAL[0]}, {_INTERVAL[1]}]": Sample(
-            network, last, steps, guide=guide, guidance=1.5, interval=_INTERVAL
+        "... in a third of the levels": Sample(
+            network, last, steps, guide=guide, guidance=1.5, interval=interval
         ),
     }
     _report(
