@@ -2,14 +2,20 @@
 
 import importlib
 import keyword
+import os
 import re
+import subprocess
+import sys
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import edm2
 from edm2.cli import COMMANDS, main
+from edm2.train import Stopped
 
 
 def leaves() -> Iterator[tuple[str, ...]]:
@@ -80,3 +86,69 @@ def test_presets_are_listed_and_described(capsys: pytest.CaptureFixture[str]) ->
     gflops = float(re.search(r"Gflops +(\S+)", out)[1])  # type: ignore[index]
     assert gflops == pytest.approx(101.918, rel=0.005)
     assert "unet.out_gain" in out
+
+
+@pytest.mark.parametrize("name", [name for name, text in COMMANDS.items() if isinstance(text, dict)])
+def test_overview_of_a_group(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([name])
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: edm2 {name} COMMAND")
+    assert all(word in out and text in out for word, text in COMMANDS[name].items() if word)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ValueError("a wrong value: choose another"), 2, "edm2: error: a wrong value: choose another"),
+        (FileExistsError("x exists already"), 2, "edm2: error: x exists already"),
+        (FileExistsError(17, "File exists", "x"), 2, "x lies at or in a file, where a folder is needed"),
+        (
+            NotADirectoryError(20, "Not a directory", "x"),
+            2,
+            "x lies at or in a file, where a folder is needed",
+        ),
+        (OSError(28, "No space left on device"), 1, "edm2: error: [Errno 28] No space left on device"),
+        (FloatingPointError("loss was NaN"), 1, "edm2: error: loss was NaN"),
+        (KeyboardInterrupt(), 1, "edm2: interrupted"),
+        (Stopped("stopped at 8 of 16"), 75, "edm2: stopped at 8 of 16"),
+    ],
+)
+def test_exit_codes(
+    error: BaseException,
+    code: int,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("edm2.commands.demo.run", fail)
+    found, text = ends(["demo"], capsys)
+    assert found == code
+    assert told in text
+
+
+def test_a_file_where_a_folder_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes").write_text("mine")
+    code, text = ends(["train", "--preset", "digits", "--out", str(tmp_path / "notes")], capsys)
+    assert code == 2
+    assert "where a folder is needed: choose another path" in text
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_warnings_are_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edm2.commands.info.run", lambda *_: warnings.warn("look here", stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        main(["info"])
+    assert capsys.readouterr().err == "edm2: warning: look here\n"
+
+
+def test_a_reader_that_has_gone_is_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "edm2", "info"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr == b""

@@ -7,6 +7,7 @@ a checkpoint, the same command continues.
 import difflib
 import importlib
 import keyword
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -52,10 +53,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.showwarning = _show_warning
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
-    except (ValueError, FileExistsError) as error:
-        end(f"error: {error}", EXIT_BAD_INPUT)
+        sys.stdout.flush()  # at exit it would be too late to notice a reader that has gone
+    except (ValueError, FileExistsError, NotADirectoryError) as error:
+        end(f"error: {_mistake(error)}", EXIT_BAD_INPUT)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(EXIT_FAILED) from None
     except (OSError, FloatingPointError) as error:
         end(f"error: {error}", EXIT_FAILED)
     except KeyboardInterrupt:
@@ -89,7 +92,19 @@ def _run(words: list[str]) -> None:
     _, command, *rest = name.split()
     # No module can be named after a Python keyword, as the command `import` is.
     module = importlib.import_module(f"edm2.commands.{command}{'_' * keyword.iskeyword(command)}")
-    getattr(module, rest[0] if rest else "run")(name, words)
+    from edm2.train.signals import Stopped
+
+    try:
+        getattr(module, rest[0] if rest else "run")(name, words)
+    except Stopped as stop:
+        end(str(stop), EXIT_STOPPED)
+
+
+def _mistake(error: ValueError | OSError) -> str:
+    # Our own messages carry no number; the system's are about a file where a folder is needed.
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename} lies at or in a file, where a folder is needed: choose another path"
+    return str(error)
 
 
 def _print_help(name: str, table: dict[str, Any]) -> None:

@@ -35,7 +35,11 @@ _LATENT_STD = (4.17, 4.62, 3.71, 3.28)
 def digits() -> TrainConfig:
     """scikit-learn's handwritten digits, 8x8, on a laptop's CPU.
 
-    Source: ours. To be filled in.
+    Source: ours, chosen by how often a support-vector classifier saw the intended class in 1,000 samples of 16
+    Heun steps, after runs of 30,000 images with model_channels 32: batch 64 with ref_lr 0.01, 0.02, 0.03 gave
+    97.1%, 97.8%, 98.6%; batch 32 with 0.02, 0.03 gave 98.1%, 98.7%. p_mean of 0 and of -0.8 were not better.
+    Cost: TODO minutes on TODO cores. Command: `edm2 demo --out runs/demo`.
+    Result: TODO% recognised (real test digits TODO%), Frechet distance TODO at EMA length TODO (real TODO).
     """
     return TrainConfig(
         data="digits",

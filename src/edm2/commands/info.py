@@ -29,4 +29,7 @@ def run(prog: str, words: Sequence[str]) -> None:
     elif Path(chosen.name).exists():
         print(describe_path(Path(chosen.name)))
     else:
-        get_preset(chosen.name)
+        try:
+            get_preset(chosen.name)
+        except ValueError as error:
+            raise ValueError(f"{error}; and no file or folder has this name") from None
