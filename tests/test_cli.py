@@ -52,8 +52,8 @@ def test_every_command_has_its_function() -> None:
         assert callable(getattr(module, word[0] if word else "run"))
 
 
-@pytest.mark.parametrize("words", [["demo"], ["sample"], ["info"], ["ema", "reconstruct"]], ids=" ".join)
-def test_help_of_a_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("words", list(leaves()), ids=" ".join)
+def test_help_of_a_command(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     code, text = ends([*words, "--help"], capsys)
     assert code == 0
     assert f"edm2 {' '.join(words)}" in text
