@@ -81,6 +81,9 @@ def mp_sum(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
     Ref: EDM2 Eq. 88.
     """
     norm = math.sqrt((1 - t) ** 2 + t**2)
+    if torch.compiler.is_compiling():
+        # Inductor (torch 2.13) loses alpha where b is a matrix product: it fuses the two without it.
+        return a * ((1 - t) / norm) + b * (t / norm)
     return torch.add(a * ((1 - t) / norm), b, alpha=t / norm)
 
 
