@@ -9,6 +9,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from edm2.ema.profiles import sigma_rel_to_gamma
 from edm2.ema.tensorfile import FileSums, TensorSpec, write_tensors
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,12 +35,27 @@ class Track:
         averaged: The averaged tensors by name, whole, on the CPU.
         copied: The other tensors by name.
         distance: L2 distance of the average to the weights at that time.
+        arithmetic: Relative L2 error that the updates' own rounding left in it.
     """
 
     sigma_rel: float
     averaged: dict[str, Tensor]
     copied: dict[str, Tensor]
     distance: float
+    arithmetic: float
+
+
+def arithmetic_rounding(updates: int, sigma_rel: float) -> float:
+    """Relative L2 error that rounding leaves in an average tracked in float32.
+
+    Each update adds a rounding of float32's size, and forgets a share (gamma + 1) / updates of the older ones.
+
+    Args:
+        updates: Number of updates so far, at least 1.
+        sigma_rel: Width of the average.
+    """
+    remembered = updates / (2 * (sigma_rel_to_gamma(sigma_rel) + 1))
+    return float(2.0**-24.5 * math.sqrt(max(remembered, 0.5)))
 
 
 def write_track(path: Path, track: Track, *, dtype: str, metadata: dict[str, str]) -> tuple[FileSums, Facts]:
@@ -87,7 +103,7 @@ def write_track(path: Path, track: Track, *, dtype: str, metadata: dict[str, str
     own_rounding = math.sqrt(squares["rounding"]) / norm if norm else 0.0
     return sums, {
         "norm": _short(norm),
-        "rounding": _short(math.hypot(own_rounding, 2.0**-25)),
+        "rounding": _short(math.hypot(own_rounding, track.arithmetic)),
         "distance": _short(track.distance / norm if norm else 0.0),
     }
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from edm2.ema import snapshots
 from edm2.ema.averages import Averages
-from edm2.ema.encoding import Track
+from edm2.ema.encoding import Track, arithmetic_rounding
 from edm2.ema.offload import HostAverages
 from edm2.ema.plans import Plan, named_plan
 from edm2.ema.profiles import sigma_rel_to_gamma, step_weight
@@ -70,6 +70,7 @@ class PowerEMA:
         self.clock, self.start = clock, start
         self.run_id = secrets.token_hex(8) if run_id is None else run_id
         self.t: float = start
+        self._updates = 0
         self._model = model
         self._include = include
         self._tensors = collect(model, include)
@@ -110,6 +111,7 @@ class PowerEMA:
         weights = [step_weight(t - self.start, t - self.t, gamma) for gamma in self.gammas]
         self._averages.update(current, weights)
         self.t = t
+        self._updates += 1
 
     def _current(self) -> list[Tensor]:
         """Local weights as they are now, found anew each time: frameworks replace tensors and their storage."""
@@ -149,8 +151,9 @@ class PowerEMA:
             The files of this time, one a track.
 
         Raises:
-            ValueError: If there was no update yet, the folder holds another run, an average is not finite, or
-                one time's snapshots are more than `keep`.
+            ValueError: If there was no update yet, the folder holds another run, or one time's snapshots are
+                more than `keep`.
+            FloatingPointError: If an average is not finite.
             OSError: If the disk is full; the folder then holds what it held before.
         """
         if self.t == self.start:
@@ -178,6 +181,7 @@ class PowerEMA:
                 averaged=self._whole(averages),
                 copied=copied,
                 distance=distance(averages, weights, self._templates),
+                arithmetic=arithmetic_rounding(self._updates, sigma_rel),
             )
             for sigma_rel, averages in zip(self.sigma_rels, self._averages.tracks, strict=True)
         )
@@ -266,6 +270,7 @@ class PowerEMA:
             "clock": self.clock,
             "start": self.start,
             "t": self.t,
+            "updates": self._updates,
             "sigma_rels": list(self.sigma_rels),
         }
         for i, averages in enumerate(self._averages.tracks):
@@ -304,6 +309,7 @@ class PowerEMA:
         for key, tensor in tensors.items():
             local(tensor).copy_(local(given[key]))
         self.run_id, self.start, self.t = state["run_id"], state["start"], state["t"]
+        self._updates = state["updates"]
 
 
 def _kinds(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.device, torch.dtype]]:
