@@ -1,6 +1,7 @@
 """The page is valid, closed in itself, and shows hostile texts as texts."""
 
 import base64
+import errno
 import io
 import os
 import re
@@ -126,7 +127,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     path.write_text("old")
 
     def fail(*_):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_run import files_of, log_of
 
@@ -31,6 +33,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(12):
         Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i:02d}.png")
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many threads here as in the processes that are started: sums of floats depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def start(images: Path, out: Path) -> subprocess.Popen[str]:
@@ -55,6 +66,7 @@ def checkpoints(out: Path) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_sigterm_saves_and_the_same_command_continues(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
