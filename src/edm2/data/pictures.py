@@ -97,8 +97,9 @@ def read_header(name: str, data: bytes) -> Header:
         return Header(ARRAY, height, width, channels, _kind(dtype))
     with Image.open(io.BytesIO(data)) as image:
         mode, notes = _mode(image), []
-        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-            raise ValueError(f"it has {image.n_frames} pages: save bands as one .npy [C, H, W]")
+        pages = getattr(image, "n_frames", 1)
+        if image.format == "TIFF" and pages > 1:
+            raise ValueError(f"it has {pages} pages: save bands as one .npy [C, H, W]")
         orientation = _orientation(image)
         if orientation in _TURNS:
             notes.append("turned upright as EXIF says")
