@@ -146,7 +146,8 @@ def test_unknown_sources_show_near_names(tmp_path):
     with pytest.raises(ValueError, match=r"flower' is neither .*did you mean .*/flowers\?"):
         open_dataset(tmp_path / "flower")
     with pytest.raises(
-        ValueError, match="'/no/such/place' is neither an existing path nor one of digits, fashion"
+        ValueError,
+        match="'/no/such/place' is neither an existing path nor one of digits, fashion-mnist: check the spelling",
     ):
         open_dataset("/no/such/place")
 

@@ -148,10 +148,9 @@ def _unknown(source: str, path: Path) -> str:
     if path.parent.is_dir():
         beside = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
         near += [str(path.parent / name) for name in difflib.get_close_matches(path.name, beside)]
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    advice = ": check the spelling, or give a folder or file of images (docs/data.md)"
+    hint = f"; did you mean {' or '.join(near)}?" if near else advice
     return f"data source {source!r} is neither an existing path nor one of {', '.join(BUILT_IN)}{hint}"
-
-
 def _digits(split: str, labels: bool) -> ImageDataset:
     # Loading scikit-learn takes a second, which no other source should pay.
     from sklearn.datasets import load_digits
