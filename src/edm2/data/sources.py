@@ -151,6 +151,8 @@ def _unknown(source: str, path: Path) -> str:
     advice = ": check the spelling, or give a folder or file of images (docs/data.md)"
     hint = f"; did you mean {' or '.join(near)}?" if near else advice
     return f"data source {source!r} is neither an existing path nor one of {', '.join(BUILT_IN)}{hint}"
+
+
 def _digits(split: str, labels: bool) -> ImageDataset:
     # Loading scikit-learn takes a second, which no other source should pay.
     from sklearn.datasets import load_digits
