@@ -4,13 +4,15 @@ import math
 
 import pytest
 
-from edm2.ladder_experiment import LadderPlan, run_ladder, spread, table, write_ladder_report
+from edm2.generate import Generator
+from edm2.ladder_experiment import LadderPlan, run_ladder, spread, table, with_length, write_ladder_report
 from edm2.presets import get_preset
 from edm2.report.ladder import ladder_figure
+from edm2.train.ladder import with_config
 
 PLAN = LadderPlan(
     configs=("C", "G"), seeds=(0, 1), rate_factors=(1.0, 1e30), rate_images=32, sigma_rels=(0.05, 0.1),
-    search_samples=24, final_samples=24, num_steps=2,
+    search_samples=24, final_samples=24, num_steps=2, sampler="euler",
 )  # fmt: skip
 
 
@@ -28,9 +30,23 @@ def settings():
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def sampled():
+    return []
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, sampled):
+    """An experiment's rungs and folder; `sampled` has the seeds, steps and sampler of all images made."""
     out = tmp_path_factory.mktemp("ladder")
-    return run_ladder(settings(), PLAN, out, quiet=True), out
+    images = Generator.images
+
+    def spy(self, seeds, **options):
+        sampled.append((seeds, options))
+        return images(self, seeds, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Generator, "images", spy)
+        return run_ladder(settings(), PLAN, out, quiet=True), out
 
 
 def test_every_configuration_has_every_seed_and_a_length_from_the_plan(done):
@@ -64,6 +80,55 @@ def test_a_second_call_trains_nothing_again(done):
     assert {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")} == models
 
 
+def test_results_are_measured_with_seeds_that_no_choice_saw(done, sampled):
+    search = {s for seeds, _ in sampled for s in seeds if s < 2_000_000}
+    final = {s for seeds, _ in sampled for s in seeds if s >= 2_000_000}
+    assert (len(search), len(final)) == (24, 24)
+    # Per configuration: two lengths for each of two runs, of which 1e30 diverges, and the two seeds' searches.
+    assert [len(seeds) for seeds, _ in sampled] == [24] * len(sampled)
+    assert sum(min(seeds) >= 2_000_000 for seeds, _ in sampled) == 4
+    assert all(options == dict(num_steps=2, sampler="euler") for _, options in sampled)
+
+
+def test_the_rate_takes_the_same_course_whatever_the_length():
+    config = get_preset("digits")
+    short = with_length(config, 4_400)
+    assert (config.optimizer.ref_batches, short.optimizer.ref_batches) == (150, pytest.approx(15))
+    assert short.optimizer.rampup_mimg == pytest.approx(440e-6)
+    assert with_length(config, 440_000).optimizer.rampup_mimg == config.optimizer.rampup_mimg
+    larger = with_length(config, batch_size=64)
+    assert (larger.batch_size, larger.num_images, larger.optimizer.ref_batches) == (64, 44_000, 75)
+    assert with_config(short, "D").optimizer.ref_batches == 0
+    assert with_length(config) == config
+    for bad in (dict(num_images=0), dict(batch_size=0)):
+        with pytest.raises(ValueError, match=r"(num_images|batch_size) 0 must be at least 1"):
+            with_length(config, **bad)
+
+
+@pytest.mark.parametrize(
+    ("plan", "training", "message"),
+    [
+        (dict(sampler="heun"), {}, "plan.sampler euler there, heun here"),
+        (dict(final_samples=25), {}, "plan.final_samples 24 there, 25 here"),
+        ({}, dict(num_images=72), "training.num_images 64 there, 72 here"),
+    ],
+)
+def test_another_experiment_in_the_folder(done, plan, training, message):
+    _, out = done
+    before = (out / "ladder.json").read_bytes()
+    with pytest.raises(ValueError, match=rf"other settings \({message}\): choose another --out"):
+        run_ladder(
+            dataclasses.replace(settings(), **training), dataclasses.replace(PLAN, **plan), out, quiet=True
+        )
+    assert (out / "ladder.json").read_bytes() == before
+
+
+def test_damaged_file_of_an_experiment(tmp_path):
+    (tmp_path / "ladder.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"ladder.json is damaged .*: move it away"):
+        run_ladder(settings(), PLAN, tmp_path, quiet=True)
+
+
 def test_report(done):
     rungs, out = done
     page = write_ladder_report(rungs, settings(), PLAN, out).read_text()
@@ -92,6 +157,8 @@ def test_diverged_runs_are_named_in_the_figure():
         (dict(seeds=(1, 1)), r"seeds \(1, 1\) must be one or more different values"),
         (dict(sigma_rels=()), r"sigma_rels \(\) must be one or more"),
         (dict(final_samples=0), "final_samples 0 must be at least 1"),
+        (dict(search_samples=1_000_001), "search_samples 1000001 must be at most 1000000"),
+        (dict(sampler="plms"), "unknown sampler 'plms': there are heun, euler, dpmpp-2m"),
         (dict(rate_factors=(0.0,)), r"rate_factors \(0.0,\) must be above 0"),
     ],
 )

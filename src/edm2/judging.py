@@ -36,9 +36,11 @@ class Judge:
         """Frechet distance of images, `[N, C, H, W]` uint8."""
         return frechet_distance(self._statistics(images), self._reference)
 
-    def score(self, generator: Generator, seeds: Sequence[int], num_steps: int) -> float:
+    def score(
+        self, generator: Generator, seeds: Sequence[int], num_steps: int, sampler: str = "heun"
+    ) -> float:
         """Frechet distance of the images of some seeds."""
-        return self.distance(generator.images(seeds, num_steps=num_steps))
+        return self.distance(generator.images(seeds, num_steps=num_steps, sampler=sampler))
 
     def _statistics(self, images: np.ndarray) -> FeatureStatistics:
         found = FeatureStatistics()

@@ -11,11 +11,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from edm2.data import open_dataset
+from edm2.diffusion import SAMPLERS
 from edm2.files import write_json
 from edm2.judging import Judge, generators
 from edm2.nn import CONFIGS
@@ -24,7 +25,7 @@ from edm2.report.ladder import ladder_figure, length_curves
 from edm2.run_report import add_magnitudes
 from edm2.train import TrainConfig, train
 from edm2.train.ladder import with_config
-from edm2.train.run_folder import MAGNITUDES_FILE, SNAPSHOTS, read_log
+from edm2.train.run_folder import MAGNITUDES_FILE, SNAPSHOTS, flat_settings, read_log
 
 PAPER_FID = {"A": 8.00, "B": 7.24, "C": 6.96, "D": 3.75, "E": 3.02, "F": 2.71, "G": 2.56}
 """ImageNet-512, size S, from the paper's Table 1."""
@@ -33,6 +34,8 @@ PAPER_FID = {"A": 8.00, "B": 7.24, "C": 6.96, "D": 3.75, "E": 3.02, "F": 2.71, "
 _SEARCH_SEED, _FINAL_SEED = 1_000_000, 2_000_000
 _RATE_RUN_SEED = 1_000
 _MOMENTS = 16
+_MAX_RAMPUP = 0.1  # of a run
+_FILE = "ladder.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,7 @@ class LadderPlan:
         search_samples: images for each choice, of learning rate and of EMA length.
         final_samples: images for the result.
         num_steps: of the sampler.
+        sampler: name in `edm2.diffusion.SAMPLERS`.
     """
 
     configs: tuple[str, ...] = tuple(CONFIGS)
@@ -59,6 +63,7 @@ class LadderPlan:
     search_samples: int = 500
     final_samples: int = 1000
     num_steps: int = 16
+    sampler: Literal["heun", "euler", "dpmpp-2m"] = "heun"
 
     def __post_init__(self) -> None:
         unknown = [c for c in self.configs if c not in CONFIGS]
@@ -73,6 +78,13 @@ class LadderPlan:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if min(self.rate_factors) <= 0:
             raise ValueError(f"rate_factors {self.rate_factors} must be above 0")
+        if self.search_samples > _FINAL_SEED - _SEARCH_SEED:
+            raise ValueError(
+                f"search_samples {self.search_samples} must be at most {_FINAL_SEED - _SEARCH_SEED}: more would be "
+                "judged again in the result"
+            )
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {self.sampler!r}: there are {', '.join(SAMPLERS)}")
 
 
 @dataclass(kw_only=True)
@@ -123,6 +135,7 @@ def run_ladder(
             holds runs of other settings.
     """
     out = Path(out)
+    _check_folder(out, settings, plan)
     dataset = open_dataset(settings.data, labels=settings.dataset.labels, pad_to=settings.dataset.pad_to)
     if not dataset.num_classes:
         raise ValueError(
@@ -130,7 +143,8 @@ def run_ladder(
         )
     prepared = {letter: with_config(settings, letter) for letter in plan.configs}
     judge = Judge(dataset)
-    rungs = []
+    rungs: list[Rung] = []
+    _write(out, settings, plan, rungs)
     for letter, own in prepared.items():
         rung = Rung(config=letter)
         for factor in plan.rate_factors if len(plan.rate_factors) > 1 else ():
@@ -149,31 +163,89 @@ def run_ladder(
             for name, value in found.items():
                 getattr(rung, name).append(value)
         rungs.append(rung)
+        _write(out, settings, plan, rungs)
         if not quiet:
             print(_line(rung), flush=True)
-    write_json(
-        out / "ladder.json", {"plan": dataclasses.asdict(plan), "rungs": list(map(dataclasses.asdict, rungs))}
-    )
     return rungs
 
 
+def with_length(
+    config: TrainConfig, num_images: int | None = None, batch_size: int | None = None
+) -> TrainConfig:
+    """The same run with another length or batch, and a learning rate that takes the same course.
+
+    The rate decays from the same share of the run on, where it decays. The ramp-up keeps its length, because Adam's
+    moments need so many steps in a short run too, but is never more than a tenth of the run.
+
+    Args:
+        config: any settings.
+        num_images: length in images; default: the same.
+        batch_size: images a step; default: the same.
+
+    Raises:
+        ValueError: for a length or batch below 1.
+    """
+    resized = dataclasses.replace(
+        config,
+        num_images=config.num_images if num_images is None else num_images,
+        batch_size=config.batch_size if batch_size is None else batch_size,
+    )
+    stretch = (resized.num_images / config.num_images) / (resized.batch_size / config.batch_size)
+    optimizer = dataclasses.replace(
+        config.optimizer,
+        ref_batches=config.optimizer.ref_batches * stretch,
+        rampup_mimg=min(config.optimizer.rampup_mimg, _MAX_RAMPUP * resized.num_images / 1e6),
+    )
+    return dataclasses.replace(resized, optimizer=optimizer)
+
+
+def _settings(settings: TrainConfig, plan: LadderPlan) -> dict[str, Any]:
+    """What must stay the same when an experiment is continued; configurations and seeds may be added."""
+    judged = {k: v for k, v in dataclasses.asdict(plan).items() if k not in ("configs", "seeds")}
+    trained = {"num_images": settings.num_images, **settings.identity()}
+    return json.loads(json.dumps({"plan": judged, "training": trained}))
+
+
+def _check_folder(out: Path, settings: TrainConfig, plan: LadderPlan) -> None:
+    if not (out / _FILE).exists():
+        return
+    try:
+        known = flat_settings(json.loads((out / _FILE).read_text())["settings"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{out / _FILE} is damaged ({error}): move it away to continue the runs") from error
+    given = flat_settings(_settings(settings, plan))
+    other = [name for name in sorted(known.keys() | given.keys()) if known.get(name) != given.get(name)]
+    if other:
+        parts = [f"{name} {known.get(name)} there, {given.get(name)} here" for name in other[:4]]
+        raise ValueError(
+            f"{out} holds an experiment with other settings ({'; '.join(parts)}): choose another --out, or give the "
+            "same settings to continue it"
+        )
+
+
+def _write(out: Path, settings: TrainConfig, plan: LadderPlan, rungs: Sequence[Rung]) -> None:
+    content = {
+        "settings": _settings(settings, plan),
+        "configs": plan.configs,
+        "seeds": plan.seeds,
+        "rungs": [dataclasses.asdict(rung) for rung in rungs],
+    }
+    write_json(out / _FILE, content)
+
+
 def _with_rate(config: TrainConfig, factor: float, num_images: int, seed: int) -> TrainConfig:
+    config = with_length(config, num_images)
     optimizer = dataclasses.replace(config.optimizer, ref_lr=config.optimizer.ref_lr * factor)
     # Enough snapshots for every length, however short the run is.
     every = max(num_images // _MOMENTS, config.batch_size)
-    return dataclasses.replace(
-        config, optimizer=optimizer, num_images=num_images, seed=seed, snapshot_images=every
-    )
+    return dataclasses.replace(config, optimizer=optimizer, seed=seed, snapshot_images=every)
 
 
 def _trained(
     config: TrainConfig, plan: LadderPlan, judge: Judge, run: Path, quiet: bool, *, final: bool = False
 ) -> dict[str, Any]:
     """Train one run and judge it, or read what was found before with the same settings."""
-    judged = {
-        name: value for name, value in dataclasses.asdict(plan).items() if name not in ("configs", "seeds")
-    }
-    identity = json.dumps([config.identity(), config.num_images, judged, final], sort_keys=True)
+    identity = json.dumps([_settings(config, plan), final], sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()
     cache = run / "judged.json"
     if cache.exists():
@@ -198,7 +270,10 @@ def _diverged(plan: LadderPlan) -> dict[str, Any]:
 
 def _judged(run: Path, plan: LadderPlan, judge: Judge, final: bool) -> dict[str, Any]:
     search = range(_SEARCH_SEED, _SEARCH_SEED + plan.search_samples)
-    by_length = [judge.score(g, search, plan.num_steps) for g in generators(run / SNAPSHOTS, plan.sigma_rels)]
+    by_length = [
+        judge.score(g, search, plan.num_steps, plan.sampler)
+        for g in generators(run / SNAPSHOTS, plan.sigma_rels)
+    ]
     if not final:
         return {"by_length": by_length}
     best = plan.sigma_rels[int(np.argmin(by_length))]
@@ -207,7 +282,7 @@ def _judged(run: Path, plan: LadderPlan, judge: Judge, final: bool) -> dict[str,
     magnitudes, log = read_log(run, MAGNITUDES_FILE), read_log(run)
     return {
         "by_length": by_length,
-        "frechet": judge.score(generator, seeds, plan.num_steps),
+        "frechet": judge.score(generator, seeds, plan.num_steps, plan.sampler),
         "sigma_rel": best,
         "images_per_second": log[-1]["images_per_second"],
         "activations": max(magnitudes[-1]["activations"].values())
@@ -254,8 +329,8 @@ def write_ladder_report(
     page.section(
         "Result",
         f"Frechet distance to the training images in the features of a classifier trained on them, "
-        f"{plan.final_samples} images, {plan.num_steps} steps; median of the seeds, and their range. The length was "
-        "chosen with other images. A small data set and a short run need not follow the paper's order.",
+        f"{plan.final_samples} images, {plan.num_steps} {plan.sampler} steps; median of the seeds, and their range. The "
+        "length was chosen with other images. A small data set and a short run need not follow the paper's order.",
     )
     page.table(*table(rungs))
     page.figure(
@@ -269,12 +344,13 @@ def write_ladder_report(
         "Frechet distance against EMA length",
         "Curves of Frechet distance against EMA length, one each configuration",
     )
-    page.section(
-        "Learning rate",
-        "The paper's rates in proportion, times a factor found the same way for every configuration: runs of "
-        f"{plan.rate_images:,} images, the lowest Frechet distance over all EMA lengths wins.",
-    )
     if len(plan.rate_factors) > 1:
+        page.section(
+            "Learning rate",
+            "The paper's rates in proportion, times a factor found the same way for every configuration: runs of "
+            f"{plan.rate_images:,} images, in which the rate takes the same course in small; the lowest Frechet "
+            "distance over all EMA lengths wins.",
+        )
         rows = [
             [r.config, *(f"{r.rate_scores[f]:.3g}" for f in plan.rate_factors), r.rate_factor] for r in rungs
         ]

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from edm2.ladder_experiment import LadderPlan, run_ladder, table, write_ladder_report
+from edm2.ladder_experiment import LadderPlan, run_ladder, table, with_length, write_ladder_report
 from edm2.presets import get_preset
 
 
@@ -26,7 +26,7 @@ class _Ladder:
     data: str | None = None
     """Images with classes; default: the preset's."""
     images: int | None = None
-    """Training images of each run; default: the preset's."""
+    """Training images of each run; default: the preset's. The learning rate's course is stretched or shrunk with it."""
     batch: int | None = None
     """Images a step; default: the preset's."""
     plan: Annotated[LadderPlan, tyro.conf.arg(name="")] = field(default_factory=LadderPlan)
@@ -35,9 +35,9 @@ class _Ladder:
 def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 ladder`."""
     chosen = tyro.cli(_Ladder, prog=prog, args=list(words))
-    changes: dict[str, Any] = dict(data=chosen.data, num_images=chosen.images, batch_size=chosen.batch)
-    given = {name: value for name, value in changes.items() if value is not None}
-    settings = dataclasses.replace(get_preset(chosen.preset), **given)
+    settings = with_length(get_preset(chosen.preset), chosen.images, chosen.batch)
+    if chosen.data is not None:
+        settings = dataclasses.replace(settings, data=chosen.data)
     rungs = run_ladder(settings, chosen.plan, chosen.out)
     headers, rows = table(rungs)
     lines: list[list[object]] = [[*headers], ["---"] * len(headers), *rows]
