@@ -329,8 +329,8 @@ def write_ladder_report(
     page.section(
         "Result",
         f"Frechet distance to the training images in the features of a classifier trained on them, "
-        f"{plan.final_samples} images, {plan.num_steps} {plan.sampler} steps; median of the seeds, and their range. The "
-        "length was chosen with other images. A small data set and a short run need not follow the paper's order.",
+        f"{plan.final_samples} images, {plan.num_steps} {plan.sampler} steps; median of the seeds, and their range. "
+        "The length was chosen with other images. A small data set and a short run need not follow the paper's order.",
     )
     page.table(*table(rungs))
     page.figure(
