@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from edm2.data import ArrayDataset, latents, open_dataset
-from edm2.data.latents import encode_latents, load_autoencoder
+from edm2.data.autoencoder import load_autoencoder
+from edm2.data.latents import encode_latents
 
 RNG = np.random.default_rng(0)
 DATA = ArrayDataset(

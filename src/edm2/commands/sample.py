@@ -12,11 +12,13 @@ import torch
 import tyro
 
 from edm2.cli import EXIT_FAILED
-from edm2.generate import Generator, parse_seeds, write_samples
+from edm2.data import LatentDecoder
+from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
+from edm2.generate import Generator, parse_seeds, read_coding, write_samples
 from edm2.train.world import FirstFailed, join_world
-from edm2.tuning import read_tuned
+from edm2.tuned import read_tuned
 
-_NUM_STEPS = 32
+_NUM_STEPS, _SAMPLER = 32, "heun"
 
 
 @dataclass(kw_only=True)
@@ -55,8 +57,9 @@ class _Sample:
     """Guidance weight; 1 for none."""
     interval: tuple[float, float] | None = None
     """Noise levels between which guidance acts. Default: all."""
-    sampler: Literal["heun", "euler", "dpmpp-2m"] = "heun"
-    """Heun runs the network twice on each noise level but the last, the others once."""
+    sampler: Literal["heun", "euler", "dpmpp-2m"] | None = None
+    """Heun runs the network twice on each noise level but the last, the others once. Default: heun, or that with
+    which the run was tuned."""
     num_steps: int | None = None
     """Noise levels. Default: 32, or those that the run was tuned with."""
     sigma_min: float = 0.002
@@ -67,6 +70,15 @@ class _Sample:
     """Exponent of the schedule."""
     s_churn: float = 0.0
     """Strength of added noise, with heun; 0 is deterministic."""
+    vae: str | None = None
+    """AutoencoderKL that makes pictures of a latent model's latents: a name on the hub, or its folder.
+    Default: stabilityai/sd-vae-ft-mse."""
+    pixel_range: PixelRange = "zero-one"
+    """Scale of the autoencoder's output, as in `edm2 data encode`."""
+    vae_batch: int = 8
+    """Images at a time through the autoencoder."""
+    latents: bool = False
+    """Write a latent model's latents as they are, as .npy files or one .npz, instead of pictures."""
     batch: int = 250
     """Images at a time."""
     grid: int = 400
@@ -89,7 +101,8 @@ def run(prog: str, words: Sequence[str]) -> None:
     chosen = _with_tuned(chosen, path)
     seeds = parse_seeds(chosen.seeds)
     options: dict[str, Any] = {
-        name: getattr(chosen, name) for name in ("num_steps", "sigma_min", "sigma_max", "rho", "guidance")
+        name: getattr(chosen, name)
+        for name in ("sampler", "num_steps", "sigma_min", "sigma_max", "rho", "guidance")
     }
     if chosen.s_churn:
         options["s_churn"] = chosen.s_churn
@@ -108,12 +121,16 @@ def _with_tuned(chosen: _Sample, path: Path) -> _Sample:
     given = (chosen.ema, chosen.ema_images, chosen.guide, chosen.guide_ema, chosen.interval)
     free = all(value is None for value in given) and chosen.guidance == 1
     found = read_tuned(path) if free and path.is_dir() else None
-    knobs, num_steps = found or (None, _NUM_STEPS)
-    num_steps = num_steps if chosen.num_steps is None else chosen.num_steps
-    if knobs is None:
-        return dataclasses.replace(chosen, num_steps=num_steps)
+    num_steps, sampler = (found.num_steps, found.sampler) if found else (_NUM_STEPS, _SAMPLER)
+    changes: dict[str, Any] = {
+        "num_steps": num_steps if chosen.num_steps is None else chosen.num_steps,
+        "sampler": chosen.sampler or sampler,
+    }
+    if found is None:
+        return dataclasses.replace(chosen, **changes)
+    knobs = found.knobs
     print(f"edm2: tuned settings: {knobs.describe()}; --ema chooses others", file=sys.stderr)
-    changes: dict[str, Any] = {"ema": knobs.sigma_rel, "num_steps": num_steps}
+    changes["ema"] = knobs.sigma_rel
     if knobs.guide_images is not None:
         changes |= dict(guide_ema=knobs.guide_sigma_rel, guide_images=knobs.guide_images)
         changes |= dict(guidance=knobs.guidance, interval=knobs.interval)
@@ -124,7 +141,8 @@ def _sample(chosen: _Sample, path: Path, seeds: list[int], options: dict[str, An
     """Make the images; what was written, in the process that speaks for all."""
     with join_world(chosen.device) as world:
         common: dict[str, Any] = dict(device=world.device, dtype=chosen.dtype, compile=chosen.compile)
-        generator = Generator.load(path, chosen.ema, num_images=chosen.ema_images, **common)
+        decoder = _decoder(chosen, path, world.device)
+        generator = Generator.load(path, chosen.ema, num_images=chosen.ema_images, decoder=decoder, **common)
         made = write_samples(
             generator,
             chosen.out,
@@ -132,13 +150,33 @@ def _sample(chosen: _Sample, path: Path, seeds: list[int], options: dict[str, An
             labels=_labels(chosen),
             conditions=None if chosen.conditions is None else _read_array(chosen.conditions),
             guide=_guide(chosen, path, common),
-            sampler=chosen.sampler,
             batch_size=chosen.batch,
             grid=chosen.grid,
             world=world,
             **options,
         )
         return made if world.is_first else None
+
+
+def _decoder(chosen: _Sample, path: Path, device: torch.device) -> LatentDecoder | None:
+    """What makes pictures of latents: there before the model's weights are read."""
+    kind = read_coding(path, chosen.ema).kind
+    given = {
+        "--vae": chosen.vae is not None,
+        "--pixel-range": chosen.pixel_range != "zero-one",
+        "--latents": chosen.latents,
+    }
+    for option in (name for name, is_given in given.items() if is_given):
+        if kind != "latents":
+            raise ValueError(f"{option} is for latent models, and {path} makes {kind}: leave it out")
+        if chosen.latents and option != "--latents":
+            raise ValueError(f"{option} and --latents exclude each other: latents are written undecoded")
+    if kind != "latents" or chosen.latents:
+        return None
+    name = chosen.vae or RELEASED_AUTOENCODER
+    return LatentDecoder.load(
+        name, device=device, pixel_range=chosen.pixel_range, batch_size=chosen.vae_batch
+    )
 
 
 def _guide(chosen: _Sample, path: Path, common: dict[str, Any]) -> Generator | None:

@@ -2,6 +2,7 @@
 
 from edm2.data.arrays import NpyDataset, open_npz
 from edm2.data.augment import AUGMENT_DIM, Augmentation, mirror
+from edm2.data.autoencoder import LatentDecoder
 from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset, Skipped
 from edm2.data.encoders import FloatCoding, PixelCoding, coding_warning, measure_coding
 from edm2.data.files import FileDataset
@@ -22,6 +23,7 @@ __all__ = [
     "FileDataset",
     "FloatCoding",
     "ImageDataset",
+    "LatentDecoder",
     "NpyDataset",
     "PaddedDataset",
     "PixelCoding",

@@ -3,16 +3,14 @@
 Ref: SPEC section 7.
 """
 
-import hashlib
-import importlib
 import io
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from edm2.data.autoencoder import PixelRange, autoencoder_digest, check_pixel_range, encode_images
 from edm2.data.chunks import Chunk, ChunkFolder, image_name, write_chunk
 from edm2.data.dataset import ImageDataset
 from edm2.progress import Progress
@@ -36,45 +34,13 @@ class Encoded(NamedTuple):
     std: tuple[float, ...]
 
 
-def load_autoencoder(name: str | Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
-    """Load diffusers' `AutoencoderKL`.
-
-    Args:
-        name: on the hub, such as `stabilityai/sd-vae-ft-mse`, or a folder that it was saved to. Of a folder or
-            name that holds a whole pipeline, the part `vae` is taken.
-        device: for its weights.
-        dtype: for its weights.
-
-    Raises:
-        ValueError: where `diffusers` is not installed, or cannot load it.
-    """
-    try:
-        kind = importlib.import_module("diffusers").AutoencoderKL
-    except ImportError as error:
-        raise ValueError(
-            f"latents need the package 'diffusers' ({error}): pip install 'edm2[latent]'"
-        ) from error
-    options = {"subfolder": "vae"} if (Path(name) / "vae" / "config.json").exists() else {}
-    try:
-        # Weights in other formats are pickles, which run code when they are loaded.
-        model = kind.from_pretrained(str(name), torch_dtype=dtype, use_safetensors=True, **options)
-    except Exception as error:
-        # diffusers and the hub raise dozens of kinds: no network, no such name, no safetensors.
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise ValueError(
-            f"the autoencoder {str(name)!r} could not be loaded ({reason}): give the "
-            "name of an AutoencoderKL on the hub, or the folder that one was saved to with safetensors"
-        ) from error
-    return model.eval().requires_grad_(False).to(device)
-
-
 def encode_latents(
     dataset: ImageDataset,
     dest: str | Path,
     autoencoder: Any,
     *,
     batch_size: int = 8,
-    pixel_range: Literal["zero-one", "minus-one-one"] = "zero-one",
+    pixel_range: PixelRange = "zero-one",
     quiet: bool = False,
 ) -> Encoded:
     """Write a data set's latents: for each image the means, then the standard deviations, `[2 C, H, W]` float32.
@@ -84,7 +50,7 @@ def encode_latents(
     Args:
         dataset: images of bytes with as many channels as the autoencoder takes.
         dest: new folder, or a file name that ends in `.zip`.
-        autoencoder: from `load_autoencoder`.
+        autoencoder: from `edm2.data.autoencoder.load_autoencoder`.
         batch_size: images at a time.
         pixel_range: what black and white become at the autoencoder's input: "zero-one" as for the models
             released with EDM2; "minus-one-one" as most autoencoders were trained.
@@ -97,7 +63,7 @@ def encode_latents(
     _check(dataset, autoencoder, batch_size, pixel_range)
     settings = {
         "data": dataset.fingerprint,
-        "autoencoder": _digest(autoencoder),
+        "autoencoder": autoencoder_digest(autoencoder),
         "pixel_range": pixel_range,
         "batch_size": batch_size,
         "chunk": _CHUNK_IMAGES,
@@ -118,13 +84,13 @@ def encode_latents(
 
 
 def _encode_chunk(
-    dataset: ImageDataset, autoencoder: Any, rows: np.ndarray, batch_size: int, pixel_range: str
+    dataset: ImageDataset, autoencoder: Any, rows: np.ndarray, batch_size: int, pixel_range: PixelRange
 ) -> Chunk:
     chunk = Chunk()
     latents = []
     for start in range(0, len(rows), batch_size):
         chosen = rows[start : start + batch_size]
-        latents.append(_encode(autoencoder, torch.from_numpy(dataset.images(chosen)), pixel_range))
+        latents.append(encode_images(autoencoder, torch.from_numpy(dataset.images(chosen)), pixel_range))
         labels = dataset.labels(chosen).tolist() if dataset.num_classes else [-1] * len(chosen)
         chunk.labels += labels
     values = torch.cat(latents)
@@ -144,15 +110,6 @@ def _encode_chunk(
     return chunk
 
 
-@torch.no_grad()
-def _encode(autoencoder: Any, images: Tensor, pixel_range: str) -> Tensor:
-    x = images.to(device=autoencoder.device, dtype=torch.float32) / 255
-    if pixel_range == "minus-one-one":
-        x = 2 * x - 1
-    found = autoencoder.encode(x.to(autoencoder.dtype)).latent_dist
-    return torch.cat([found.mean, found.std], dim=1).float().cpu()
-
-
 def _check(dataset: ImageDataset, autoencoder: Any, batch_size: int, pixel_range: str) -> None:
     config = autoencoder.config
     channels, height, width = dataset.image_shape
@@ -169,13 +126,4 @@ def _check(dataset: ImageDataset, autoencoder: Any, batch_size: int, pixel_range
         )
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} must be at least 1")
-    if pixel_range not in ("zero-one", "minus-one-one"):
-        raise ValueError(f"pixel_range {pixel_range!r} must be zero-one or minus-one-one")
-
-
-def _digest(autoencoder: Any) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(autoencoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
-    return digest.hexdigest()[:16]
+    check_pixel_range(pixel_range)

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edm2.diffusion import MODEL_FILE, SAMPLERS, Denoiser, DenoiserFn, load_model
+from edm2.data import LatentDecoder
+from edm2.diffusion import SAMPLERS, Denoiser, DenoiserFn, load_model
 from edm2.generate.fixed_weights import SamplingNetwork
-from edm2.generate.reconstructed import reconstruct_denoiser
+from edm2.generate.reconstructed import read_info, reconstruct_denoiser
 from edm2.nn import keyed_normal, use_channels_last
 from edm2.train.coding import Coding
-from edm2.train.run_folder import SNAPSHOTS
 
 _CHURN_STREAM = 1  # of the image's keyed random numbers; 0 is its starting noise
 
@@ -29,10 +29,15 @@ class Generator:
         info: what the model's file says about it.
         fix_weights: normalise the weights once a call instead of in every evaluation; takes a copy of them.
         compile: use torch.compile; goes with fixed weights.
+        decoder: makes pictures of a latent model's latents.
 
     Attributes:
         num_classes: 0 for an unconditional model and for one that is conditioned on vectors.
         class_names: one a class, or empty.
+        pixel_channels: channels of its pictures; 0 if it makes floats, or latents without a decoder.
+
+    Raises:
+        ValueError: for a decoder that does not fit the model.
     """
 
     def __init__(
@@ -43,12 +48,18 @@ class Generator:
         *,
         fix_weights: bool = False,
         compile: bool = False,
+        decoder: LatentDecoder | None = None,
     ) -> None:
-        self.denoiser, self.coding = denoiser, coding
+        if decoder is not None:
+            _check_decoder(decoder, coding)
+        self.denoiser, self.coding, self.decoder = denoiser, coding, decoder
         self.info = info or {}
         self.takes_vectors = denoiser.label_dim > 0 and denoiser.config.get("label_kind") == "vector"
         self.num_classes = 0 if self.takes_vectors else denoiser.label_dim
         self.class_names = tuple(self.info.get("class_names", ()))
+        self.pixel_channels = coding.num_channels if coding.kind == "pixels" else 0
+        if decoder is not None:
+            self.pixel_channels = decoder.num_channels
         self._fixed = SamplingNetwork(denoiser, compile=compile) if fix_weights or compile else None
 
     @classmethod
@@ -61,6 +72,7 @@ class Generator:
         device: torch.device | str = "cpu",
         dtype: str = "float32",
         compile: bool = False,
+        decoder: LatentDecoder | None = None,
     ) -> "Generator":
         """Open a saved model, or put an average together from a run's snapshots.
 
@@ -71,30 +83,25 @@ class Generator:
             device: where to compute.
             dtype: precision of the network: float32, bfloat16 or float16.
             compile: use torch.compile.
+            decoder: makes pictures of a latent model's latents, `edm2.data.LatentDecoder.load()`.
 
         Raises:
             ValueError: as in `edm2.diffusion.load_model` and `edm2.ema.reconstruct`, or if the file does not say
-                how images are coded.
+                how images are coded, or the decoder does not fit.
         """
+        if sigma_rel is None and num_images is not None:
+            raise ValueError(f"{num_images:g} images of which average? Give its EMA length, too")
+        coding = read_coding(path, sigma_rel)
+        if decoder is not None:
+            _check_decoder(decoder, coding)
         if sigma_rel is None:
-            if num_images is not None:
-                raise ValueError(f"{num_images:g} images of which average? Give its EMA length, too")
-            if (Path(path) / SNAPSHOTS).is_dir() and not (Path(path) / MODEL_FILE).exists():
-                raise ValueError(
-                    f"{path} is an unfinished run, which has no final model yet: name an EMA length, --ema 0.1 "
-                    "(sigma_rel=0.1 in Python), to put it together from its snapshots"
-                )
             denoiser, info = load_model(path, device=device)
         else:
             denoiser, info = reconstruct_denoiser(path, sigma_rel, num_images)
             denoiser.to(device)
-        if "coding" not in info:
-            raise ValueError(
-                f"{path} does not say how its images are coded: load it with edm2.diffusion.load_model"
-            )
         denoiser.dtype = getattr(torch, dtype)
         use_channels_last(denoiser)
-        return cls(denoiser, Coding.from_json(info["coding"]), info, fix_weights=True, compile=compile)
+        return cls(denoiser, coding, info, fix_weights=True, compile=compile, decoder=decoder)
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from any other: a digest of all that its images depend on, and where it is from."""
@@ -105,7 +112,13 @@ class Generator:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         facts = {key: self.info.get(key) for key in ("run_id", "num_images", "sigma_rel", "data")}
         precision = str(self.denoiser.dtype).removeprefix("torch.")
-        return {**facts, "digest": digest.hexdigest()[:16], "dtype": precision}
+        decoding = {} if self.decoder is None else {"decoder": self.decoder.identity()}
+        return {**facts, "digest": digest.hexdigest()[:16], "dtype": precision, **decoding}
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Network units to what `images` gives: `[B, C, H, W]`, uint8 where it is pictures."""
+        decoded = self.coding.decode(x)
+        return decoded if self.decoder is None else self.decoder(decoded)
 
     def labels_for(self, seeds: Sequence[int]) -> np.ndarray:
         """Default class of each seed: seed modulo the number of classes, `[N]` int64."""
@@ -197,7 +210,8 @@ class Generator:
             **options: conditions, guide, sampler (see `edm2.diffusion.SAMPLERS`), and the sampler's own.
 
         Returns:
-            `[N, C, H, W]` uint8 for pixels; float32 in the data's units for float data and latents.
+            `[N, C, H, W]` uint8 for pixels and decoded latents; float32 in the data's units for float data, and
+            for latents without a decoder.
 
         Raises:
             ValueError: for labels, conditions or a guide that do not fit, or bad sampler options.
@@ -207,7 +221,7 @@ class Generator:
         for part in _slices(len(seeds), batch_size):
             chosen = None if labels is None else labels[part]
             given = None if conditions is None else conditions[part]
-            decoded = self.coding.decode(self.latents(seeds[part], chosen, conditions=given, **options))
+            decoded = self.decode(self.latents(seeds[part], chosen, conditions=given, **options))
             parts.append(decoded.cpu().numpy())
             if on_batch is not None:
                 on_batch(len(parts[-1]))
@@ -259,6 +273,30 @@ class Generator:
             options = {**options, "randn_like": randn_like}
         second = guide._bind(condition) if isinstance(guide, Generator) else guide
         return sampler(self._bind(condition), keyed_normal(index, shape), given, guide=second, **options)
+
+
+def read_coding(path: str | Path, sigma_rel: float | None = None) -> Coding:
+    """How a saved model's images are coded, or with an EMA length, those of a run's snapshots; reads no weights.
+
+    Raises:
+        ValueError: if there is no model, or its file does not say it.
+    """
+    info = read_info(path, sigma_rel)
+    if "coding" not in info:
+        raise ValueError(
+            f"{path} does not say how its images are coded: load it with edm2.diffusion.load_model"
+        )
+    return Coding.from_json(info["coding"])
+
+
+def _check_decoder(decoder: LatentDecoder, coding: Coding) -> None:
+    if coding.kind != "latents":
+        raise ValueError(f"the model makes {coding.kind}, not latents: leave the autoencoder out")
+    if decoder.latent_channels != coding.num_channels:
+        raise ValueError(
+            f"the autoencoder decodes latents of {decoder.latent_channels} channels and the model's have "
+            f"{coding.num_channels}: name the one that its training data was encoded with"
+        )
 
 
 def _shape(denoiser: Denoiser) -> tuple[int, ...]:

@@ -88,7 +88,7 @@ def write_samples(
         return out
     folder = out.with_name(f"{out.name}.parts") if packed else out
     world.on_first(lambda: _claim(folder, settings))
-    pixels = generator.coding.kind == "pixels" and generator.denoiser.img_channels in _PNG_MODES
+    pixels = generator.pixel_channels in _PNG_MODES
     files = [folder / f"{seed:06d}.{'png' if pixels else 'npy'}" for seed in seeds]
     todo = [i for i, file in enumerate(files) if not file.exists()]
     world.any(False)  # all have seen what is to be done before the first file is added

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from edm2.diffusion import Denoiser, save_model
+from edm2.diffusion import MODEL_FILE, Denoiser, read_model_header, save_model
 from edm2.ema import Reconstruction, reconstruct_many
+from edm2.ema.snapshots import read_manifest
 from edm2.train.run_folder import SNAPSHOTS
 
 
@@ -23,6 +24,24 @@ def snapshots_of(run: str | Path) -> Path:
             f"{run} is a file: an EMA length is put together from the snapshots in the folder of a run"
         )
     return run / SNAPSHOTS if (run / SNAPSHOTS).is_dir() else run
+
+
+def read_info(path: str | Path, sigma_rel: float | None = None) -> dict[str, Any]:
+    """What a saved model says about itself, or with an EMA length, what a run's snapshots say; reads no weights.
+
+    Raises:
+        ValueError: if there is no model, or none yet.
+    """
+    if sigma_rel is not None:
+        info: dict[str, Any] = _metadata(path, read_manifest(snapshots_of(path)).run.metadata)["info"]
+        return info
+    if (Path(path) / SNAPSHOTS).is_dir() and not (Path(path) / MODEL_FILE).exists():
+        raise ValueError(
+            f"{path} is an unfinished run, which has no final model yet: name an EMA length, --ema 0.1 "
+            "(sigma_rel=0.1 in Python), to put it together from its snapshots"
+        )
+    info = read_model_header(path)[1]["info"]
+    return info
 
 
 def reconstruct_models(
@@ -72,12 +91,7 @@ def reconstruct_denoiser(
 
 
 def _description(run: str | Path, result: Reconstruction) -> tuple[dict[str, Any], dict[str, Any]]:
-    metadata = result.metadata
-    if not metadata or "network" not in metadata:
-        raise ValueError(
-            f"{run} holds snapshots of a model that edm2 did not train: use edm2.ema.reconstruct in Python, and "
-            "load its tensors into your model"
-        )
+    metadata = _metadata(run, result.metadata)
     return metadata["network"], {
         **metadata["info"],
         "sigma_rel": result.sigma_rel,
@@ -85,3 +99,12 @@ def _description(run: str | Path, result: Reconstruction) -> tuple[dict[str, Any
         "run_id": result.run_id,
         "expected_error": result.expected_error,
     }
+
+
+def _metadata(run: str | Path, metadata: dict[str, Any] | None) -> dict[str, Any]:
+    if not metadata or "network" not in metadata:
+        raise ValueError(
+            f"{run} holds snapshots of a model that edm2 did not train: use edm2.ema.reconstruct in Python, and "
+            "load its tensors into your model"
+        )
+    return metadata

@@ -1,0 +1,134 @@
+"""The autoencoder between pictures and latents: diffusers' `AutoencoderKL`, with the scale of its pixels.
+
+Ref: SPEC section 7.
+"""
+
+import hashlib
+import importlib
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+RELEASED_AUTOENCODER = "stabilityai/sd-vae-ft-mse"
+# What black and white are at the autoencoder's input and output.
+PixelRange = Literal["zero-one", "minus-one-one"]
+
+
+def load_autoencoder(
+    name: str | Path, device: torch.device | str, dtype: torch.dtype = torch.float32, *, instead: str = ""
+) -> Any:
+    """Load diffusers' `AutoencoderKL`.
+
+    Args:
+        name: on the hub, such as `stabilityai/sd-vae-ft-mse`, or a folder that it was saved to. Of a folder or
+            name that holds a whole pipeline, the part `vae` is taken.
+        device: for its weights.
+        dtype: for its weights.
+        instead: what can be done without it, for the end of an error's message.
+
+    Raises:
+        ValueError: where `diffusers` is not installed, or cannot load it.
+    """
+    try:
+        kind = importlib.import_module("diffusers").AutoencoderKL
+    except ImportError as error:
+        raise ValueError(
+            f"latents need the package 'diffusers' ({error}): pip install 'edm2[latent]'{instead}"
+        ) from error
+    options = {"subfolder": "vae"} if (Path(name) / "vae" / "config.json").exists() else {}
+    try:
+        # Weights in other formats are pickles, which run code when they are loaded.
+        model = kind.from_pretrained(str(name), torch_dtype=dtype, use_safetensors=True, **options)
+    except Exception as error:
+        # diffusers and the hub raise dozens of kinds: no network, no such name, no safetensors.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(
+            f"the autoencoder {str(name)!r} could not be loaded ({reason}): give the "
+            f"name of an AutoencoderKL on the hub, or the folder that one was saved to with safetensors{instead}"
+        ) from error
+    return model.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def encode_images(autoencoder: Any, images: Tensor, pixel_range: PixelRange) -> Tensor:
+    """Pictures `[B, C, H, W]` uint8 to means, then standard deviations, of latents, float32 on the CPU."""
+    x = images.to(device=autoencoder.device, dtype=torch.float32) / 255
+    if pixel_range == "minus-one-one":
+        x = 2 * x - 1
+    found = autoencoder.encode(x.to(autoencoder.dtype)).latent_dist
+    return torch.cat([found.mean, found.std], dim=1).float().cpu()
+
+
+def autoencoder_digest(autoencoder: Any) -> str:
+    """What tells an autoencoder's weights from any other's."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(autoencoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def check_pixel_range(pixel_range: str) -> None:
+    """Raise ValueError unless it is one of `PixelRange`."""
+    if pixel_range not in ("zero-one", "minus-one-one"):
+        raise ValueError(f"pixel_range {pixel_range!r} must be zero-one or minus-one-one")
+
+
+class LatentDecoder:
+    """Latents to pictures.
+
+    Args:
+        autoencoder: from `load_autoencoder`.
+        pixel_range: what black and white are at its output: "zero-one" as for the models released with EDM2;
+            "minus-one-one" as most autoencoders were trained.
+        batch_size: latents at a time; pictures have dozens of times as many values.
+    """
+
+    def __init__(
+        self, autoencoder: Any, *, pixel_range: PixelRange = "zero-one", batch_size: int = 8
+    ) -> None:
+        check_pixel_range(pixel_range)
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} of the autoencoder must be at least 1")
+        self.autoencoder, self.pixel_range, self.batch_size = autoencoder, pixel_range, batch_size
+        self.num_channels: int = autoencoder.config.out_channels
+        self.latent_channels: int = autoencoder.config.latent_channels
+
+    @classmethod
+    def load(
+        cls, name: str | Path = RELEASED_AUTOENCODER, *, device: torch.device | str = "cpu", **options: Any
+    ) -> "LatentDecoder":
+        """Load the autoencoder, too.
+
+        Args:
+            name: see `load_autoencoder`; default: that of the models released with EDM2.
+            device: for its weights.
+            **options: pixel_range, batch_size.
+
+        Raises:
+            ValueError: as in `load_autoencoder`, or for bad options.
+        """
+        instead = ", or write the latents themselves: edm2 sample --latents --out latents.npz (no decoder in Python)"
+        return cls(load_autoencoder(name, device, instead=instead), **options)
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Latents in the autoencoder's own units, `[B, c, h, w]`, to `[B, C, H, W]` uint8.
+
+        Ref: SPEC section 7 (clamped to [0, 1], then truncated).
+        """
+        decoded = [self._decode(part) for part in latents.split(self.batch_size)]
+        return torch.cat(decoded).to(latents.device)
+
+    def identity(self) -> dict[str, str]:
+        """What pictures depend on, besides their latents."""
+        return {"autoencoder": autoencoder_digest(self.autoencoder), "pixel_range": self.pixel_range}
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        x = latents.to(device=self.autoencoder.device, dtype=self.autoencoder.dtype)
+        pixels = self.autoencoder.decode(x).sample.float()
+        if self.pixel_range == "minus-one-one":
+            pixels = (pixels + 1) / 2
+        return (pixels.clamp(0, 1) * 255).to(torch.uint8)
