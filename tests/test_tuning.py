@@ -1,19 +1,24 @@
 import dataclasses
 import json
 import math
+import re
+import shutil
+import statistics
 
 import numpy as np
 import pytest
 
 from edm2.cli import main
+from edm2.generate import Generator
 from edm2.presets import get_preset
 from edm2.train import train
-from edm2.tuning import BASELINE_SIGMA_REL, Knobs, TuningPlan, read_tuned, save_tuned, tune
-from edm2.tuning_report import write_tuning_report
+from edm2.tuned import BASELINE_SIGMA_REL, Knobs, Tuned, half_interval, read_tuned, save_tuned
+from edm2.tuning import TuningPlan, tune
+from edm2.tuning_report import improvement_text, write_tuning_report
 
 PLAN = TuningPlan(
     sigma_rels=(0.05, 0.08, 0.1), guide_moments=(0.25, 0.5), guide_factors=(1.0,), weights=(2.0,), highs=(8.0,),
-    lows=(0.5,), samples=8, final_samples=8, repeats=2, num_steps=4,
+    lows=(0.5,), samples=8, final_samples=8, repeats=2, num_steps=4, sampler="dpmpp-2m",
 )  # fmt: skip
 
 
@@ -28,6 +33,30 @@ class Brightness:
     def distance(self, images):
         self.calls += 1
         return abs(float(images.mean()) - 100.0)
+
+
+class Preferring:
+    """Stands in for images and their score: gives each setting a wanted score and remembers what was asked for."""
+
+    fingerprint = "preferring"
+
+    def __init__(self, monkeypatch, wanted):
+        self.asked, self.wanted = [], wanted
+        monkeypatch.setattr("edm2.tuning._Bench.images", lambda _, knobs, seeds: self.ask(knobs, seeds))
+
+    def ask(self, knobs, seeds):
+        self.asked.append((knobs, seeds))
+        return self.wanted(knobs)
+
+    def distance(self, images):
+        return images
+
+
+@pytest.fixture
+def fresh(run, tmp_path):
+    """The run without evaluations."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("tuning"))
+    return tmp_path / "run"
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +93,89 @@ def test_stages_go_from_the_best_so_far(found):
     assert {t.knobs.guide_images for t in found.tried if t.stage == "guide"} == {80.0, 160.0}
 
 
-def test_held_out_scores_are_of_other_seeds(found):
-    assert len(found.held_out) == len(found.baseline) == 2
-    assert len({*found.held_out, min(t.score for t in found.tried)}) == 3
-    assert found.improvement == pytest.approx(1 - np.mean(found.held_out) / np.mean(found.baseline))
+def test_held_out_seeds_are_other_seeds_and_the_same_for_both(fresh, monkeypatch):
+    score = Preferring(monkeypatch, lambda knobs: knobs.sigma_rel)
+    plan = dataclasses.replace(PLAN, samples=50, final_samples=30, repeats=3)
+    tuned = tune(fresh, score, plan)
+    searched, final = (set(seeds) for seeds in (score.asked[0][1], []))
+    assert all(set(seeds) == searched for _, seeds in score.asked[:-6])
+    blocks = [seeds for _, seeds in score.asked[-6:]]
+    assert blocks[:3] == blocks[3:]
+    for block in blocks[:3]:
+        assert len(block) == 30
+        assert not searched & set(block)
+        assert not final & set(block)
+        final |= set(block)
+    assert {knobs for knobs, _ in score.asked[-6:-3]} == {tuned.best}
+    assert {knobs for knobs, _ in score.asked[-3:]} == {Knobs(sigma_rel=BASELINE_SIGMA_REL)}
+    with pytest.raises(ValueError, match="samples 1000001 would reach the held-out seeds: at most 1000000"):
+        TuningPlan(samples=1_000_001)
+
+
+def test_images_are_of_the_seeds_and_the_sampler_asked_for(run, found):
+    generator = Generator.load(run, BASELINE_SIGMA_REL)
+    images = generator.images(range(4_000_008, 4_000_016), num_steps=4, sampler="dpmpp-2m")
+    assert found.baseline[1] == pytest.approx(abs(float(images.mean()) - 100.0))
+
+
+def test_improvement_is_paired_with_its_confidence():
+    tuned = Tuned(
+        best=Knobs(sigma_rel=0.1), num_steps=4, sampler="heun", tried=[],
+        held_out=[6.0, 14.0, 7.5], baseline=[10.0, 20.0, 10.0],
+    )  # fmt: skip
+    assert tuned.improvements == pytest.approx([0.4, 0.3, 0.25])
+    assert tuned.improvement == pytest.approx(0.95 / 3)
+    # Student's t of 2 degrees of freedom is 4.303.
+    assert tuned.improvement_error == pytest.approx(4.303 * statistics.stdev([0.4, 0.3, 0.25]) / math.sqrt(3))
+    assert improvement_text(tuned) == "31.7% (95% confidence 12.7 to 50.6%; repeats 40.0 30.0 25.0)"
+    once = dataclasses.replace(tuned, held_out=[6.0], baseline=[10.0])
+    assert once.improvement_error is None
+    assert improvement_text(once) == "40.0% in one repeat"
+
+
+@pytest.mark.parametrize("count", [2, 3, 11, 12, 13, 40])
+def test_confidence_interval_holds_the_mean_95_times_in_100(count):
+    rng = np.random.default_rng(count)
+    values = rng.normal(size=(20_000, count))
+    covered = [abs(row.mean()) < half_interval(row) for row in values]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.005)
+
+
+def test_nothing_is_evaluated_that_gives_images_known_already(fresh, monkeypatch):
+    # Four steps have the levels 80, 9.7, 0.47 and 0.002.
+    plan = dataclasses.replace(
+        PLAN, weights=(1.0, 1.2, 2.0), highs=(100.0, 8.0, 3.0, 0.001), lows=(0.001, 0.2, 0.3, 0.5)
+    )
+    score = Preferring(monkeypatch, lambda k: 10 * k.sigma_rel - k.guidance - 1 / (1 + k.interval[1]))
+    tried = tune(fresh, score, plan).tried
+    assert [t.knobs.guidance for t in tried if t.stage == "guidance weight"] == [1.2, 2.0]
+    assert [t.knobs.interval for t in tried if t.stage == "interval, upper end"] == [(0, 8.0)]
+    assert [t.knobs.interval for t in tried if t.stage == "interval, lower end"] == [(0.2, 8.0)]
+    assert len(tried) <= plan.most_evaluations == 3 + 2 + 3 + 3 + 4 + 4
+
+
+def test_guidance_that_does_harm_gets_lower_weights_and_no_interval(fresh, monkeypatch):
+    plan = dataclasses.replace(PLAN, weights=(1.2, 1.35, 2.0, 2.5))
+    score = Preferring(monkeypatch, lambda k: k.sigma_rel + k.guidance)
+    tuned = tune(fresh, score, plan)
+    assert [t.knobs.guidance for t in tuned.tried if t.stage == "guidance weight"] == [1.2, 1.35]
+    assert {t.stage for t in tuned.tried} == {"EMA length", "guide", "guidance weight"}
+    assert tuned.best == Knobs(sigma_rel=0.05)
+
+
+def test_a_guide_that_helps_at_a_lower_weight_alone_is_found(fresh, monkeypatch):
+    plan = dataclasses.replace(PLAN, weights=(1.2, 2.0))
+    score = Preferring(monkeypatch, lambda k: k.sigma_rel + abs(k.guidance - 1.2))
+    tuned = tune(fresh, score, plan)
+    assert tuned.best.guidance == 1.2
+    assert any(t.stage == "interval, upper end" for t in tuned.tried)
+
+
+def test_a_guide_that_is_the_network_itself_is_none(tmp_path, fresh, monkeypatch):
+    plan = dataclasses.replace(PLAN, guide_moments=(0.99,), guide_factors=(1.0, 2.0))
+    tuned = tune(fresh, Preferring(monkeypatch, lambda k: k.sigma_rel), plan)
+    guides = [t.knobs for t in tuned.tried if t.stage == "guide"]
+    assert [(k.guide_images, k.guide_sigma_rel) for k in guides] == [(320.0, 0.1)]
 
 
 def test_an_interrupted_search_evaluates_nothing_twice(run, found):
@@ -80,19 +188,25 @@ def test_an_interrupted_search_evaluates_nothing_twice(run, found):
     log.write_text("\n".join(lines[:3]) + '\n{"key": "cut sh')
     assert tune(run, score, PLAN) == found
     assert score.calls == len(lines) - 3
+    assert tune(run, score, PLAN) == found
+    assert score.calls == len(lines) - 3
+    other = tune(run, score, dataclasses.replace(PLAN, sampler="euler"))
+    assert other.held_out != found.held_out
 
 
 def test_tuned_settings_are_saved_and_read_back(run, found):
-    folder = save_tuned(run, found, PLAN)
-    assert read_tuned(run) == (found.best, 4)
+    folder = save_tuned(run, found)
+    settings = read_tuned(run)
+    assert (settings.knobs, settings.num_steps, settings.sampler) == (found.best, 4, "dpmpp-2m")
     content = json.loads((folder / "tuned.json").read_text())
+    assert content["improvements"] == found.improvements
     assert len(content["tried"]) == len(found.tried)
     assert (folder / "model.safetensors").exists()
     assert (folder / "guide.safetensors").exists() == (found.best.guide_images is not None)
     (folder / "tuned.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tuned\.json is damaged"):
         read_tuned(run)
-    save_tuned(run, found, PLAN)
+    save_tuned(run, found)
 
 
 def test_report_has_a_curve_a_stage_and_a_ranking(run, found, tmp_path):
@@ -110,6 +224,12 @@ def test_no_search_where_there_is_nothing_to_search_in(tmp_path):
         TuningPlan(sigma_rels=())
     with pytest.raises(ValueError, match=r"guide_moments \(1.5,\) must lie between 0 and 1"):
         TuningPlan(guide_moments=(1.5,))
+    with pytest.raises(ValueError, match=r"sigma_rel 0.5 is outside \(0, 0.2887\]"):
+        TuningPlan(sigma_rels=(0.1, 0.5))
+    with pytest.raises(ValueError, match=r"weights \(nan,\) must be positive and finite"):
+        TuningPlan(weights=(math.nan,))
+    with pytest.raises(ValueError, match="unknown sampler 'rk4': there are heun, euler, dpmpp-2m"):
+        TuningPlan(sampler="rk4")
 
 
 def test_words_of_knobs():
@@ -123,12 +243,13 @@ def test_words_of_knobs():
 
 
 def test_sample_takes_the_tuned_settings_unless_told_otherwise(run, found, tmp_path, capsys):
-    save_tuned(run, dataclasses.replace(found, best=Knobs(sigma_rel=0.08)), PLAN)
+    save_tuned(run, dataclasses.replace(found, best=Knobs(sigma_rel=0.08)))
     main(["sample", str(run), "--seeds", "0-3", "--out", str(tmp_path / "tuned")])
     assert "tuned settings: EMA 0.08" in capsys.readouterr().err
     settings = json.loads((tmp_path / "tuned" / "samples.json").read_text())
     assert settings["model"]["sigma_rel"] == pytest.approx(0.08)
     assert settings["sampler"]["num_steps"] == 4
+    assert settings["sampler"]["name"] == "dpmpp-2m"
     main(["sample", str(run), "--ema", "0.05", "--seeds", "0-3", "--out", str(tmp_path / "chosen")])
     assert "tuned" not in capsys.readouterr().err
     settings = json.loads((tmp_path / "chosen" / "samples.json").read_text())
@@ -137,9 +258,11 @@ def test_sample_takes_the_tuned_settings_unless_told_otherwise(run, found, tmp_p
 
 def test_command_line(run, capsys):
     words = "--sigma-rels 0.05 0.1 --guide-moments 0.5 --guide-factors 1 --weights 2 --highs 8 --lows 0.5"
-    sizes = "--samples 16 --final-samples 16 --repeats 1 --num-steps 2"
+    sizes = "--samples 16 --final-samples 16 --repeats 2 --num-steps 2 --sampler euler"
     main(["tune", str(run), *words.split(), *sizes.split()])
     out = capsys.readouterr().out
     assert out.count("EMA length") >= 2
     assert "Frechet distance with held-out seeds" in out
+    assert re.search(r"lower by \S+% \(95% confidence \S+ to \S+%; repeats \S+ \S+\)", out)
+    assert out.startswith("   1/8  EMA length")
     assert (run / "tuning" / "report.html").exists()

@@ -8,23 +8,21 @@ import dataclasses
 import hashlib
 import json
 import math
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from edm2.diffusion import save_model
+from edm2.diffusion import SAMPLERS, time_steps
+from edm2.ema.profiles import sigma_rel_to_gamma
 from edm2.ema.snapshots import read_manifest
-from edm2.files import write_json
-from edm2.generate import Generator, reconstruct_denoiser, snapshots_of
+from edm2.generate import Generator, snapshots_of
+from edm2.tuned import BASELINE_SIGMA_REL, FOLDER, Knobs, Tried, Tuned
 
 # Seeds of samples; those of the final measurement were never seen by the search.
 _SEARCH_SEED, _HELD_OUT_SEED = 3_000_000, 4_000_000
-BASELINE_SIGMA_REL = 0.10
-FOLDER = "tuning"
 _LOG = "evaluations.jsonl"
 _FOR_GUIDE_SEARCH = 1.5  # weight with which guides are compared, before the weight itself is searched
 
@@ -36,35 +34,6 @@ class Score(Protocol):
 
     def distance(self, images: np.ndarray) -> float:
         """Of images, `[N, C, H, W]` uint8."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Knobs:
-    """What is tuned.
-
-    Attributes:
-        sigma_rel: EMA length.
-        guide_images: training images that the guide has seen: an earlier moment of the same run. None: no guide.
-        guide_sigma_rel: the guide's EMA length.
-        guidance: weight; 1 for none.
-        interval: noise levels (low, high] where guidance acts.
-    """
-
-    sigma_rel: float
-    guide_images: float | None = None
-    guide_sigma_rel: float | None = None
-    guidance: float = 1.0
-    interval: tuple[float, float] = (0.0, math.inf)
-
-    def describe(self) -> str:
-        """In words."""
-        text = f"EMA {self.sigma_rel:g}"
-        if self.guide_images is not None:
-            text += f", guide of {self.guide_images:,.0f} images with EMA {self.guide_sigma_rel:g}"
-            text += f", weight {self.guidance:g}"
-        if self.interval != (0.0, math.inf):
-            text += f" for sigma in ({self.interval[0]:g}, {self.interval[1]:g}]"
-        return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +51,7 @@ class TuningPlan:
         final_samples: images for each final measurement.
         repeats: final measurements, each with seeds of its own.
         num_steps: of the sampler.
+        sampler: Heun runs the network twice on each noise level but the last, the others once.
     """
 
     sigma_rels: tuple[float, ...] = (0.03, 0.05, 0.07, 0.09, 0.11, 0.14, 0.18, 0.25)
@@ -94,52 +64,33 @@ class TuningPlan:
     final_samples: int = 1000
     repeats: int = 3
     num_steps: int = 16
+    sampler: Literal["heun", "euler", "dpmpp-2m"] = "heun"
 
     def __post_init__(self) -> None:
         for name in ("samples", "final_samples", "repeats", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.samples > _HELD_OUT_SEED - _SEARCH_SEED:
+            raise ValueError(
+                f"samples {self.samples} would reach the held-out seeds: at most {_HELD_OUT_SEED - _SEARCH_SEED}"
+            )
         if not self.sigma_rels:
             raise ValueError("sigma_rels is empty: give at least one EMA length")
+        sigma_rel_to_gamma(self.sigma_rels)
         if any(not 0 < moment < 1 for moment in self.guide_moments):
             raise ValueError(f"guide_moments {self.guide_moments} must lie between 0 and 1, parts of the run")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tried:
-    """One evaluation of the search.
-
-    Attributes:
-        stage: what was being searched.
-        knobs: the settings.
-        score: their score.
-    """
-
-    stage: str
-    knobs: Knobs
-    score: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuned:
-    """What a search found.
-
-    Attributes:
-        best: the settings with the lowest score in the search.
-        tried: all evaluations, in order.
-        held_out: scores of `best`, one a repeat, with seeds that the search never saw.
-        baseline: the same for EMA length 0.10 without guidance.
-    """
-
-    best: Knobs
-    tried: list[Tried]
-    held_out: list[float]
-    baseline: list[float]
+        for name in ("guide_factors", "weights", "highs", "lows"):
+            if any(not 0 < value < math.inf for value in getattr(self, name)):
+                raise ValueError(f"{name} {getattr(self, name)} must be positive and finite")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {self.sampler!r}: there are {', '.join(SAMPLERS)}")
 
     @property
-    def improvement(self) -> float:
-        """Share by which the held-out score is lower than the baseline's."""
-        return 1 - statistics.fmean(self.held_out) / statistics.fmean(self.baseline)
+    def most_evaluations(self) -> int:
+        """Most settings that the search tries; each is one set of images."""
+        guides = len(self.guide_moments) * len(self.guide_factors)
+        rest = len(self.weights) + len(self.highs) + len(self.lows)
+        return 2 * len(self.sigma_rels) + guides + rest
 
 
 def tune(
@@ -152,7 +103,9 @@ def tune(
     """Search one knob after the other, from the best so far; what was evaluated before is not evaluated again.
 
     The order: EMA length; the guide's moment and length together; guidance weight; the EMA length once more, with
-    the guide; the interval's upper end, then its lower end.
+    the guide; the interval's upper end, then its lower end. A guide that did harm at the weight of its search gets
+    a chance at the lower weights; where it helps at none, what remains of the search is skipped. So are settings
+    that give the images of others, such as an interval with the same noise levels in it.
 
     Args:
         run: folder of a training run.
@@ -170,63 +123,70 @@ def tune(
     bench = _Bench(Path(run), score, plan)
     search = range(_SEARCH_SEED, _SEARCH_SEED + plan.samples)
     tried: list[Tried] = []
+    effects = set()
 
     def best() -> Tried:
         return min(tried, key=lambda t: t.score)
 
     for stage, propose in _stages(bench.moments, plan):
-        for knobs in propose(best().knobs if tried else Knobs(sigma_rel=plan.sigma_rels[0])):
-            if any(knobs == t.knobs for t in tried):
+        for knobs in propose(tried):
+            effect = bench.effect(knobs)
+            if effect in effects:
                 continue
+            effects.add(effect)
             tried.append(Tried(stage=stage, knobs=knobs, score=bench.evaluate(knobs, search)))
             if on_tried is not None:
                 on_tried(tried[-1], best())
-    blocks = [
-        range(start, start + plan.final_samples)
-        for start in range(
-            _HELD_OUT_SEED, _HELD_OUT_SEED + plan.repeats * plan.final_samples, plan.final_samples
-        )
-    ]
-    found = best().knobs
-    baseline = Knobs(sigma_rel=BASELINE_SIGMA_REL)
+    starts = [_HELD_OUT_SEED + i * plan.final_samples for i in range(plan.repeats)]
+    found, baseline = (
+        [bench.evaluate(knobs, range(start, start + plan.final_samples)) for start in starts]
+        for knobs in (best().knobs, Knobs(sigma_rel=BASELINE_SIGMA_REL))
+    )
     return Tuned(
-        best=found,
+        best=best().knobs,
+        num_steps=plan.num_steps,
+        sampler=plan.sampler,
         tried=tried,
-        held_out=[bench.evaluate(found, block) for block in blocks],
-        baseline=[bench.evaluate(baseline, block) for block in blocks],
+        held_out=found,
+        baseline=baseline,
     )
 
 
-_Stage = tuple[str, Callable[[Knobs], Iterator[Knobs]]]
+_Stage = tuple[str, Callable[[Sequence[Tried]], Iterator[Knobs]]]
 
 
 def _stages(moments: Sequence[float], plan: TuningPlan) -> list[_Stage]:
+    """Names of the stages, and what each proposes after what was tried."""
     replace = dataclasses.replace
 
-    def lengths(best: Knobs) -> Iterator[Knobs]:
-        return (replace(best, sigma_rel=s) for s in plan.sigma_rels)
+    def best(tried: Sequence[Tried]) -> Knobs:
+        return min(tried, key=lambda t: t.score).knobs
 
-    def guides(best: Knobs) -> Iterator[Knobs]:
+    def lengths(tried: Sequence[Tried]) -> Iterator[Knobs]:
+        start = best(tried) if tried else Knobs(sigma_rel=plan.sigma_rels[0])
+        return (replace(start, sigma_rel=s) for s in plan.sigma_rels)
+
+    def guides(tried: Sequence[Tried]) -> Iterator[Knobs]:
+        start = best(tried)
         wanted = [fraction * moments[-1] for fraction in plan.guide_moments]
-        near = sorted({min(moments, key=lambda m: abs(m - w)) for w in wanted})
-        for images in near:
+        for images in sorted({min(moments, key=lambda m: abs(m - w)) for w in wanted}):
             for factor in plan.guide_factors:
-                length = min(max(best.sigma_rel * factor, plan.sigma_rels[0]), plan.sigma_rels[-1])
-                yield replace(best, guide_images=images, guide_sigma_rel=length, guidance=_FOR_GUIDE_SEARCH)
+                length = min(max(start.sigma_rel * factor, min(plan.sigma_rels)), max(plan.sigma_rels))
+                yield replace(start, guide_images=images, guide_sigma_rel=length, guidance=_FOR_GUIDE_SEARCH)
 
-    def weights(best: Knobs) -> Iterator[Knobs]:
-        return (replace(best, guidance=w) for w in plan.weights if best.guide_images is not None)
+    def weights(tried: Sequence[Tried]) -> Iterator[Knobs]:
+        guided = [t for t in tried if t.knobs.guide_images is not None]
+        helps = best(tried).guide_images is not None
+        for weight in plan.weights:
+            if guided and (helps or weight < _FOR_GUIDE_SEARCH):
+                yield replace(best(guided), guidance=weight)
 
-    def highs(best: Knobs) -> Iterator[Knobs]:
-        return (replace(best, interval=(0.0, h)) for h in plan.highs if best.guide_images is not None)
+    def highs(tried: Sequence[Tried]) -> Iterator[Knobs]:
+        return (replace(best(tried), interval=(0.0, high)) for high in plan.highs)
 
-    def lows(best: Knobs) -> Iterator[Knobs]:
-        high = best.interval[1]
-        return (
-            replace(best, interval=(low, high))
-            for low in plan.lows
-            if best.guide_images is not None and low < high
-        )
+    def lows(tried: Sequence[Tried]) -> Iterator[Knobs]:
+        high = best(tried).interval[1]
+        return (replace(best(tried), interval=(low, high)) for low in plan.lows if low < high)
 
     return [
         ("EMA length", lengths),
@@ -242,7 +202,9 @@ class _Bench:
     """Makes images by knobs and scores them; remembers what it did."""
 
     def __init__(self, run: Path, score: Score, plan: TuningPlan) -> None:
-        self._run, self._score, self._num_steps = run, score, plan.num_steps
+        self._run, self._score = run, score
+        self._options: dict[str, Any] = {"num_steps": plan.num_steps, "sampler": plan.sampler}
+        self._levels: list[float] = time_steps(plan.num_steps)[:-1].tolist()
         manifest = read_manifest(snapshots_of(run))
         if not manifest.snapshots:
             raise ValueError(f"{run} has no snapshots yet: train on until the first is written")
@@ -252,13 +214,22 @@ class _Bench:
         self._known = self._read()
         self._generators: dict[tuple[float, float | None], Generator] = {}
 
+    def effect(self, knobs: Knobs) -> tuple[object, ...]:
+        """What the images depend on; equal for knobs that give the same images."""
+        low, high = knobs.interval
+        levels = tuple(level for level in self._levels if low < level <= high)
+        itself = (knobs.guide_images, knobs.guide_sigma_rel) == (self.moments[-1], knobs.sigma_rel)
+        if knobs.guide_images is None or knobs.guidance == 1 or itself or not levels:
+            return (knobs.sigma_rel,)
+        return (knobs.sigma_rel, knobs.guide_images, knobs.guide_sigma_rel, knobs.guidance, levels)
+
     def evaluate(self, knobs: Knobs, seeds: range) -> float:
         """Score of the images of some seeds."""
         facts = [
             self._run_id,
             self.moments[-1],
             self._score.fingerprint,
-            self._num_steps,
+            self._options,
             seeds.start,
             len(seeds),
         ]
@@ -267,15 +238,14 @@ class _Bench:
         if key not in self._known:
             self._known[key] = self._score.distance(self.images(knobs, seeds))
             self._log.parent.mkdir(parents=True, exist_ok=True)
+            record = {"key": key, "score": self._known[key], "knobs": knobs.describe(), "seed": seeds.start}
             with open(self._log, "a", encoding="utf-8") as file:
-                file.write(
-                    json.dumps({"key": key, "score": self._known[key], "knobs": knobs.describe()}) + "\n"
-                )
+                file.write(json.dumps(record) + "\n")
         return self._known[key]
 
     def images(self, knobs: Knobs, seeds: range) -> np.ndarray:
         """Images of some seeds."""
-        options: dict[str, Any] = {"num_steps": self._num_steps}
+        options = dict(self._options)
         if knobs.guide_images is not None:
             assert knobs.guide_sigma_rel is not None
             guide = self._generator(knobs.guide_sigma_rel, knobs.guide_images)
@@ -284,75 +254,25 @@ class _Bench:
 
     def _generator(self, sigma_rel: float, num_images: float | None) -> Generator:
         key = (sigma_rel, num_images)
-        if key not in self._generators:
-            # Two networks are all that an evaluation needs: a large model must not fill the memory.
-            while len(self._generators) >= 2:
-                self._generators.pop(next(iter(self._generators)))
-            self._generators[key] = Generator.load(self._run, sigma_rel, num_images=num_images)
-        return self._generators[key]
+        found = self._generators.pop(key, None) or Generator.load(self._run, sigma_rel, num_images=num_images)
+        # Two networks are all that an evaluation needs: a large model must not fill the memory.
+        while len(self._generators) >= 2:
+            self._generators.pop(next(iter(self._generators)))
+        self._generators[key] = found  # at the end, as the one used last
+        return found
 
     def _read(self) -> dict[str, float]:
-        known = {}
-        if self._log.exists():
-            for line in self._log.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                    known[str(record["key"])] = float(record["score"])
-                except (ValueError, KeyError, TypeError):
-                    break  # cut short by a kill
+        known: dict[str, float] = {}
+        if not self._log.exists():
+            return known
+        text = self._log.read_text()
+        if text and not text.endswith("\n"):
+            with open(self._log, "a", encoding="utf-8") as file:
+                file.write("\n")
+        for line in text.splitlines():
+            try:
+                record = json.loads(line)
+                known[str(record["key"])] = float(record["score"])
+            except (ValueError, KeyError, TypeError):
+                continue  # cut short by a kill
         return known
-
-
-def save_tuned(run: str | Path, tuned: Tuned, plan: TuningPlan) -> Path:
-    """Write the best settings, where `edm2 sample RUN` finds them, and the networks that they need.
-
-    Returns:
-        The folder, `tuning` in the run's, with tuned.json, model.safetensors and, with guidance,
-        guide.safetensors. Those of an earlier search are replaced.
-    """
-    folder = Path(run) / FOLDER
-    networks: dict[str, tuple[float, float | None]] = {"model": (tuned.best.sigma_rel, None)}
-    if tuned.best.guide_images is not None and tuned.best.guide_sigma_rel is not None:
-        networks["guide"] = (tuned.best.guide_sigma_rel, tuned.best.guide_images)
-    (folder / "guide.safetensors").unlink(missing_ok=True)
-    for name, (sigma_rel, num_images) in networks.items():
-        denoiser, info = reconstruct_denoiser(run, sigma_rel, num_images)
-        save_model(
-            folder / f"{name}.safetensors", denoiser.config, denoiser.state_dict(), info, overwrite=True
-        )
-    path = folder / "tuned.json"
-    content = {
-        "knobs": _json(tuned.best),
-        "num_steps": plan.num_steps,
-        "held_out": tuned.held_out,
-        "baseline": tuned.baseline,
-        "improvement": tuned.improvement,
-        "tried": [{"stage": t.stage, "score": t.score, "knobs": _json(t.knobs)} for t in tuned.tried],
-    }
-    write_json(path, content)
-    return folder
-
-
-def read_tuned(run: str | Path) -> tuple[Knobs, int] | None:
-    """Settings and number of sampling steps that `save_tuned` wrote, or None where there are none.
-
-    Raises:
-        ValueError: if the file is damaged.
-    """
-    path = Path(run) / FOLDER / "tuned.json"
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text())
-        knobs = content["knobs"]
-        low, high = knobs.pop("interval")
-        return Knobs(**knobs, interval=(low, math.inf if high is None else high)), int(content["num_steps"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): run `edm2 tune` again, it reuses what it knows"
-        ) from error
-
-
-def _json(knobs: Knobs) -> dict[str, Any]:
-    low, high = knobs.interval
-    return {**dataclasses.asdict(knobs), "interval": [low, None if high == math.inf else high]}

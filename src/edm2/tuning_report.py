@@ -1,13 +1,16 @@
 """The page about a search for the best settings of a run."""
 
+import json
 import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from edm2.report import Page
 from edm2.report.tuning import knob_figure
-from edm2.tuning import BASELINE_SIGMA_REL, Tried, Tuned, TuningPlan
+from edm2.tuned import BASELINE_SIGMA_REL, FOLDER, Knobs, Tried, Tuned
+from edm2.tuning import TuningPlan
 
 _SHOWN = 12
 _KNOBS: dict[str, tuple[str, Callable[[Tried], float]]] = {
@@ -42,15 +45,28 @@ def write_tuning_report(tuned: Tuned, plan: TuningPlan, out: str | Path, *, titl
     )
     page.section(
         "Result",
-        f"Best settings: {tuned.best.describe()}. Measured with {plan.repeats} times {plan.final_samples:,} images of "
-        "seeds that the search never saw.",
+        f"Measured with {plan.repeats} times {plan.final_samples:,} images of seeds that the search never saw.",
     )
+    add_result(page, tuned)
+    page.section("Knob by knob", f"Each point: {plan.samples:,} images, {plan.num_steps} steps.")
+    add_knobs(page, tuned)
+    page.section("Ranking", f"The best of {len(tuned.tried)} settings tried.")
+    add_ranking(page, tuned)
+    return page.write(out)
+
+
+def add_result(page: Page, tuned: Tuned) -> None:
+    """Add the best settings, and their scores with held-out seeds beside those of no tuning."""
+    page.text(f"Best settings: {tuned.best.describe()}.")
     rows: list[list[object]] = [
         [name, f"{statistics.fmean(values):.4f}", f"{min(values):.4f}", f"{max(values):.4f}"]
         for name, values in (("tuned", tuned.held_out), ("untuned", tuned.baseline))
     ]
     page.table(["", "mean", "lowest", "highest"], rows)
-    page.section("Knob by knob", f"Each point: {plan.samples:,} images, {plan.num_steps} steps.")
+
+
+def add_knobs(page: Page, tuned: Tuned) -> None:
+    """Add a curve for each knob that was searched."""
     best = math.inf
     with page.columns():
         for stage, (knob, value) in _KNOBS.items():
@@ -62,12 +78,66 @@ def write_tuning_report(tuned: Tuned, plan: TuningPlan, out: str | Path, *, titl
                     curves.setdefault(name, []).append((value(t), t.score))
                 before = best if math.isfinite(best) else None
                 figure = knob_figure(curves, knob=knob, label="Frechet distance", reference=before)
-                page.figure(figure, stage.capitalize(), f"Curve of Frechet distance against {knob}")
+                page.figure(figure, stage[0].upper() + stage[1:], f"Curve of Frechet distance against {knob}")
                 best = min(best, *(t.score for t in points))
-    page.section("Ranking", f"The best of {len(tuned.tried)} settings tried.")
+
+
+def add_ranking(page: Page, tuned: Tuned) -> None:
+    """Add a table of the best settings tried."""
     ranked = sorted(tuned.tried, key=lambda t: t.score)[:_SHOWN]
     page.table(
         ["score", "settings", "found while searching"],
         [[f"{t.score:.4f}", t.knobs.describe(), t.stage] for t in ranked],
     )
-    return page.write(out)
+
+
+def read_search(run: str | Path) -> Tuned | None:
+    """What `edm2 tune` found for a run, or None where it was not tuned.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = Path(run) / FOLDER / "tuned.json"
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        return Tuned(
+            best=_knobs(content["knobs"]),
+            num_steps=int(content["num_steps"]),
+            sampler=str(content["sampler"]),
+            tried=[
+                Tried(stage=str(t["stage"]), knobs=_knobs(t["knobs"]), score=float(t["score"]))
+                for t in content["tried"]
+            ],
+            held_out=[float(score) for score in content["held_out"]],
+            baseline=[float(score) for score in content["baseline"]],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): run `edm2 tune` again, it reuses what it knows"
+        ) from error
+
+
+def _knobs(content: dict[str, Any]) -> Knobs:
+    low, high = content["interval"]
+    numbers = {name: None if x is None else float(x) for name, x in content.items() if name != "interval"}
+    return Knobs(**numbers, interval=(float(low), math.inf if high is None else float(high)))  # type: ignore[arg-type]
+
+
+def improvement_text(tuned: Tuned) -> str:
+    """The improvement with its confidence and, one a repeat, what it is the mean of."""
+    error, each = tuned.improvement_error, " ".join(f"{100 * value:.1f}" for value in tuned.improvements)
+    text = f"{100 * tuned.improvement:.1f}%"
+    if error is None:
+        return f"{text} in one repeat"
+    low, high = tuned.improvement - error, tuned.improvement + error
+    return f"{text} (95% confidence {100 * low:.1f} to {100 * high:.1f}%; repeats {each})"
+
+
+def _points_text(tuned: Tuned, plan: TuningPlan) -> str:
+    text = f"Each point: {plan.samples:,} images, {plan.num_steps} steps of {plan.sampler}, the same seeds for all."
+    if plan.repeats > 1 and plan.samples == plan.final_samples:
+        scatter = statistics.stdev(tuned.held_out)
+        text += f" With other seeds the best point scatters by {scatter:.3g} (standard deviation)."
+    return text

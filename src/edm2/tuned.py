@@ -1,0 +1,179 @@
+"""What a search for the best settings of a run found, and where `edm2 sample RUN` finds it again."""
+
+import dataclasses
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edm2.diffusion import save_model
+from edm2.files import write_json
+from edm2.generate import reconstruct_denoiser
+
+BASELINE_SIGMA_REL = 0.10
+FOLDER = "tuning"
+_FILE = "tuned.json"
+# Student's t, two-sided 95%, of 1 to 10 degrees of freedom.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs:
+    """What is tuned.
+
+    Attributes:
+        sigma_rel: EMA length.
+        guide_images: training images that the guide has seen: an earlier moment of the same run. None: no guide.
+        guide_sigma_rel: the guide's EMA length.
+        guidance: weight; 1 for none.
+        interval: noise levels (low, high] where guidance acts.
+    """
+
+    sigma_rel: float
+    guide_images: float | None = None
+    guide_sigma_rel: float | None = None
+    guidance: float = 1.0
+    interval: tuple[float, float] = (0.0, math.inf)
+
+    def describe(self) -> str:
+        """In words."""
+        text = f"EMA {self.sigma_rel:g}"
+        if self.guide_images is not None:
+            text += f", guide of {self.guide_images:,.0f} images with EMA {self.guide_sigma_rel:g}"
+            text += f", weight {self.guidance:g}"
+        if self.interval != (0.0, math.inf):
+            text += f" for sigma in ({self.interval[0]:g}, {self.interval[1]:g}]"
+        return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """One evaluation of the search.
+
+    Attributes:
+        stage: what was being searched.
+        knobs: the settings.
+        score: their score.
+    """
+
+    stage: str
+    knobs: Knobs
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What a search found.
+
+    Attributes:
+        best: the settings with the lowest score in the search.
+        num_steps: of the sampler.
+        sampler: its name.
+        tried: all evaluations, in order.
+        held_out: scores of `best`, one a repeat, with seeds that the search never saw.
+        baseline: the same for EMA length 0.10 without guidance; each repeat has the seeds of the one in `held_out`.
+    """
+
+    best: Knobs
+    num_steps: int
+    sampler: str
+    tried: list[Tried]
+    held_out: list[float]
+    baseline: list[float]
+
+    @property
+    def improvements(self) -> list[float]:
+        """Share by which the held-out score is lower than the baseline's with the same seeds, one a repeat."""
+        return [1 - ours / theirs for ours, theirs in zip(self.held_out, self.baseline, strict=True)]
+
+    @property
+    def improvement(self) -> float:
+        """Mean of `improvements`."""
+        return statistics.fmean(self.improvements)
+
+    @property
+    def improvement_error(self) -> float | None:
+        """Half the 95% confidence interval of `improvement` (Student's t); None with one repeat."""
+        return half_interval(self.improvements)
+
+
+def half_interval(values: list[float]) -> float | None:
+    """Half the 95% confidence interval of the mean of independent values, by Student's t; None for one value."""
+    if len(values) < 2:
+        return None
+    freedom = len(values) - 1
+    # Beyond the table the expansion in 1 / freedom (Cornish-Fisher) is good to 0.002.
+    t = _T95[freedom - 1] if freedom <= len(_T95) else 1.96 + 2.372 / freedom + 2.82 / freedom**2
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def save_tuned(run: str | Path, tuned: Tuned) -> Path:
+    """Write the best settings, where `edm2 sample RUN` finds them, and the networks that they need.
+
+    Returns:
+        The folder, `tuning` in the run's, with tuned.json, model.safetensors and, with guidance,
+        guide.safetensors. Those of an earlier search are replaced.
+    """
+    folder = Path(run) / FOLDER
+    networks: dict[str, tuple[float, float | None]] = {"model": (tuned.best.sigma_rel, None)}
+    if tuned.best.guide_images is not None and tuned.best.guide_sigma_rel is not None:
+        networks["guide"] = (tuned.best.guide_sigma_rel, tuned.best.guide_images)
+    (folder / "guide.safetensors").unlink(missing_ok=True)
+    for name, (sigma_rel, num_images) in networks.items():
+        denoiser, info = reconstruct_denoiser(run, sigma_rel, num_images)
+        save_model(
+            folder / f"{name}.safetensors", denoiser.config, denoiser.state_dict(), info, overwrite=True
+        )
+    content = {
+        "knobs": _json(tuned.best),
+        "num_steps": tuned.num_steps,
+        "sampler": tuned.sampler,
+        "held_out": tuned.held_out,
+        "baseline": tuned.baseline,
+        "improvements": tuned.improvements,
+        "improvement": tuned.improvement,
+        "improvement_error": tuned.improvement_error,
+        "tried": [{"stage": t.stage, "score": t.score, "knobs": _json(t.knobs)} for t in tuned.tried],
+    }
+    write_json(folder / _FILE, content)
+    return folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedSettings:
+    """How a tuned run is sampled; attributes as in `Tuned`, `knobs` being its `best`."""
+
+    knobs: Knobs
+    num_steps: int
+    sampler: str
+
+
+def read_tuned(run: str | Path) -> TunedSettings | None:
+    """Settings that `save_tuned` wrote, or None where there are none.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = Path(run) / FOLDER / _FILE
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        knobs = content["knobs"]
+        low, high = knobs.pop("interval")
+        return TunedSettings(
+            knobs=Knobs(**knobs, interval=(low, math.inf if high is None else high)),
+            num_steps=int(content["num_steps"]),
+            sampler=str(content["sampler"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): run `edm2 tune` again, it reuses what it knows"
+        ) from error
+
+
+def _json(knobs: Knobs) -> dict[str, Any]:
+    low, high = knobs.interval
+    return {**dataclasses.asdict(knobs), "interval": [low, None if high == math.inf else high]}
