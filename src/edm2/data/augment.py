@@ -101,11 +101,11 @@ class Augmentation:
 
         Args:
             images: `[B, C, H, W]` float.
-            index: `[B]` int64, positions in the run.
+            index: `[B]` int64, positions in the run; on the CPU nothing has to wait for the images' device.
             seed: of the run.
 
         Returns:
-            `[B, C, H, W]` like the images, and labels `[B, 9]` float32.
+            `[B, C, H, W]` like the images, and labels `[B, 9]` float32 on their device.
 
         Raises:
             ValueError: for images of bytes.
@@ -113,7 +113,7 @@ class Augmentation:
         if not images.is_floating_point():
             raise ValueError(f"augmentation takes float images, not {images.dtype}: code them first")
         label = self.labels(index, seed=seed)
-        return transform(images, label.to(images.device), self), label.to(images.device)
+        return transform(images, label, self), label.to(images.device, non_blocking=True)
 
     def labels(self, index: Tensor, *, seed: int) -> Tensor:
         """What is to be done to the images at these positions, `[B, 9]` float32; arguments as in a call."""
@@ -144,31 +144,32 @@ def transform(images: Tensor, label: Tensor, augmentation: Augmentation) -> Tens
 
     Args:
         images: `[B, C, H, W]` float.
-        label: `[B, 9]`, as `Augmentation` describes; zero leaves an image exactly as it is.
+        label: `[B, 9]`, as `Augmentation` describes, on any device; zero leaves an image exactly as it is.
         augmentation: strength of the transformations.
 
     Returns:
         `[B, C, H, W]`.
     """
-    flip_x, flip_y = (label[:, i] > 0.5 for i in (0, 1))
-    images = torch.where(flip_x[:, None, None, None], images.flip(3), images)
-    images = torch.where(flip_y[:, None, None, None], images.flip(2), images)
+    device = images.device
+    flip_x, flip_y = ((label[:, i] > 0.5).to(device)[:, None, None, None] for i in (0, 1))
+    images = torch.where(flip_x, images.flip(3), images)
+    images = torch.where(flip_y, images.flip(2), images)
     moved = (label[:, 2:] != 0).any(1)
     if not moved.any():
         return images
     height, width = images.shape[2:]
     # From places in the result to places in the source, both in pixels from the centre.
-    backward = _forward_matrix(label[:, 2:].double(), augmentation, height, width).inverse()
-    x, y = _centred(width, images.device), _centred(height, images.device)
+    backward = _forward_matrix(label[:, 2:].double(), augmentation, height, width).inverse().to(device)
+    x, y = _centred(width, device), _centred(height, device)
     places = torch.stack(
         [x[None, :].expand(height, width), y[:, None].expand(height, width), x.new_ones(height, width)],
         dim=-1,
     )
     found = places.reshape(1, -1, 3) @ backward[:, :2].transpose(1, 2)
-    grid = found / torch.tensor([width / 2, height / 2], dtype=torch.float64, device=images.device)
+    grid = found / torch.tensor([width / 2, height / 2], dtype=torch.float64, device=device)
     grid = grid.reshape(len(images), height, width, 2).to(images.dtype)
     sampled = grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
-    return torch.where(moved[:, None, None, None], sampled, images)
+    return torch.where(moved.to(device)[:, None, None, None], sampled, images)
 
 
 def _forward_matrix(label: Tensor, augmentation: Augmentation, height: int, width: int) -> Tensor:

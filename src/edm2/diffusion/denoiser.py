@@ -30,7 +30,7 @@ class Denoiser(nn.Module):
         logvar_channels: features of the uncertainty head, by default 128: the released G's number, and the
             paper gives none for B to F (LADDER section 16.3). Config A has no head.
         **unet_options: options of `edm2.nn.UNet`: model_channels, channel_mult, num_blocks,
-            attn_resolutions, channels_per_head, dropout, label_kind, cond_channels and so on.
+            attn_resolutions, channels_per_head, dropout, label_kind, cond_channels, augment_dim and so on.
 
     Attributes:
         dtype: as above; may be changed at any time.
@@ -92,6 +92,7 @@ class Denoiser(nn.Module):
         return_logvar: bool = False,
         *,
         condition: Tensor | None = None,
+        augment_labels: Tensor | None = None,
         dropout_index: Tensor | None = None,
         dropout_seed: int = 0,
     ) -> Any:
@@ -106,6 +107,8 @@ class Denoiser(nn.Module):
                 is 0 in config A.
             condition: `[B, cond_channels, H, W]` image given as a condition, of unit magnitude; it enters
                 clean, not scaled by c_in.
+            augment_labels: `[B, augment_dim]`, how the images were augmented; None, and zero, for not at all, as
+                in sampling.
             dropout_index: `[B]` int64, see `edm2.nn.UNet.forward`.
             dropout_seed: see `edm2.nn.UNet.forward`.
 
@@ -113,8 +116,8 @@ class Denoiser(nn.Module):
             `[B, C, H, W]` float32.
 
         Raises:
-            ValueError: for labels of the wrong form, a missing condition, or class indices out of range
-                (checked on the CPU only: elsewhere the check would wait for the device).
+            ValueError: for labels of the wrong form, a missing condition, augment_labels that do not fit, or class
+                indices out of range (checked on the CPU only: elsewhere the check would wait for the device).
         """
         x = x.to(torch.float32)
         sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1)
@@ -132,7 +135,10 @@ class Denoiser(nn.Module):
             )
         if condition is not None:
             inputs = torch.cat([inputs, condition.to(torch.float32)], dim=1)
-        raw = self.unet(inputs.to(self.dtype), c_noise, self._encode(labels), dropout_index, dropout_seed)
+        self._check_augment(augment_labels)
+        raw = self.unet(
+            inputs.to(self.dtype), c_noise, self._encode(labels), dropout_index, dropout_seed, augment_labels
+        )
         denoised = c_skip * x + c_out * raw.to(torch.float32)
         return (denoised, self.logvar(sigma)) if return_logvar else denoised
 
@@ -155,6 +161,18 @@ class Denoiser(nn.Module):
                 f"with config={theirs!r}"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_augment(self, labels: Tensor | None) -> None:
+        if labels is None:
+            return
+        dim = self.unet.augment_dim
+        if dim == 0:
+            raise ValueError(
+                "this denoiser was given augment_labels and has no augment_dim: leave them out, or build it with "
+                f"augment_dim={labels.shape[-1]}"
+            )
+        if labels.ndim != 2 or labels.shape[1] != dim:
+            raise ValueError(f"augment_labels of shape {tuple(labels.shape)} must be [B, {dim}]")
 
     def _encode(self, labels: Tensor | None) -> Tensor | None:
         if labels is None or self.label_dim == 0:

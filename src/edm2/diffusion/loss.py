@@ -50,7 +50,7 @@ def edm2_loss(
         uncertainty_once: spread u over an image's elements, so that it counts once in their sum, as Eq. 21 can
             be read; u then settles at the log of the summed error. By default u is added to every element, as
             the released networks were trained, and settles at the log of the mean error.
-        **kwargs: passed on: condition, dropout_index, dropout_seed.
+        **kwargs: passed on: condition, augment_labels, dropout_index, dropout_seed.
 
     Returns:
         `[B, C, H, W]` loss of each element. For gradients, sum over everything and divide by the batch size.

@@ -87,6 +87,24 @@ def mp_sum(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
     return torch.add(a * ((1 - t) / norm), b, alpha=t / norm)
 
 
+def mp_add(a: Tensor, b: Tensor, rms_b: Tensor) -> Tensor:
+    """`(a + b) / sqrt(1 + rms_b^2)`: unit RMS for independent `a` of unit RMS and `b` of a known one.
+
+    Unlike `mp_sum`, a `b` of zero leaves `a` exactly as it is.
+
+    Args:
+        a: `[B, C]`.
+        b: `[B, C]`.
+        rms_b: `[B, 1]`, the RMS of `b` to expect.
+
+    Returns:
+        `[B, C]` in a's dtype.
+
+    Ref: EDM2 Sec. 2.4, Eq. 88 with fixed shares instead.
+    """
+    return (a + b) * (1 + rms_b.float().square()).rsqrt().to(a.dtype)
+
+
 def mp_cat(a: Tensor, b: Tensor, dim: int = 1, t: float = 0.5) -> Tensor:
     """Concatenate along `dim`, weighing the inputs' contributions by `1 - t` and `t` whatever their widths.
 

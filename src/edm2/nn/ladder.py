@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edm2.nn.functional import mp_cat, mp_silu, mp_sum, normalize, rms_norm
+from edm2.nn.functional import mp_add, mp_cat, mp_silu, mp_sum, normalize, rms_norm
 from edm2.nn.layers import Fourier, MPConv, MPFourier, NormalizedConv
 from edm2.nn.plain_layers import GroupNorm, PlainConv, RMSGroupNorm
 
@@ -27,10 +27,16 @@ class FixedFunctions(NamedTuple):
     fourier: type[Fourier]
     silu: Callable[[Tensor], Tensor]
     add: Callable[[Tensor, Tensor, float], Tensor]
+    add_known: Callable[[Tensor, Tensor, Tensor], Tensor]
     cat: Callable[[Tensor, Tensor, float], Tensor]
 
 
 def plain_add(a: Tensor, b: Tensor, _share: float) -> Tensor:
+    """`a + b`."""
+    return a + b
+
+
+def plain_add_known(a: Tensor, b: Tensor, _rms_b: Tensor) -> Tensor:
     """`a + b`."""
     return a + b
 
@@ -45,8 +51,8 @@ def mp_cat_channels(a: Tensor, b: Tensor, share: float) -> Tensor:
     return mp_cat(a, b, dim=1, t=share)
 
 
-PLAIN = FixedFunctions(Fourier, F.silu, plain_add, plain_cat)
-MAGNITUDE_PRESERVING = FixedFunctions(MPFourier, mp_silu, mp_sum, mp_cat_channels)
+PLAIN = FixedFunctions(Fourier, F.silu, plain_add, plain_add_known, plain_cat)
+MAGNITUDE_PRESERVING = FixedFunctions(MPFourier, mp_silu, mp_sum, mp_add, mp_cat_channels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,13 +136,17 @@ class Features:
         return layer(in_channels, out_channels, kernel)
 
     def label_layer(self, label_dim: int, out_channels: int) -> nn.Module:
-        """The map from labels to the embedding, without bias in every configuration."""
-        if self.weights != "plain":
-            return self.conv(label_dim, out_channels)
-        layer = PlainConv(label_dim, out_channels, init_bound=self.init_bound)
+        """The map from labels to the embedding."""
+        layer = self.augment_layer(label_dim, out_channels)
         if not self.unit_labels:
-            nn.init.normal_(layer.weight)
+            nn.init.normal_(layer.weight)  # type: ignore[arg-type]
         return layer
+
+    def augment_layer(self, augment_dim: int, out_channels: int) -> nn.Module:
+        """The map from labels of augmentation to the embedding, without bias: zero in, zero out."""
+        if self.weights != "plain":
+            return self.conv(augment_dim, out_channels)
+        return PlainConv(augment_dim, out_channels, init_bound=self.init_bound)
 
     def norm(self, num_channels: int) -> nn.Module:
         """A group norm of this configuration, A to E."""

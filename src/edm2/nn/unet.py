@@ -34,6 +34,9 @@ class UNet(nn.Module):
         label_kind: `class` for one-hot labels; `vector` for float vectors, which should have unit RMS as they
             come.
         cond_channels: channels of an image given as a condition, appended to the input as it is.
+        augment_dim: length of the labels that say how an image was augmented, see `edm2.data.Augmentation`; 0 for a
+            network without them. An image that was not augmented has the label zero, which changes nothing: the
+            network then computes exactly what it would without.
         **options: options of the configuration, described in `edm2.nn.ladder.Features`: dropout,
             attn_resolutions, clip_act, res_balance and so on.
 
@@ -61,6 +64,7 @@ class UNet(nn.Module):
         channels_per_head: int = 64,
         label_kind: str = "class",
         cond_channels: int = 0,
+        augment_dim: int = 0,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -69,6 +73,8 @@ class UNet(nn.Module):
         with_attention = attention_levels(levels, options.get("attn_resolutions"), f.attn_resolutions)
         if label_kind not in ("class", "vector"):
             raise ValueError(f"label_kind {label_kind!r} is not 'class' or 'vector'")
+        if augment_dim < 0:
+            raise ValueError(f"augment_dim {augment_dim} must be 0, for none, or more")
         widths = [model_channels * mult for mult in channel_mult]
         noise_channels = model_channels * channel_mult_noise if channel_mult_noise is not None else widths[0]
         emb_channels = model_channels * channel_mult_emb if channel_mult_emb is not None else max(widths)
@@ -123,6 +129,9 @@ class UNet(nn.Module):
                 width = widths[i]
         self.out_norm = None if f.group_norm is None else f.norm(width)
         self.out_conv = f.conv(width, img_channels, (3, 3), ends_branch=True)
+        # Made last, so that the other weights start as they do without it.
+        self.augment_dim = augment_dim
+        self.emb_augment = f.augment_layer(augment_dim, emb_channels) if augment_dim else None
 
     def forward(
         self,
@@ -131,6 +140,7 @@ class UNet(nn.Module):
         labels: Tensor | None = None,
         dropout_index: Tensor | None = None,
         dropout_seed: int = 0,
+        augment_labels: Tensor | None = None,
     ) -> Tensor:
         """Apply the raw network F.
 
@@ -140,12 +150,14 @@ class UNet(nn.Module):
             labels: `[B, label_dim]` one-hot or vector, or None for a missing label.
             dropout_index: `[B]` int64; makes dropout a function of (dropout_seed, index). None: torch's own.
             dropout_seed: seed of the dropout masks.
+            augment_labels: `[B, augment_dim]`, or None where nothing was augmented.
 
         Returns:
             `[B, img_channels, H, W]` in x's dtype.
         """
         f = self.features
-        emb = self.embed(c_noise, labels, torch.float32 if f.fp32_embedding else x.dtype)
+        dtype = torch.float32 if f.fp32_embedding else x.dtype
+        emb = self.embed(c_noise, labels, dtype, augment_labels)
         if f.constant_channel:
             x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         skips = []
@@ -161,8 +173,14 @@ class UNet(nn.Module):
         out: Tensor = self.out_conv(x) if self.out_gain is None else self.out_conv(x, gain=self.out_gain)
         return out
 
-    def embed(self, c_noise: Tensor, labels: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Noise level and label as the vector that conditions every block, `[B, E]` in `dtype`."""
+    def embed(
+        self,
+        c_noise: Tensor,
+        labels: Tensor | None,
+        dtype: torch.dtype,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Noise level and labels as the vector that conditions every block, `[B, E]` in `dtype`."""
         f, fixed = self.features, self.features.fixed_functions
         emb: Tensor = self.emb_noise(self.emb_fourier(c_noise).to(dtype))
         if self.emb_noise1 is not None:
@@ -171,6 +189,10 @@ class UNet(nn.Module):
             if labels is None:
                 labels = emb.new_zeros(1, self.label_dim)
             emb = fixed.add(emb, self.emb_label(labels.to(dtype) * self.label_scale), f.label_balance)
+        if self.emb_augment is not None and augment_labels is not None:
+            # Scaled as one-hot labels are: an entry of 1 weighs as much as the noise level.
+            added = self.emb_augment((augment_labels * math.sqrt(self.augment_dim)).to(dtype))
+            emb = fixed.add_known(emb, added, torch.linalg.vector_norm(augment_labels, dim=1, keepdim=True))
         return fixed.silu(emb)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import edm2
-from edm2.data import ImageDataset, open_dataset
+from edm2.data import AUGMENT_DIM, ImageDataset, open_dataset
 from edm2.diffusion import Denoiser
 from edm2.train.coding import Coding
 from edm2.train.config import TrainConfig
@@ -61,6 +61,8 @@ def build_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) -
     """The network that fits the configuration and the data, with weights from torch's generator."""
     _, height, width = dataset.image_shape
     network = config.network
+    # Left out where there is none, so that descriptions of such networks stay what they were.
+    augmented = {"augment_dim": AUGMENT_DIM} if config.dataset.augment else {}
     return Denoiser(
         height if height == width else (height, width),
         coding.num_channels,
@@ -74,6 +76,7 @@ def build_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) -
         attn_resolutions=network.attn_resolutions,
         channels_per_head=network.channels_per_head,
         dropout=network.dropout,
+        **augmented,
     )
 
 

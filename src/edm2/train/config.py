@@ -36,6 +36,10 @@ class DataConfig:
     """Standard deviation of each channel, likewise."""
     mirror: bool = False
     """Whether each image is mirrored left to right with probability 1/2, anew at each use."""
+    augment: float = 0.0
+    """For small data sets: probability of each of the random flips, scalings, turns, stretches and shifts of
+    `edm2.data.Augmentation`, anew at each use; 0 for none. The network is told of them, so that samples show none.
+    EDM used 0.12 to 0.15."""
     skip_damaged: bool = False
     """Leave damaged images out, with a warning that counts them, instead of stopping before the run starts."""
 
@@ -44,6 +48,12 @@ class DataConfig:
             raise ValueError(
                 "mirror does not suit latents, whose mirror image is none of a mirrored picture: encode mirrored "
                 "pictures too"
+            )
+        _require(0 <= self.augment <= 1, "augment", self.augment, "a probability, in [0, 1]")
+        if self.augment and self.coding == "latents":
+            raise ValueError(
+                f"augment {self.augment} does not suit latents, whose flipped and turned images are none of flipped "
+                "and turned pictures: leave it out"
             )
         given = bool(self.mean and self.std)
         if given != (self.coding in ("fixed", "latents")):
@@ -238,7 +248,10 @@ class TrainConfig:
             "max_hours", "workers", "device", "channels_last", "sharding", "checkpoint_activations", "loss_scaling",
             "compile", "record_magnitudes", "stop_after_nonfinite",
         }  # fmt: skip
-        return {key: value for key, value in self.to_json().items() if key not in free}
+        kept = {key: value for key, value in self.to_json().items() if key not in free}
+        if not self.dataset.augment:  # runs from before there was this option continue
+            del kept["dataset"]["augment"]
+        return kept
 
     def run_id(self, fingerprint: str) -> str:
         """Name of the run: a hash of its identity and of its data's fingerprint."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edm2.data import Batch, Batches, ImageDataset, mirror
+from edm2.data import Augmentation, Batch, Batches, ImageDataset, mirror
 from edm2.diffusion import Denoiser, draw_sigma, edm2_loss
 from edm2.ema.tensors import is_sharded
 from edm2.nn import ForcedWeightNorm, keyed_normal, use_channels_last
@@ -47,6 +47,8 @@ class Stepper:
         self._share = world.share(config.batch_size, config.microbatch)
         self._size = min(config.microbatch or self._share, self._share)
         self._dataset = dataset
+        augment = config.dataset.augment
+        self._augment = Augmentation(probability=augment) if augment else None
         self._batches: Batches | None = None
         self._next_step = -1
         self.denoiser = denoiser.train().to(world.device)
@@ -152,12 +154,17 @@ class Stepper:
 
     def _loss(self, forward: Any, batch: Batch) -> Tensor:
         config, device = self._config, self._world.device
-        where = torch.arange(batch.position, batch.position + len(batch.images), device=device)
+        span = (batch.position, batch.position + len(batch.images))
+        where = torch.arange(*span, device=device)
         stored = batch.images.to(device, non_blocking=True)
         labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
         images = self._coding.encode(stored, where, seed=config.seed)
         if config.dataset.mirror:
             images = mirror(images, where, seed=config.seed)
+        augment_labels = None
+        if self._augment is not None:
+            # Drawn on the CPU, which need not wait for the device to know what was drawn.
+            images, augment_labels = self._augment(images, torch.arange(*span), seed=config.seed)
         sigma = draw_sigma(
             where, p_mean=config.loss.p_mean, p_std=config.loss.p_std, seed=config.seed, stream=_SIGMA
         )
@@ -171,4 +178,5 @@ class Stepper:
             noise,
             dropout_index=where,
             dropout_seed=config.seed + _DROPOUT_SEED_OFFSET,
+            augment_labels=augment_labels,
         )
