@@ -30,6 +30,7 @@ def test_measured_pixels_have_the_wanted_magnitude() -> None:
     assert float(coded.std()) == pytest.approx(0.5, abs=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*far from sigma_data")
 def test_latents_without_spread_are_coded_exactly() -> None:
     data = latents(9.0, 0.0)
     coding = make_coding(tiny_config(dataset=_LATENTS), data)
@@ -41,6 +42,7 @@ def test_latents_without_spread_are_coded_exactly() -> None:
     assert torch.allclose(coding.decode(coded), torch.full((3, 2, 4, 4), 9.0))
 
 
+@pytest.mark.filterwarnings("ignore:.*far from sigma_data")
 def test_latents_are_drawn_by_position_and_seed() -> None:
     data = latents(5.0, 4.0, 4000)
     coding = make_coding(tiny_config(dataset=_LATENTS), data)
@@ -66,6 +68,17 @@ def test_json_and_back(data: ArrayDataset) -> None:
 def test_latents_need_means_and_deviations(data: ArrayDataset) -> None:
     with pytest.raises(ValueError, match="needs float images with an even number of channels"):
         make_coding(tiny_config(dataset=_LATENTS), data)
+
+
+def test_latents_far_from_sigma_data_are_told() -> None:
+    with pytest.warns(UserWarning, match="far from sigma_data 0.5: .* leave such channels out"):
+        make_coding(tiny_config(dataset=_LATENTS), latents(9.0, 0.0))
+    spread = np.random.default_rng(0).normal(5, 40, (50, 2, 4, 4))
+    wide = ArrayDataset(np.concatenate([spread, np.full_like(spread, 3)], axis=1).astype(np.float32))
+    with pytest.warns(
+        UserWarning, match=r"magnitude .* far from sigma_data 0.5: code it with mean .* and std"
+    ):
+        make_coding(tiny_config(dataset=_LATENTS), wide)
 
 
 def test_fixed_coding_that_does_not_fit_is_told() -> None:

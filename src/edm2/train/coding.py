@@ -82,6 +82,7 @@ def make_coding(config: TrainConfig, dataset: ImageDataset) -> Coding:
                 f"{dataset.name!r} has {channels} channels of {dataset.dtype}"
             )
         values = FloatCoding(mean=options.mean, std=options.std, sigma_data=sigma_data)
+        _warn_if_far(dataset, values, latents=True)
         return Coding(kind="latents", values=values, num_channels=channels // 2)
     if options.coding == "measured":
         values = measure_coding(dataset, sigma_data=sigma_data)
@@ -89,9 +90,13 @@ def make_coding(config: TrainConfig, dataset: ImageDataset) -> Coding:
         made = PixelCoding if bytes_ else FloatCoding
         given = {} if options.coding == "plain" else {"mean": options.mean, "std": options.std}
         values = made(**given, sigma_data=sigma_data)
-        warning = coding_warning(dataset, values)
-        if warning is not None:
-            warnings.warn(warning, stacklevel=2)
+        _warn_if_far(dataset, values)
     coding = Coding(kind="pixels" if bytes_ else "floats", values=values, num_channels=channels)
     coding.encode(torch.from_numpy(dataset.images(np.arange(1))), torch.zeros(1, dtype=torch.int64), seed=0)
     return coding
+
+
+def _warn_if_far(dataset: ImageDataset, values: FloatCoding, *, latents: bool = False) -> None:
+    warning = coding_warning(dataset, values, latents=latents)
+    if warning is not None:
+        warnings.warn(warning, stacklevel=3)
