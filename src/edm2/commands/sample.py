@@ -12,7 +12,9 @@ import torch
 import tyro
 
 from edm2.cli import EXIT_FAILED
-from edm2.generate import Generator, parse_seeds, write_samples
+from edm2.data import LatentDecoder
+from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
+from edm2.generate import Generator, parse_seeds, read_coding, write_samples
 from edm2.train.world import FirstFailed, join_world
 from edm2.tuned import read_tuned
 
@@ -68,6 +70,15 @@ class _Sample:
     """Exponent of the schedule."""
     s_churn: float = 0.0
     """Strength of added noise, with heun; 0 is deterministic."""
+    vae: str | None = None
+    """AutoencoderKL that makes pictures of a latent model's latents: a name on the hub, or its folder.
+    Default: stabilityai/sd-vae-ft-mse."""
+    pixel_range: PixelRange = "zero-one"
+    """Scale of the autoencoder's output, as in `edm2 data encode`."""
+    vae_batch: int = 8
+    """Images at a time through the autoencoder."""
+    latents: bool = False
+    """Write a latent model's latents as they are, as .npy files or one .npz, instead of pictures."""
     batch: int = 250
     """Images at a time."""
     grid: int = 400
@@ -130,7 +141,8 @@ def _sample(chosen: _Sample, path: Path, seeds: list[int], options: dict[str, An
     """Make the images; what was written, in the process that speaks for all."""
     with join_world(chosen.device) as world:
         common: dict[str, Any] = dict(device=world.device, dtype=chosen.dtype, compile=chosen.compile)
-        generator = Generator.load(path, chosen.ema, num_images=chosen.ema_images, **common)
+        decoder = _decoder(chosen, path, world.device)
+        generator = Generator.load(path, chosen.ema, num_images=chosen.ema_images, decoder=decoder, **common)
         made = write_samples(
             generator,
             chosen.out,
@@ -144,6 +156,27 @@ def _sample(chosen: _Sample, path: Path, seeds: list[int], options: dict[str, An
             **options,
         )
         return made if world.is_first else None
+
+
+def _decoder(chosen: _Sample, path: Path, device: torch.device) -> LatentDecoder | None:
+    """What makes pictures of latents: there before the model's weights are read."""
+    kind = read_coding(path, chosen.ema).kind
+    given = {
+        "--vae": chosen.vae is not None,
+        "--pixel-range": chosen.pixel_range != "zero-one",
+        "--latents": chosen.latents,
+    }
+    for option in (name for name, is_given in given.items() if is_given):
+        if kind != "latents":
+            raise ValueError(f"{option} is for latent models, and {path} makes {kind}: leave it out")
+        if chosen.latents and option != "--latents":
+            raise ValueError(f"{option} and --latents exclude each other: latents are written undecoded")
+    if kind != "latents" or chosen.latents:
+        return None
+    name = chosen.vae or RELEASED_AUTOENCODER
+    return LatentDecoder.load(
+        name, device=device, pixel_range=chosen.pixel_range, batch_size=chosen.vae_batch
+    )
 
 
 def _guide(chosen: _Sample, path: Path, common: dict[str, Any]) -> Generator | None:
