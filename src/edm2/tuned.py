@@ -141,17 +141,8 @@ def save_tuned(run: str | Path, tuned: Tuned) -> Path:
     return folder
 
 
-@dataclass(frozen=True, kw_only=True)
-class TunedSettings:
-    """How a tuned run is sampled; attributes as in `Tuned`, `knobs` being its `best`."""
-
-    knobs: Knobs
-    num_steps: int
-    sampler: str
-
-
-def read_tuned(run: str | Path) -> TunedSettings | None:
-    """Settings that `save_tuned` wrote, or None where there are none.
+def read_tuned(run: str | Path) -> Tuned | None:
+    """What `save_tuned` wrote for a run, or None where it was not tuned.
 
     Raises:
         ValueError: if the file is damaged.
@@ -161,17 +152,26 @@ def read_tuned(run: str | Path) -> TunedSettings | None:
         return None
     try:
         content = json.loads(path.read_text())
-        knobs = content["knobs"]
-        low, high = knobs.pop("interval")
-        return TunedSettings(
-            knobs=Knobs(**knobs, interval=(low, math.inf if high is None else high)),
+        return Tuned(
+            best=_knobs(content["knobs"]),
             num_steps=int(content["num_steps"]),
             sampler=str(content["sampler"]),
+            tried=[
+                Tried(stage=str(t["stage"]), knobs=_knobs(t["knobs"]), score=float(t["score"]))
+                for t in content["tried"]
+            ],
+            held_out=[float(score) for score in content["held_out"]],
+            baseline=[float(score) for score in content["baseline"]],
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): run `edm2 tune` again, it reuses what it knows"
         ) from error
+
+
+def _knobs(content: dict[str, Any]) -> Knobs:
+    low, high = content["interval"]
+    return Knobs(**{**content, "interval": (low, math.inf if high is None else high)})
 
 
 def _json(knobs: Knobs) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """The page about a search for the best settings of a run."""
 
-import json
 import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from edm2.report import Page
 from edm2.report.tuning import knob_figure
-from edm2.tuned import BASELINE_SIGMA_REL, FOLDER, Knobs, Tried, Tuned
+from edm2.tuned import BASELINE_SIGMA_REL, Tried, Tuned
 from edm2.tuning import TuningPlan
 
 _SHOWN = 12
@@ -45,10 +43,11 @@ def write_tuning_report(tuned: Tuned, plan: TuningPlan, out: str | Path, *, titl
     )
     page.section(
         "Result",
-        f"Measured with {plan.repeats} times {plan.final_samples:,} images of seeds that the search never saw.",
+        f"Measured with {plan.repeats} times {plan.final_samples:,} images of seeds that the search never saw, "
+        "the same for both.",
     )
     add_result(page, tuned)
-    page.section("Knob by knob", f"Each point: {plan.samples:,} images, {plan.num_steps} steps.")
+    page.section("Knob by knob", _points_text(tuned, plan))
     add_knobs(page, tuned)
     page.section("Ranking", f"The best of {len(tuned.tried)} settings tried.")
     add_ranking(page, tuned)
@@ -57,12 +56,13 @@ def write_tuning_report(tuned: Tuned, plan: TuningPlan, out: str | Path, *, titl
 
 def add_result(page: Page, tuned: Tuned) -> None:
     """Add the best settings, and their scores with held-out seeds beside those of no tuning."""
-    page.text(f"Best settings: {tuned.best.describe()}.")
+    page.text(f"Best settings: {tuned.best.describe()}. Lower by {improvement_text(tuned)}.")
+    repeats = zip(tuned.held_out, tuned.baseline, tuned.improvements, strict=True)
     rows: list[list[object]] = [
-        [name, f"{statistics.fmean(values):.4f}", f"{min(values):.4f}", f"{max(values):.4f}"]
-        for name, values in (("tuned", tuned.held_out), ("untuned", tuned.baseline))
+        [i, f"{ours:.4f}", f"{theirs:.4f}", f"{100 * lower:.1f}%"]
+        for i, (ours, theirs, lower) in enumerate(repeats, 1)
     ]
-    page.table(["", "mean", "lowest", "highest"], rows)
+    page.table(["repeat", "tuned", f"EMA {BASELINE_SIGMA_REL:g}, no guidance", "lower by"], rows)
 
 
 def add_knobs(page: Page, tuned: Tuned) -> None:
@@ -89,40 +89,6 @@ def add_ranking(page: Page, tuned: Tuned) -> None:
         ["score", "settings", "found while searching"],
         [[f"{t.score:.4f}", t.knobs.describe(), t.stage] for t in ranked],
     )
-
-
-def read_search(run: str | Path) -> Tuned | None:
-    """What `edm2 tune` found for a run, or None where it was not tuned.
-
-    Raises:
-        ValueError: if the file is damaged.
-    """
-    path = Path(run) / FOLDER / "tuned.json"
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text())
-        return Tuned(
-            best=_knobs(content["knobs"]),
-            num_steps=int(content["num_steps"]),
-            sampler=str(content["sampler"]),
-            tried=[
-                Tried(stage=str(t["stage"]), knobs=_knobs(t["knobs"]), score=float(t["score"]))
-                for t in content["tried"]
-            ],
-            held_out=[float(score) for score in content["held_out"]],
-            baseline=[float(score) for score in content["baseline"]],
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): run `edm2 tune` again, it reuses what it knows"
-        ) from error
-
-
-def _knobs(content: dict[str, Any]) -> Knobs:
-    low, high = content["interval"]
-    numbers = {name: None if x is None else float(x) for name, x in content.items() if name != "interval"}
-    return Knobs(**numbers, interval=(float(low), math.inf if high is None else float(high)))  # type: ignore[arg-type]
 
 
 def improvement_text(tuned: Tuned) -> str:

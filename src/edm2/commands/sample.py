@@ -128,7 +128,7 @@ def _with_tuned(chosen: _Sample, path: Path) -> _Sample:
     }
     if found is None:
         return dataclasses.replace(chosen, **changes)
-    knobs = found.knobs
+    knobs = found.best
     print(f"edm2: tuned settings: {knobs.describe()}; --ema chooses others", file=sys.stderr)
     changes["ema"] = knobs.sigma_rel
     if knobs.guide_images is not None:
