@@ -1,27 +1,47 @@
 import dataclasses
+import html
 import json
 import shutil
+import types
 
+import numpy as np
+import PIL.Image
 import pytest
+import torch
 
 from edm2.presets import get_preset
-from edm2.run_report import write_run_report
+from edm2.run_report import errors_by_noise, write_run_report
 from edm2.train import train
-from edm2.train.config import NetworkConfig
+from edm2.train.config import EMAConfig
+from edm2.train.ladder import with_config
+from edm2.tuned import Knobs, Tried, Tuned, save_tuned
+
+HOSTILE = "<b onclick=alert(1)>&amp;$x_$"
+
+
+def small(**changes):
+    config = get_preset("digits")
+    network = dataclasses.replace(config.network, model_channels=8, num_blocks=1, channels_per_head=8)
+    settings = dict(num_images=64, batch_size=8, log_images=16, snapshot_images=16, network=network)
+    return dataclasses.replace(config, **settings | changes)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A tiny run on digits, in a folder whose name is HTML."""
-
-    config = get_preset("digits")
-    network = dataclasses.replace(config.network, model_channels=8, num_blocks=1, channels_per_head=8)
-    config = dataclasses.replace(
-        config, num_images=64, batch_size=8, log_images=16, snapshot_images=16, network=network
-    )
-    out = tmp_path_factory.mktemp("runs") / "<b>run"
-    train(config, out, quiet=True)
+    out = tmp_path_factory.mktemp("runs") / HOSTILE
+    train(small(), out, quiet=True)
     return out
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Draw figures, but do not encode them, which takes half a second each."""
+    monkeypatch.setattr("edm2.report.page.figure_svg", lambda figure: b"<svg/>")
+
+
+def page_of(runs, tmp_path, **options):
+    return write_run_report(runs, tmp_path / "report.html", quiet=True, **options).read_text()
 
 
 def test_magnitudes_come_with_the_log(run):
@@ -34,51 +54,132 @@ def test_magnitudes_come_with_the_log(run):
 
 
 def test_recording_changes_nothing(run, tmp_path):
-
-    settings = json.loads((run / "config.json").read_text())["settings"]
-    network = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["network"].items()}
-    config = dataclasses.replace(
-        get_preset("digits"),
-        **{name: settings[name] for name in ("num_images", "batch_size", "log_images", "snapshot_images")},
-        network=NetworkConfig(**network),
-        record_magnitudes=False,
-    )
-    model = train(config, tmp_path / "off", quiet=True)
+    model = train(small(record_magnitudes=False), tmp_path / "off", quiet=True)
     assert model.read_bytes() == (run / "model.safetensors").read_bytes()
     assert not (tmp_path / "off" / "magnitudes.jsonl").exists()
 
 
 def test_page_of_one_run(run, tmp_path):
-    page = write_run_report([run], tmp_path / "report.html", quiet=True).read_text()
-    for heading in ("Training", "Magnitudes", "Error by noise level", "Samples over time", "Settings"):
+    page = page_of([run], tmp_path)
+    for heading in (
+        "Training", "Magnitudes", "EMA profiles", "Error by noise level", "Samples over time", "Settings"
+    ):  # fmt: skip
         assert f">{heading}</h2>" in page
+    assert ">Tuning</h2>" not in page
     assert "64 of 64" in page
-    assert "&lt;b&gt;run" in page
-    assert "<b>run" not in page
-    assert page.count("<img") == 2 + 4 + 1 + 1
+    assert page.count("<img") == 2 + 4 + 2 + 1 + 1
 
 
-def test_two_runs_side_by_side_without_samples(run, tmp_path):
-    other = tmp_path / "other"
+@pytest.mark.usefixtures("quick")
+def test_names_are_shown_and_never_obeyed(run, tmp_path):
+    """Of the run, its classes, and the folder and files of its data."""
+    data = tmp_path / HOSTILE
+    for i, name in enumerate((f"0{HOSTILE}", f"1{HOSTILE}")):
+        (data / name).mkdir(parents=True)
+        for j in range(4):
+            image = np.full((8, 8), 60 * i + j, np.uint8)
+            PIL.Image.fromarray(image).save(data / name / f"{j}{HOSTILE}.png")
+    named = tmp_path / f"run {HOSTILE}"
+    train(small(data=str(data), num_images=16), named, quiet=True)
+    escaped = html.escape(HOSTILE)
+    pages = [page_of([named], tmp_path), page_of([named, run], tmp_path, samples=False)]
+    assert f"classes 0{escaped}, 1{escaped}" in pages[0]
+    (data / f"0{HOSTILE}" / f"0{HOSTILE}.png").write_bytes(b"cut")
+    pages.append(page_of([named], tmp_path))
+    for page in pages:
+        assert escaped in page
+        assert "<b " not in page
+
+
+@pytest.mark.usefixtures("quick")
+def test_two_runs_side_by_side(run, tmp_path):
+    other = tmp_path / HOSTILE
     shutil.copytree(run, other)
-    (other / "magnitudes.jsonl").unlink()
-    page = write_run_report([run, other], tmp_path / "report.html", samples=False, quiet=True).read_text()
-    assert "train with --record-magnitudes" in page
+    page = page_of([run, other], tmp_path, samples=False)
     assert "Samples over time" not in page
-    assert page.count("<img") == 2 * 2 + 4
+    assert page.count("<img") == 2 * (2 + 4 + 2)
+    for folder in (run, other):  # of the same name, so told apart by their paths
+        assert f"Activations of {html.escape(str(folder))}<" in page
+    (other / "magnitudes.jsonl").unlink()
+    page = page_of([run, other], tmp_path, samples=False)
+    assert f"Of {html.escape(str(other))} they were not recorded: train with --record-magnitudes" in page
+    assert page.count("<img") == 2 * (2 + 2) + 4
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_run_without_its_data_or_snapshots(run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)
     config = json.loads((other / "config.json").read_text())
     config["settings"]["data"] = str(tmp_path / "gone")
     (other / "config.json").write_text(json.dumps(config))
-    page = write_run_report([other], tmp_path / "report.html", quiet=True).read_text()
-    assert "The training data cannot be opened any more" in page
+    assert "The training data cannot be opened any more" in page_of([other], tmp_path)
     shutil.rmtree(other / "snapshots")
-    page = write_run_report([other], tmp_path / "report.html", quiet=True).read_text()
-    assert page.count("No snapshot yet.") == 2
+    assert page_of([other], tmp_path).count("No snapshot yet.") == 3
+
+
+@pytest.mark.usefixtures("quick")
+def test_lengths_that_the_snapshots_cannot_give_are_said_to_be_so(tmp_path):
+    train(small(snapshot_images=64, ema=EMAConfig(sigma_rels=(0.05,))), tmp_path / "run", quiet=True)
+    page = page_of([tmp_path / "run"], tmp_path, samples=False)
+    assert page.count("one snapshot only, of sigma_rel 0.05, cannot give") == 3
+    assert "Averages made of all snapshots" in page
+
+
+@pytest.mark.usefixtures("quick")
+def test_config_a_has_a_loss_by_noise_level_and_no_uncertainty(tmp_path):
+    train(with_config(small(), "A"), tmp_path / "run", quiet=True)
+    page = page_of([tmp_path / "run"], tmp_path)
+    assert "Loss against noise level on 256 training images<" in page
+
+
+@pytest.mark.usefixtures("quick")
+def test_models_that_need_more_than_a_seed_have_no_samples(run, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("this model is conditioned on vectors")
+
+    monkeypatch.setattr("edm2.generate.Generator.images", refuse)
+    assert "Not drawn: this model is conditioned on vectors" in page_of([run], tmp_path)
+
+
+def test_errors_by_noise_of_a_denoiser_that_answers_zero():
+    class Zero:
+        sigma_data = 0.5
+
+        def __call__(self, x, sigma, labels):
+            return torch.zeros_like(x)
+
+        def logvar(self, sigma):
+            return torch.zeros_like(sigma)
+
+    coding = types.SimpleNamespace(encode=lambda images, index, seed: images.float())
+    generator = types.SimpleNamespace(denoiser=Zero(), coding=coding)
+    sigma, learned, errors = errors_by_noise(generator, np.full((3, 1, 2, 2), 2, np.uint8), None)
+    np.testing.assert_allclose(errors, np.log((sigma**2 + 0.25) / (sigma * 0.5) ** 2 * 4), rtol=1e-5)
+    assert not learned.any()
+
+
+@pytest.mark.usefixtures("quick")
+def test_tuning_results_are_drawn(run, tmp_path):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(run, tuned)
+    tried = [
+        Tried(stage="EMA length", knobs=Knobs(sigma_rel=length), score=score)
+        for length, score in ((0.05, 3.25), (0.1, 2.75))
+    ]
+    settings = dict(num_steps=16, sampler="heun", tried=tried, held_out=[2.5, 3.5], baseline=[4.5, 5.5])
+    save_tuned(tuned, Tuned(best=tried[1].knobs, **settings))
+    page = page_of([tuned], tmp_path, samples=False)
+    for text in ("Best settings: EMA 0.1.", ">3.5000<", ">5.5000<", ">EMA length</figcaption>", ">2.7500<"):
+        assert text in page
+    both = page_of([tuned, run], tmp_path, samples=False)
+    assert "<p>Not tuned.</p>" in both
+    path = tuned / "tuning" / "tuned.json"
+    content = json.loads(path.read_text())
+    content["held_out"][0] = "<b>"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tuned.json is damaged .*: run `edm2 tune` again"):
+        page_of([tuned], tmp_path)
 
 
 def test_bad_input_writes_nothing(run, tmp_path):

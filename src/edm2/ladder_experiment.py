@@ -356,11 +356,14 @@ def write_ladder_report(
         ]
         page.table(["config", *(f"x {f:g}" for f in plan.rate_factors), "used"], rows)
     page.section("Magnitudes", "First seed of each configuration.")
-    for rung in rungs:
-        records = read_log(out / rung.config / f"seed-{plan.seeds[0]}", MAGNITUDES_FILE)
-        if records:
-            page.text(f"Config {rung.config}, {CONFIGS[rung.config].title}")
-            add_magnitudes(page, records, kinds=("activations", "weights"))
+    magnitudes = [
+        (
+            f"{r.config}, {CONFIGS[r.config].title}",
+            read_log(out / r.config / f"seed-{plan.seeds[0]}", MAGNITUDES_FILE),
+        )
+        for r in rungs
+    ]
+    add_magnitudes(page, [m for m in magnitudes if m[1]], kinds=("activations", "weights"))
     return page.write(out / "report.html")
 
 

@@ -2,32 +2,37 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from edm2.diffusion import edm2_loss
+from edm2.ema import reconstruct_many
 from edm2.ema.snapshots import read_manifest
 from edm2.generate import Generator
 from edm2.judging import generators
 from edm2.nn import keyed_normal
 from edm2.progress import Progress, time_text
 from edm2.report import Page, image_grid, loss_curve, uncertainty_curve
-from edm2.report.magnitudes import by_resolution, magnitude_curve
+from edm2.report.ema_figures import reconstruction_figure, tracked_figure
+from edm2.report.magnitudes import by_resolution, limits_of, magnitude_curve
 from edm2.train.build import open_run_data
 from edm2.train.run_folder import MAGNITUDES_FILE, SNAPSHOTS, flat_settings, read_config, read_log
+from edm2.tuned import read_tuned
+from edm2.tuning_report import add_knobs, add_ranking, add_result
 
 _NOISE_LEVELS, _NOISE_IMAGES = 25, 256
 _MOMENTS, _SEEDS_SHOWN, _STEPS = 6, 10, 16
+_LENGTHS = (0.03, 0.05, 0.10, 0.20)
 _KINDS = {
     "activations": ("Activations", "RMS of block outputs"),
     "weights": ("Weights", "RMS of weights"),
     "gradients": ("Gradients", "RMS of gradients"),
     "updates": ("Updates", "relative change a step"),
 }
+Records = Sequence[Mapping[str, Any]]
 
 
 class _Run:
@@ -43,6 +48,7 @@ class _Run:
         self.magnitudes = read_log(folder, MAGNITUDES_FILE)
         found = (folder / SNAPSHOTS / "manifest.json").exists()
         self.manifest = read_manifest(folder / SNAPSHOTS) if found else None
+        self.tuned = read_tuned(folder)
 
     def generator(self, t: float | None = None) -> Generator | None:
         """The longest tracked average at a time (default: the last), or None before the first snapshot."""
@@ -80,15 +86,24 @@ def write_run_report(
     opened = [_Run(Path(run)) for run in runs]
     if not opened:
         raise ValueError("no run was given: name the folder of at least one")
-    names = ", ".join(run.name for run in opened)
-    page = Page(f"Training of {names}", lead="What happened in training, drawn from the files of the run.")
-    with Progress("report", 4 * len(opened), "parts", quiet=quiet) as progress:
+    if len({run.name for run in opened}) < len(opened):
+        for run in opened:
+            run.name = str(run.folder)
+    page = Page(
+        f"Training of {', '.join(run.name for run in opened)}",
+        lead="What happened in training, drawn from the files of the run.",
+    )
+    parts: dict[str, Callable[[Page, _Run], None]] = {"EMA profiles": _averages}
+    if samples:
+        parts |= {"Error by noise level": _noise, "Samples over time": _samples}
+    if any(run.tuned for run in opened):
+        parts["Tuning"] = _tuning
+    with Progress("report", (2 + len(parts)) * len(opened), "parts", quiet=quiet) as progress:
         _overview(page, opened)
         _each(page, opened, "Training", _training, progress)
-        _each(page, opened, "Magnitudes", _magnitudes, progress)
-        if samples:
-            _each(page, opened, "Error by noise level", _noise, progress)
-            _each(page, opened, "Samples over time", _samples, progress)
+        _magnitudes(page, opened, progress)
+        for heading, draw in parts.items():
+            _each(page, opened, heading, draw, progress)
     _settings(page, opened)
     return page.write(out)
 
@@ -104,20 +119,21 @@ def errors_by_noise(
         labels: `[N]` classes or `[N, D]` vectors; None for an unconditional model.
 
     Returns:
-        Noise levels, the learned uncertainty u, and the log of the weighted error measured on the images.
+        Noise levels, the learned uncertainty u (0 in config A), and the log of the weighted error measured on the
+        images.
     """
     sigmas = torch.logspace(math.log10(0.002), math.log10(80), _NOISE_LEVELS)
     index = torch.arange(len(images))
     classes = None if labels is None else torch.from_numpy(np.ascontiguousarray(labels))
-    measured = []
+    denoiser, measured = generator.denoiser, []
     with torch.no_grad():
         clean = generator.coding.encode(torch.from_numpy(images), index, seed=0)
         noise = keyed_normal(index, clean.shape[1:], seed=1)
-        learned = generator.denoiser.logvar(sigmas).flatten()
-        for sigma, u in zip(sigmas, learned, strict=True):
-            loss = edm2_loss(generator.denoiser, clean, classes, sigma.expand(len(clean)), noise)
-            # The loss is error / exp(u) + u; undo it.
-            measured.append(float(torch.log((loss.mean() - u) * u.exp())))
+        learned = denoiser.logvar(sigmas).flatten()
+        for sigma in sigmas:
+            weight = (sigma**2 + denoiser.sigma_data**2) / (sigma * denoiser.sigma_data) ** 2
+            denoised = denoiser(clean + sigma * noise, sigma.expand(len(clean)), classes)
+            measured.append(float(torch.log(weight * (denoised - clean).square().mean())))
     return sigmas.numpy(), learned.numpy(), np.array(measured)
 
 
@@ -126,7 +142,9 @@ def noise_density(sigmas: np.ndarray, *, p_mean: float, p_std: float) -> np.ndar
     return np.exp(-0.5 * ((np.log(sigmas) - p_mean) / p_std) ** 2)
 
 
-def _each(page: Page, runs: Sequence[_Run], heading: str, draw: Any, progress: Progress) -> None:
+def _each(
+    page: Page, runs: Sequence[_Run], heading: str, draw: Callable[[Page, _Run], None], progress: Progress
+) -> None:
     page.section(heading)
     for run in runs:
         if len(runs) > 1:
@@ -139,18 +157,19 @@ def _overview(page: Page, runs: Sequence[_Run]) -> None:
     rows = []
     for run in runs:
         last = run.log[-1]
-        bad = sum(record["nonfinite_steps"] for record in run.log)
         rows.append(
-            [
-                run.name,
-                f"{last['num_images']:,} of {run.settings['num_images']:,}",
-                "-" if last["loss"] is None else f"{last['loss']:.4f}",
-                f"{last['images_per_second']:,.1f}",
-                time_text(last["seconds"]),
-                bad,
-            ]
+            {
+                "run": run.name,
+                "images": f"{last['num_images']:,} of {run.settings['num_images']:,}",
+                "last loss": "-" if last["loss"] is None else f"{last['loss']:.4f}",
+                "images/s": f"{last['images_per_second']:,.1f}",
+                "last session": time_text(last["seconds"]),
+                "steps not finite": sum(record["nonfinite_steps"] for record in run.log),
+            }
         )
-    page.table(["run", "images", "last loss", "images/s", "last session", "steps not finite"], rows)
+    if len(rows) == 1:
+        return page.facts({name: value for name, value in rows[0].items() if name != "run"})
+    page.table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def _training(page: Page, run: _Run) -> None:
@@ -172,30 +191,80 @@ def _training(page: Page, run: _Run) -> None:
         )
 
 
-def _magnitudes(page: Page, run: _Run) -> None:
-    if not run.magnitudes:
-        return page.text("Not recorded: train with --record-magnitudes.")
-    add_magnitudes(page, run.magnitudes)
+def _magnitudes(page: Page, runs: Sequence[_Run], progress: Progress) -> None:
+    page.section("Magnitudes")
+    for run in runs:
+        if not run.magnitudes:
+            of = f"Of {run.name} they were" if len(runs) > 1 else "They were"
+            page.text(f"{of} not recorded: train with --record-magnitudes.")
+    add_magnitudes(page, [(run.name, run.magnitudes) for run in runs if run.magnitudes])
+    progress.advance(len(runs))
 
 
 def add_magnitudes(
-    page: Page, records: Sequence[dict[str, Any]], *, kinds: Sequence[str] = tuple(_KINDS)
+    page: Page, runs: Sequence[tuple[str, Records]], *, kinds: Sequence[str] = tuple(_KINDS)
 ) -> None:
-    """Add curves of a run's magnitudes, by resolution.
+    """Add curves of magnitudes by resolution; those of several runs side by side, on axes to compare.
 
     Args:
         page: where.
-        records: lines of `magnitudes.jsonl`.
+        runs: name and lines of `magnitudes.jsonl` of each.
         kinds: activations, weights, gradients, updates.
+
+    Ref: EDM2 Fig. 3, 15-17.
     """
-    images = [record["num_images"] for record in records]
+    if len(runs) == 1:
+        with page.columns():
+            for kind in kinds:
+                _add_kind(page, runs, kind)
+        return
+    for kind in kinds if runs else ():
+        with page.columns():
+            _add_kind(page, runs, kind)
+
+
+def _add_kind(page: Page, runs: Sequence[tuple[str, Records]], kind: str) -> None:
+    title, label = _KINDS[kind]
+    grouped = [[by_resolution(record[kind]) for record in records] for _, records in runs]
+    limits = limits_of(record for values in grouped for record in values)
+    for (name, records), values in zip(runs, grouped, strict=True):
+        images = [record["num_images"] for record in records]
+        figure = magnitude_curve(images, values, label=label, limits=limits)
+        whose = f" of {name}" if len(runs) > 1 else ""
+        page.figure(figure, f"{title}{whose}", f"Curves of {label} by resolution{whose}")
+
+
+def _averages(page: Page, run: _Run) -> None:
+    if run.manifest is None or not run.manifest.snapshots:
+        return page.text("No snapshot yet.")
+    results, refused = [], []
+    for length in _LENGTHS:
+        try:
+            results += reconstruct_many(run.folder / SNAPSHOTS, [length], warn_above=math.inf, read=False)
+        except ValueError as error:
+            refused.append([f"{length:g}", str(error)])
     with page.columns():
-        for kind in kinds:
-            title, label = _KINDS[kind]
-            values = [by_resolution(record[kind]) for record in records]
+        page.figure(
+            tracked_figure(run.manifest, run.moments()),
+            "Weight that the tracked averages give to each moment, as stored at some times",
+            "Curves of the power-function profiles of the tracked averages against training time",
+        )
+        if results:
             page.figure(
-                magnitude_curve(images, values, label=label), title, f"Curves of {label} by resolution"
+                reconstruction_figure(run.manifest, results),
+                "Averages made of all snapshots, and the power functions they aim at",
+                "Curves of wanted and made profiles against training time, and their difference",
             )
+    rows = [[f"{r.sigma_rel:g}", f"{r.expected_error:.1e}"] for r in results] + refused
+    page.table(["EMA length", "error to expect"], rows, caption="Relative error of the reconstructed weights")
+
+
+def _tuning(page: Page, run: _Run) -> None:
+    if run.tuned is None:
+        return page.text("Not tuned.")
+    add_result(page, run.tuned)
+    add_knobs(page, run.tuned)
+    add_ranking(page, run.tuned)
 
 
 def _noise(page: Page, run: _Run) -> None:
@@ -209,22 +278,30 @@ def _noise(page: Page, run: _Run) -> None:
     chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), _NOISE_IMAGES)).astype(np.int64)
     labels = dataset.labels(chosen) if dataset.num_classes else None
     sigma, learned, errors = errors_by_noise(generator, dataset.images(chosen), labels)
+    if not np.isfinite(errors).all():
+        return page.text("The network's outputs are not finite.")
     density = noise_density(sigma, p_mean=settings["loss"]["p_mean"], p_std=settings["loss"]["p_std"])
+    has_uncertainty = generator.denoiser.logvar_linear is not None
     page.figure(
-        uncertainty_curve(*(values.tolist() for values in (sigma, learned, errors, density))),
-        f"Learned uncertainty beside the error on {len(chosen)} training images",
-        "Curve of learned uncertainty against noise level",
+        uncertainty_curve(sigma, learned if has_uncertainty else None, errors, density),
+        f"Loss against noise level on {len(chosen)} training images"
+        + (", beside the uncertainty that the network learned" if has_uncertainty else ""),
+        "Curve of the log of the weighted error against noise level",
     )
 
 
 def _samples(page: Page, run: _Run) -> None:
     if run.manifest is None or not run.manifest.snapshots:
         return page.text("No snapshot yet.")
-    rows, moments = [], run.moments()
+    rows, moments, classes = [], run.moments(), ""
     for t in moments:
         generator = run.generator(t)
         assert generator is not None
-        rows.append(generator.images(range(_SEEDS_SHOWN), num_steps=_STEPS))
+        classes = _classes(generator)
+        try:
+            rows.append(generator.images(range(_SEEDS_SHOWN), num_steps=_STEPS))
+        except ValueError as error:
+            return page.text(f"Not drawn: {error}")
     images = np.concatenate(rows)
     if images.dtype != np.uint8:
         return page.text("The model makes no pixels, so there is nothing to look at.")
@@ -233,9 +310,16 @@ def _samples(page: Page, run: _Run) -> None:
     page.image(
         image_grid(images, columns=_SEEDS_SHOWN, scale=scale),
         f"Seeds 0 to {_SEEDS_SHOWN - 1}, one column each, after {times} images (top to bottom); "
-        f"EMA length {max(s.sigma_rel for s in run.manifest.snapshots):g}, {_STEPS} steps",
+        f"EMA length {max(s.sigma_rel for s in run.manifest.snapshots):g}, {_STEPS} steps{classes}",
         "Grid of samples from the same seeds at several moments of the training",
     )
+
+
+def _classes(generator: Generator) -> str:
+    if not generator.num_classes:
+        return ""
+    names = generator.class_names or [str(label) for label in range(generator.num_classes)]
+    return f"; classes {', '.join(names[label] for label in generator.labels_for(range(_SEEDS_SHOWN)))}"
 
 
 def _settings(page: Page, runs: Sequence[_Run]) -> None:

@@ -1,5 +1,6 @@
-"""The page in a real browser: light and dark, wide and on a phone."""
+"""Pages in a real browser: light and dark, wide and on a phone."""
 
+import dataclasses
 import shutil
 import subprocess
 
@@ -7,19 +8,38 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from edm2.presets import get_preset
 from edm2.report import Page, image_grid, loss_curve
 from edm2.report.style import DARK, LIGHT
+from edm2.run_report import write_run_report
+from edm2.train import train
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine: apt install chromium")
 QUIET = (
     "--headless --no-sandbox --disable-gpu --no-first-run --hide-scrollbars --disable-background-networking "
-    "--disable-component-update --disable-sync"
+    "--disable-component-update --disable-sync --disable-quic"
 )
+NARROWEST = 500  # that a window can be
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def run_page(tmp_path_factory):
+    """The report of two tiny runs side by side."""
+    config = get_preset("digits")
+    network = dataclasses.replace(config.network, model_channels=8, num_blocks=1, channels_per_head=8)
+    config = dataclasses.replace(
+        config, num_images=64, batch_size=8, log_images=16, snapshot_images=16, network=network
+    )
+    folder = tmp_path_factory.mktemp("runs")
+    runs = [folder / "a-run-with-a-rather-long-name-without-any-space-in-it", folder / "other"]
+    for run in runs:
+        train(config, run, quiet=True)
+    return write_run_report(runs, folder / "report.html", quiet=True)
+
+
+@pytest.fixture(scope="module")
+def plain_page(tmp_path_factory):
     page = Page("A page with <everything>", lead="To be looked at.")
     page.facts({"a number": 3.25, "another": "12%"})
     page.section("Curves")
@@ -35,26 +55,34 @@ def page(tmp_path_factory):
 
 
 def screenshot(page, width, height, scheme):
-    out = page.parent / f"{scheme}{width}.png"
+    """The page in a window of that width, or in a frame where no window can be so narrow."""
+    out, shown = page.parent / f"{scheme}{width}.png", page
+    if width < NARROWEST:
+        shown = page.parent / "frame.html"
+        shown.write_text(
+            f"<body style='margin:0'><iframe src='{page.name}' width={width} height={height} style='border:0'>"
+        )
     subprocess.run(
         [
-            BROWSER, *QUIET.split(), f"--user-data-dir={page.parent / 'profile'}", f"--window-size={width},{height}",
+            BROWSER, *QUIET.split(), f"--user-data-dir={page.parent / 'profile'}",
+            f"--window-size={max(width, NARROWEST)},{height}",
             f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}", f"--screenshot={out}",
-            page.as_uri(),
+            shown.as_uri(),
         ],
         check=True, capture_output=True, timeout=120,
     )  # fmt: skip
-    return np.asarray(PIL.Image.open(out).convert("RGB"))
+    return np.asarray(PIL.Image.open(out).convert("RGB"))[:, :width]
 
 
 def color(text):
     return [int(text[i : i + 2], 16) for i in (1, 3, 5)]
 
 
-@pytest.mark.parametrize("width", [1200, 500])
+@pytest.mark.parametrize("width", [1200, 375])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_fits_and_follows_the_readers_colours(page, width, scheme):
-    shot = screenshot(page, width, 900, scheme)
+@pytest.mark.parametrize("name", ["plain_page", "run_page"])
+def test_page_fits_and_follows_the_readers_colours(name, width, scheme, request):
+    shot = screenshot(request.getfixturevalue(name), width, 6000 if name == "run_page" else 900, scheme)
     paper = color((DARK if scheme == "dark" else LIGHT)["paper"])
     assert shot[5, 5].tolist() == paper
     # What sticks out of the window would cross its right edge.

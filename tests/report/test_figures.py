@@ -129,6 +129,9 @@ def test_uncertainty_curve_puts_measured_values_and_noise_beside_it():
     outline = ax.collections[0].get_paths()[0].vertices
     assert outline[outline[:, 1].argmax(), 0] == SIGMA[4]
     assert not uncertainty_curve(SIGMA, -SIGMA).axes[0].collections
+    assert [a.get_label() for a in uncertainty_curve(SIGMA, None, SIGMA).axes[0].lines] == [
+        "measured log error"
+    ]
 
 
 def test_score_curve_marks_best_tracked_and_reference():

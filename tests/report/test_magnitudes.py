@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from edm2.report import figure_svg
-from edm2.report.magnitudes import by_resolution, magnitude_curve
+from edm2.report.magnitudes import by_resolution, limits_of, magnitude_curve
 
 
 def test_blocks_are_grouped_by_part_and_resolution():
@@ -50,6 +50,31 @@ def test_constant_values_do_not_fill_the_height():
     low, high = figure.axes[0].get_ylim()
     assert low < 0.6
     assert high > 1.9
+
+
+def test_several_runs_can_share_an_axis():
+    runs = [[{"a": 1.0}, {"a": 0.0}], [{"b": 2.0}, {"b": np.inf}, {"b": 500.0}]]
+    limits = limits_of(record for run in runs for record in run)
+    assert limits == (1.0, 500.0)
+    first, second = (
+        magnitude_curve(range(len(run)), run, label="RMS", limits=limits).axes[0].get_ylim() for run in runs
+    )
+    assert first == second
+    assert first[0] < 1.0
+    assert first[1] > 500.0
+    assert limits_of([{"a": 0.0}]) is None
+
+
+def test_a_record_without_any_value_is_a_gap_of_the_median():
+    values = [{f"layer {i}": step for i in range(20)} for step in (0.0, 3.0)]
+    (curve,) = lines(magnitude_curve([1, 2], values, label="RMS")).values()
+    np.testing.assert_array_equal(curve.get_ydata(), [np.nan, 3.0])
+
+
+def test_names_with_dollars_are_no_formulas():
+    assert rb"layer $\nonsense$" in figure_svg(
+        magnitude_curve([1], [{r"layer $\nonsense$": 1.0}], label="RMS")
+    )
 
 
 def test_zero_and_infinite_values_are_gaps():

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
 
 from edm2.ema import PLANS, Plan, Reconstruction, reconstruct_many
@@ -13,20 +12,16 @@ from edm2.ema import plan as find_plan
 from edm2.ema.plans import MOVEMENT, named_plan, spread
 from edm2.ema.profiles import FloatArray
 from edm2.ema.snapshots import Manifest, read_manifest
-from edm2.ema.targets import PowerProfile, Target
 from edm2.ema.tensorfile import save_tensors
 from edm2.ema.verify import damaged
 from edm2.files import write_atomic
 from edm2.generate import reconstruct_models
 from edm2.generate.reconstructed import snapshots_of
-from edm2.report.ema_figures import Profiles, plan_figure, profile_figure
+from edm2.report.ema_figures import plan_figure, reconstruction_figure
 from edm2.report.style import figure_png
 
 _RUN = Annotated[Path, tyro.conf.Positional]
 Numbers = list[float]  # a name, because a command below is called list
-
-# Dense towards the end, where short averages have their weight.
-_TIMES = 1 - np.linspace(1, 0, 2000) ** 2
 
 # The official folders hold the paper's pair every 32 Mi images of up to 2 Gi.
 _RELEASED = Plan(
@@ -150,7 +145,6 @@ def profile(prog: str, words: Sequence[str]) -> None:
     folder = snapshots_of(chosen.run)
     manifest = read_manifest(folder)
     results = reconstruct_many(folder, _numbers("--sigma-rel", chosen.sigma_rel), chosen.t, read=False)
-    drawn = [_drawn(manifest, result) for result in results]
     print(f"{'wanted':<16} {'files':>5}  {'largest coefficient':>19}  amplification  expected relative error")
     for result in results:
         largest = max(result.coefficients.values(), key=abs)
@@ -158,8 +152,7 @@ def profile(prog: str, words: Sequence[str]) -> None:
             f"{result.label:<16} {len(result.coefficients):>5}  {largest:>19.3g}  {result.amplification:>13.2f}"
             f"  {result.expected_error:.1e}"
         )
-    times = manifest.run.start + _TIMES * (results[0].t - manifest.run.start)
-    print(write_atomic(chosen.out, figure_png(profile_figure(times, drawn, clock=manifest.run.clock))))
+    print(write_atomic(chosen.out, figure_png(reconstruction_figure(manifest, results))))
 
 
 def plan(prog: str, words: Sequence[str]) -> None:
@@ -219,19 +212,6 @@ def _comparison(other: Plan, num_params: int, widths: FloatArray) -> str:
         f"{other.name}: {other.num_files} files, {_size(other.storage_bytes(num_params))},"
         f" worst error {float(other.errors(widths).max()):.2g}"
     )
-
-
-def _drawn(manifest: Manifest, result: Reconstruction) -> Profiles:
-    assert result.sigma_rel is not None
-    start = manifest.run.start
-    times = _TIMES * (result.t - start)
-    made = np.zeros_like(times)
-    for snapshot in manifest.snapshots:
-        if snapshot.file in result.coefficients:
-            stored = PowerProfile(snapshot.t - start, snapshot.gamma)
-            made += result.coefficients[snapshot.file] * stored.density(times)
-    wanted = Target.power(result.sigma_rel).at(result.t - start).density(times)
-    return Profiles(label=result.label, wanted=wanted, made=made)
 
 
 def _save(path: Path, result: Reconstruction) -> Path:

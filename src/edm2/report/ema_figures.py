@@ -1,7 +1,8 @@
-"""Pictures of averages: profiles in training time, wanted and made, and the errors of plans."""
+"""Pictures of averages: profiles in training time, tracked, wanted and made, and the errors of plans."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
+from edm2.ema import Reconstruction
+from edm2.ema.snapshots import Manifest
+from edm2.ema.targets import PowerProfile, Target
 from edm2.report.style import FONT_SIZE, HEIGHT, LIGHT, SERIES, add_legend, new_figure
 
 if TYPE_CHECKING:
@@ -16,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_PROFILES = len(SERIES)
+# Parts of the training time, dense towards the end, where short averages have their weight.
+_PARTS = 1 - np.linspace(1, 0, 2000) ** 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,64 @@ def profile_figure(times: ArrayLike, profiles: Sequence[Profiles], *, clock: str
     figure.align_ylabels([top, bottom])
     _label_clock(bottom, clock)
     add_legend(top)
+    return figure
+
+
+def reconstruction_figure(manifest: Manifest, results: Sequence[Reconstruction]) -> Figure:
+    """Profiles of reconstructed power functions, as `profile_figure` draws them.
+
+    Args:
+        manifest: What the folder of snapshots holds.
+        results: One to seven averages made of them, all for the same time.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: None, or more than can be told apart.
+    """
+    start = manifest.run.start
+    end = results[0].t if results else start
+    times = _PARTS * (end - start)
+    profiles = []
+    for result in results:
+        assert result.sigma_rel is not None
+        made = np.zeros_like(times)
+        for snapshot in manifest.snapshots:
+            if snapshot.file in result.coefficients:
+                stored = PowerProfile(snapshot.t - start, snapshot.gamma)
+                made += result.coefficients[snapshot.file] * stored.density(times)
+        wanted = Target.power(result.sigma_rel).at(end - start).density(times)
+        profiles.append(Profiles(label=result.label, wanted=wanted, made=made))
+    return profile_figure(start + times, profiles, clock=manifest.run.clock)
+
+
+def tracked_figure(manifest: Manifest, moments: Sequence[float]) -> Figure:
+    """Profiles of the tracked averages at some of the stored moments, each relative to its own peak.
+
+    Args:
+        manifest: What the folder of snapshots holds.
+        moments: Times of the snapshots to draw.
+
+    Returns:
+        The figure.
+
+    Ref: EDM2 Sec. 3.1-3.2.
+    """
+    figure, (ax,) = new_figure()
+    start = manifest.run.start
+    shown = [s for s in manifest.snapshots if s.t in moments]
+    tracks = sorted({s.sigma_rel for s in shown})
+    for track, colour in zip(tracks, itertools.cycle(SERIES), strict=False):
+        for i, s in enumerate(s for s in shown if s.sigma_rel == track):
+            times = _PARTS * (s.t - start)
+            weight = PowerProfile(s.t - start, s.gamma).density(times)
+            # The fall to zero at the end shows where an average stops.
+            x, y = np.append(start + times, s.t), np.append(weight / weight.max(), 0.0)
+            ax.plot(x, y, color=colour, linewidth=1.2, label=None if i else f"{100 * track:.3g}%")
+    ax.set_ylabel("weight, relative to its peak")
+    _label_clock(ax, manifest.run.clock)
+    add_legend(ax)
     return figure
 
 

@@ -66,16 +66,16 @@ def loss_curve(
 
 
 def uncertainty_curve(
-    sigma: Sequence[float],
-    uncertainty: Sequence[float],
-    measured: Sequence[float] | None = None,
-    density: Sequence[float] | None = None,
+    sigma: ArrayLike,
+    uncertainty: ArrayLike | None,
+    measured: ArrayLike | None = None,
+    density: ArrayLike | None = None,
 ) -> Figure:
     """Learned uncertainty u(sigma) against the noise level, beside what it should have learned.
 
     Args:
         sigma: Noise levels, positive and increasing.
-        uncertainty: Learned log variance u at those levels.
+        uncertainty: Learned log variance u at those levels; None where the network learns none.
         measured: Logarithm of the weighted error measured at those levels: where training has converged,
             the minimum of the loss over u.
         density: Density of the training noise over ln(sigma), in any unit; shaded in the background.
@@ -91,11 +91,12 @@ def uncertainty_curve(
     levels = _increasing("sigma", sigma)
     if levels[0] <= 0:
         raise ValueError(f"sigma has {levels[0]:g}; noise levels must be positive: leave out zero")
-    learned = _series("uncertainty", uncertainty, like=("sigma", levels))
     figure, (ax,) = new_figure()
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.plot(levels, learned, color=SERIES[0], linewidth=1.9, label="learned u(σ)", zorder=3)
+    if uncertainty is not None:
+        learned = _series("uncertainty", uncertainty, like=("sigma", levels))
+        ax.plot(levels, learned, color=SERIES[0], linewidth=1.9, label="learned u(σ)", zorder=3)
     if measured is not None:
         error = _series("measured", measured, like=("sigma", levels))
         ring: dict[str, Any] = dict(linestyle="none", marker="o", markersize=4.5, markeredgewidth=1.4)

@@ -6,7 +6,7 @@ Ref: EDM2 Fig. 3, 15-17.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,8 +44,25 @@ def by_resolution(values: Mapping[str, float]) -> dict[str, float]:
     return {name: float(np.sqrt(np.mean(group))) for name, group in squares.items()}
 
 
+def limits_of(records: Iterable[Mapping[str, float]]) -> tuple[float, float] | None:
+    """The lowest and the highest value that a logarithmic axis can show, of one run or several to compare.
+
+    Args:
+        records: magnitudes by name.
+
+    Returns:
+        What `magnitude_curve` takes as `limits`; None where no value is above 0 and finite.
+    """
+    shown = [value for record in records for value in record.values() if 0 < value < np.inf]
+    return (min(shown), max(shown)) if shown else None
+
+
 def magnitude_curve(
-    num_images: Sequence[float], values: Sequence[Mapping[str, float]], *, label: str
+    num_images: Sequence[float],
+    values: Sequence[Mapping[str, float]],
+    *,
+    label: str,
+    limits: tuple[float, float] | None = None,
 ) -> Figure:
     """Curves of magnitudes against images seen, on a logarithmic axis.
 
@@ -56,6 +73,7 @@ def magnitude_curve(
         num_images: training images seen, increasing.
         values: magnitudes by name at each of those moments; the same names every time.
         label: name of the vertical axis.
+        limits: lowest and highest value that the axis must show; default: those of `values`.
 
     Returns:
         The figure.
@@ -72,10 +90,13 @@ def magnitude_curve(
     # Nothing can be drawn at zero or infinity on a logarithmic axis.
     table[~np.isfinite(table) | (table <= 0)] = np.nan
     figure, (ax,) = new_figure()
-    if np.isfinite(table).any():
-        _scale(ax, float(np.nanmin(table)), float(np.nanmax(table)))
+    limits = limits_of(values) if limits is None else limits
+    if limits is not None:
+        _scale(ax, *limits)
     if len(names) > MOST_CURVES:
-        low, middle, high = np.nanquantile(table, [0.0, 0.5, 1.0], axis=1)
+        seen = np.isfinite(table).any(axis=1)
+        low, middle, high = np.full((3, len(table)), np.nan)
+        low[seen], middle[seen], high[seen] = np.nanquantile(table[seen], [0.0, 0.5, 1.0], axis=1)
         ax.fill_between(num_images, low, high, color=LIGHT["shade"], linewidth=0.0, label="range")
         ax.plot(num_images, middle, color=SERIES[0], linewidth=1.8, label=f"median of {len(names)} layers")
     else:

@@ -72,7 +72,7 @@ def add_legend(ax: Axes) -> None:
         ax: Axes whose artists carry labels.
     """
     names = ax.get_legend_handles_labels()[1]
-    ax.legend(
+    legend = ax.legend(
         loc="lower left",
         bbox_to_anchor=(0.0, 1.0),
         ncols=len(names) if sum(len(name) + 4 for name in names) <= LEGEND_LETTERS else 2,
@@ -84,6 +84,8 @@ def add_legend(ax: Axes) -> None:
         fontsize=FONT_SIZE - 0.5,
         labelcolor=LIGHT["ink"],
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def figure_png(figure: Figure, *, dpi: int = 160) -> bytes:
