@@ -50,5 +50,5 @@ clean:
 	@touch $@
 
 .venv/integrations: .venv/dev
-	$(PIP) -e '.[integrations,data,latent,metrics,log]'
+	$(PIP) -e '.[integrations,data,latent,hub,metrics,log]'
 	@touch $@

@@ -122,6 +122,10 @@ class LatentDecoder:
         decoded = [self._decode(part) for part in latents.split(self.batch_size)]
         return torch.cat(decoded).to(latents.device)
 
+    def to(self, device: torch.device | str) -> None:
+        """Move the autoencoder to a device."""
+        self.autoencoder.to(device)
+
     def identity(self) -> dict[str, str]:
         """What pictures depend on, besides their latents."""
         return {"autoencoder": autoencoder_digest(self.autoencoder), "pixel_range": self.pixel_range}

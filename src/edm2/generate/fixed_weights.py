@@ -63,6 +63,10 @@ class SamplingNetwork:
             else:
                 fixed.weight = weight
 
+    def to(self, device: torch.device | str) -> None:
+        """Move the copy to a device; the original stays where it is."""
+        self._copy.to(device)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, as the denoiser does."""
         return self._forward(*args, **kwargs)

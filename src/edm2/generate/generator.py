@@ -51,7 +51,7 @@ class Generator:
         decoder: LatentDecoder | None = None,
     ) -> None:
         if decoder is not None:
-            _check_decoder(decoder, coding)
+            check_decoder(decoder, coding)
         self.denoiser, self.coding, self.decoder = denoiser, coding, decoder
         self.info = info or {}
         self.takes_vectors = denoiser.label_dim > 0 and denoiser.config.get("label_kind") == "vector"
@@ -93,7 +93,7 @@ class Generator:
             raise ValueError(f"{num_images:g} images of which average? Give its EMA length, too")
         coding = read_coding(path, sigma_rel)
         if decoder is not None:
-            _check_decoder(decoder, coding)
+            check_decoder(decoder, coding)
         if sigma_rel is None:
             denoiser, info = load_model(path, device=device)
         else:
@@ -102,6 +102,15 @@ class Generator:
         denoiser.dtype = getattr(torch, dtype)
         use_channels_last(denoiser)
         return cls(denoiser, coding, info, fix_weights=True, compile=compile, decoder=decoder)
+
+    def to(self, device: torch.device | str) -> "Generator":
+        """Move to a device; returns itself."""
+        self.denoiser.to(device)
+        if self._fixed is not None:
+            self._fixed.to(device)
+        if self.decoder is not None:
+            self.decoder.to(device)
+        return self
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from any other: a digest of all that its images depend on, and where it is from."""
@@ -289,7 +298,8 @@ def read_coding(path: str | Path, sigma_rel: float | None = None) -> Coding:
     return Coding.from_json(info["coding"])
 
 
-def _check_decoder(decoder: LatentDecoder, coding: Coding) -> None:
+def check_decoder(decoder: LatentDecoder, coding: Coding) -> None:
+    """Raise ValueError unless a decoder fits a model's coding."""
     if coding.kind != "latents":
         raise ValueError(f"the model makes {coding.kind}, not latents: leave the autoencoder out")
     if decoder.latent_channels != coding.num_channels:

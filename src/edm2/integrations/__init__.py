@@ -1,1 +1,1 @@
-"""Callbacks that bring `edm2.ema` to trainers people already use; each module needs that trainer's library."""
+"""edm2 inside other libraries: each module but those for sharing needs the library that it is for."""

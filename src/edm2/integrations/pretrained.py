@@ -1,0 +1,282 @@
+"""A model ready to be shared: networks, sampling settings and what was measured, as one folder without a pickle."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import edm2
+from edm2.diffusion import MODEL_FILE, SAMPLERS, save_model
+from edm2.files import write_atomic, write_json
+from edm2.generate import Generator
+from edm2.integrations.results import Result, check_results, published_result, read_results, tuning_results
+from edm2.interop.licence import LICENCE, NOTICE, NOTICE_FILE
+from edm2.tuned import FOLDER as TUNING_FOLDER
+from edm2.tuned import read_tuned
+
+GUIDE_FILE, CONFIG_FILE, CARD_FILE = "guide.safetensors", "config.json", "README.md"
+FILES = (MODEL_FILE, GUIDE_FILE, CONFIG_FILE, CARD_FILE, NOTICE_FILE)
+_FORMAT = "edm2.pretrained/1"
+_PUBLISHED_FORMAT = "edm2.sampling/1"
+_MOST_STEPS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a model is sampled where nothing else is asked for.
+
+    Attributes:
+        sampler: name in `edm2.diffusion.SAMPLERS`.
+        num_steps: noise levels.
+        guidance: weight; 1 for none.
+        interval: noise levels (low, high] where guidance acts; None: everywhere.
+
+    Raises:
+        ValueError: for values that cannot be.
+    """
+
+    sampler: str = "heun"
+    num_steps: int = 32
+    guidance: float = 1.0
+    interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {self.sampler!r}: there are {', '.join(SAMPLERS)}")
+        if type(self.num_steps) is not int or not 1 <= self.num_steps <= _MOST_STEPS:
+            raise ValueError(f"num_steps {self.num_steps} must be a number from 1 to {_MOST_STEPS}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance {self.guidance} must be finite")
+        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
+            raise ValueError(f"interval {self.interval} of guidance: 0 <= low < high must hold")
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; an interval without an upper end has null there."""
+        low, high = self.interval or (0.0, math.inf)
+        interval = None if self.interval is None else [low, None if high == math.inf else high]
+        return {**vars(self), "interval": interval}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Sampling":
+        """What `to_json` gave."""
+        given = dict(content)
+        if given.get("interval") is not None:
+            low, high = given["interval"]
+            given["interval"] = (float(low), math.inf if high is None else float(high))
+        return cls(**given)
+
+
+class Pretrained:
+    """A generator with its guide, its sampling settings, and what was measured of it.
+
+    Args:
+        generator: the model.
+        guide: what it is guided with.
+        sampling: settings of `images`.
+        results: measurements, for the model card.
+        license: identifier as the hub lists them, such as `apache-2.0`; default: that of the weights, where
+            they carry one.
+
+    Raises:
+        ValueError: for a guide that does not fit, guidance without one, results of another model, or a licence
+            other than that which the weights carry.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        *,
+        guide: Generator | None = None,
+        sampling: Sampling | None = None,
+        results: Sequence[Result] = (),
+        license: str | None = None,
+    ) -> None:
+        self.generator, self.guide = generator, guide
+        self.sampling = Sampling() if sampling is None else sampling
+        if guide is not None:
+            generator.check_guide(guide)
+        if (self.sampling.guidance != 1) != (guide is not None):
+            raise ValueError(
+                f"guidance {self.sampling.guidance:g} {'without' if guide is None else 'with'} a guide: a guide goes "
+                "with a weight other than 1"
+            )
+        check_results(results, generator)
+        self.results = tuple(results)
+        carried = self.carried_license
+        if carried is not None and license not in (None, carried):
+            raise ValueError(
+                f"the weights are under {carried}, which cannot be changed to {license}: leave it out"
+            )
+        self.license = carried or license
+
+    @property
+    def carried_license(self) -> str | None:
+        """Licence that came with the weights of the model or its guide."""
+        found = {m.info.get("license") for m in (self.generator, self.guide) if m is not None} - {None}
+        return next(iter(found), None)
+
+    @property
+    def license_notice(self) -> str | None:
+        """What the weights of the model or its guide say about their licence, in words."""
+        notices = [m.info.get("license_notice") for m in (self.generator, self.guide) if m is not None]
+        return next((text for text in notices if text), None)
+
+    def images(
+        self, seeds: Sequence[int], labels: Sequence[int] | np.ndarray | None = None, **options: Any
+    ) -> np.ndarray:
+        """Sample as `Generator.images` does, with the model's own settings for all that is not given."""
+        settings: dict[str, Any] = {"sampler": self.sampling.sampler, "num_steps": self.sampling.num_steps}
+        if self.guide is not None and options.get("guidance", self.sampling.guidance) != 1:
+            settings |= {"guide": self.guide, "guidance": self.sampling.guidance}
+            if self.sampling.interval is not None:
+                settings["interval"] = self.sampling.interval
+        return self.generator.images(seeds, labels, **{**settings, **options})
+
+
+def open_pretrained(
+    path: str | Path,
+    sigma_rel: float | None = None,
+    *,
+    results: Sequence[str | Path] = (),
+    license: str | None = None,
+    **options: Any,
+) -> Pretrained:
+    """Open whatever edm2 keeps models in.
+
+    Args:
+        path: a folder that `write_pretrained` made; a run, with what `edm2 tune` found where it was tuned; a model
+            file; or the settings of a released model, `NAME.json`, that `edm2 import` wrote.
+        sigma_rel: EMA length to put together from a run's snapshots instead.
+        results: files that `edm2 metrics score` wrote about this model's images.
+        license: as in `Pretrained`.
+        **options: device, dtype, compile, see `Generator.load`.
+
+    Raises:
+        ValueError: as in `Generator.load`, `read_results` and `Pretrained`.
+    """
+    path = Path(path)
+    measured = [result for file in results for result in read_results(file)]
+    if sigma_rel is not None:
+        return Pretrained(Generator.load(path, sigma_rel, **options), results=measured, license=license)
+    if path.suffix == ".json":
+        return _open_published(path, measured, options)
+    if (path / CONFIG_FILE).is_file() and _read_json(path / CONFIG_FILE).get("format") == _FORMAT:
+        return _read_pretrained(path, measured, license, options)
+    tuned = read_tuned(path) if path.is_dir() else None
+    if tuned is None:
+        return Pretrained(Generator.load(path, **options), results=measured, license=license)
+    knobs, folder = tuned.best, path / TUNING_FOLDER
+    guided = knobs.guide_images is not None
+    everywhere = knobs.interval == (0.0, math.inf)
+    return Pretrained(
+        Generator.load(folder / MODEL_FILE, **options),
+        guide=Generator.load(folder / GUIDE_FILE, **options) if guided else None,
+        sampling=Sampling(
+            sampler=tuned.sampler,
+            num_steps=tuned.num_steps,
+            guidance=knobs.guidance,
+            interval=None if everywhere else knobs.interval,
+        ),
+        results=[*measured, *tuning_results(tuned)],
+        license=license,
+    )
+
+
+def write_pretrained(model: Pretrained, folder: str | Path) -> Path:
+    """Write networks, settings and licence notice; the card is `edm2.integrations.model_card.model_card`'s.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: if it holds a model already.
+    """
+    folder = check_free(folder)
+    for name, part in ((MODEL_FILE, model.generator), (GUIDE_FILE, model.guide)):
+        if part is not None:
+            tensors = {key: _stored(tensor) for key, tensor in part.denoiser.state_dict().items()}
+            save_model(folder / name, part.denoiser.config, tensors, part.info)
+    if model.carried_license == LICENCE:
+        write_atomic(folder / NOTICE_FILE, NOTICE.encode())
+    content = {
+        "format": _FORMAT,
+        "edm2": edm2.__version__,
+        "license": model.license,
+        "guide": model.guide is not None,
+        "sampling": model.sampling.to_json(),
+        "results": [result.to_json() for result in model.results],
+    }
+    write_json(folder / CONFIG_FILE, content)
+    return folder
+
+
+def check_free(folder: str | Path) -> Path:
+    """The folder; raises FileExistsError if it holds anything that would be overwritten."""
+    folder = Path(folder)
+    there = [name for name in FILES if (folder / name).exists()]
+    if there:
+        raise FileExistsError(
+            f"{folder} holds {', '.join(there)} already: choose another folder or move them away"
+        )
+    return folder
+
+
+def _read_pretrained(
+    folder: Path, results: Sequence[Result], license: str | None, options: dict[str, Any]
+) -> Pretrained:
+    content = _read_json(folder / CONFIG_FILE)
+    try:
+        sampling = Sampling.from_json(content["sampling"])
+        kept = [Result.from_json(result) for result in content["results"]]
+        guided = bool(content["guide"])
+        license = content["license"] if license is None else license
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / CONFIG_FILE} is damaged ({error}): restore it from a copy, or download it again"
+        ) from error
+    return Pretrained(
+        Generator.load(folder / MODEL_FILE, **options),
+        guide=Generator.load(folder / GUIDE_FILE, **options) if guided else None,
+        sampling=sampling,
+        results=[*kept, *results],
+        license=license,
+    )
+
+
+def _open_published(path: Path, results: Sequence[Result], options: dict[str, Any]) -> Pretrained:
+    content = _read_json(path)
+    if content.get("format") != _PUBLISHED_FORMAT:
+        raise ValueError(
+            f"{path} holds no settings of a released model: give a file that `edm2 import` wrote"
+        )
+    guide = content["guide"]
+    return Pretrained(
+        Generator.load(path.parent / content["model"], **options),
+        guide=None if guide is None else Generator.load(path.parent / guide, **options),
+        sampling=Sampling(guidance=1.0 if guide is None else content["guidance"]),
+        results=[*results, published_result(content)],
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no table")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): restore it from a copy") from error
+    return content
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """In float16 where that loses nothing, as for the released weights."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    half = tensor.half()
+    return half if torch.equal(half.float(), tensor) else tensor
