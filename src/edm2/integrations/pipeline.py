@@ -221,6 +221,8 @@ class EDM2Pipeline(ModelHubMixin):
         compile: bool = False,
         **unknown: Any,
     ) -> "EDM2Pipeline":
+        # The mixin of huggingface_hub before 1.0 hands these on, always.
+        older = {name: unknown.pop(name, None) for name in ("proxies", "resume_download")}
         if unknown:
             known = "vae, pixel_range, device, dtype, compile"
             raise ValueError(f"unknown option {sorted(unknown)[0]!r} of from_pretrained: there are {known}")
@@ -234,6 +236,7 @@ class EDM2Pipeline(ModelHubMixin):
                 local_files_only=local_files_only,
                 token=token,
                 allow_patterns=list(FILES),
+                **{name: value for name, value in older.items() if value is not None},
             )
         model = open_pretrained(folder, device=device, dtype=dtype, compile=compile)
         return cls(model, vae=vae, pixel_range=pixel_range)
