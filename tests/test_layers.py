@@ -23,7 +23,7 @@ FLOORS = {
     "generate": (3, ()),
     "presets": (3, ()),
     "integrations": (5, ()),
-    "commands": (5, ("cli",)),
+    "commands": (5, ("cli", "integrations")),
     "cli": (5, ("commands",)),
     "__main__": (6, ()),
 }

@@ -15,6 +15,7 @@ from edm2.cli import EXIT_FAILED
 from edm2.data import LatentDecoder
 from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
 from edm2.generate import Generator, parse_seeds, read_coding, write_samples
+from edm2.integrations.pretrained import Parts, find_parts
 from edm2.train.world import FirstFailed, join_world
 from edm2.tuned import read_tuned
 
@@ -25,12 +26,13 @@ _NUM_STEPS, _SAMPLER = 32, "heun"
 class _Sample:
     """Make images with a model: one file a seed, and a grid. What is half done is continued by the same command.
 
-    A run that was tuned (`edm2 tune`) is sampled with what was found, unless EMA, guide or guidance are given.
+    A run that was tuned (`edm2 tune`), a shared folder and a released model's settings are sampled with what they
+    say, unless EMA, guide or guidance are given.
     Under torchrun the processes share the seeds. An image depends on its seed alone.
     """
 
     source: Annotated[Path | None, tyro.conf.Positional] = None
-    """Folder of a run, or a model file."""
+    """Folder of a run, a model file, a folder of `save_pretrained`, or NAME.json of `edm2 import`."""
     model: Path | None = None
     """The same as an option."""
     out: Path
@@ -98,7 +100,7 @@ def run(prog: str, words: Sequence[str]) -> None:
         raise ValueError("which model? Give one run or model file, either as the first word or with --model")
     path = chosen.source or chosen.model
     assert path is not None
-    chosen = _with_tuned(chosen, path)
+    chosen, path = _with_saved(chosen, path)
     seeds = parse_seeds(chosen.seeds)
     options: dict[str, Any] = {
         name: getattr(chosen, name)
@@ -116,25 +118,47 @@ def run(prog: str, words: Sequence[str]) -> None:
         print(made)
 
 
-def _with_tuned(chosen: _Sample, path: Path) -> _Sample:
-    """Fill in what `edm2 tune` found, where nothing of it was chosen."""
+def _with_saved(chosen: _Sample, path: Path) -> tuple[_Sample, Path]:
+    """Fill in what was saved with a model or found by `edm2 tune`, where nothing of it was chosen; and the model."""
     given = (chosen.ema, chosen.ema_images, chosen.guide, chosen.guide_ema, chosen.interval)
     free = all(value is None for value in given) and chosen.guidance == 1
-    found = read_tuned(path) if free and path.is_dir() else None
-    num_steps, sampler = (found.num_steps, found.sampler) if found else (_NUM_STEPS, _SAMPLER)
-    changes: dict[str, Any] = {
-        "num_steps": num_steps if chosen.num_steps is None else chosen.num_steps,
-        "sampler": chosen.sampler or sampler,
-    }
+    parts = find_parts(path)
+    if parts is None:
+        saved = _tuned_settings(path) if free and path.is_dir() else {}
+    else:
+        saved, path = _shared_settings(parts) if free else {}, parts.model
+    own = {"num_steps": chosen.num_steps, "sampler": chosen.sampler}
+    changes = {"num_steps": _NUM_STEPS, "sampler": _SAMPLER, **saved}
+    changes |= {name: value for name, value in own.items() if value is not None}
+    return dataclasses.replace(chosen, **changes), path
+
+
+def _shared_settings(parts: Parts) -> dict[str, Any]:
+    saved = parts.sampling
+    settings: dict[str, Any] = {"num_steps": saved.num_steps, "sampler": saved.sampler}
+    told = "no guidance"
+    if parts.guide is not None:
+        settings |= dict(guide=parts.guide, guidance=saved.guidance, interval=saved.interval)
+        told = f"guidance {saved.guidance:g} by {parts.guide.name}"
+    print(f"edm2: saved settings: {told}; give {parts.model} for others", file=sys.stderr)
+    return settings
+
+
+def _tuned_settings(run: Path) -> dict[str, Any]:
+    found = read_tuned(run)
     if found is None:
-        return dataclasses.replace(chosen, **changes)
+        return {}
     knobs = found.best
     print(f"edm2: tuned settings: {knobs.describe()}; --ema chooses others", file=sys.stderr)
-    changes["ema"] = knobs.sigma_rel
+    settings: dict[str, Any] = {
+        "num_steps": found.num_steps,
+        "sampler": found.sampler,
+        "ema": knobs.sigma_rel,
+    }
     if knobs.guide_images is not None:
-        changes |= dict(guide_ema=knobs.guide_sigma_rel, guide_images=knobs.guide_images)
-        changes |= dict(guidance=knobs.guidance, interval=knobs.interval)
-    return dataclasses.replace(chosen, **changes)
+        settings |= dict(guide_ema=knobs.guide_sigma_rel, guide_images=knobs.guide_images)
+        settings |= dict(guidance=knobs.guidance, interval=knobs.interval)
+    return settings
 
 
 def _sample(chosen: _Sample, path: Path, seeds: list[int], options: dict[str, Any]) -> Path | None:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -164,28 +164,59 @@ def open_pretrained(
     measured = [result for file in results for result in read_results(file)]
     if sigma_rel is not None:
         return Pretrained(Generator.load(path, sigma_rel, **options), results=measured, license=license)
-    if path.suffix == ".json":
-        return _open_published(path, measured, options)
-    if (path / CONFIG_FILE).is_file() and _read_json(path / CONFIG_FILE).get("format") == _FORMAT:
-        return _read_pretrained(path, measured, license, options)
-    tuned = read_tuned(path) if path.is_dir() else None
-    if tuned is None:
-        return Pretrained(Generator.load(path, **options), results=measured, license=license)
-    knobs, folder = tuned.best, path / TUNING_FOLDER
-    guided = knobs.guide_images is not None
-    everywhere = knobs.interval == (0.0, math.inf)
+    found = find_parts(path) or _tuned_parts(path) or Parts(model=path)
     return Pretrained(
-        Generator.load(folder / MODEL_FILE, **options),
-        guide=Generator.load(folder / GUIDE_FILE, **options) if guided else None,
-        sampling=Sampling(
-            sampler=tuned.sampler,
-            num_steps=tuned.num_steps,
-            guidance=knobs.guidance,
-            interval=None if everywhere else knobs.interval,
-        ),
-        results=[*measured, *tuning_results(tuned)],
-        license=license,
+        Generator.load(found.model, **options),
+        guide=None if found.guide is None else Generator.load(found.guide, **options),
+        sampling=found.sampling,
+        results=[*found.results, *measured],
+        license=license or found.license,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Where the networks of a `Pretrained` lie, and the rest of it.
+
+    Attributes:
+        model: the network's file.
+        guide: the guide's file.
+        sampling: as in `Pretrained`.
+        results: as in `Pretrained`.
+        license: as in `Pretrained`.
+    """
+
+    model: Path
+    guide: Path | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    results: tuple[Result, ...] = ()
+    license: str | None = None
+
+
+def find_parts(path: str | Path) -> Parts | None:
+    """What a folder of `write_pretrained`, or the settings of a released model, consist of; None for other paths.
+
+    Raises:
+        ValueError: if the settings are damaged.
+    """
+    path = Path(path)
+    file = path if path.suffix == ".json" else path / CONFIG_FILE  # a run has one of that name, too
+    if path != file and not file.is_file():
+        return None
+    content = _read_json(file)
+    reader = {_FORMAT: _shared_parts, _PUBLISHED_FORMAT: _published_parts}.get(str(content.get("format")))
+    if reader is None:
+        if path != file:
+            return None
+        raise ValueError(
+            f"{path} holds no settings of a released model: give a file that `edm2 import` wrote"
+        )
+    try:
+        return reader(file.parent, content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}): restore it from a copy, or download it again"
+        ) from error
 
 
 def write_pretrained(model: Pretrained, folder: str | Path) -> Path:
@@ -227,40 +258,40 @@ def check_free(folder: str | Path) -> Path:
     return folder
 
 
-def _read_pretrained(
-    folder: Path, results: Sequence[Result], license: str | None, options: dict[str, Any]
-) -> Pretrained:
-    content = _read_json(folder / CONFIG_FILE)
-    try:
-        sampling = Sampling.from_json(content["sampling"])
-        kept = [Result.from_json(result) for result in content["results"]]
-        guided = bool(content["guide"])
-        license = content["license"] if license is None else license
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder / CONFIG_FILE} is damaged ({error}): restore it from a copy, or download it again"
-        ) from error
-    return Pretrained(
-        Generator.load(folder / MODEL_FILE, **options),
-        guide=Generator.load(folder / GUIDE_FILE, **options) if guided else None,
-        sampling=sampling,
-        results=[*kept, *results],
-        license=license,
+def _shared_parts(folder: Path, content: dict[str, Any]) -> Parts:
+    return Parts(
+        model=folder / MODEL_FILE,
+        guide=folder / GUIDE_FILE if content["guide"] else None,
+        sampling=Sampling.from_json(content["sampling"]),
+        results=tuple(Result.from_json(result) for result in content["results"]),
+        license=content["license"],
     )
 
 
-def _open_published(path: Path, results: Sequence[Result], options: dict[str, Any]) -> Pretrained:
-    content = _read_json(path)
-    if content.get("format") != _PUBLISHED_FORMAT:
-        raise ValueError(
-            f"{path} holds no settings of a released model: give a file that `edm2 import` wrote"
-        )
+def _published_parts(folder: Path, content: dict[str, Any]) -> Parts:
     guide = content["guide"]
-    return Pretrained(
-        Generator.load(path.parent / content["model"], **options),
-        guide=None if guide is None else Generator.load(path.parent / guide, **options),
+    return Parts(
+        model=folder / content["model"],
+        guide=None if guide is None else folder / guide,
         sampling=Sampling(guidance=1.0 if guide is None else content["guidance"]),
-        results=[*results, published_result(content)],
+        results=(published_result(content),),
+    )
+
+
+def _tuned_parts(path: Path) -> Parts | None:
+    tuned = read_tuned(path) if path.is_dir() else None
+    if tuned is None:
+        return None
+    knobs, folder = tuned.best, path / TUNING_FOLDER
+    sampling = Sampling(
+        sampler=tuned.sampler,
+        num_steps=tuned.num_steps,
+        guidance=knobs.guidance,
+        interval=None if knobs.interval == (0.0, math.inf) else knobs.interval,
+    )
+    guide = None if knobs.guide_images is None else folder / GUIDE_FILE
+    return Parts(
+        model=folder / MODEL_FILE, guide=guide, sampling=sampling, results=tuple(tuning_results(tuned))
     )
 
 

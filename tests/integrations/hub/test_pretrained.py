@@ -13,10 +13,11 @@ import torch
 from small import small_denoiser, small_generator, small_model
 
 import edm2
+from edm2.cli import main
 from edm2.data import ArrayDataset
 from edm2.diffusion import save_model
 from edm2.files import write_json
-from edm2.generate import Generator, write_samples
+from edm2.generate import Generator, read_images, write_samples
 from edm2.image_sets import open_images
 from edm2.integrations.hub import save_pretrained
 from edm2.integrations.model_card import model_card
@@ -81,14 +82,14 @@ def test_a_tuned_run_keeps_its_guide_and_settings(tuned_run: Path, tmp_path: Pat
     assert opened.sampling == Sampling(
         sampler="dpmpp-2m", num_steps=3, guidance=1.5, interval=(0.1, math.inf)
     )
-    main, guide = (
+    model, guide = (
         Generator.load(tuned_run / "tuning" / f"{name}.safetensors") for name in ("model", "guide")
     )
-    expected = main.images(
+    expected = model.images(
         SEEDS, sampler="dpmpp-2m", num_steps=3, guide=guide, guidance=1.5, interval=(0.1, math.inf)
     )
     assert np.array_equal(opened.images(SEEDS), expected)
-    unguided = main.images(SEEDS, sampler="heun", num_steps=2)
+    unguided = model.images(SEEDS, sampler="heun", num_steps=2)
     assert np.array_equal(opened.images(SEEDS, guidance=1.0, sampler="heun", num_steps=2), unguided)
     card = (folder / "README.md").read_text()
     assert "| Guidance weight | 1.5 |" in card
@@ -232,6 +233,9 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
         ValueError, match="holds no settings of a released model: give a file that `edm2 import`"
     ):
         open_pretrained(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"format": "edm2.sampling/1", "model": "m.safetensors"}')
+    with pytest.raises(ValueError, match=r"x\.json is damaged \('guide'\): restore it from a copy"):
+        open_pretrained(tmp_path / "x.json")
     (tmp_path / "x.json").write_text("[")
     with pytest.raises(ValueError, match=r"x\.json cannot be read .*: restore it from a copy"):
         open_pretrained(tmp_path / "x.json")
@@ -278,3 +282,38 @@ def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         ImportError, match=r"needs the package 'huggingface_hub' .*: pip install 'edm2\[hub\]'"
     ):
         importlib.import_module("edm2.integrations.pipeline")
+
+
+def test_edm2_sample_uses_the_saved_settings(
+    tuned_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_pretrained(tuned_run, tmp_path / "shared")
+    words = ["--device", "cpu", "--seeds", "0-3", "--grid", "0", "--out"]
+    main(["sample", str(folder), *words, str(tmp_path / "s")])
+    assert (
+        f"saved settings: guidance 1.5 by guide.safetensors; give {folder / 'model.safetensors'} for others"
+        in (capsys.readouterr().err)
+    )
+    made = read_images([tmp_path / "s" / f"{seed:06d}.png" for seed in SEEDS])
+    assert np.array_equal(made, open_pretrained(folder).images(SEEDS))
+    main(["sample", str(folder / "model.safetensors"), *words, str(tmp_path / "plain")])
+    record = json.loads((tmp_path / "plain" / "samples.json").read_text())
+    assert (record["guide"], record["sampler"]["name"]) == (None, "heun")
+    main(["sample", str(folder), "--num-steps", "2", "--sampler", "euler", *words, str(tmp_path / "other")])
+    record = json.loads((tmp_path / "other" / "samples.json").read_text())
+    assert (record["sampler"]["guidance"], record["sampler"]["name"], record["sampler"]["num_steps"]) == (
+        1.5,
+        "euler",
+        2,
+    )
+
+
+def test_edm2_sample_takes_the_settings_of_a_released_model(tmp_path: Path) -> None:
+    model, guide = (released_model(tmp_path / f"{n}.safetensors", seed=n) for n in (1, 2))
+    setting = tmp_path / "x.json"
+    content = {"format": "edm2.sampling/1", "preset": "x", "model": model.name, "guide": guide.name}
+    write_json(setting, {**content, "guidance": 2.0, "reported": {"metric": "FID", "value": 1.5}})
+    words = ["--device", "cpu", "--seeds", "0", "--num-steps", "2", "--out", str(tmp_path / "s")]
+    main(["sample", str(setting), *words])
+    made = Generator.load(model).images([0], num_steps=2, guide=Generator.load(guide), guidance=2.0)
+    assert np.array_equal(read_images([tmp_path / "s" / "000000.png"]), made)
