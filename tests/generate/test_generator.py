@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from small import CODING, small_denoiser, small_generator, small_model
+from torch import Tensor
 
 import edm2
 from edm2.data import PixelCoding
-from edm2.diffusion import save_model
+from edm2.diffusion import WithoutLabels, save_model
 from edm2.generate import Generator
 from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.nn import NormalizedConv
@@ -101,6 +102,20 @@ def test_guides_and_a_changed_image() -> None:
     assert not torch.allclose(plain, guided, atol=1e-2)
     same = generator.latents([0], num_steps=4, guide=guide.denoiser, guidance=2.0)
     assert torch.allclose(guided, same, atol=1e-5)
+
+
+@pytest.mark.parametrize("cond_channels", [0, 2])
+def test_a_model_guides_itself_without_its_label(cond_channels: int) -> None:
+    generator = small_generator(fix_weights=True, cond_channels=cond_channels)
+    conditions = torch.ones(1, cond_channels, 8, 8) if cond_channels else None
+
+    def unlabelled(x: Tensor, sigma: Tensor, labels: Tensor | None, /) -> Tensor:
+        options = {} if conditions is None else {"condition": conditions}
+        return generator.denoiser(x, sigma, None, **options)  # type: ignore[no-any-return]
+
+    given: dict[str, Any] = dict(conditions=conditions, num_steps=4, guidance=2.0)
+    own = generator.latents([0], guide=WithoutLabels(generator.denoiser, 3), **given)
+    assert torch.allclose(own, generator.latents([0], guide=unlabelled, **given), rtol=1e-4, atol=1e-4)
 
 
 def test_vectors_and_images_as_conditions() -> None:

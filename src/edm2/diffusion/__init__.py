@@ -1,7 +1,7 @@
 """Denoiser, noise, loss, samplers and guidance (EDM2 Sec. 2 and 3, EDM Alg. 2)."""
 
 from edm2.diffusion.denoiser import Denoiser
-from edm2.diffusion.guidance import DenoiserFn, guided
+from edm2.diffusion.guidance import DenoiserFn, WithoutLabels, guided
 from edm2.diffusion.ladder import TrainingRules, traditional_decay, training_rules
 from edm2.diffusion.loss import draw_sigma, edm2_loss
 from edm2.diffusion.model_file import MODEL_FILE, load_model, read_model_header, save_model
@@ -14,6 +14,7 @@ __all__ = [
     "Denoiser",
     "DenoiserFn",
     "TrainingRules",
+    "WithoutLabels",
     "draw_sigma",
     "edm2_loss",
     "guided",

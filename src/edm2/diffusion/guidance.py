@@ -7,7 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 
 class DenoiserFn(Protocol):
@@ -17,12 +19,47 @@ class DenoiserFn(Protocol):
         """Noisy `[B, C, H, W]`, sigma scalar, labels -> the expected clean images, `[B, C, H, W]`."""
 
 
+class WithoutLabels:
+    """A conditional network without its label, as a guide of itself: classifier-free guidance by one network.
+
+    Of use for a network that was trained with labels missing now and then. It is evaluated together with the main
+    network where that is faster: in one batch of twice the size for a single image on the CPU, and for any batch
+    elsewhere. Two networks are always evaluated one after the other: stacked by `torch.vmap` they take longer.
+
+    Args:
+        network: called with labels None, and with `[B, label_dim]` floats, where a row of zeros is a missing label.
+        label_dim: number of classes, or length of a label vector.
+    """
+
+    def __init__(self, network: DenoiserFn, label_dim: int) -> None:
+        self.network, self.label_dim = network, label_dim
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None, /) -> Tensor:
+        """Evaluate without labels.
+
+        Raises:
+            ValueError: if there are none to leave out.
+        """
+        if labels is None:
+            raise ValueError("a guide without labels has no effect where the images have none: give labels")
+        return self.network(x, sigma, None)
+
+    def both(self, x: Tensor, sigma: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluate with and without labels, together."""
+        known = labels if labels.is_floating_point() else one_hot(labels, self.label_dim).float()
+        with_labels, without = self.network(
+            torch.cat([x, x]), sigma, torch.cat([known, torch.zeros_like(known)])
+        ).chunk(2)
+        return with_labels, without
+
+
 def guided(denoiser: DenoiserFn, guide: DenoiserFn | None, guidance: float) -> DenoiserFn:
     """Extrapolate from a guide to the main denoiser: `D_guide + w (D_main - D_guide)`.
 
     Args:
         denoiser: the main network.
-        guide: an unconditional network (classifier-free guidance), a weaker one (autoguidance), or None.
+        guide: an unconditional network, or the same `WithoutLabels` (classifier-free guidance); a weaker one
+            (autoguidance); or None.
         guidance: w; 1 leaves the main network alone, and the guide is not run.
 
     Raises:
@@ -38,8 +75,13 @@ def guided(denoiser: DenoiserFn, guide: DenoiserFn | None, guidance: float) -> D
         raise ValueError(f"guidance {guidance} needs a guide: pass guide=..., or guidance=1 for none")
 
     def guided_denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None, /) -> Tensor:
-        reference = guide(x, sigma, labels)
-        return reference + guidance * (denoiser(x, sigma, labels) - reference)
+        # On the CPU larger batches leave the cache, and one of twice the size took up to a fifth longer than two.
+        small = len(x) == 1 or x.device.type != "cpu"
+        if small and labels is not None and isinstance(guide, WithoutLabels) and guide.network is denoiser:
+            main, reference = guide.both(x, sigma, labels)
+        else:
+            main, reference = denoiser(x, sigma, labels), guide(x, sigma, labels)
+        return reference + guidance * (main - reference)
 
     return guided_denoiser
 

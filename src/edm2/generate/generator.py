@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from edm2.data import LatentDecoder
-from edm2.diffusion import SAMPLERS, Denoiser, DenoiserFn, load_model
+from edm2.diffusion import SAMPLERS, Denoiser, DenoiserFn, WithoutLabels, load_model
 from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.generate.reconstructed import read_info, reconstruct_denoiser
 from edm2.nn import keyed_normal, use_channels_last
@@ -281,6 +281,8 @@ class Generator:
         if options.get("s_churn", 0) > 0:
             options = {**options, "randn_like": randn_like}
         second = guide._bind(condition) if isinstance(guide, Generator) else guide
+        if isinstance(guide, WithoutLabels) and guide.network is self.denoiser:
+            second = WithoutLabels(self._bind(condition), guide.label_dim)
         return sampler(self._bind(condition), keyed_normal(index, shape), given, guide=second, **options)
 
 
