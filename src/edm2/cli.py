@@ -1,7 +1,7 @@
 """The `edm2` command: reads the words, calls the library, prints the answer.
 
 Exit codes: 0 done; 1 failed on the way; 2 bad input, nothing was started; 75 stopped by a signal after saving
-a checkpoint, the same command continues.
+a checkpoint, the same command continues (0 under torchrun, which would take 75 for a failure).
 """
 
 import difflib

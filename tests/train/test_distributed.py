@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,13 @@ from edm2.train.world import World, join_world
 
 WORKER = str(Path(__file__).with_name("distributed_worker.py"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+TINY = [
+    "--preset", "digits", "--batch", "4", "--device", "cpu", "--network.model-channels", "8",
+    "--network.channel-mult", "1", "--network.num-blocks", "1", "--network.attn-resolutions", "8",
+    "--network.channels-per-head", "8", "--ema.sigma-rels", "0.1", "--snapshot-images", "100000",
+]  # fmt: skip
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -77,11 +86,7 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for i in range(6):
         Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / f"images/{i}.png")
-    words = [
-        "-m", "edm2", "train", "--preset", "digits", "--data", str(tmp_path / "images"), "--images", "16",
-        "--batch", "4", "--device", "cpu", "--network.model-channels", "8", "--network.channel-mult", "1",
-        "--network.num-blocks", "1", "--network.attn-resolutions", "8", "--network.channels-per-head", "8",
-    ]  # fmt: skip
+    words = ["-m", "edm2", "train", "--data", str(tmp_path / "images"), "--images", "16", *TINY]
     done = run([*TORCHRUN, *words, "--out", str(tmp_path / "run")])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("model:") == 1
@@ -90,6 +95,37 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     done = run([*TORCHRUN, *words, "--out", str(tmp_path / "images")])
     assert done.returncode == 1
     assert done.stderr.count("is not empty and holds no run") == 1
+
+
+def processes_of(parent: int) -> list[int]:
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(child) for child in children if b"edm2" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's processes in /proc")
+@pytest.mark.parametrize("whom", ["torchrun", "worker"])
+def test_a_stop_under_torchrun_is_no_failure(tmp_path: Path, whom: str) -> None:
+    """Sent to torchrun, which then always ends with 1, or to one of its processes, when it ends with 0."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    words = ["--max-restarts", "1", "-m", "edm2", "train", "--data", "digits", "--images", "4000000", *TINY]
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [*TORCHRUN, *words, "--log-images", "40", "--out", str(out)],
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        while not (out / "log.jsonl").exists() or not log_of(out):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        os.kill(process.pid if whom == "torchrun" else processes_of(process.pid)[1], signal.SIGTERM)
+        code = process.wait(timeout=100)
+    text = log.read_text()
+    assert text.count("checkpoint written; the same command continues") == 1, text
+    assert code == (1 if whom == "torchrun" else 0), text
+    assert not (out / "model.safetensors").exists()
+    assert len(list((out / "checkpoints").iterdir())) == 1
 
 
 def world(size: int) -> World:

@@ -135,3 +135,16 @@ def test_second_sigterm_ends_at_once(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == -signal.SIGTERM
     process.stdout.close()
+
+
+def test_torchrun_may_pass_on_what_was_received_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
+    now = [100.0]
+    monkeypatch.setattr("edm2.train.signals.time.monotonic", lambda: now[0])
+    with stop_requests() as requested:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert requested()
+        now[0] += 6
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

@@ -16,6 +16,7 @@ from edm2.train import Stopped, TrainConfig, train
 from edm2.train.dry_run import dry_run
 from edm2.train.ladder import with_config
 from edm2.train.run_folder import LOG_FILE, SNAPSHOTS
+from edm2.train.signals import under_torchrun
 from edm2.train.trackers import open_trackers
 from edm2.train.world import FirstFailed
 
@@ -66,9 +67,11 @@ def run(prog: str, words: Sequence[str]) -> None:
     try:
         model = train(chosen.config, chosen.out, preset=chosen.preset, on_step=live, trackers=trackers)
     except Stopped as stop:
+        # torchrun takes any other code for a failure, and would start all processes again.
+        code = 0 if under_torchrun() else EXIT_STOPPED
         if not is_first:
-            raise SystemExit(EXIT_STOPPED) from None
-        end(str(stop), EXIT_STOPPED)
+            raise SystemExit(code) from None
+        end(str(stop), code)
     except FirstFailed:
         raise SystemExit(EXIT_FAILED) from None
     if is_first:

@@ -176,7 +176,8 @@ class TrainConfig:
     keep_every: int = 0
     """Every so many checkpoints, one is kept for good; 0 for none."""
     max_hours: float | None = None
-    """Stop after so many hours as if asked to: save, and end with exit code 75; the same command continues."""
+    """Stop after so many hours as if asked to: save, and end with exit code 75 (0 under torchrun); the same command
+    continues."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network; weights, loss and averages stay float32."""
     workers: int = 2
