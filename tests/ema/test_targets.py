@@ -17,10 +17,18 @@ def exponential(tau: np.ndarray) -> np.ndarray:
     return 0.5 ** ((STEPS - tau) / 20)
 
 
+def ramped(tau: np.ndarray) -> np.ndarray:
+    """Half-life 20, but no more than a fifth of the time: the share lost by the time is the integral of its inverse."""
+    early = (np.minimum(tau, 100) / 100) ** (np.log(2) / 0.2)
+    return early * 0.5 ** ((STEPS - np.maximum(tau, 100)) / 20)
+
+
 CASES: list[tuple[Target, Callable[[np.ndarray], np.ndarray]]] = [
     (Target.power(0.13), lambda tau: (tau / STEPS) ** (sigma_rel_to_gamma(0.13) + 1)),
     (Target.power_gamma(3.0), lambda tau: (tau / STEPS) ** 4),
     (Target.exponential(20), lambda tau: exponential(tau) - exponential(np.zeros(1))),
+    (Target.exponential(20, rampup_ratio=0.2), ramped),
+    (Target.exponential(90, rampup_ratio=0.4), lambda tau: (tau / STEPS) ** (np.log(2) / 0.4)),
     (Target.uniform(80), lambda tau: np.clip((tau - 120) / 80, 0, 1)),
     (Target.linear(80), lambda tau: np.clip((tau - 120) / 80, 0, 1) ** 2),
     (Target.minus_sqrt(80), lambda tau: np.clip((tau - 120) / 80, 0, 1) ** 0.5),
@@ -95,6 +103,8 @@ def test_several_targets_in_one_pass_and_in_mid_run_are_each_alone(tmp_path: Pat
 def test_bad_targets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="half_life must be above 0, got -1"):
         Target.exponential(-1)
+    with pytest.raises(ValueError, match="rampup_ratio 0 must be above 0"):
+        Target.exponential(20, rampup_ratio=0)
     with pytest.raises(ValueError, match="window must be above 0"):
         Target.uniform(0)
     with pytest.raises(ValueError, match="window 300 is longer than the training up to 200"):

@@ -1,11 +1,13 @@
 import dataclasses
-import math
 
+import numpy as np
 import pytest
+import torch
 
-from edm2.ema import sigma_rel_to_gamma
+from edm2.diffusion import traditional_decay
+from edm2.ema import PowerEMA, Target, reconstruct
 from edm2.presets import get_preset
-from edm2.train.ladder import TRADITIONAL_SIGMA_REL, with_config
+from edm2.train.ladder import TRADITIONAL_SIGMA_REL, traditional_average, with_config
 
 
 def test_config_g_is_the_preset_itself():
@@ -35,10 +37,33 @@ def test_runs_of_different_configurations_are_different_runs():
     assert len({with_config(settings, letter).run_id("x") for letter in "ABCDEFG"}) == 7
 
 
-def test_traditional_average_is_a_power_function():
-    # Half-life h = t / 20 at any time t: weights lose half of their share while t grows by ln 2 / 20 ... exactly,
-    # d ln(share) / d ln t = -ln 2 / 0.05 = -(gamma + 1).
-    assert float(sigma_rel_to_gamma(TRADITIONAL_SIGMA_REL)) + 1 == pytest.approx(math.log(2) / 0.05)
+def test_traditional_average_is_a_power_function_of_short_runs():
+    for t in (44_000, 1e9):
+        profile, power = traditional_average().at(t), Target.power(TRADITIONAL_SIGMA_REL).at(t)
+        tau = np.linspace(0, t, 100)
+        np.testing.assert_allclose(profile.cumulative(tau), power.cumulative(tau), atol=1e-6)
+
+
+@pytest.mark.parametrize("end", [800, 2000])
+def test_traditional_average_is_what_its_updates_make(tmp_path, end):
+    """Of weights that walk at random; an update every million images."""
+    model = torch.nn.Linear(40, 40, bias=False)
+    ema = PowerEMA(model, (0.03, 0.05, 0.1, 0.2), clock="images")
+    generator = torch.Generator().manual_seed(0)
+    average = torch.zeros(40, 40, dtype=torch.float64)
+    for t in range(1, end + 1):
+        with torch.no_grad():
+            model.weight.add_(0.002 * torch.randn(40, 40, generator=generator))
+        ema.update(t * 1e6)
+        average.lerp_(model.weight.detach().double(), 1 - traditional_decay(t * 1e6, batch_size=1_000_000))
+        if t % 100 == 0:
+            ema.snapshot(tmp_path)
+    found = reconstruct(tmp_path, target=traditional_average())
+    error = (found.tensors["weight"] - average).norm() / average.norm()
+    assert error < max(0.005, found.expected_error)
+    if end > 1000:
+        short = reconstruct(tmp_path, TRADITIONAL_SIGMA_REL).tensors["weight"]
+        assert (short - average).norm() > 5 * error * average.norm()
 
 
 def test_bad_input():

@@ -132,15 +132,35 @@ class Target:
         return cls(label=f"gamma {gamma:g}", at=lambda t: PowerProfile(t, gamma), sigma_rel=width)
 
     @classmethod
-    def exponential(cls, half_life: float) -> "Target":
-        """The usual EMA: weight halves every `half_life`, in the clock's unit; cut off at the start of training."""
+    def exponential(cls, half_life: float, *, rampup_ratio: float | None = None) -> "Target":
+        """The usual EMA: weight halves every `half_life`, in the clock's unit; cut off at the start of training.
+
+        Args:
+            half_life: In the clock's unit.
+            rampup_ratio: Bound on the half-life as a share of the time at that moment, so that the average grows
+                with training at first: up to time `half_life / rampup_ratio` it is a power function. None: no bound.
+        """
         _positive("half_life", half_life)
+        if rampup_ratio is not None and not rampup_ratio > 0:
+            raise ValueError(
+                f"rampup_ratio {rampup_ratio:g} must be above 0: 0.05 is usual, None for no bound"
+            )
 
         def at(t: float) -> Profile:
-            start = np.exp2(-t / half_life)
-            return _table(lambda tau: np.exp2((tau - t) / half_life) - start, max(0.0, t - 60 * half_life), t)
+            begin = max(0.0, t - 60 * half_life)
+            if rampup_ratio is None:
+                start = np.exp2(-t / half_life)
+                return _table(lambda tau: np.exp2((tau - t) / half_life) - start, begin, t)
+            ramp_end, exponent = min(half_life / rampup_ratio, t), np.log(2) / rampup_ratio
 
-        return cls(label=f"exponential, half-life {half_life:g}", at=at)
+            def mass(tau: FloatArray) -> FloatArray:
+                ramp = (np.minimum(tau, ramp_end) / ramp_end) ** exponent
+                return np.asarray(ramp * np.exp2((np.maximum(tau, ramp_end) - t) / half_life))
+
+            return _table(mass, begin, t)
+
+        ramp = "" if rampup_ratio is None else f", at most {rampup_ratio:g} of the time"
+        return cls(label=f"exponential, half-life {half_life:g}{ramp}", at=at)
 
     @classmethod
     def uniform(cls, window: float) -> "Target":
