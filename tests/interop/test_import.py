@@ -31,7 +31,8 @@ def release(official: Any, tiny_state: dict[str, Tensor], tmp_path: Path) -> Pat
     for name in ("edm2-img64-s-autog-fid", "edm2-img64-s-fid"):
         preset = sampling_preset(name)
         for network in filter(None, (preset.network, preset.guide)):
-            official.write(folder / str(network), official.network(tiny_state, official.tiny))
+            state = {n: x if x.ndim else x + network.sigma_rel * 10 for n, x in tiny_state.items()}
+            official.write(folder / str(network), official.network(state, official.tiny))
     return folder
 
 
@@ -150,6 +151,37 @@ def test_other_files_are_refused(tmp_path: Path, golden_network: Path) -> None:
     with pytest.raises(ValueError, match="is one file: a prefix chooses among the trainings of a folder"):
         import_path(golden_network, tmp_path, prefix="run")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_imported_preset_is_sampled_with_its_guide_and_weight(
+    release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, name = tmp_path / "out", "edm2-img64-s-autog-fid"
+    main(["import", name, "--from", str(release), "--out", str(out)])
+    settings = out / f"{name}.json"
+    assert f"next   edm2 sample {settings} --out samples" in capsys.readouterr().out
+    sizes = ["--seeds", "0-2", "--num-steps", "3", "--grid", "0"]
+    main(["sample", str(settings), "--out", str(tmp_path / "by-file.npz"), *sizes])
+    told = "saved settings: guidance 1.7 by edm2-img64-xs-0134217-0.110.safetensors"
+    assert told in capsys.readouterr().err
+    main(["sample", str(out), "--out", str(tmp_path / "by-folder.npz"), *sizes])
+    model, guide = (
+        Generator.load(out / f"{file}.safetensors")
+        for file in ("edm2-img64-s-1073741-0.045", "edm2-img64-xs-0134217-0.110")
+    )
+    expected = model.images([0, 1, 2], num_steps=3, guide=guide, guidance=1.7)
+    assert not np.array_equal(expected, model.images([0, 1, 2], num_steps=3))
+    for file in ("by-file.npz", "by-folder.npz"):
+        made = next(value for value in np.load(tmp_path / file).values() if value.ndim == 4)
+        assert np.array_equal(made.transpose(0, 3, 1, 2), expected), file
+
+    main(["import", "edm2-img64-s-fid", "--from", str(release), "--out", str(out)])
+    with pytest.raises(SystemExit):
+        main(["sample", str(out), "--out", str(tmp_path / "which.npz"), *sizes])
+    told = rf"holds the settings of 2 released models: choose {out}/edm2-img64-s-fid.json or {settings}"
+    assert told in capsys.readouterr().err
+    main(["sample", str(out / "edm2-img64-s-fid.json"), "--out", str(tmp_path / "alone.npz"), *sizes])
+    assert "saved settings: no guidance" in capsys.readouterr().err
 
 
 def test_preset_brings_network_guide_and_settings(release: Path, tmp_path: Path) -> None:

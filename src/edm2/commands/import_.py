@@ -1,5 +1,6 @@
 """`edm2 import`."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ def run(prog: str, words: Sequence[str]) -> None:
         raise ValueError(f"where to? give --out with a folder for what is made of {chosen.name}")
     for imported in _import(chosen, chosen.name, chosen.out):
         print(f"found  {imported.found}\nwrote  {imported.path}")
+        if imported.path.suffix == ".json":
+            print(f"next   edm2 sample {shlex.quote(str(imported.path))} --out samples")
     notice = chosen.out / NOTICE_FILE
     print(f"{NOTICE_LINE}; see {notice}")
 

@@ -17,6 +17,7 @@ from edm2.files import write_atomic, write_json
 from edm2.generate import Generator
 from edm2.integrations.results import Result, check_results, published_result, read_results, tuning_results
 from edm2.interop.licence import LICENCE, NOTICE, NOTICE_FILE
+from edm2.interop.released import SAMPLING_PRESETS
 from edm2.tuned import FOLDER as TUNING_FOLDER
 from edm2.tuned import read_tuned
 
@@ -151,7 +152,7 @@ def open_pretrained(
 
     Args:
         path: a folder that `write_pretrained` made; a run, with what `edm2 tune` found where it was tuned; a model
-            file; or the settings of a released model, `NAME.json`, that `edm2 import` wrote.
+            file; or the settings of a released model, `NAME.json`, that `edm2 import` wrote, or their folder.
         sigma_rel: EMA length to put together from a run's snapshots instead.
         results: files that `edm2 metrics score` wrote about this model's images.
         license: as in `Pretrained`.
@@ -196,10 +197,18 @@ class Parts:
 def find_parts(path: str | Path) -> Parts | None:
     """What a folder of `write_pretrained`, or the settings of a released model, consist of; None for other paths.
 
+    A folder that holds the settings of one released model stands for them.
+
     Raises:
-        ValueError: if the settings are damaged.
+        ValueError: if the settings are damaged, or a folder holds those of several.
     """
     path = Path(path)
+    published = [path / f"{name}.json" for name in SAMPLING_PRESETS if (path / f"{name}.json").is_file()]
+    if len(published) > 1:
+        raise ValueError(
+            f"{path} holds the settings of {len(published)} released models: choose {' or '.join(map(str, published))}"
+        )
+    path = published[0] if published else path
     file = path if path.suffix == ".json" else path / CONFIG_FILE  # a run has one of that name, too
     if path != file and not file.is_file():
         return None
