@@ -1,8 +1,6 @@
 """What a run would take, from a few of its steps."""
 
 import math
-import resource
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from edm2.progress import time_text
 from edm2.train.build import open_training_data
 from edm2.train.config import TrainConfig
 from edm2.train.loop import Trainer
+from edm2.train.memory import peak_bytes, size_text
 
 _FLOAT_BYTES = 4
 _STORED_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -64,9 +63,10 @@ class DryRun:
         lines = [
             f"parameters   {self.num_params:,}",
             f"Gflops       {self.flops / 1e9:.4g} a forward pass of one image, multiply-accumulates",
-            f"memory       {_size(self.state_bytes)} for weights, gradients, optimiser and averages; "
-            f"{_size(self.peak_bytes)} at most in the measured steps",
-            f"storage      {_size(self.snapshot_bytes)} of snapshots, {_size(self.checkpoint_bytes)} of checkpoints",
+            f"memory       {size_text(self.state_bytes)} for weights, gradients, optimiser and averages; "
+            f"{size_text(self.peak_bytes)} at most in the measured steps",
+            f"storage      {size_text(self.snapshot_bytes)} of snapshots, "
+            f"{size_text(self.checkpoint_bytes)} of checkpoints",
             f"speed        {self.images_per_second:,.1f} images/s here, "
             f"{_PASSES * 2 * self.flops * self.images_per_second / 1e12:.3g} Tflop/s of the network",
             f"time         {time_text(self.seconds)} for {self.num_images:,} images here",
@@ -103,7 +103,7 @@ def dry_run(config: TrainConfig, *, steps: int = 5, dataset: ImageDataset | None
             trainer.step()
         _wait(trainer.device)
         seconds = time.perf_counter() - start
-        peak = _peak_bytes(trainer.device)
+        peak = peak_bytes(trainer.device)
         flops = _flops(trainer)
     num_params = sum(p.numel() for p in trainer.denoiser.parameters())
     tracks = len(config.ema.sigma_rels)
@@ -134,18 +134,3 @@ def _flops(trainer: Trainer) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"

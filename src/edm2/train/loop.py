@@ -25,6 +25,7 @@ from edm2.train.build import build_denoiser, ema_device, git_state, open_trainin
 from edm2.train.checkpoint import Role, find_newest, prune, read_checkpoint
 from edm2.train.coding import Coding, make_coding
 from edm2.train.config import TrainConfig
+from edm2.train.memory import size_text, used_bytes
 from edm2.train.parallel import whole
 from edm2.train.saver import Saver
 from edm2.train.signals import Stopped, stop_requests
@@ -239,13 +240,14 @@ class Trainer:
         """One optimiser step on the next `batch_size` images.
 
         Args:
-            record: write the step's magnitudes down, if the configuration wants them.
+            record: note the norms of weights and update, and write the step's magnitudes down, if the configuration
+                wants them.
         """
-        record = record and self.config.record_magnitudes
         self._stepper.prepare(self.num_images)
         recorder = self._recorder if record else None
         with nullcontext() if recorder is None else recorder.step():
-            loss, norm = self._stepper.update(self.num_images, eager=record)
+            eager = record and self.config.record_magnitudes
+            loss, norm = self._stepper.update(self.num_images, eager=eager, measure=record)
         self.num_images += self.config.batch_size
         if self.ema is not None:
             self.ema.update(self.num_images)
@@ -272,13 +274,22 @@ class Trainer:
     def _log(self, **timing: float) -> dict[str, Any]:
         self._check_finite()
         sums = self._tally.take()
-        record = {"num_images": self.num_images, **sums, "learning_rate": self._stepper.learning_rate}
+        assert self._stepper.norms is not None
+        weight_norm, update_norm = self._stepper.norms.tolist()
+        record = {
+            "num_images": self.num_images,
+            **sums,
+            "weight_norm": weight_norm,
+            "update_norm": update_norm,
+            "learning_rate": self._stepper.learning_rate,
+        }
         if self.world.is_first:
             run_folder.append_log(self.out, {**record, **timing})
         for tracker in self.trackers:
             tracker.log(self.num_images, numbers({**record, **timing}))
         shown = {"loss": sums["loss"], "nonfinite_steps": sums["nonfinite_steps"]}
-        return {name: value for name, value in shown.items() if value}
+        memory = size_text(used_bytes(self.device))
+        return {name: value for name, value in shown.items() if value} | {"memory": memory}
 
     def snapshot(self) -> None:
         """Add the averages to the run's snapshots."""

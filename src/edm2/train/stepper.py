@@ -16,6 +16,7 @@ from edm2.train.build import checkpoint_activations
 from edm2.train.coding import Coding
 from edm2.train.config import TrainConfig
 from edm2.train.gradients import clean_gradients
+from edm2.train.norms import UpdateNorm
 from edm2.train.parallel import average_whole_gradients, blocks_of, exchange_gradients, replicate, shard
 from edm2.train.schedule import learning_rate
 from edm2.train.world import World
@@ -38,7 +39,10 @@ class Stepper:
     Attributes:
         denoiser: the network in training mode.
         optimizer: its optimiser.
+        norms: of all weights and of their change in the last measured step, `[2]`; None before one.
     """
+
+    norms: Tensor | None = None
 
     def __init__(
         self, config: TrainConfig, dataset: ImageDataset, coding: Coding, denoiser: Denoiser, world: World
@@ -100,12 +104,13 @@ class Stepper:
             group["lr"] = lr
         self._force_norm()
 
-    def update(self, num_images: int, *, eager: bool = False) -> tuple[Tensor, Tensor]:
+    def update(self, num_images: int, *, eager: bool = False, measure: bool = False) -> tuple[Tensor, Tensor]:
         """Compute gradients on the batch that starts at `num_images`, and update the weights.
 
         Args:
             num_images: images seen before.
             eager: run the modules themselves, also where a compiled graph is there.
+            measure: note the norms of weights and update.
 
         Returns:
             Mean loss of the whole batch, float64, and the norm of the gradients before they were cleaned.
@@ -124,7 +129,11 @@ class Stepper:
         gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
         average_whole_gradients(gradients, world)
         norm = clean_gradients(gradients, scale=1 / config.loss_scaling)
+        # The weights are copied when activations are gone, so that this takes no more memory at its peak.
+        update = UpdateNorm(list(self.denoiser.parameters())) if measure else None
         self.optimizer.step()
+        if update is not None:
+            self.norms = update.measure()
         return world.sum(loss_sum), norm
 
     def close(self) -> None:

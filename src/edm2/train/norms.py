@@ -1,0 +1,48 @@
+"""Norms over all of a network's weights together, whole or sharded, without waiting for the device."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from edm2.ema.tensors import is_sharded, local
+
+
+@torch.no_grad()
+def total_norm(tensors: Sequence[Tensor], parts: Sequence[Tensor] | None = None) -> Tensor:
+    """L2 norm of many tensors as of one; a collective call where some are sharded.
+
+    Args:
+        tensors: weights, or their gradients.
+        parts: what to take the norm of instead, this process's part of a value for each tensor.
+
+    Returns:
+        A scalar tensor.
+    """
+    norms = torch.stack(torch._foreach_norm([local(t) for t in tensors] if parts is None else list(parts)))
+    spread = [is_sharded(t) for t in tensors]
+    if not any(spread):
+        return torch.linalg.vector_norm(norms)
+    sharded = torch.tensor(spread, device=norms.device)
+    square = torch.where(sharded, norms, 0).square().sum()
+    dist.all_reduce(square)
+    return (square + torch.where(sharded, 0, norms).square().sum()).sqrt()
+
+
+class UpdateNorm:
+    """Measures one update: how long all weights together are, and how far they move.
+
+    Args:
+        weights: the parameters, before the update; they are copied.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._weights = list(weights)
+        self._before = [local(w.detach()).clone() for w in self._weights]
+
+    @torch.no_grad()
+    def measure(self) -> Tensor:
+        """Norm of the weights before the update, then of their change, `[2]`; call it after the update."""
+        changes = torch._foreach_sub([local(w.detach()) for w in self._weights], self._before)
+        return torch.stack([total_norm(self._weights, self._before), total_norm(self._weights, changes)])
