@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from edm2.diffusion import Denoiser
+from edm2.cli import main
+from edm2.diffusion import Denoiser, load_model
 from edm2.ema import AccuracyWarning, reconstruct, reconstruct_many
+from edm2.generate import Generator
 from edm2.interop.nvlabs import open_snapshots
 from edm2.interop.snapshot_folder import parse_name
 
@@ -146,3 +148,55 @@ def test_files_that_cannot_be_averaged_are_refused(
         official.write(path, official.network(state, kwargs))
         with pytest.raises(ValueError, match=what):
             open_snapshots(tmp_path)
+
+
+def test_commands_read_a_folder_of_official_snapshots(
+    folder: tuple[Path, States], capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path, out = folder[0], tmp_path_factory.mktemp("out")
+    main(["ema", "list", str(path)])
+    told = capsys.readouterr().out
+    assert "run run, time in images from 0; 6 files" in told
+    assert told.count("unknown  run-00000") == 6
+    main(["ema", "reconstruct", str(path), "--sigma-rel", "0.05,0.08", "--out", str(out)])
+    told = capsys.readouterr().out
+    assert told.count("expected relative error") == 2
+    assert (
+        f"credit the authors, share what you make of them under the same licence; see {out}/LICENSE-NOTICE"
+        in told
+    )
+    assert "NonCommercial" in (out / "LICENSE-NOTICE").read_text()
+    model, info = load_model(out / "ema-0.08.safetensors")
+    expected = reconstruct(open_snapshots(path), 0.08, warn_above=1).tensors
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert (info["license"], info["sigma_rel"], info["num_images"]) == ("CC BY-NC-SA 4.0", 0.08, 24576)
+    assert Generator.load(out / "ema-0.05.safetensors").images([0], num_steps=2).shape == (1, 1, 2, 2)
+    picture = out / "profile.png"
+    main(["ema", "profile", str(path), "--sigma-rel", "0.05", "--out", str(picture)])
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_commands_say_which_training_and_what_is_wrong(
+    folder: tuple[Path, States], official: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder[0]
+    command = ["ema", "reconstruct", str(path), "--sigma-rel", "0.05", "--out", str(path / "out")]
+    first = next(iter(folder[1]))
+    (path / f"other-{first.removeprefix('run-')}").write_bytes((path / first).read_bytes())
+
+    def fails(words: list[str]) -> str:
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == 2
+        return capsys.readouterr().err
+
+    assert "holds snapshots of 2 trainings (other, run): choose one by prefix" in fails(command)
+    assert "holds no snapshots of 'third'; there are other, run" in fails([*command, "--prefix", "third"])
+    (path / first).write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    assert f"{path / first} was not read: it holds" in fails([*command, "--prefix", "run"])
+    assert not (path / "out").exists()
+    main([*command, "--prefix", "other"])
+    (path / "empty").mkdir()
+    told = fails(["ema", "list", str(path / "empty"), "--prefix", "run"])
+    assert "--prefix run chooses among official snapshots, and" in told

@@ -1,5 +1,6 @@
 """`edm2 ema`: averages of the weights, after training."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from edm2.ema import PLANS, Plan, Reconstruction, reconstruct_many
 from edm2.ema import plan as find_plan
 from edm2.ema.plans import MOVEMENT, named_plan, spread
 from edm2.ema.profiles import FloatArray
-from edm2.ema.snapshots import Manifest, read_manifest
+from edm2.ema.snapshots import MANIFEST, ForeignSnapshots, Manifest, read_manifest
 from edm2.ema.tensorfile import save_tensors
 from edm2.ema.verify import damaged
 from edm2.files import write_atomic
 from edm2.generate import reconstruct_models
 from edm2.generate.reconstructed import snapshots_of
+from edm2.interop.licence import LICENCE, NOTICE_FILE, NOTICE_LINE, write_notice
+from edm2.interop.nvlabs import open_snapshots
 from edm2.report.ema_figures import plan_figure, reconstruction_figure
 from edm2.report.style import figure_png
 
@@ -34,7 +37,9 @@ class _List:
     """Show what a folder of snapshots holds: times, tracks, stored type, sizes."""
 
     run: _RUN
-    """Folder of a run, or of snapshots."""
+    """Folder of a run, of its snapshots, or of official ones, network-snapshot-*.pkl."""
+    prefix: str | None = None
+    """Which training, for a folder of official snapshots of several."""
 
 
 @dataclass(kw_only=True)
@@ -50,13 +55,15 @@ class _Reconstruct:
     """Write models with any EMA length from the snapshots of one run."""
 
     run: _RUN
-    """Folder of the run, or of its snapshots."""
+    """Folder of the run, of its snapshots, or of official ones, network-snapshot-*.pkl."""
     sigma_rel: str
     """EMA lengths relative to the training time, separated by commas: 0.05,0.10. All come from one pass."""
     out: Path
     """Folder for the models, named after their lengths."""
     t: Annotated[float | None, tyro.conf.arg(aliases=["--images"])] = None
     """Time, in the run's clock, at which the averages are wanted; default: the last snapshot's."""
+    prefix: str | None = None
+    """Which training, for a folder of official snapshots of several."""
 
 
 @dataclass(kw_only=True)
@@ -64,13 +71,15 @@ class _Profile:
     """Draw the wanted profiles and what the snapshots make of them; print the coefficients in short."""
 
     run: _RUN
-    """Folder of the run, or of its snapshots."""
+    """Folder of the run, of its snapshots, or of official ones, network-snapshot-*.pkl."""
     sigma_rel: str = "0.03,0.05,0.10,0.20"
     """EMA lengths, separated by commas."""
     out: Path
     """PNG file."""
     t: float | None = None
     """Time, in the run's clock; default: the last snapshot's."""
+    prefix: str | None = None
+    """Which training, for a folder of official snapshots of several."""
 
 
 @dataclass(kw_only=True)
@@ -101,14 +110,15 @@ class _Plan:
 
 def list(prog: str, words: Sequence[str]) -> None:
     """`edm2 ema list`."""
-    folder = snapshots_of(tyro.cli(_List, prog=prog, args=[*words]).run)
-    manifest = read_manifest(folder)
-    print(_headline(folder, manifest))
+    chosen = tyro.cli(_List, prog=prog, args=[*words])
+    manifest = read_manifest(_open(chosen.run, chosen.prefix))
+    print(_headline(snapshots_of(chosen.run), manifest))
     if manifest.snapshots:
         print(f"{'time':>16}  {'sigma_rel':>9}  {'type':<4}  {'size':>9}  to weights  file")
     for s in manifest.snapshots:
+        distance = "unknown" if math.isnan(s.distance) else f"{s.distance:.1%}"
         print(
-            f"{s.t:>16,.10g}  {s.sigma_rel:>9g}  {s.dtype:<4}  {_size(s.num_bytes):>9}  {s.distance:>10.1%}  {s.file}"
+            f"{s.t:>16,.10g}  {s.sigma_rel:>9g}  {s.dtype:<4}  {_size(s.num_bytes):>9}  {distance:>10}  {s.file}"
         )
 
 
@@ -125,26 +135,30 @@ def verify(prog: str, words: Sequence[str]) -> None:
 def reconstruct(prog: str, words: Sequence[str]) -> None:
     """`edm2 ema reconstruct`."""
     chosen = tyro.cli(_Reconstruct, prog=prog, args=[*words])
-    lengths, folder = _numbers("--sigma-rel", chosen.sigma_rel), snapshots_of(chosen.run)
-    if "network" in (read_manifest(folder).run.metadata or {}):
-        written = reconstruct_models(chosen.run, lengths, chosen.out, t=chosen.t)
+    lengths, source = _numbers("--sigma-rel", chosen.sigma_rel), _open(chosen.run, chosen.prefix)
+    metadata = read_manifest(source).run.metadata or {}
+    if "network" in metadata:
+        written = reconstruct_models(source, lengths, chosen.out, t=chosen.t)
     else:
         paths = [chosen.out / f"ema-{length:.4g}.safetensors" for length in lengths]
         for path in paths:
             if path.exists():
                 raise FileExistsError(f"{path} exists already: choose another --out or move it away")
-        results = reconstruct_many(folder, lengths, chosen.t)
+        results = reconstruct_many(source, lengths, chosen.t)
         written = [(_save(p, r), r.expected_error) for p, r in zip(paths, results, strict=True)]
     for path, error in written:
         print(f"{path}  expected relative error {error:.1e}")
+    if metadata.get("info", {}).get("license") == LICENCE:
+        write_notice(chosen.out)
+        print(f"{NOTICE_LINE}; see {chosen.out / NOTICE_FILE}")
 
 
 def profile(prog: str, words: Sequence[str]) -> None:
     """`edm2 ema profile`."""
     chosen = tyro.cli(_Profile, prog=prog, args=[*words])
-    folder = snapshots_of(chosen.run)
-    manifest = read_manifest(folder)
-    results = reconstruct_many(folder, _numbers("--sigma-rel", chosen.sigma_rel), chosen.t, read=False)
+    source = _open(chosen.run, chosen.prefix)
+    manifest = read_manifest(source)
+    results = reconstruct_many(source, _numbers("--sigma-rel", chosen.sigma_rel), chosen.t, read=False)
     print(f"{'wanted':<16} {'files':>5}  {'largest coefficient':>19}  amplification  expected relative error")
     for result in results:
         largest = max(result.coefficients.values(), key=abs)
@@ -186,6 +200,18 @@ def plan(prog: str, words: Sequence[str]) -> None:
         shown = [found, *(other for other in others if other.name != found.name)]
         curves = [(f"{p.name}, {p.num_files} files", p.errors(fine)) for p in shown]
         print(write_atomic(chosen.out, figure_png(plan_figure(fine, curves))))
+
+
+def _open(run: Path, prefix: str | None) -> Path | ForeignSnapshots:
+    """Snapshots of ours, or official ones, of which nothing is run."""
+    folder = snapshots_of(run)
+    if not (folder / MANIFEST).exists() and next(folder.glob("*.pkl"), None) is not None:
+        return open_snapshots(folder, prefix=prefix)
+    if prefix is not None:
+        raise ValueError(
+            f"--prefix {prefix} chooses among official snapshots, and {folder} holds none: leave it out"
+        )
+    return folder
 
 
 def _plan_text(found: Plan, num_params: int, widths: FloatArray) -> str:

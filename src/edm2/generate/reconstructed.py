@@ -8,7 +8,7 @@ import torch
 
 from edm2.diffusion import MODEL_FILE, Denoiser, read_model_header, save_model
 from edm2.ema import Reconstruction, reconstruct_many
-from edm2.ema.snapshots import read_manifest
+from edm2.ema.snapshots import ForeignSnapshots, read_manifest
 from edm2.train.run_folder import SNAPSHOTS
 
 
@@ -45,12 +45,16 @@ def read_info(path: str | Path, sigma_rel: float | None = None) -> dict[str, Any
 
 
 def reconstruct_models(
-    run: str | Path, sigma_rels: Sequence[float], out: str | Path, *, t: float | None = None
+    run: str | Path | ForeignSnapshots,
+    sigma_rels: Sequence[float],
+    out: str | Path,
+    *,
+    t: float | None = None,
 ) -> list[tuple[Path, float]]:
     """Write one model file for each wanted EMA length.
 
     Args:
-        run: folder of a training run, or of its snapshots.
+        run: folder of a training run, or of its snapshots; or official snapshots.
         sigma_rels: wanted lengths.
         out: folder for files called `ema-0.100.safetensors`, after their lengths.
         t: time in images; default: that of the last snapshot.
@@ -66,10 +70,11 @@ def reconstruct_models(
     for name in names:
         if (Path(out) / name).exists():
             raise FileExistsError(f"{Path(out) / name} exists already: choose another --out or move it away")
-    results = reconstruct_many(snapshots_of(run), sigma_rels, t)
+    source, folder = (run, run.folder) if isinstance(run, ForeignSnapshots) else (snapshots_of(run), run)
+    results = reconstruct_many(source, sigma_rels, t)
     written = []
     for name, result in zip(names, results, strict=True):
-        network, info = _description(run, result)
+        network, info = _description(folder, result)
         written.append((save_model(Path(out) / name, network, result.tensors, info), result.expected_error))
     return written
 

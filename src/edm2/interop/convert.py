@@ -18,7 +18,7 @@ from edm2.ema.snapshots import ForeignSnapshots, Snapshot, read_manifest, write,
 from edm2.ema.stream import read_tensors
 from edm2.files import sha256_of, write_atomic, write_json
 from edm2.interop.fetch import fetch
-from edm2.interop.licence import LICENCE, NOTICE, NOTICE_FILE, NOTICE_LINE
+from edm2.interop.licence import LICENCE, NOTICE_LINE, write_notice
 from edm2.interop.model_info import model_info
 from edm2.interop.network_file import NetworkFile, network_of
 from edm2.interop.pickle_file import read_pickle, refusal
@@ -177,16 +177,6 @@ def _is_model_of(out: Path, name: SnapshotName) -> bool:
     return True
 
 
-def _write_notice(folder: Path) -> None:
-    path = folder / NOTICE_FILE
-    if not path.exists():
-        write_atomic(path, NOTICE.encode())
-    elif path.read_text(encoding="utf-8") != NOTICE:
-        raise FileExistsError(
-            f"{path} exists already and says something else: choose another --out or move it away"
-        )
-
-
 def _source(path: Path) -> dict[str, str]:
     return {"file": path.name, "sha256": sha256_of(path)}
 
@@ -197,7 +187,7 @@ def _save_network(network: NetworkFile, target: Path) -> Imported:
     name = parse_name(network.path.name)
     if name is not None:
         info |= {"sigma_rel": name.sigma_rel, "num_images": name.num_images}
-    _write_notice(target.parent)
+    write_notice(target.parent)
     save_model(target, network.config, tensors, info)
     return Imported(path=target, found=_describe(network, name))
 
@@ -225,7 +215,7 @@ def _save_statistics(path: Path, found: dict[str, ReferenceStatistics], target: 
         "license": LICENCE,
         "license_notice": NOTICE_LINE,
     }
-    _write_notice(target.parent)
+    write_notice(target.parent)
     content = safetensors.torch.save(tensors, metadata={"edm2": json.dumps(header, sort_keys=True)})
     write_atomic(target, content)
     sizes = ", ".join(f"{metric} of {len(moments.mean)} features" for metric, moments in found.items())
@@ -253,7 +243,7 @@ def _import_snapshots(folder: Path, out: Path, prefix: str | None) -> Imported:
             dtype=at_once[0].dtype,
         )
     _keep_rounding(aside, snapshots)
-    _write_notice(aside)
+    write_notice(aside)
     os.rename(aside, out)
     times, widths = len({s.t for s in snapshots}), sorted({s.sigma_rel for s in snapshots})
     lengths = ", ".join(f"{width:g}" for width in widths)

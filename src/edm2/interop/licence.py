@@ -1,5 +1,9 @@
 """What has to be said of weights that others released."""
 
+from pathlib import Path
+
+from edm2.files import write_atomic
+
 LICENCE = "CC BY-NC-SA 4.0"
 NOTICE_FILE = "LICENSE-NOTICE"
 NOTICE_LINE = (
@@ -23,3 +27,18 @@ licence of edm2 covers edm2's own code only, not these weights.
 
 Files that come from a training of your own are yours; this notice does not concern them.
 """
+
+
+def write_notice(folder: str | Path) -> None:
+    """Put the notice beside converted files.
+
+    Raises:
+        FileExistsError: if a file of its name says something else.
+    """
+    path = Path(folder) / NOTICE_FILE
+    if not path.exists():
+        write_atomic(path, NOTICE.encode())
+    elif path.read_text(encoding="utf-8") != NOTICE:
+        raise FileExistsError(
+            f"{path} exists already and says something else: choose another --out or move it away"
+        )
