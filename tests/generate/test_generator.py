@@ -199,8 +199,10 @@ def test_load(tmp_path: Path) -> None:
     )
     assert loaded.identity()["digest"] == small_generator().identity()["digest"]
     assert loaded.identity()["digest"] != small_generator(1).identity()["digest"]
-    half = Generator.load(path, dtype="bfloat16")
-    assert half.denoiser.dtype == torch.bfloat16
+    for dtype in ("bfloat16", torch.bfloat16):
+        assert Generator.load(path, dtype=dtype).denoiser.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype float64 must be float32, bfloat16, float16"):
+        Generator.load(path, dtype="float64")
     assert CODING.to_json() == loaded.coding.to_json()
 
 

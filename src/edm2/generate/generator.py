@@ -17,6 +17,7 @@ from edm2.generate.reconstructed import read_info, reconstruct_denoiser
 from edm2.nn import keyed_normal, use_channels_last
 from edm2.train.coding import Coding
 
+_PRECISIONS = ("float32", "bfloat16", "float16")
 _CHURN_STREAM = 1  # of the image's keyed random numbers; 0 is its starting noise
 
 
@@ -70,7 +71,7 @@ class Generator:
         *,
         num_images: float | None = None,
         device: torch.device | str = "cpu",
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         compile: bool = False,
         decoder: LatentDecoder | None = None,
     ) -> "Generator":
@@ -91,6 +92,9 @@ class Generator:
         """
         if sigma_rel is None and num_images is not None:
             raise ValueError(f"{num_images:g} images of which average? Give its EMA length, too")
+        precision = str(dtype).removeprefix("torch.")
+        if precision not in _PRECISIONS:
+            raise ValueError(f"dtype {precision} must be {', '.join(_PRECISIONS)}")
         coding = read_coding(path, sigma_rel)
         if decoder is not None:
             check_decoder(decoder, coding)
@@ -99,7 +103,7 @@ class Generator:
         else:
             denoiser, info = reconstruct_denoiser(path, sigma_rel, num_images)
             denoiser.to(device)
-        denoiser.dtype = getattr(torch, dtype)
+        denoiser.dtype = getattr(torch, precision)
         use_channels_last(denoiser)
         return cls(denoiser, coding, info, fix_weights=True, compile=compile, decoder=decoder)
 

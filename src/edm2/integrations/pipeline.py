@@ -51,12 +51,10 @@ class EDM2Pipeline(ModelHubMixin):
     """Images from a shared model: `EDM2Pipeline.from_pretrained(folder_or_id)(num_images=4).images`.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` are those of huggingface_hub's `ModelHubMixin`.
-    `from_pretrained` also takes a run's folder, and besides the mixin's own options: vae (name, folder or object of
-    the AutoencoderKL of a latent model), pixel_range, device, dtype, compile.
 
     Args:
         model: see `edm2.integrations.pretrained.open_pretrained`.
-        vae: of a latent model; loaded when it is first needed.
+        vae: AutoencoderKL of a latent model: its name, folder, or itself; loaded when it is first needed.
         pixel_range: scale of the autoencoder's output, see `edm2.data.LatentDecoder`.
 
     Attributes:
@@ -165,6 +163,46 @@ class EDM2Pipeline(ModelHubMixin):
 
     # Below: what huggingface_hub's mixin leaves to the class.
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        vae: Any = RELEASED_AUTOENCODER,
+        pixel_range: PixelRange = "zero-one",
+        device: torch.device | str = "cpu",
+        dtype: str | torch.dtype = "float32",
+        compile: bool = False,
+        **options: Any,
+    ) -> "EDM2Pipeline":
+        """Open a folder, or a repository of the hub, of which only our own files are downloaded.
+
+        Args:
+            pretrained_model_name_or_path: `owner/name`; or a folder of `save_pretrained` or of a run.
+            vae: as for the class.
+            pixel_range: as for the class.
+            device: see `Generator.load`; so are dtype and compile.
+            dtype: precision of the network.
+            compile: use torch.compile.
+            **options: the mixin's: revision, token, cache_dir, local_files_only, force_download.
+
+        Raises:
+            ValueError: as in `open_pretrained`, or if there is no such folder and the hub does not have it.
+        """
+        # All are named here, because the mixin takes those that are not from the downloaded config.json.
+        own = dict(vae=vae, pixel_range=pixel_range, device=device, dtype=dtype, compile=compile)
+        try:
+            made: EDM2Pipeline = super().from_pretrained(pretrained_model_name_or_path, **own, **options)
+        except OSError as error:
+            if Path(pretrained_model_name_or_path).is_dir():
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is no folder here, and the hub did not give it ({reason}): check "
+                "the name, the network and, for a private repository, your login"
+            ) from error
+        return made
+
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> Any:
         """Write networks, settings and card into a folder, as `edm2.integrations.hub.save_pretrained` does.
 
@@ -214,11 +252,11 @@ class EDM2Pipeline(ModelHubMixin):
         force_download: bool,
         local_files_only: bool,
         token: str | bool | None,
-        vae: Any = RELEASED_AUTOENCODER,
-        pixel_range: PixelRange = "zero-one",
-        device: torch.device | str = "cpu",
-        dtype: str = "float32",
-        compile: bool = False,
+        vae: Any,
+        pixel_range: PixelRange,
+        device: torch.device | str,
+        dtype: str | torch.dtype,
+        compile: bool,
         **unknown: Any,
     ) -> "EDM2Pipeline":
         # The mixin of huggingface_hub before 1.0 hands these on, always.

@@ -14,6 +14,7 @@ from edm2.cli import main  # noqa: E402
 from edm2.data import FloatCoding, LatentDecoder  # noqa: E402
 from edm2.diffusion import Denoiser, save_model  # noqa: E402
 from edm2.generate import Generator, read_images  # noqa: E402
+from edm2.integrations.pipeline import EDM2Pipeline  # noqa: E402
 from edm2.interop.model_info import LATENT_MEAN, LATENT_STD  # noqa: E402
 from edm2.train.coding import Coding  # noqa: E402
 
@@ -110,6 +111,14 @@ def test_in_python(vae: tuple[Any, Path], model: Path) -> None:
     generator = Generator.load(model, decoder=LatentDecoder.load(vae[1], batch_size=3))
     images = generator.images([7, 8], num_steps=2)
     assert np.abs(images.astype(int) - expected_pictures(vae[0], model, [7, 8])).max() <= 1
+
+
+@pytest.mark.parametrize("by", ["object", "folder"])
+def test_in_the_pipeline(vae: tuple[Any, Path], model: Path, by: str) -> None:
+    pipe = EDM2Pipeline.from_pretrained(model.parent, vae=vae[0] if by == "object" else vae[1])
+    images = pipe(seeds=[7, 8], num_inference_steps=2, class_labels=[7 % 3, 8 % 3], output_type="pt").images
+    made = (images * 255).round().numpy().astype(int)
+    assert np.abs(made - expected_pictures(vae[0], model, [7, 8])).max() <= 1
 
 
 def test_an_autoencoder_that_cannot_be_had(model: Path, tmp_path: Path, capsys: Any) -> None:

@@ -14,6 +14,7 @@ from small import INFO, latent_coding, small_denoiser, small_generator, small_mo
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
 from edm2.data import FloatCoding  # noqa: E402
+from edm2.data.autoencoder import RELEASED_AUTOENCODER  # noqa: E402
 from edm2.diffusion import save_model  # noqa: E402
 from edm2.generate import Generator  # noqa: E402
 from edm2.integrations import pipeline as module  # noqa: E402
@@ -90,6 +91,21 @@ def test_through_the_hub(model: Path, hub: Path, tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(a), np.asarray(b))
 
 
+def test_from_the_client_s_own_cache(model: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache" / "models--me--digits"
+    commit = "0" * 40
+    save_pretrained(model, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    offline: dict[str, Any] = dict(cache_dir=tmp_path / "cache", local_files_only=True)
+    pipe = EDM2Pipeline.from_pretrained("me/digits", **offline)
+    assert pipe.model.generator.identity() == Generator.load(model).identity()
+    with pytest.raises(
+        ValueError, match=r"me/other is no folder here, and the hub did not give it .*: check"
+    ):
+        EDM2Pipeline.from_pretrained("me/other", **offline)
+
+
 def test_through_a_folder(model: Path, tmp_path: Path) -> None:
     saved = EDM2Pipeline(open_pretrained(model))
     saved.save_pretrained(tmp_path / "shared")
@@ -102,7 +118,7 @@ def test_through_a_folder(model: Path, tmp_path: Path) -> None:
     one, two = (huggingface_hub.ModelCard.load(tmp_path / n / "README.md") for n in ("shared", "other"))
     assert one.text.strip().replace("shared", "other") == two.text.strip()
     assert one.data.to_dict() == two.data.to_dict()
-    loaded = EDM2Pipeline.from_pretrained(tmp_path / "shared", dtype="bfloat16")
+    loaded = EDM2Pipeline.from_pretrained(tmp_path / "shared", dtype=torch.bfloat16)
     assert loaded.model.generator.denoiser.dtype == torch.bfloat16
     made = EDM2Pipeline.from_pretrained(tmp_path / "shared")(seeds=[3], output_type="pt", **QUICK).images
     assert np.array_equal((made * 255).round().byte(), Generator.load(model).images([3], num_steps=2))
@@ -248,7 +264,10 @@ def test_bad_construction(model: Path, tmp_path: Path) -> None:
     ):
         EDM2Pipeline.from_pretrained(folder, variant="fp16")
     config = folder / "config.json"
-    config.write_text(config.read_text().replace('"edm2":', '"model": 1, "edm2":'))
+    text = config.read_text()
+    config.write_text(text.replace('"edm2":', '"vae": "evil/vae", "edm2":'))
+    assert EDM2Pipeline.from_pretrained(folder)._vae == RELEASED_AUTOENCODER
+    config.write_text(text.replace('"edm2":', '"model": 1, "edm2":'))
     with pytest.raises(ValueError, match="unknown option 'model' of from_pretrained"):
         EDM2Pipeline.from_pretrained(folder)
     latent = small_generator(channels=2, coding=latent_coding())
