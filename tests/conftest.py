@@ -1,5 +1,6 @@
-"""Fixtures shared by all tests: golden numbers, and the public rule that fills a network's state."""
+"""Fixtures shared by all tests: golden numbers, fillings of networks, and settings of a tiny run."""
 
+import dataclasses
 import json
 import math
 import zlib
@@ -38,6 +39,35 @@ def fill_by_rule() -> Callable[..., torch.nn.Module]:
         return module
 
     return fill
+
+
+@pytest.fixture(scope="session")
+def speak() -> Callable[[torch.nn.Module], torch.nn.Module]:
+    """Fill layers that start at zero, so that the whole network takes part; returns the module."""
+
+    def fill(net: torch.nn.Module) -> torch.nn.Module:
+        with torch.no_grad():
+            for p in net.parameters():
+                if p.abs().max() == 0:
+                    p.normal_(0, 0.2)
+        return net
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def tiny_digits() -> Callable[..., Any]:
+    """Settings of a run of a second: 64 images of 8x8 through a network of two resolutions."""
+
+    def settings(**changes: Any) -> Any:
+        from edm2.presets import get_preset
+
+        config = get_preset("digits")
+        network = dataclasses.replace(config.network, model_channels=8, num_blocks=1, channels_per_head=8)
+        short = {"num_images": 64, "batch_size": 8, "log_images": 16, "snapshot_images": 16}
+        return dataclasses.replace(config, **{"network": network, **short, **changes})
+
+    return settings
 
 
 @pytest.fixture(scope="session")

@@ -16,17 +16,9 @@ PLAN = LadderPlan(
 )  # fmt: skip
 
 
-def settings():
-    config = get_preset("digits")
-    network = dataclasses.replace(
-        config.network,
-        model_channels=8,
-        channel_mult=(1,),
-        attn_resolutions=(8,),
-        num_blocks=1,
-        channels_per_head=8,
-    )
-    return dataclasses.replace(config, num_images=64, batch_size=8, log_images=16, network=network)
+@pytest.fixture(scope="module")
+def settings(tiny_digits):
+    return tiny_digits()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +27,7 @@ def sampled():
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, sampled):
+def done(tmp_path_factory, sampled, settings):
     """An experiment's rungs and folder; `sampled` has the seeds, steps and sampler of all images made."""
     out = tmp_path_factory.mktemp("ladder")
     images = Generator.images
@@ -46,7 +38,7 @@ def done(tmp_path_factory, sampled):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Generator, "images", spy)
-        return run_ladder(settings(), PLAN, out, quiet=True), out
+        return run_ladder(settings, PLAN, out, quiet=True), out
 
 
 def test_every_configuration_has_every_seed_and_a_length_from_the_plan(done):
@@ -71,11 +63,11 @@ def test_a_learning_rate_that_diverges_is_not_chosen(done):
         assert rung.rate_scores[1e30] > rung.rate_scores[1.0]
 
 
-def test_a_second_call_trains_nothing_again(done):
+def test_a_second_call_trains_nothing_again(done, settings):
     rungs, out = done
     models = {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")}
     assert len(models) >= 4
-    again = run_ladder(settings(), PLAN, out, quiet=True)
+    again = run_ladder(settings, PLAN, out, quiet=True)
     assert again == rungs
     assert {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")} == models
 
@@ -113,25 +105,25 @@ def test_the_rate_takes_the_same_course_whatever_the_length():
         ({}, dict(num_images=72), "training.num_images 64 there, 72 here"),
     ],
 )
-def test_another_experiment_in_the_folder(done, plan, training, message):
+def test_another_experiment_in_the_folder(done, plan, training, message, settings):
     _, out = done
     before = (out / "ladder.json").read_bytes()
     with pytest.raises(ValueError, match=rf"other settings \({message}\): choose another --out"):
         run_ladder(
-            dataclasses.replace(settings(), **training), dataclasses.replace(PLAN, **plan), out, quiet=True
+            dataclasses.replace(settings, **training), dataclasses.replace(PLAN, **plan), out, quiet=True
         )
     assert (out / "ladder.json").read_bytes() == before
 
 
-def test_damaged_file_of_an_experiment(tmp_path):
+def test_damaged_file_of_an_experiment(tmp_path, settings):
     (tmp_path / "ladder.json").write_text("{}")
     with pytest.raises(ValueError, match=r"ladder.json is damaged .*: move it away"):
-        run_ladder(settings(), PLAN, tmp_path, quiet=True)
+        run_ladder(settings, PLAN, tmp_path, quiet=True)
 
 
-def test_report(done):
+def test_report(done, settings):
     rungs, out = done
-    page = write_ladder_report(rungs, settings(), PLAN, out).read_text()
+    page = write_ladder_report(rungs, settings, PLAN, out).read_text()
     for text in ("Architectural streamlining", "Learning rate", "EMA length", "6.96", "2.56"):
         assert text in page
     headers, rows = table(rungs)
@@ -167,8 +159,8 @@ def test_bad_plans(changes, message):
         LadderPlan(**changes)
 
 
-def test_data_without_classes(tmp_path):
-    config = settings()
+def test_data_without_classes(tmp_path, settings):
+    config = settings
     config = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, labels=False))
     with pytest.raises(ValueError, match="digits has no classes"):
         run_ladder(config, PLAN, tmp_path)

@@ -1,4 +1,3 @@
-import dataclasses
 import html
 import json
 import shutil
@@ -9,7 +8,6 @@ import PIL.Image
 import pytest
 import torch
 
-from edm2.presets import get_preset
 from edm2.run_report import errors_by_noise, write_run_report
 from edm2.train import train
 from edm2.train.config import EMAConfig
@@ -19,18 +17,11 @@ from edm2.tuned import Knobs, Tried, Tuned, save_tuned
 HOSTILE = "<b onclick=alert(1)>&amp;$x_$"
 
 
-def small(**changes):
-    config = get_preset("digits")
-    network = dataclasses.replace(config.network, model_channels=8, num_blocks=1, channels_per_head=8)
-    settings = dict(num_images=64, batch_size=8, log_images=16, snapshot_images=16, network=network)
-    return dataclasses.replace(config, **settings | changes)
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, tiny_digits):
     """A tiny run on digits, in a folder whose name is HTML."""
     out = tmp_path_factory.mktemp("runs") / HOSTILE
-    train(small(), out, quiet=True)
+    train(tiny_digits(), out, quiet=True)
     return out
 
 
@@ -53,8 +44,8 @@ def test_magnitudes_come_with_the_log(run):
     assert all(value > 0 for value in lines[-1]["updates"].values())
 
 
-def test_recording_changes_nothing(run, tmp_path):
-    model = train(small(record_magnitudes=False), tmp_path / "off", quiet=True)
+def test_recording_changes_nothing(run, tmp_path, tiny_digits):
+    model = train(tiny_digits(record_magnitudes=False), tmp_path / "off", quiet=True)
     assert model.read_bytes() == (run / "model.safetensors").read_bytes()
     assert not (tmp_path / "off" / "magnitudes.jsonl").exists()
 
@@ -71,7 +62,7 @@ def test_page_of_one_run(run, tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
-def test_names_are_shown_and_never_obeyed(run, tmp_path):
+def test_names_are_shown_and_never_obeyed(run, tmp_path, tiny_digits):
     """Of the run, its classes, and the folder and files of its data."""
     data = tmp_path / HOSTILE
     for i, name in enumerate((f"0{HOSTILE}", f"1{HOSTILE}")):
@@ -80,7 +71,7 @@ def test_names_are_shown_and_never_obeyed(run, tmp_path):
             image = np.full((8, 8), 60 * i + j, np.uint8)
             PIL.Image.fromarray(image).save(data / name / f"{j}{HOSTILE}.png")
     named = tmp_path / f"run {HOSTILE}"
-    train(small(data=str(data), num_images=16), named, quiet=True)
+    train(tiny_digits(data=str(data), num_images=16), named, quiet=True)
     escaped = html.escape(HOSTILE)
     pages = [page_of([named], tmp_path), page_of([named, run], tmp_path, samples=False)]
     assert f"classes 0{escaped}, 1{escaped}" in pages[0]
@@ -119,16 +110,16 @@ def test_a_run_without_its_data_or_snapshots(run, tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
-def test_lengths_that_the_snapshots_cannot_give_are_said_to_be_so(tmp_path):
-    train(small(snapshot_images=64, ema=EMAConfig(sigma_rels=(0.05,))), tmp_path / "run", quiet=True)
+def test_lengths_that_the_snapshots_cannot_give_are_said_to_be_so(tmp_path, tiny_digits):
+    train(tiny_digits(snapshot_images=64, ema=EMAConfig(sigma_rels=(0.05,))), tmp_path / "run", quiet=True)
     page = page_of([tmp_path / "run"], tmp_path, samples=False)
     assert page.count("one snapshot only, of sigma_rel 0.05, cannot give") == 3
     assert "Averages made of all snapshots" in page
 
 
 @pytest.mark.usefixtures("quick")
-def test_config_a_has_a_loss_by_noise_level_and_no_uncertainty(tmp_path):
-    train(with_config(small(), "A"), tmp_path / "run", quiet=True)
+def test_config_a_has_a_loss_by_noise_level_and_no_uncertainty(tmp_path, tiny_digits):
+    train(with_config(tiny_digits(), "A"), tmp_path / "run", quiet=True)
     page = page_of([tmp_path / "run"], tmp_path)
     assert "Loss against noise level on 256 training images<" in page
 

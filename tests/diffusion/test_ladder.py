@@ -60,15 +60,6 @@ def make(config, resolution=8, channels=1, label_dim=0, **options):
     return Denoiser(resolution, channels, label_dim, config=config, **TINY | options)
 
 
-def speak(net):
-    """Fill layers that start at zero, so that the whole network takes part."""
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.abs().max() == 0:
-                p.normal_(0, 0.2)
-    return net
-
-
 @pytest.mark.parametrize("config", LETTERS)
 def test_parameters_of_every_size_and_conditioning(config):
     for channels, expected in COUNTS[config].items():
@@ -99,7 +90,7 @@ def test_untrained_denoiser_of_a_and_b_is_c_skip_x(config):
     assert torch.equal(net(x, sigma), 0.25 / (sigma**2 + 0.25).reshape(-1, 1, 1, 1) * x)
 
 
-def test_config_a_has_no_uncertainty_and_the_loss_of_edm():
+def test_config_a_has_no_uncertainty_and_the_loss_of_edm(speak):
     net = speak(make("A")).eval()
     generator = torch.Generator().manual_seed(0)
     images, noise = torch.randn(2, 3, 1, 8, 8, generator=generator).unbind(0)
@@ -136,7 +127,7 @@ def test_uncertainty_learns_the_log_of_the_mean_or_of_the_summed_error(config):
 
 
 @pytest.mark.parametrize("config", LETTERS)
-def test_config_is_written_and_rebuilds_the_network(config, tmp_path):
+def test_config_is_written_and_rebuilds_the_network(config, tmp_path, speak):
     net = speak(make(config, label_dim=3, dropout=0.2)).eval()
     file = save_model(tmp_path, net.config, net.state_dict(), {"note": 1})
     twin, info = load_model(file)
@@ -151,7 +142,7 @@ def test_config_is_written_and_rebuilds_the_network(config, tmp_path):
 
 
 @pytest.mark.parametrize("config", LETTERS)
-def test_gradients_are_finite_and_alike_in_float16_and_channels_last(config):
+def test_gradients_are_finite_and_alike_in_float16_and_channels_last(config, speak):
     net = speak(make(config, label_dim=3, dropout=0.0)).train()
     ForcedWeightNorm(net)
     generator = torch.Generator().manual_seed(0)
@@ -173,7 +164,7 @@ def test_gradients_are_finite_and_alike_in_float16_and_channels_last(config):
     assert torch.nn.functional.cosine_similarity(reduced, expected, dim=0) > 0.99
 
 
-def test_files_without_config_are_of_g(tmp_path):
+def test_files_without_config_are_of_g(tmp_path, speak):
     net = speak(make("G")).eval()
     old = {key: value for key, value in net.config.items() if key != "config"}
     twin, _ = load_model(save_model(tmp_path, old, net.state_dict()))
@@ -209,7 +200,7 @@ def test_unknown_configuration_in_a_file_and_in_code(tmp_path):
 
 
 @pytest.mark.parametrize("config", "AEF")
-def test_averages_keep_the_configuration(config, tmp_path):
+def test_averages_keep_the_configuration(config, tmp_path, speak):
     net = speak(make(config))
     ema = PowerEMA(net, (0.05, 0.10), clock="images")
     for t in (10, 20, 30):

@@ -35,15 +35,6 @@ def make(config, *, label_dim=0, channels=2, resolution=16, **options):
     return UNet(resolution, channels, label_dim, config=config, **TINY | options)
 
 
-def speak(net):
-    """Fill layers that start at zero, so that the whole network takes part."""
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.abs().max() == 0:
-                p.normal_(0, 0.2)
-    return net
-
-
 def test_neighbours_differ_in_what_the_paper_changes():
     def changes(a, b):
         old, new = CONFIGS[a], CONFIGS[b]
@@ -86,7 +77,7 @@ def test_what_starts_at_zero():
 
 
 @pytest.mark.parametrize("config", LETTERS)
-def test_only_free_weights_set_the_magnitude_of_activations(config, inputs):
+def test_only_free_weights_set_the_magnitude_of_activations(config, inputs, speak):
     """What lets activations grow with the weights in A to C; the norms of D and later take the scale out."""
     net = speak(make(config)).eval()
     seen = []
@@ -110,7 +101,7 @@ def test_only_free_weights_set_the_magnitude_of_activations(config, inputs):
 
 
 @pytest.mark.parametrize("config", LETTERS)
-def test_gradients_are_orthogonal_to_normalised_weights(config, inputs):
+def test_gradients_are_orthogonal_to_normalised_weights(config, inputs, speak):
     net = speak(make(config)).eval()
     net(*inputs).square().sum().backward()
     convs = [m for m in net.modules() if isinstance(m, (PlainConv, NormalizedConv))]
@@ -138,7 +129,7 @@ def test_stored_weights_are_normalised_in_training_from_e_on(config, inputs):
 
 
 @pytest.mark.parametrize("config", LETTERS)
-def test_dropout_is_a_function_of_the_key(config, inputs):
+def test_dropout_is_a_function_of_the_key(config, inputs, speak):
     x, c_noise = inputs
     net, index = speak(make(config, dropout=0.5)).train(), torch.arange(4) + 100
     whole = net(x, c_noise, dropout_index=index, dropout_seed=3)
@@ -161,7 +152,7 @@ def test_dropout_and_attention_by_default():
 
 @pytest.mark.parametrize("config", LETTERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_reduced_precision_is_close_to_float32(config, dtype, inputs):
+def test_reduced_precision_is_close_to_float32(config, dtype, inputs, speak):
     x, c_noise = inputs
     net = speak(make(config, label_dim=3)).eval()
     with torch.no_grad():
@@ -198,7 +189,7 @@ def test_embedding_and_logits_stay_float32_in_a_and_b_only(inputs):
 
 
 @pytest.mark.parametrize("config", LETTERS)
-def test_rectangles_image_conditions_and_vectors(config):
+def test_rectangles_image_conditions_and_vectors(config, speak):
     options = dict(label_dim=6, channels=5, resolution=(16, 32), cond_channels=2, label_kind="vector")
     net = speak(make(config, attn_resolutions=(8,), **options)).eval()
     generator = torch.Generator().manual_seed(1)
@@ -238,7 +229,7 @@ def test_one_graph_for_compile(config, inputs):
     assert len(graphs) == 1
 
 
-def test_open_choices_change_what_they_name(inputs):
+def test_open_choices_change_what_they_name(inputs, speak):
     def out(config, **options):
         with torch.no_grad():
             return speak(make(config, **options)).eval()(*inputs)

@@ -1,6 +1,5 @@
 """Pages in a real browser: light and dark, wide and on a phone."""
 
-import dataclasses
 import shutil
 import subprocess
 
@@ -8,7 +7,6 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from edm2.presets import get_preset
 from edm2.report import Page, image_grid, loss_curve
 from edm2.report.style import DARK, LIGHT
 from edm2.run_report import write_run_report
@@ -24,17 +22,12 @@ NARROWEST = 500  # that a window can be
 
 
 @pytest.fixture(scope="module")
-def run_page(tmp_path_factory):
+def run_page(tmp_path_factory, tiny_digits):
     """The report of two tiny runs side by side."""
-    config = get_preset("digits")
-    network = dataclasses.replace(config.network, model_channels=8, num_blocks=1, channels_per_head=8)
-    config = dataclasses.replace(
-        config, num_images=64, batch_size=8, log_images=16, snapshot_images=16, network=network
-    )
     folder = tmp_path_factory.mktemp("runs")
     runs = [folder / "a-run-with-a-rather-long-name-without-any-space-in-it", folder / "other"]
     for run in runs:
-        train(config, run, quiet=True)
+        train(tiny_digits(), run, quiet=True)
     return write_run_report(runs, folder / "report.html", quiet=True)
 
 

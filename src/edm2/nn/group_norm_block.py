@@ -17,17 +17,7 @@ class GroupNormBlock(nn.Module):
     """One residual block of config A to E, the same in encoder and decoder.
 
     Compare `Block`: here the residual branch normalises its input and its middle, nothing normalises the main
-    path, and resampling happens in both.
-
-    Args:
-        in_channels: width of the input (after concatenation with a skip, in the decoder).
-        out_channels: width of the output.
-        emb_channels: width of the conditioning vector.
-        features: of the configuration.
-        resample_mode: `keep`, `up` or `down`.
-        attention: whether self-attention follows the residual branch.
-        channels_per_head: width of an attention head.
-        dropout_stream: number that tells this block's dropout masks from other blocks'.
+    path, and resampling happens in both. Arguments as in `Block`, but for `flavor`.
 
     Raises:
         ValueError: if the width cannot be split into attention heads, or into groups of the wanted size.
