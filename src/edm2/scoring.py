@@ -15,7 +15,7 @@ import torch
 import edm2
 from edm2.files import sha256_of, write_json
 from edm2.image_sets import ImageSet
-from edm2.interop.nvlabs import read_reference_statistics
+from edm2.interop.reference import is_imported_reference, read_reference_statistics
 from edm2.metrics import (
     FeatureExtractor,
     FeatureStatistics,
@@ -80,17 +80,18 @@ def provenance_of(
 
 
 def read_reference(path: str | Path, *, metric: str | None = None) -> Reference:
-    """Open a reference file: our own, an official `.pkl`, or an `.npz` with `mu` and `sigma`.
+    """Open a reference file: our own, an official `.pkl`, an `.npz` with `mu` and `sigma`, or either imported.
 
     Args:
         path: the file. Of a pickle nothing is executed.
-        metric: "fid" or "fd_dinov2", for a file that holds both; default: the first.
+        metric: "fid" or "fd_dinov2", for an official file; default: "fid" where the file holds it.
 
     Raises:
         ValueError: if it is no such file, or does not hold the metric.
     """
     path = Path(path)
-    if path.suffix not in (".pkl", ".npz") or not path.is_file():
+    official = path.suffix in (".pkl", ".npz") or is_imported_reference(path)
+    if not official or not path.is_file():
         reference = Reference.load(path)
         if metric is not None:
             raise ValueError(f"{path} is of one extractor: leave --metric {metric} out")
@@ -100,7 +101,8 @@ def read_reference(path: str | Path, *, metric: str | None = None) -> Reference:
             )
         return reference
     found = read_reference_statistics(path)
-    metric = next(iter(found)) if metric is None else metric
+    if metric is None:
+        metric = "fid" if "fid" in found else next(iter(found))
     if metric not in found:
         raise ValueError(f"{path} holds no {metric}: there is {', '.join(found)}")
     moments = found[metric]

@@ -207,6 +207,41 @@ def test_an_official_reference_is_read_and_not_run(samples, tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
 
 
+def test_an_imported_reference_gives_the_numbers_of_the_official_file(samples, tmp_path, capsys):
+    path, sha256 = scripted(tmp_path / "inception.pt")
+    features = InceptionFeatures(path, sha256=sha256).features(
+        np.random.default_rng(5).integers(0, 256, (500, 1, 8, 8), dtype=np.uint8)
+    )
+    features = features.double().numpy()
+    moments = {"mu": features.mean(0), "sigma": np.cov(features.T)}
+    other = {"mu": np.zeros(7), "sigma": np.eye(7)}
+    official, imported = tmp_path / "ref.pkl", tmp_path / "made" / "ref.safetensors"
+    official.write_bytes(pickle.dumps({"fid": moments, "fd_dinov2": other, "num_images": 500}))
+    run("import", official, "--out", imported.parent)
+    options = ("--weights", path, "--weights-sha256", sha256)
+    results = []
+    for ref in (official, imported):
+        out = tmp_path / f"{ref.suffix[1:]}.json"
+        run("metrics", "score", samples, "--ref", ref, "--out", out, *options)
+        results.append(json.loads(out.read_text()))
+    assert results[0]["scores"] == results[1]["scores"]
+    assert results[1]["reference"]["images"] == {"num_images": 500, "source": "ref.safetensors (fid)"}
+    assert results[1]["reference"]["sha256"] == hashlib.sha256(imported.read_bytes()).hexdigest()
+    out = tmp_path / "compared.json"
+    run("metrics", "compare", official, imported, "--out", out)
+    assert json.loads(out.read_text())["scores"]["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    words = ("metrics", "score", samples, "--ref", imported, "--out", tmp_path / "new.json")
+    error = fails(capsys, *words, "--metric", "kid")
+    assert "holds no kid: there is fd_dinov2, fid" in error
+    error = fails(capsys, *words, "--metric", "fd_dinov2", "--extractor", "inception", *options)
+    assert "was measured by dinov2: leave --extractor inception out" in error
+    np.savez(tmp_path / "only.npz", **moments)
+    run("import", tmp_path / "only.npz", "--out", tmp_path / "npz")
+    run("metrics", "compare", tmp_path / "npz" / "only.safetensors", imported, "--out", tmp_path / "npz.json")
+    imported.write_bytes(imported.read_bytes()[:-9])
+    assert "ref.safetensors is no reference file of edm2" in fails(capsys, *words)
+
+
 def test_weights_from_an_address_need_their_hash(samples, tmp_path, capsys, monkeypatch):
     path, sha256 = scripted(tmp_path / "inception.pt")
     np.savez(tmp_path / "ref.npz", mu=np.zeros(2), sigma=np.eye(2))

@@ -97,9 +97,10 @@ class _Score:
     images: Annotated[str, tyro.conf.Positional]
     """A folder of samples, or anything that `edm2 metrics ref` takes."""
     ref: Path
-    """Reference: of `edm2 metrics ref`, an official .pkl (nothing in it is run), or .npz with mu and sigma."""
+    """Reference: of `edm2 metrics ref`, an official .pkl (nothing in it is run), .npz with mu and sigma, or what
+    `edm2 import` made of them."""
     metric: str | None = None
-    """Which of an official file's statistics: fid or fd_dinov2."""
+    """Which of an official file's statistics: fid or fd_dinov2. Default: fid, where the file holds both."""
     out: Path | None = None
     """JSON file for the numbers. Default: beside the images."""
     options: _Shared = field(default_factory=_Options)

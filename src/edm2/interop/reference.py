@@ -84,6 +84,17 @@ def statistics_of(path: Path, content: Any) -> dict[str, ReferenceStatistics]:
     return {metric: _moments(path, metric, moments, num_images) for metric, moments in found.items()}
 
 
+def is_imported_reference(path: str | Path) -> bool:
+    """Whether a file holds statistics that `edm2 import` converted."""
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return bool(
+                json.loads((file.metadata() or {}).get("edm2", "{}")).get("format") == REFERENCE_FORMAT
+            )
+    except (safetensors.SafetensorError, OSError, ValueError, AttributeError):
+        return False
+
+
 def _read_imported(path: Path) -> dict[str, ReferenceStatistics]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
