@@ -233,7 +233,8 @@ class EDM2Pipeline(ModelHubMixin):
         # The card's example needs the owner, too, which the hub knows if the caller left it out.
         api = HfApi(token=options.get("token"))
         repo_id = api.create_repo(repo_id=repo_id, private=options.get("private"), exist_ok=True).repo_id
-        return super().push_to_hub(repo_id, **{"model_card_kwargs": {"name": repo_id}, **options})
+        options["model_card_kwargs"] = {**(options.get("model_card_kwargs") or {}), "name": repo_id}
+        return super().push_to_hub(repo_id, **options)
 
     def generate_model_card(self, *, name: str = "model") -> Any:
         """The card, see `edm2.integrations.model_card.model_card`."""

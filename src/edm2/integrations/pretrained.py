@@ -119,14 +119,12 @@ class Pretrained:
     @property
     def carried_license(self) -> str | None:
         """Licence that came with the weights of the model or its guide."""
-        found = {m.info.get("license") for m in (self.generator, self.guide) if m is not None} - {None}
-        return next(iter(found), None)
+        return self._carried("license")
 
     @property
     def license_notice(self) -> str | None:
         """What the weights of the model or its guide say about their licence, in words."""
-        notices = [m.info.get("license_notice") for m in (self.generator, self.guide) if m is not None]
-        return next((text for text in notices if text), None)
+        return self._carried("license_notice")
 
     def images(
         self, seeds: Sequence[int], labels: Sequence[int] | np.ndarray | None = None, **options: Any
@@ -138,6 +136,10 @@ class Pretrained:
             if self.sampling.interval is not None:
                 settings["interval"] = self.sampling.interval
         return self.generator.images(seeds, labels, **{**settings, **options})
+
+    def _carried(self, key: str) -> str | None:
+        infos = [part.info for part in (self.generator, self.guide) if part is not None]
+        return next((str(info[key]) for info in infos if info.get(key)), None)
 
 
 def open_pretrained(

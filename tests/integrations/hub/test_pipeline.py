@@ -83,6 +83,8 @@ def test_through_the_hub(model: Path, hub: Path, tmp_path: Path) -> None:
     card = huggingface_hub.ModelCard.load(repository / "README.md")
     assert (card.data.license, card.data.library_name) == ("mit", "edm2")
     assert 'from_pretrained("me/digits")' in card.text
+    pushed.save_pretrained(tmp_path / "again", push_to_hub=True)
+    assert 'from_pretrained("me/again")' in (hub / "me" / "again" / "README.md").read_text()
     (repository / "pytorch_model.bin").write_bytes(b"a pickle")
     (repository / "modeling.py").write_text("raise SystemExit")
     pulled = EDM2Pipeline.from_pretrained("me/digits", revision="v1")
