@@ -16,6 +16,7 @@ import pytest
 import edm2
 from edm2.cli import COMMANDS, main
 from edm2.train import Stopped
+from edm2.train.world import FirstFailed
 
 
 def leaves() -> Iterator[tuple[str, ...]]:
@@ -127,6 +128,20 @@ def test_exit_codes(
     found, text = ends(["demo"], capsys)
     assert found == code
     assert told in text
+
+
+def test_one_process_speaks_for_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    errors = iter((FirstFailed("its own error says why"), ValueError("a wrong value")))
+
+    def fail(*_: Any) -> None:
+        raise next(errors)
+
+    monkeypatch.setattr("edm2.commands.demo.run", fail)
+    monkeypatch.setenv("RANK", "3")
+    assert ends(["demo"], capsys) == (1, "")
+    assert ends(["demo"], capsys) == (2, "edm2: process 3: error: a wrong value\n")
 
 
 def test_a_file_where_a_folder_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

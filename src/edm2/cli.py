@@ -93,11 +93,14 @@ def _run(words: list[str]) -> None:
     # No module can be named after a Python keyword, as the command `import` is.
     module = importlib.import_module(f"edm2.commands.{command}{'_' * keyword.iskeyword(command)}")
     from edm2.train.signals import Stopped
+    from edm2.train.world import FirstFailed
 
     try:
         getattr(module, rest[0] if rest else "run")(name, words)
     except Stopped as stop:
         end(str(stop), EXIT_STOPPED)
+    except FirstFailed:  # the first process says why
+        raise SystemExit(EXIT_FAILED) from None
 
 
 def _mistake(error: ValueError | OSError) -> str:
@@ -120,6 +123,7 @@ def _show_warning(message: Any, *_: Any, **__: Any) -> None:
 
 
 def end(text: str, code: int) -> NoReturn:
-    """End the process with a line on standard error."""
-    print(f"edm2: {text}", file=sys.stderr)
+    """End the process with a line on standard error; the first of torchrun's processes needs no number."""
+    rank = os.environ.get("RANK", "0")
+    print(f"edm2: {text}" if rank == "0" else f"edm2: process {rank}: {text}", file=sys.stderr)
     raise SystemExit(code)

@@ -193,26 +193,41 @@ def test_vectors_and_images_as_conditions(tmp_path: Path) -> None:
     assert content_of(tmp_path / "s") == before
 
 
-def test_processes_share_the_seeds(tmp_path: Path) -> None:
-    model = small_model(tmp_path / "m.safetensors")
-    words = ["sample", str(model), "--num-steps", "2", "--seeds", "0-6", "--batch", "1", "--device", "cpu"]
+def two_processes(words: list[str]) -> tuple[list[int], list[str], list[str]]:
+    """Exit codes, outputs and error outputs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "edm2", *words, "--out", str(tmp_path / "two")],
+            [sys.executable, "-m", "edm2", *words],
             env={
                 **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1",
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             },
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]  # fmt: skip
-    printed = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    out, errors = zip(*(process.communicate(timeout=120) for process in processes), strict=True)
+    return [process.returncode for process in processes], list(out), list(errors)
+
+
+def test_processes_share_the_seeds(tmp_path: Path) -> None:
+    model = small_model(tmp_path / "m.safetensors")
+    words = ["sample", str(model), "--num-steps", "2", "--seeds", "0-6", "--batch", "1", "--device", "cpu"]
+    codes, printed, _ = two_processes([*words, "--out", str(tmp_path / "two")])
+    assert codes == [0, 0]
     assert [bool(text) for text in printed] == [True, False]
+    # Made with other settings: the first process finds out and speaks for both.
+    codes, printed, errors = two_processes([*words, "--rho", "6", "--out", str(tmp_path / "two")])
+    assert codes == [2, 1]
+    assert printed == ["", ""]
+    assert "choose another" in errors[0]
+    assert "error" not in errors[1]
+    assert "Traceback" not in errors[0] + errors[1]
     main([*words, "--out", str(tmp_path / "one")])
     one, two = content_of(tmp_path / "one"), content_of(tmp_path / "two")
     assert one.keys() == two.keys()

@@ -133,7 +133,7 @@ def ref(prog: str, words: Sequence[str]) -> None:
                 ClassifierFeatures.load(beside) if fits else _open(options, None, world)
             )
         elif fits:
-            extractor = _fit(images, beside, options)
+            extractor = _fit(images, beside, options, world)
         else:
             extractor = _open(options, None, world)
         provenance = provenance_of(
@@ -145,16 +145,15 @@ def ref(prog: str, words: Sequence[str]) -> None:
                 raise ValueError(
                     f"{out} holds a reference made otherwise ({', '.join(differing)} differ): choose another --out"
                 )
-            return print(f"{out} holds this reference already")
+            return _say(world, f"{out} holds this reference already")
         _see(extractor, images)
         made = _measured(images, extractor, options, world)
         if world.is_first:
             if fits and isinstance(extractor, ClassifierFeatures):
                 extractor.save(beside)
             Reference(measured=made, provenance=provenance).save(out)
-            print(
-                f"{out}: {len(images.dataset):,} images, {extractor.num_features:,} features by {extractor.name}"
-            )
+        count = f"{len(images.dataset):,} images"
+        _say(world, f"{out}: {count}, {extractor.num_features:,} features by {extractor.name}")
 
 
 def score(prog: str, words: Sequence[str]) -> None:
@@ -249,7 +248,7 @@ def _score(
     }
     old = check_result(out, provenance)
     if old is not None:
-        return _print_result(old, f"these numbers were in {out} already")
+        return _print_result(old, f"these numbers were in {out} already") if world.is_first else None
     for side in (real, made):
         if side.images is not None and extractor is not None:
             _see(extractor, side.images)
@@ -296,6 +295,11 @@ def _print_result(result: dict[str, Any], note: str) -> None:
     if None in values:
         print("- needs the features of single images, which one of the two sets does not keep")
     print(note)
+
+
+def _say(world: World, text: str) -> None:
+    if world.is_first:
+        print(text, flush=True)
 
 
 def _text(value: float | None) -> str:
@@ -359,7 +363,7 @@ def _open(options: _Options, known: _Side | None, world: World) -> FeatureExtrac
     )
 
 
-def _fit(images: ImageSet, beside: Path, options: _Options) -> ClassifierFeatures:
+def _fit(images: ImageSet, beside: Path, options: _Options, world: World) -> ClassifierFeatures:
     dataset = images.dataset
     if beside.exists():
         raise ValueError(f"{beside} exists: use it with --weights {beside}, or choose another --out")
@@ -369,7 +373,7 @@ def _fit(images: ImageSet, beside: Path, options: _Options) -> ClassifierFeature
             "dinov2, or --weights with a classifier"
         )
     rows = np.arange(len(dataset))
-    print(f"training a classifier on {len(rows):,} images", flush=True)
+    _say(world, f"training a classifier on {len(rows):,} images")
     return fit_classifier(
         dataset.images(rows), dataset.labels(rows), num_classes=dataset.num_classes, seed=options.seed
     )

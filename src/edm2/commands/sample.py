@@ -11,12 +11,11 @@ import numpy as np
 import torch
 import tyro
 
-from edm2.cli import EXIT_FAILED
 from edm2.data import LatentDecoder
 from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
 from edm2.generate import Generator, parse_seeds, read_coding, write_samples
 from edm2.integrations.pretrained import Parts, find_parts
-from edm2.train.world import FirstFailed, join_world
+from edm2.train.world import join_world
 from edm2.tuned import read_tuned
 
 _NUM_STEPS, _SAMPLER = 32, "heun"
@@ -110,10 +109,7 @@ def run(prog: str, words: Sequence[str]) -> None:
         options["s_churn"] = chosen.s_churn
     if chosen.interval is not None:
         options["interval"] = chosen.interval
-    try:
-        made = _sample(chosen, path, seeds, options)
-    except FirstFailed:
-        raise SystemExit(EXIT_FAILED) from None
+    made = _sample(chosen, path, seeds, options)
     if made is not None:
         print(made)
 
@@ -214,6 +210,11 @@ def _guide(chosen: _Sample, path: Path, common: dict[str, Any]) -> Generator | N
     if chosen.interval is not None and chosen.guidance == 1:
         raise ValueError("--interval has no effect with --guidance 1: give a weight and a guide")
     if not wanted:
+        if chosen.guidance != 1:
+            raise ValueError(
+                f"--guidance {chosen.guidance:g} needs a guide: give a model as --guide, or the EMA length of an "
+                "earlier average of the run as --guide-ema (with --guide-images); --guidance 1 is none"
+            )
         return None
     return Generator.load(chosen.guide or path, chosen.guide_ema, num_images=chosen.guide_images, **common)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from edm2.cli import EXIT_FAILED, EXIT_STOPPED, end
+from edm2.cli import EXIT_STOPPED, end
 from edm2.live_samples import LiveSamples
 from edm2.presets import get_preset
 from edm2.train import Stopped, TrainConfig, train
@@ -18,7 +18,6 @@ from edm2.train.ladder import with_config
 from edm2.train.run_folder import LOG_FILE, SNAPSHOTS
 from edm2.train.signals import under_torchrun
 from edm2.train.trackers import open_trackers
-from edm2.train.world import FirstFailed
 
 
 @dataclass(kw_only=True)
@@ -72,8 +71,6 @@ def run(prog: str, words: Sequence[str]) -> None:
         if not is_first:
             raise SystemExit(code) from None
         end(str(stop), code)
-    except FirstFailed:
-        raise SystemExit(EXIT_FAILED) from None
     if is_first:
         print(f"model:     {model}\nsnapshots: {chosen.out / SNAPSHOTS}\nlog:       {chosen.out / LOG_FILE}")
 
