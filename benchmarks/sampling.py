@@ -1,5 +1,8 @@
 """Images a second, and what each way to be faster changes in the images: precision, compilation, sampler, guidance.
 
+The last tables evaluate main network and guide one after the other and together, for batches of several sizes:
+two networks stacked by torch.vmap, and one network with and without labels in one batch.
+
 The plain path is the denoiser as it trains, float32 and eager, its weights normalised in every evaluation.
 Differences are root mean squares over the standard deviation of the images: for the paths those to the plain
 path's images, for the samplers those to the Heun sampler with four times the steps.
@@ -11,8 +14,9 @@ import argparse
 
 import torch
 from common import convolution_peak, in_turns, machine, make_denoiser, options, table, timed
+from torch.func import functional_call, stack_module_state
 
-from edm2.diffusion import SAMPLERS, Denoiser, DenoiserFn, time_steps
+from edm2.diffusion import SAMPLERS, Denoiser, DenoiserFn, WithoutLabels, guided, time_steps
 from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.nn import count_flops, keyed_normal, use_channels_last
 
@@ -47,7 +51,7 @@ def main() -> None:
     arguments = options(
         __doc__,
         resolution=32, channels=1, model_channels=32, channel_mult=(1, 2, 2), num_blocks=2, attention=(8,),
-        batch=64, num_steps=8, rounds=5, compile=True, bf16=True,
+        batch=64, num_steps=8, rounds=5, compile=True, bf16=True, together=(1, 4, 64),
         device="cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
     device = torch.device(arguments.device)
@@ -58,6 +62,8 @@ def main() -> None:
     print(f"batch {arguments.batch}; {machine(device)}")
     compare_paths(arguments, noise, flops)
     compare_samplers(arguments, noise, flops)
+    for batch in arguments.together:
+        compare_together(arguments, noise[:batch], flops)
 
 
 def compare_paths(arguments: argparse.Namespace, noise: torch.Tensor, flops: float) -> None:
@@ -115,6 +121,36 @@ def compare_samplers(arguments: argparse.Namespace, noise: torch.Tensor, flops: 
     )
 
 
+def compare_together(arguments: argparse.Namespace, noise: torch.Tensor, flops: float) -> None:
+    """One evaluation of main network and guide, with fixed weights: one after the other, and together."""
+    main, guide = (SamplingNetwork(_denoiser(arguments, fast=True, weak=weak)) for weak in (False, True))
+    modules = [network._copy for network in (main, guide)]
+    parameters, buffers = stack_module_state(modules)
+
+    def one(parameters: dict, buffers: dict, *inputs: torch.Tensor) -> torch.Tensor:
+        return functional_call(modules[0], (parameters, buffers), inputs)
+
+    def stacked(x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        both = torch.vmap(one, in_dims=(0, 0, None, None, None))(parameters, buffers, x, sigma, labels)
+        return both[1] + 2 * (both[0] - both[1])
+
+    def joined(x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with_labels, without = WithoutLabels(main, 10).both(x, sigma, labels)
+        return without + 2 * (with_labels - without)
+
+    last = noise.contiguous(memory_format=torch.channels_last)
+    pairs = {
+        "two networks": (guided(main, guide, 2.0), stacked),
+        "one network": (guided(main, lambda x, sigma, labels: main(x, sigma, None), 2.0), joined),
+    }
+    for title, (apart, together) in pairs.items():
+        samples = {"one after the other": Sample(apart, last, 1), "together": Sample(together, last, 1)}
+        _report(
+            f"{title}, {len(noise)} images, one evaluation of both", arguments, samples,
+            dict.fromkeys(samples, 2), flops, "one after the other",
+        )  # fmt: skip
+
+
 def _report(
     title: str,
     arguments: argparse.Namespace,
@@ -130,7 +166,8 @@ def _report(
     notes = {name: sample.difference(truth) for name, sample in samples.items() if name != reference}
     flops_per_image = {name: flops * evaluations[name] for name in samples}
     print(f"\n{title}")
-    print(table({n: times[n] for n in samples}, arguments.batch, flops_per_image, times["peak"], notes))
+    images = len(next(iter(samples.values())).noise)
+    print(table({n: times[n] for n in samples}, images, flops_per_image, times["peak"], notes))
 
 
 def _denoiser(
