@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import edm2
+from edm2.data.autoencoder import RELEASED_AUTOENCODER
 from edm2.integrations.pretrained import Pretrained
 from edm2.interop.licence import LICENCE
 
@@ -104,6 +105,9 @@ def _usage(model: Pretrained, name: str) -> str:
     picture = generator.coding.kind != "floats"
     result = 'images[0].save("sample.png")' if picture else "print(images.shape)"
     kind = "" if picture else ', output_type="np"'
+    decoded = ""
+    if generator.coding.kind == "latents":
+        decoded = f" Latents are decoded by `{RELEASED_AUTOENCODER}`; for another autoencoder give `vae=`."
     return f"""\
 ```
 pip install 'edm2[{extras}]'
@@ -118,7 +122,7 @@ images = pipe({given}, generator=torch.Generator().manual_seed(0){kind}).images
 {result}
 ```
 
-`seeds=[0, 1, 2, 3]` instead of a generator names each image: it depends on its seed alone."""
+`seeds=[0, 1, 2, 3]` instead of a generator names each image: it depends on its seed alone.{decoded}"""
 
 
 def _settings(model: Pretrained) -> str:

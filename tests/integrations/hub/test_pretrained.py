@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import small_denoiser, small_generator, small_model
+from small import latent_coding, small_denoiser, small_generator, small_model
 
 import edm2
 from edm2.cli import main
@@ -268,6 +268,12 @@ def test_a_card_is_safe_from_the_names_in_a_file(tmp_path: Path) -> None:
     assert "<script" not in card
     assert "3 classes: a/b, &lt;script>x&lt;/script>, c # d" in card
     assert "| Trained on | x --- y |" in card
+
+
+def test_the_card_of_a_latent_model_names_its_autoencoder() -> None:
+    card = model_card(Pretrained(small_generator(channels=2, coding=latent_coding())), "x")
+    assert "pip install 'edm2[hub,latent]'" in card
+    assert "Latents are decoded by `stabilityai/sd-vae-ft-mse`; for another autoencoder give `vae=`." in card
 
 
 def test_results_are_numbers() -> None:
