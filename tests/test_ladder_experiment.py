@@ -133,6 +133,7 @@ def test_report(done, settings):
 def test_spread():
     assert spread([2.0]) == "2"
     assert spread([3.0, 1.0, 2.0]) == "2 (1 to 3)"
+    assert spread([2.0, 2.0001]) == "2"
 
 
 def test_diverged_runs_are_named_in_the_figure():

@@ -99,8 +99,8 @@ class Rung:
         sigma_rel: that length, of each seed.
         by_length: Frechet distance in the search by EMA length, of each seed.
         images_per_second: of each seed.
-        activations: RMS of block outputs, the largest block's, at the end over the start, of each seed.
-        weights: RMS of the weights, end over start, of each seed.
+        activations: RMS of block outputs, the largest block's, in the last record over the first, of each seed.
+        weights: RMS of the weights, last record over first, of each seed.
         num_params: parameters.
     """
 
@@ -301,9 +301,9 @@ def _line(rung: Rung) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median, and the range where there are several values."""
-    middle = f"{statistics.median(values):.3g}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.3g} to {max(values):.3g})"
+    """Median, and the range where the values differ."""
+    low, middle, high = (f"{f(values):.3g}" for f in (min, statistics.median, max))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def write_ladder_report(
