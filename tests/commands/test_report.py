@@ -19,7 +19,7 @@ def test_report_lies_in_the_run_unless_told_otherwise(run, tmp_path, capsys):
     main(["report", str(run), "--no-samples"])
     assert capsys.readouterr().out.splitlines()[-1] == str(run / "report.html")
     main(["report", str(run), str(run), "--no-samples", "--out", str(tmp_path / "both.html")])
-    assert (tmp_path / "both.html").read_text().count("<h2") == 3
+    assert (tmp_path / "both.html").read_text().count("<h2") == 4
 
 
 def test_report_of_nothing(capsys, tmp_path):
