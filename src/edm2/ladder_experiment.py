@@ -11,12 +11,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from edm2.data import open_dataset
-from edm2.diffusion import SAMPLERS
+from edm2.diffusion import SamplerName, find_sampler
 from edm2.files import write_json
 from edm2.judging import Judge, generators
 from edm2.nn import CONFIGS
@@ -63,7 +63,7 @@ class LadderPlan:
     search_samples: int = 500
     final_samples: int = 1000
     num_steps: int = 16
-    sampler: Literal["heun", "euler", "dpmpp-2m"] = "heun"
+    sampler: SamplerName = "heun"
 
     def __post_init__(self) -> None:
         unknown = [c for c in self.configs if c not in CONFIGS]
@@ -83,8 +83,7 @@ class LadderPlan:
                 f"search_samples {self.search_samples} must be at most {_FINAL_SEED - _SEARCH_SEED}: more would be "
                 "judged again in the result"
             )
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {self.sampler!r}: there are {', '.join(SAMPLERS)}")
+        find_sampler(self.sampler)
 
 
 @dataclass(kw_only=True)

@@ -11,11 +11,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from edm2.diffusion import SAMPLERS, time_steps
+from edm2.diffusion import SamplerName, find_sampler, time_steps
 from edm2.ema.profiles import sigma_rel_to_gamma
 from edm2.ema.snapshots import read_manifest
 from edm2.generate import Generator, snapshots_of
@@ -64,7 +64,7 @@ class TuningPlan:
     final_samples: int = 1000
     repeats: int = 3
     num_steps: int = 16
-    sampler: Literal["heun", "euler", "dpmpp-2m"] = "heun"
+    sampler: SamplerName = "heun"
 
     def __post_init__(self) -> None:
         for name in ("samples", "final_samples", "repeats", "num_steps"):
@@ -82,8 +82,7 @@ class TuningPlan:
         for name in ("guide_factors", "weights", "highs", "lows"):
             if any(not 0 < value < math.inf for value in getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)} must be positive and finite")
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {self.sampler!r}: there are {', '.join(SAMPLERS)}")
+        find_sampler(self.sampler)
 
     @property
     def most_evaluations(self) -> int:

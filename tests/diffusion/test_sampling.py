@@ -1,5 +1,6 @@
 import itertools
 import math
+import typing
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ import torch
 from edm2.diffusion import (
     SAMPLERS,
     Denoiser,
+    SamplerName,
     WithoutLabels,
     draw_sigma,
     edm2_loss,
+    find_sampler,
     guided,
     sample_dpmpp_2m,
     sample_euler,
@@ -220,6 +223,13 @@ def test_schedule_ends_and_defaults():
     assert float(steps[-1]) == 0
     assert (steps.diff() < 0).all()
     assert time_steps(1).tolist() == pytest.approx([80, 0])
+
+
+def test_samplers_go_by_their_names():
+    assert {*SAMPLERS} == {*typing.get_args(SamplerName)}
+    assert find_sampler("euler") is sample_euler
+    with pytest.raises(ValueError, match="unknown sampler 'rk4': there are heun, euler, dpmpp-2m"):
+        find_sampler("rk4")
 
 
 @pytest.mark.parametrize(

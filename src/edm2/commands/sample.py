@@ -13,6 +13,7 @@ import tyro
 
 from edm2.data import LatentDecoder
 from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
+from edm2.diffusion import SamplerName
 from edm2.generate import Generator, parse_seeds, read_coding, write_samples
 from edm2.integrations.pretrained import Parts, find_parts
 from edm2.train.world import join_world
@@ -58,7 +59,7 @@ class _Sample:
     """Guidance weight; 1 for none."""
     interval: tuple[float, float] | None = None
     """Noise levels between which guidance acts. Default: all."""
-    sampler: Literal["heun", "euler", "dpmpp-2m"] | None = None
+    sampler: SamplerName | None = None
     """Heun runs the network twice on each noise level but the last, the others once. Default: heun, or that with
     which the run was tuned."""
     num_steps: int | None = None

@@ -6,17 +6,19 @@ from edm2.diffusion.ladder import TrainingRules, traditional_decay, training_rul
 from edm2.diffusion.loss import draw_sigma, edm2_loss
 from edm2.diffusion.model_file import MODEL_FILE, load_model, read_model_header, save_model
 from edm2.diffusion.sampling import sample_heun, time_steps
-from edm2.diffusion.solvers import SAMPLERS, sample_dpmpp_2m, sample_euler
+from edm2.diffusion.solvers import SAMPLERS, SamplerName, find_sampler, sample_dpmpp_2m, sample_euler
 
 __all__ = [
     "MODEL_FILE",
     "SAMPLERS",
     "Denoiser",
     "DenoiserFn",
+    "SamplerName",
     "TrainingRules",
     "WithoutLabels",
     "draw_sigma",
     "edm2_loss",
+    "find_sampler",
     "guided",
     "load_model",
     "read_model_header",

@@ -5,6 +5,7 @@ Ref: EDM (arXiv 2206.00364) Alg. 1; DPM-Solver++ (arXiv 2211.01095) Alg. 2.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -96,11 +97,23 @@ def sample_dpmpp_2m(
 
 
 # What `edm2 sample --sampler` calls them.
+SamplerName = Literal["heun", "euler", "dpmpp-2m"]
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "heun": sample_heun,
     "euler": sample_euler,
     "dpmpp-2m": sample_dpmpp_2m,
 }
+
+
+def find_sampler(name: str) -> Callable[..., Tensor]:
+    """The sampler of a name in `SAMPLERS`.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}: there are {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
 
 
 def _pairs(levels: list[float], x: Tensor) -> Iterator[tuple[float, float, Tensor]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from edm2.data import LatentDecoder
-from edm2.diffusion import SAMPLERS, Denoiser, DenoiserFn, WithoutLabels, load_model
+from edm2.diffusion import Denoiser, DenoiserFn, WithoutLabels, find_sampler, load_model
 from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.generate.reconstructed import read_info, reconstruct_denoiser
 from edm2.nn import keyed_normal, use_channels_last
@@ -271,9 +271,7 @@ class Generator:
             given = given.float() if self.takes_vectors else given.long()
         condition = None if conditions is None else torch.as_tensor(conditions, device=device).float()
         if isinstance(sampler, str):
-            if sampler not in SAMPLERS:
-                raise ValueError(f"unknown sampler {sampler!r}: there are {', '.join(SAMPLERS)}")
-            sampler = SAMPLERS[sampler]
+            sampler = find_sampler(sampler)
 
         calls = 0
 

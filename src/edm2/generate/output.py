@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import edm2
-from edm2.diffusion import SAMPLERS
+from edm2.diffusion import find_sampler
 from edm2.files import write_atomic, write_json
 from edm2.generate.archive import ARCHIVES, SETTINGS_FILE, read_settings, write_npz, write_zip
 from edm2.generate.generator import Generator
@@ -135,9 +135,7 @@ def _settings(
     sampler: str,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}: there are {', '.join(SAMPLERS)}")
-    known = inspect.signature(SAMPLERS[sampler]).parameters
+    known = inspect.signature(find_sampler(sampler)).parameters
     unknown = sorted(options.keys() - known.keys())
     if unknown:
         raise ValueError(
@@ -164,7 +162,7 @@ def _try(sampler: str, has_guide: bool, options: dict[str, Any]) -> None:
 
     churn: dict[str, Any] = {"randn_like": torch.zeros_like} if options.get("s_churn") else {}
     guide = nothing if has_guide else None
-    SAMPLERS[sampler](nothing, torch.zeros(1, 1, 1, 1), guide=guide, **options, **churn)
+    find_sampler(sampler)(nothing, torch.zeros(1, 1, 1, 1), guide=guide, **options, **churn)
 
 
 def _named(labels: int | np.ndarray) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import edm2
-from edm2.diffusion import MODEL_FILE, SAMPLERS, save_model
+from edm2.diffusion import MODEL_FILE, find_sampler, save_model
 from edm2.files import write_atomic, write_json
 from edm2.generate import Generator
 from edm2.integrations.results import Result, check_results, published_result, read_results, tuning_results
@@ -48,8 +48,7 @@ class Sampling:
     interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {self.sampler!r}: there are {', '.join(SAMPLERS)}")
+        find_sampler(self.sampler)
         if type(self.num_steps) is not int or not 1 <= self.num_steps <= _MOST_STEPS:
             raise ValueError(f"num_steps {self.num_steps} must be a number from 1 to {_MOST_STEPS}")
         if not math.isfinite(self.guidance):
