@@ -213,6 +213,10 @@ def test_report_has_a_curve_a_stage_and_a_ranking(run, found, tmp_path):
     assert "Tuning &lt;it&gt;" in page
     assert page.count("<img") == len({t.stage for t in found.tried})
     assert found.best.describe() in page
+    assert f"scatter by {statistics.stdev(found.held_out):.3g} (standard deviation, the bars)" in page
+    other = dataclasses.replace(PLAN, final_samples=9)
+    page = write_tuning_report(found, other, tmp_path / "report.html", title="t").read_text()
+    assert "scatter by" not in page
 
 
 def test_no_search_where_there_is_nothing_to_search_in(tmp_path):

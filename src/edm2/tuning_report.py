@@ -47,8 +47,15 @@ def write_tuning_report(tuned: Tuned, plan: TuningPlan, out: str | Path, *, titl
         "the same for both.",
     )
     add_result(page, tuned)
-    page.section("Knob by knob", _points_text(tuned, plan))
-    add_knobs(page, tuned)
+    points = f"Each point: {plan.samples:,} images, {plan.num_steps} steps of {plan.sampler}, the same seeds for all."
+    scatter = None
+    if plan.repeats > 1 and plan.samples == plan.final_samples:
+        scatter = statistics.stdev(tuned.held_out)
+        points += (
+            f" With other seeds the best settings scatter by {scatter:.3g} (standard deviation, the bars)."
+        )
+    page.section("Knob by knob", points)
+    add_knobs(page, tuned, scatter)
     page.section("Ranking", f"The best of {len(tuned.tried)} settings tried.")
     add_ranking(page, tuned)
     return page.write(out)
@@ -65,8 +72,8 @@ def add_result(page: Page, tuned: Tuned) -> None:
     page.table(["repeat", "tuned", f"EMA {BASELINE_SIGMA_REL:g}, no guidance", "lower by"], rows)
 
 
-def add_knobs(page: Page, tuned: Tuned) -> None:
-    """Add a curve for each knob that was searched."""
+def add_knobs(page: Page, tuned: Tuned, scatter: float | None = None) -> None:
+    """Add a curve for each knob that was searched, with bars for the scatter of a score if it is known."""
     best = math.inf
     with page.columns():
         for stage, (knob, value) in _KNOBS.items():
@@ -77,7 +84,9 @@ def add_knobs(page: Page, tuned: Tuned) -> None:
                     name = f"guide of {t.knobs.guide_images:,.0f} images" if stage == "guide" else ""
                     curves.setdefault(name, []).append((value(t), t.score))
                 before = best if math.isfinite(best) else None
-                figure = knob_figure(curves, knob=knob, label="Frechet distance", reference=before)
+                figure = knob_figure(
+                    curves, knob=knob, label="Frechet distance", reference=before, scatter=scatter
+                )
                 page.figure(figure, stage[0].upper() + stage[1:], f"Curve of Frechet distance against {knob}")
                 best = min(best, *(t.score for t in points))
 
@@ -99,11 +108,3 @@ def improvement_text(tuned: Tuned) -> str:
         return f"{text} in one repeat"
     low, high = tuned.improvement - error, tuned.improvement + error
     return f"{text} (95% confidence {100 * low:.1f} to {100 * high:.1f}%; repeats {each})"
-
-
-def _points_text(tuned: Tuned, plan: TuningPlan) -> str:
-    text = f"Each point: {plan.samples:,} images, {plan.num_steps} steps of {plan.sampler}, the same seeds for all."
-    if plan.repeats > 1 and plan.samples == plan.final_samples:
-        scatter = statistics.stdev(tuned.held_out)
-        text += f" With other seeds the best point scatters by {scatter:.3g} (standard deviation)."
-    return text

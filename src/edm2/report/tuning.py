@@ -17,6 +17,7 @@ def knob_figure(
     knob: str,
     label: str,
     reference: float | None = None,
+    scatter: float | None = None,
 ) -> Figure:
     """Score against one knob.
 
@@ -25,6 +26,7 @@ def knob_figure(
         knob: name of the horizontal axis.
         label: name of the vertical axis.
         reference: score before this knob was moved, drawn as a line.
+        scatter: standard deviation of a score, drawn as a bar at each.
 
     Returns:
         The figure.
@@ -37,7 +39,10 @@ def knob_figure(
     figure, (ax,) = new_figure()
     for i, (name, pairs) in enumerate(curves.items()):
         x, y = zip(*sorted(pairs), strict=True)
-        ax.plot(x, y, "o-", markersize=3.5, color=SERIES[i % len(SERIES)], label=name or None)
+        ax.errorbar(
+            x, y, scatter, fmt="o-", markersize=3.5, elinewidth=0.8, color=SERIES[i % len(SERIES)],
+            label=name or None,
+        )  # fmt: skip
     if reference is not None:
         ax.axhline(reference, color=LIGHT["muted"], linestyle=(0, (5, 3)), linewidth=1.2, label="before")
     ax.set_xlabel(knob, parse_math=False)
