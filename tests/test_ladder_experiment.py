@@ -4,11 +4,13 @@ import math
 
 import pytest
 
+from edm2 import ladder_experiment
 from edm2.generate import Generator
 from edm2.ladder_experiment import LadderPlan, run_ladder, spread, table, with_length, write_ladder_report
 from edm2.presets import get_preset
 from edm2.report.ladder import ladder_figure
 from edm2.train.ladder import with_config
+from edm2.train.signals import Stopped
 
 PLAN = LadderPlan(
     configs=("C", "G"), seeds=(0, 1), rate_factors=(1.0, 1e30), rate_images=32, sigma_rels=(0.05, 0.1),
@@ -70,6 +72,27 @@ def test_a_second_call_trains_nothing_again(done, settings):
     again = run_ladder(settings, PLAN, out, quiet=True)
     assert again == rungs
     assert {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")} == models
+
+
+def test_an_experiment_stopped_within_a_run_continues_there(done, settings, tmp_path, monkeypatch):
+    rungs, _ = done
+    plan = dataclasses.replace(PLAN, configs=("G",), seeds=(0,))
+    trained, steps = ladder_experiment.train, []
+
+    def stopping(config, run, **options):
+        def on_step(trainer):
+            steps.append((run.name, trainer.num_images))
+            if run.name == "seed-0" and trainer.num_images == 32:
+                trainer.request_stop()
+
+        return trained(config, run, on_step=on_step, **options)
+
+    monkeypatch.setattr(ladder_experiment, "train", stopping)
+    with pytest.raises(Stopped):
+        run_ladder(settings, plan, tmp_path, quiet=True)
+    (again,) = run_ladder(settings, plan, tmp_path, quiet=True)
+    assert len(steps) == len(set(steps))
+    assert (again.frechet, again.by_length) == (rungs[1].frechet[:1], rungs[1].by_length[:1])
 
 
 def test_results_are_measured_with_seeds_that_no_choice_saw(done, sampled):
