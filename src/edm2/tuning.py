@@ -123,10 +123,6 @@ def tune(
     search = range(_SEARCH_SEED, _SEARCH_SEED + plan.samples)
     tried: list[Tried] = []
     effects = set()
-
-    def best() -> Tried:
-        return min(tried, key=lambda t: t.score)
-
     for stage, propose in _stages(bench.moments, plan):
         for knobs in propose(tried):
             effect = bench.effect(knobs)
@@ -135,20 +131,24 @@ def tune(
             effects.add(effect)
             tried.append(Tried(stage=stage, knobs=knobs, score=bench.evaluate(knobs, search)))
             if on_tried is not None:
-                on_tried(tried[-1], best())
+                on_tried(tried[-1], _best(tried))
     starts = [_HELD_OUT_SEED + i * plan.final_samples for i in range(plan.repeats)]
     found, baseline = (
         [bench.evaluate(knobs, range(start, start + plan.final_samples)) for start in starts]
-        for knobs in (best().knobs, Knobs(sigma_rel=BASELINE_SIGMA_REL))
+        for knobs in (_best(tried).knobs, Knobs(sigma_rel=BASELINE_SIGMA_REL))
     )
     return Tuned(
-        best=best().knobs,
+        best=_best(tried).knobs,
         num_steps=plan.num_steps,
         sampler=plan.sampler,
         tried=tried,
         held_out=found,
         baseline=baseline,
     )
+
+
+def _best(tried: Sequence[Tried]) -> Tried:
+    return min(tried, key=lambda t: t.score)
 
 
 _Stage = tuple[str, Callable[[Sequence[Tried]], Iterator[Knobs]]]
@@ -158,15 +158,12 @@ def _stages(moments: Sequence[float], plan: TuningPlan) -> list[_Stage]:
     """Names of the stages, and what each proposes after what was tried."""
     replace = dataclasses.replace
 
-    def best(tried: Sequence[Tried]) -> Knobs:
-        return min(tried, key=lambda t: t.score).knobs
-
     def lengths(tried: Sequence[Tried]) -> Iterator[Knobs]:
-        start = best(tried) if tried else Knobs(sigma_rel=plan.sigma_rels[0])
+        start = _best(tried).knobs if tried else Knobs(sigma_rel=plan.sigma_rels[0])
         return (replace(start, sigma_rel=s) for s in plan.sigma_rels)
 
     def guides(tried: Sequence[Tried]) -> Iterator[Knobs]:
-        start = best(tried)
+        start = _best(tried).knobs
         wanted = [fraction * moments[-1] for fraction in plan.guide_moments]
         for images in sorted({min(moments, key=lambda m: abs(m - w)) for w in wanted}):
             for factor in plan.guide_factors:
@@ -175,17 +172,20 @@ def _stages(moments: Sequence[float], plan: TuningPlan) -> list[_Stage]:
 
     def weights(tried: Sequence[Tried]) -> Iterator[Knobs]:
         guided = [t for t in tried if t.knobs.guide_images is not None]
-        helps = best(tried).guide_images is not None
-        for weight in plan.weights:
-            if guided and (helps or weight < _FOR_GUIDE_SEARCH):
-                yield replace(best(guided), guidance=weight)
+        if guided:
+            start, helps = _best(guided).knobs, _best(tried) in guided
+            for weight in plan.weights:
+                if helps or weight < _FOR_GUIDE_SEARCH:
+                    yield replace(start, guidance=weight)
 
     def highs(tried: Sequence[Tried]) -> Iterator[Knobs]:
-        return (replace(best(tried), interval=(0.0, high)) for high in plan.highs)
+        start = _best(tried).knobs
+        return (replace(start, interval=(0.0, high)) for high in plan.highs)
 
     def lows(tried: Sequence[Tried]) -> Iterator[Knobs]:
-        high = best(tried).interval[1]
-        return (replace(best(tried), interval=(low, high)) for low in plan.lows if low < high)
+        start = _best(tried).knobs
+        high = start.interval[1]
+        return (replace(start, interval=(low, high)) for low in plan.lows if low < high)
 
     return [
         ("EMA length", lengths),
