@@ -70,3 +70,8 @@ def test_silu_constant_is_the_rms_of_silu():
     density = torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
     exact = torch.trapezoid(torch.nn.functional.silu(x) ** 2 * density, x).sqrt()
     assert exact == pytest.approx(0.596, abs=5e-4)
+
+
+def test_doubling_is_the_same_when_compiled():
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(torch.compile(resample, backend="eager")(x, "up"), resample(x, "up"))

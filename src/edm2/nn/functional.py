@@ -132,5 +132,10 @@ def resample(x: Tensor, mode: str = "keep") -> Tensor:
     if mode == "down":
         return F.avg_pool2d(x, 2)
     if mode == "up":
+        if torch.compiler.is_compiling():
+            # Inductor (torch 2.13, CPU) can make gradients of what comes before `interpolate` zero.
+            batch, channels, height, width = x.shape
+            cells = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
+            return cells.reshape(batch, channels, 2 * height, 2 * width)
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
     raise ValueError(f"resample mode {mode!r} is not one of 'keep', 'down', 'up'")
