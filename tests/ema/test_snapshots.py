@@ -1,6 +1,8 @@
 """Folders of snapshots: what is written, read back, and refused."""
 
+import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,56 @@ def test_resumed_run_writes_its_folder_again_identically(tmp_path: Path) -> None
     train(tmp_path / "resumed")
     train(tmp_path / "resumed")
     assert contents(tmp_path / "whole") == contents(tmp_path / "resumed")
+
+
+def a_run(steps: int, *, seed: int = 0, state: dict[str, object] | None = None) -> Iterator[PowerEMA]:
+    """A tracker after each step of a random walk from zero, or from a state with its weights."""
+    model = nn.Linear(3, 3)
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    ema = PowerEMA(model, run_id="run")
+    if state is not None:
+        model.load_state_dict(state["model"])  # type: ignore[arg-type]
+        ema.load_state_dict(state["ema"])  # type: ignore[arg-type]
+        yield ema
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(3, 3, generator=generator))
+        ema.update(ema.t + 1)
+        yield ema
+
+
+def test_a_tracker_that_was_not_resumed_deletes_no_snapshot(tmp_path: Path) -> None:
+    for ema in a_run(10):
+        ema.snapshot(tmp_path)
+    ema.snapshot(tmp_path, dtype="fp16")  # its own one may be written anew
+    before = contents(tmp_path)
+    for ema in a_run(10, seed=1):
+        with pytest.raises(
+            ValueError, match=r"of run 'run' from t \d+ to 10, .* load_state_dict; .* another folder"
+        ):
+            ema.snapshot(tmp_path)
+        assert contents(tmp_path) == before
+    for ema in a_run(5):
+        ema.snapshot(tmp_path)  # equal weights give equal files
+        assert contents(tmp_path) == before
+
+
+def test_a_resumed_run_goes_back_to_its_checkpoint(tmp_path: Path) -> None:
+    for ema in a_run(8):
+        ema.snapshot(tmp_path)
+        if ema.t == 4:
+            state = copy.deepcopy({"ema": ema.state_dict(), "model": ema._model.state_dict()})
+    before = contents(tmp_path)
+    (resumed,) = a_run(0, state=state)
+    resumed.snapshot(tmp_path)
+    assert contents(tmp_path) == before, "equal weights keep what came after them"
+    _, other = a_run(1, state=state, seed=1)
+    with pytest.warns(UserWarning, match="went back to t 5 and goes on differently, so 6 snapshots after it"):
+        other.snapshot(tmp_path)
+    assert [s.t for s in read_manifest(tmp_path).snapshots] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert len(contents(tmp_path)) == 11
 
 
 def test_another_runs_folder_is_refused(tmp_path: Path) -> None:

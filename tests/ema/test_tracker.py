@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,6 +130,47 @@ def test_a_changed_model_is_refused() -> None:
         ema.update(2)
 
 
+def test_a_replaced_module_is_named(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    ema = PowerEMA(model)
+    ema.update(1)
+    ema.snapshot(tmp_path)
+    model[0].weight = nn.Parameter(torch.zeros(2, 2))  # found anew: it is the module that is held
+    ema.update(2)
+    ema.snapshot(tmp_path)
+    for index, layer, name in ((1, nn.BatchNorm1d(2), "1.weight"), (0, nn.Linear(2, 2), "0.weight")):
+        model[index] = layer
+        message = f"tensor '{name}' in the model is not the one that is followed: its module was replaced"
+        with pytest.raises(ValueError, match=message):
+            ema.snapshot(tmp_path)
+        with pytest.raises(ValueError, match=message), ema.applied(model, 0.1):
+            pass
+    model.append(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"it lacks none, and has '2.bias', '2.weight' besides"):
+        ema.snapshot(tmp_path)
+
+
+def test_a_state_that_is_not_whole_changes_nothing() -> None:
+    model = nn.Linear(3, 2)
+    ema, other = PowerEMA(model, (0.1,), run_id="one"), PowerEMA(model, (0.1,), run_id="two")
+    other.update(7)
+    whole = other.state_dict()
+    with torch.no_grad():
+        model.weight.add_(1)
+    ema.update(5)
+    before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in ema.state_dict().items()}
+    for key in ("run_id", "start", "t", "updates", "format", "clock", "sigma_rels", "average.0.bias"):
+        for value in (None, float("nan"), ()):
+            with pytest.raises(ValueError, match=f"(is missing or wrong|the state's {key} is|'{key}')"):
+                ema.load_state_dict({**whole, key: value})
+            with pytest.raises(ValueError, match=r"(is missing or wrong|the state's|of another model)"):
+                ema.load_state_dict({k: v for k, v in whole.items() if k != key})
+    for key, value in ema.state_dict().items():
+        assert torch.equal(value, before[key]) if isinstance(value, torch.Tensor) else value == before[key]
+    ema.load_state_dict(whole)
+    assert (ema.run_id, ema.t) == ("two", 7)
+
+
 def test_bad_widths_are_refused() -> None:
     with pytest.raises(ValueError, match="one or more different widths"):
         PowerEMA(nn.Linear(2, 2), (0.1, 0.1))
@@ -176,10 +218,37 @@ def test_applied_swaps_weights_in_and_surely_back() -> None:
         raise RuntimeError("inside")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     with (
-        pytest.raises(ValueError, match=r"other tensors than those tracked, first '0\.bias'"),
+        pytest.raises(ValueError, match=r"it lacks 'bias', 'weight', and has '0\.bias', '0\.weight' besides"),
         ema.applied(nn.Sequential(nn.Linear(7, 5)), 0.1),
     ):
         pass
+
+
+class Pair(nn.Module):
+    """Two layers, in either order of registration."""
+
+    def __init__(self, *names: str, width: int = 3) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(width, width))
+
+
+def test_applied_pairs_tensors_by_name() -> None:
+    model, other = Pair("a", "b"), Pair("b", "a")
+    ema = PowerEMA(model)
+    ema.update(1)
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with ema.applied(other, 0.1):
+        assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in before.items())
+    swapped = Pair("a", "b", width=1)
+    before = {k: v.clone() for k, v in swapped.state_dict().items()}
+    with (
+        pytest.raises(ValueError, match=r"'a.weight' has shape \(1, 1\) in the model, its average \(3, 3\)"),
+        ema.applied(swapped, 0.1),
+    ):
+        pass
+    assert all(torch.equal(v, swapped.state_dict()[k]) for k, v in before.items())
 
 
 def test_subset_leaves_the_rest_alone() -> None:

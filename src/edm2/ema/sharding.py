@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from edm2.ema.tensors import is_sharded, like_shard
+from edm2.ema.tensors import clean_name, is_sharded, like_shard
 
 
 def distance(averages: Sequence[Tensor], weights: Sequence[Tensor], templates: Sequence[Tensor]) -> float:
@@ -28,6 +28,18 @@ def distance(averages: Sequence[Tensor], weights: Sequence[Tensor], templates: S
             norm = torch.linalg.vector_norm(difference, dtype=torch.float64)
         square += float(norm.square())
     return math.sqrt(square)
+
+
+def is_other_replica(model: nn.Module) -> bool:
+    """Whether a module is a data-parallel replica (DDP) of one that the first process of its group holds."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel) and (
+            not name or not clean_name(f"{name}.")
+        ):
+            return torch.distributed.get_rank(module.process_group) != 0
+    return False
 
 
 def write_from_first(

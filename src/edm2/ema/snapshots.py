@@ -1,6 +1,8 @@
 """A folder of self-describing snapshots: safetensors files and a manifest, whole after any kill."""
 
+import errno
 import json
+import math
 import os
 import re
 import warnings
@@ -150,8 +152,12 @@ def write(
     tracks: Iterable[Track],
     dtype: str,
     keep: int | None = None,
+    own_until: float = -math.inf,
 ) -> list[Path]:
     """Add the averages of one time to a folder; see `PowerEMA.snapshot`.
+
+    What lies there of this time or a later one is replaced only up to `own_until`; the rest must come out the
+    same, or the write is refused.
 
     Every file is written aside, flushed and renamed, then the manifest is replaced in one step, so that a
     kill at any moment leaves a folder with all that its manifest names. Snapshots that are given up leave
@@ -161,12 +167,16 @@ def write(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(folder):
-            return _write(folder, run, t=t, layout=layout, tracks=tracks, dtype=dtype, keep=keep)
+            return _write(
+                folder, run, t=t, layout=layout, tracks=tracks, dtype=dtype, keep=keep, own_until=own_until
+            )
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise OSError(
             error.errno,
-            f"could not write a snapshot to {folder} ({error.strerror}): it still holds what it held before;"
-            " make room and call snapshot() again",
+            f"could not write a snapshot ({error.strerror or error}): the folder holds what it held before;"
+            f" {'make room' if full else 'put that right'} and call snapshot() again",
+            str(folder),
         ) from error
 
 
@@ -179,6 +189,7 @@ def _write(
     tracks: Iterable[Track],
     dtype: str,
     keep: int | None,
+    own_until: float,
 ) -> list[Path]:
     known: tuple[Snapshot, ...] = ()
     if (folder / MANIFEST).exists():
@@ -189,7 +200,7 @@ def _write(
     remove_strays(folder, run, known)
     try:
         new = [_write_one(folder, run, t=t, track=track, dtype=dtype) for track in tracks]
-        content = [s for s in known if s.t < t] + new + _later(folder, known, new)
+        content = [s for s in known if s.t < t] + new + _later(folder, run, known, new, own_until)
         if keep is not None:
             content = _thinned(content, run, new, keep)
         write_manifest(folder, Manifest(run=run, layout=layout, snapshots=tuple(content)))
@@ -201,9 +212,11 @@ def _write(
 
 
 def _thinned(content: list[Snapshot], run: RunInfo, new: list[Snapshot], keep: int) -> list[Snapshot]:
-    times = sorted({s.t - run.start for s in content})
-    kept = times_to_keep(times, [s.sigma_rel for s in new], keep // len(new), dtype=new[0].dtype)
-    return [s for s in content if s.t - run.start in kept]
+    widths = [s.sigma_rel for s in new]
+    while len(content) > keep and len(times := sorted({s.t - run.start for s in content})) > 1:
+        kept = times_to_keep(times, widths, len(times) - 1, dtype=new[0].dtype)
+        content = [s for s in content if s.t - run.start in kept]
+    return content
 
 
 def _start_folder(folder: Path, run: RunInfo, layout: str) -> None:
@@ -228,25 +241,36 @@ def _write_one(folder: Path, run: RunInfo, *, t: float, track: Track, dtype: str
     )  # fmt: skip
 
 
-def _later(folder: Path, known: Sequence[Snapshot], new: Sequence[Snapshot]) -> list[Snapshot]:
+def _later(
+    folder: Path, run: RunInfo, known: Sequence[Snapshot], new: Sequence[Snapshot], own_until: float
+) -> list[Snapshot]:
     """Snapshots of later times that still belong to the run when it writes an earlier time again."""
     t = new[0].t
     later = [s for s in known if s.t > t]
-    if later and {s.sha256 for s in known if s.t == t} != {s.sha256 for s in new}:
+    lost = [s for s in known if s.t >= t]
+    if {s.sha256 for s in known if s.t == t} == {s.sha256 for s in new}:
+        return later
+    if lost and max(s.t for s in lost) > own_until:
+        raise ValueError(
+            f"{folder} holds {len(lost)} snapshots of run {run.run_id!r} from t {lost[0].t:g} to {lost[-1].t:g},"
+            f" which this one of t {t:g}, from other weights, would delete: to go on with that run, load its"
+            " state with load_state_dict; to begin anew, choose another folder"
+        )
+    if later:
         warnings.warn(
             f"{folder}: the run went back to t {t:g} and goes on differently, so {len(later)} snapshots after"
             " it are of a past that is no longer this run's; they are removed",
             stacklevel=4,
         )
-        return []
-    return later
+    return []
 
 
 def _same_run(folder: Path, old: Manifest, run: RunInfo, layout: str) -> RunInfo:
     if old.run.run_id != run.run_id:
         raise ValueError(
             f"{folder} holds snapshots of run {old.run.run_id!r}, this is run {run.run_id!r}: choose an empty"
-            " folder, or load_state_dict to go on with that run"
+            " folder, or load_state_dict to go on with that run; of several processes that train one model, let"
+            " the first alone call snapshot"
         )
     for name in ("clock", "start", "aliases"):
         if getattr(old.run, name) != getattr(run, name):

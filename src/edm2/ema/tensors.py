@@ -57,11 +57,6 @@ class ModuleTensors:
     copied: tuple[Slot, ...]
     aliases: dict[str, str]
 
-    @property
-    def slots(self) -> tuple[Slot, ...]:
-        """All slots: averaged, then copied."""
-        return self.averaged + self.copied
-
 
 def collect(model: nn.Module, include: Include | None = None) -> ModuleTensors:
     """Find the tensors of a module that an average is about.

@@ -1,7 +1,8 @@
 """Power-function averages of a module's weights, tracked while it trains."""
 
+import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,17 @@ from edm2.ema.encoding import Track, arithmetic_rounding
 from edm2.ema.offload import HostAverages
 from edm2.ema.plans import Plan, named_plan
 from edm2.ema.profiles import sigma_rel_to_gamma, step_weight
-from edm2.ema.sharding import distance, write_from_first
+from edm2.ema.sharding import distance, is_other_replica, write_from_first
 from edm2.ema.solve import solve_live
-from edm2.ema.tensors import Include, collect, full, is_sharded, like_shard, local
+from edm2.ema.tensors import Include, ModuleTensors, collect, full, is_sharded, like_shard, local
 
 _FORMAT = "edm2.ema.PowerEMA/1"
+_VALUES: dict[str, type | tuple[type, ...]] = {
+    "run_id": str,
+    "start": (int, float),
+    "t": (int, float),
+    "updates": int,
+}
 
 
 class PowerEMA:
@@ -36,7 +43,8 @@ class PowerEMA:
         include: Called with each clean name and tensor; says which take part. Default: all.
         clock: Unit of time, a word for the reader of the snapshots.
         start: Time at which training starts: 0, or the clock's value where fine-tuning begins.
-        run_id: Name of the training run. Snapshots of two runs never share a folder. Default: random.
+        run_id: Name of the training run. Snapshots of two runs never share a folder. Default: random, and taken
+            over from the state that is loaded.
         dtype: Element type of the averages; float64 for exact ones at twice the memory.
         device: "cpu" keeps the averages in the host's memory. Default: beside the weights.
 
@@ -71,6 +79,8 @@ class PowerEMA:
         self.run_id = secrets.token_hex(8) if run_id is None else run_id
         self.t: float = start
         self._updates = 0
+        self._resumed = False
+        self._written: dict[Path, float] = {}
         self._model = model
         self._include = include
         self._tensors = collect(model, include)
@@ -138,7 +148,8 @@ class PowerEMA:
     ) -> list[Path]:
         """Add the averages as they are now to a folder of snapshots.
 
-        Where tensors are sharded, every process must call it, and the first one writes.
+        Where tensors are sharded, every process must call it, and the first one writes. Of the processes of a
+        `DistributedDataParallel`, the first one writes, whether or not the others call it.
 
         Args:
             folder: Folder of this run's snapshots; made where there is none.
@@ -148,13 +159,14 @@ class PowerEMA:
             keep: Most snapshots (files) that the folder holds; the least useful times are given up. Default: all.
 
         Returns:
-            The files of this time, one a track.
+            The files of this time, one a track; none on processes that do not write.
 
         Raises:
-            ValueError: If there was no update yet, the folder holds another run, or one time's snapshots are
-                more than `keep`.
+            ValueError: If there was no update yet, the model is no longer the one that is averaged, the folder
+                holds another run, or this run's snapshots from a state that was not loaded, or one time's
+                snapshots are more than `keep`.
             FloatingPointError: If an average is not finite.
-            OSError: If the disk is full; the folder then holds what it held before.
+            OSError: If it cannot be written; the folder then holds what it held before.
         """
         if self.t == self.start:
             raise ValueError(
@@ -172,7 +184,9 @@ class PowerEMA:
             metadata=metadata,
         )
         weights = self._current()
-        self._check_names([slot.name for slot in collect(self._model, self._include).averaged])
+        self._check_same(collect(self._model, self._include))
+        if is_other_replica(self._model):
+            return []
         copied = {slot.name: slot.get() for slot in self._tensors.copied}
         shapes = {n: tuple(x.shape) for n, x in zip(self.names, self._templates, strict=True)}
         tracks = (
@@ -187,12 +201,18 @@ class PowerEMA:
         )
         layout = snapshots.layout_digest({**shapes, **{n: tuple(x.shape) for n, x in copied.items()}})
 
+        path = Path(folder).resolve()
+        own_until = math.inf if self._resumed else self._written.get(path, -math.inf)
+
         def write() -> list[Path]:
             return snapshots.write(
-                Path(folder), run, layout=layout, t=self.t, tracks=tracks, dtype=dtype, keep=keep
-            )
+                Path(folder), run, layout=layout, t=self.t, tracks=tracks, dtype=dtype, keep=keep,
+                own_until=own_until,
+            )  # fmt: skip
 
-        return write_from_first(write, tracks, self._templates)
+        paths = write_from_first(write, tracks, self._templates)
+        self._written[path] = self.t
+        return paths
 
     def _whole(self, averages: list[Tensor]) -> dict[str, Tensor]:
         """Whole tensors on the CPU by name, gathered where they are sharded."""
@@ -240,10 +260,19 @@ class PowerEMA:
         Raises:
             ValueError: If the model has other tensors, or that width cannot be had.
         """
-        slots = collect(model, self._include).averaged
-        self._check_names([slot.name for slot in slots])
-        weights = [local(slot.get()) for slot in slots]
+        found = collect(model, self._include)
+        if model is self._model:
+            self._check_same(found)
+        given = {slot.name: slot.get() for slot in found.averaged}
+        self._check_names(given)
+        weights = [local(given[name]) for name in self.names]
         values = self._local_average(sigma_rel)
+        for name, weight, value in zip(self.names, weights, values, strict=True):
+            if weight.shape != value.shape:
+                raise ValueError(
+                    f"tensor {name!r} has shape {tuple(weight.shape)} in the model, its average {tuple(value.shape)}:"
+                    " the averages fit the model that was tracked, or one made and spread over processes like it"
+                )
         saved = [x.detach().clone() for x in weights]
         try:
             _copy(weights, values)
@@ -251,13 +280,25 @@ class PowerEMA:
         finally:
             _copy(weights, saved)
 
-    def _check_names(self, names: list[str]) -> None:
-        differing = sorted(set(names) ^ set(self.names))
-        if differing:
+    def _check_names(self, names: Iterable[str]) -> None:
+        given, tracked = set(names), set(self.names)
+        missing, extra = sorted(tracked - given), sorted(given - tracked)
+        if missing or extra:
             raise ValueError(
-                f"the model has other tensors than those tracked, first {differing[0]!r}: build a new"
-                " PowerEMA after changing a model"
+                f"the model has other tensors than those tracked: it lacks {_listed(missing)}, and has {_listed(extra)}"
+                " besides; build a new PowerEMA after changing a model"
             )
+
+    def _check_same(self, now: ModuleTensors) -> None:
+        """Make sure that the averages follow the tensors that are in the model now."""
+        self._check_names(slot.name for slot in now.averaged)
+        found = {slot.name: slot.get() for slot in (*now.averaged, *now.copied)}
+        for slot in (*self._tensors.averaged, *self._tensors.copied):
+            if found.get(slot.name) is not slot.get():
+                raise ValueError(
+                    f"tensor {slot.name!r} in the model is not the one that is followed: its module was replaced"
+                    " after PowerEMA was built; build a new PowerEMA, and only once the model is whole"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly: one flat dict of tensors and JSON values.
@@ -286,7 +327,8 @@ class PowerEMA:
             state: What `state_dict` gave.
 
         Raises:
-            ValueError: If it is of other tracks, another clock, or another model; nothing is loaded then.
+            ValueError: If it is of other tracks, another clock, or another model, or not whole; nothing is loaded
+                then.
         """
         mine = self.state_dict()
         for key in ("format", "clock", "sigma_rels"):
@@ -299,21 +341,33 @@ class PowerEMA:
         given = {k: v for k, v in state.items() if k.startswith("average.")}
         differing = sorted(
             k for k in tensors.keys() | given.keys()
-            if k not in tensors or k not in given or tensors[k].shape != given[k].shape
+            if getattr(tensors.get(k), "shape", None) != getattr(given.get(k), "shape", None)
         )  # fmt: skip
         if differing:
             raise ValueError(
                 f"the state is of another model: {len(differing)} tensors are missing, new or of another"
                 f" shape, first {differing[0]!r}"
             )
+        broken = [k for k, kind in _VALUES.items() if not isinstance(state.get(k), kind)]
+        broken += [k for k, x in tensors.items() if local(x).shape != local(given[k]).shape]
+        if broken or not state["start"] <= state["t"] < math.inf:
+            raise ValueError(
+                f"the state is not one that state_dict gave: {', '.join(broken) or 't'} is missing or wrong; load what"
+                " this run's PowerEMA.state_dict() returned"
+            )
         for key, tensor in tensors.items():
             local(tensor).copy_(local(given[key]))
         self.run_id, self.start, self.t = state["run_id"], state["start"], state["t"]
         self._updates = state["updates"]
+        self._resumed = True
 
 
 def _kinds(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.device, torch.dtype]]:
     return [(x.shape, x.device, x.dtype) for x in tensors]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return (", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")) or "none"
 
 
 def _words(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> str:
