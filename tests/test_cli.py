@@ -152,6 +152,16 @@ def test_a_file_where_a_folder_is_needed(tmp_path: Path, capsys: pytest.CaptureF
     assert (tmp_path / "notes").read_text() == "mine"
 
 
+def test_names_from_files_cannot_command_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("no \x1b[31mred\nsecond line")
+
+    monkeypatch.setattr("edm2.commands.demo.run", fail)
+    assert ends(["demo"], capsys) == (2, "edm2: error: no \\x1b[31mred\nsecond line\n")
+
+
 def test_warnings_are_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edm2.commands.info.run", lambda *_: warnings.warn("look here", stacklevel=1))
     with warnings.catch_warnings():

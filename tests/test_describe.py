@@ -1,6 +1,7 @@
 """What `edm2 info` says of a preset, a model, and a run that is under way."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,25 @@ def test_model(tmp_path: Path) -> None:
     ):
         assert line in text
     assert all(name in text for name in denoiser.state_dict())
+
+
+def test_texts_from_the_file_cannot_command_the_terminal(tmp_path: Path) -> None:
+    denoiser = Denoiser(8, 1, **OPTIONS)  # type: ignore[arg-type]
+    save_model(tmp_path, denoiser.config, denoiser.state_dict(), {"data": "\x1b[31mred\nlicence  free"})
+    assert "trained on  \\x1b[31mred licence free\n" in describe_path(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["preset", "num_images"])
+def test_damaged_settings_of_a_run(tmp_path: Path, change: str) -> None:
+    settings = {"preset": "digits", "num_images": 64}
+    del settings[change]
+    content = {"run_id": "x", "identity": {}, "settings": settings}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"config.json or log.jsonl beside it is damaged \('{change}'\)"):
+        describe_path(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**content, "settings": []}))
+    with pytest.raises(ValueError, match=r"config.json is damaged \(settings of another kind\)"):
+        describe_path(tmp_path)
 
 
 def test_model_with_an_image_condition(tmp_path: Path) -> None:

@@ -124,6 +124,8 @@ def _show_warning(message: Any, *_: Any, **__: Any) -> None:
 
 def end(text: str, code: int) -> NoReturn:
     """End the process with a line on standard error; the first of torchrun's processes needs no number."""
+    # Names from files come along, and a terminal would obey what is hidden in them.
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
     rank = os.environ.get("RANK", "0")
     print(f"edm2: {text}" if rank == "0" else f"edm2: process {rank}: {text}", file=sys.stderr)
     raise SystemExit(code)

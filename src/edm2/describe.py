@@ -6,25 +6,26 @@ from typing import Any
 
 import torch
 
-from edm2.diffusion import Denoiser, read_model_header
+from edm2.diffusion import Denoiser, read_model
 from edm2.ema.snapshots import read_manifest
 from edm2.nn import count_flops
 from edm2.presets import get_preset, image_shape
-from edm2.train.run_folder import CONFIG_FILE, SNAPSHOTS, read_config, read_log
+from edm2.train.run_folder import CONFIG_FILE, LOG_FILE, SNAPSHOTS, read_config, read_log
 
 
 def describe_preset(name: str) -> str:
     """Network, cost, settings and state names of a preset."""
     config = get_preset(name)
     channels, height, width, classes = image_shape(name)
-    network = dict(vars(config.network), img_resolution=height, img_channels=channels, label_dim=classes)
     assert height == width
-    lines = [f"preset {name}", *_network_lines(network)]
+    with torch.device("meta"):
+        denoiser = Denoiser(height, channels, classes, **vars(config.network)).eval()
+    lines = [f"preset {name}", *_network_lines(denoiser)]
     lines.append(
         f"training    {config.num_images:,} images in {config.num_steps:,} steps of {config.batch_size}"
     )
     settings = json.dumps(config.to_json(), indent=1)
-    return "\n".join([*lines, "", "settings", settings, "", "state", _state(network)])
+    return "\n".join([*lines, "", "settings", settings, "", "state", _state(denoiser)])
 
 
 def describe_path(path: Path) -> str:
@@ -34,9 +35,8 @@ def describe_path(path: Path) -> str:
         lines += _run_lines(path)
         if not any(path.glob("*.safetensors")):
             return "\n".join([*lines, "model       none yet: the run has not ended"])
-    file, header = read_model_header(path)
-    lines += [f"model       {file}, {file.stat().st_size / 1e6:.1f} MB", *_network_lines(header["network"])]
-    info = header["info"]
+    file, denoiser, info = read_model(path)
+    lines += [f"model       {file}, {file.stat().st_size / 1e6:.1f} MB", *_network_lines(denoiser)]
     for key, label in (
         ("sigma_rel", "EMA length"),
         ("num_images", "images seen"),
@@ -44,21 +44,20 @@ def describe_path(path: Path) -> str:
         ("license", "licence"),
     ):
         if info.get(key) is not None:
-            lines.append(
-                f"{label:<11} {info[key]:,}" if isinstance(info[key], int) else f"{label:<11} {info[key]}"
-            )
+            value = f"{info[key]:,}" if isinstance(info[key], int) else " ".join(str(info[key]).split())
+            # It comes out of a file, and a terminal would obey what is hidden in it.
+            lines.append(f"{label:<11} " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value))
     if info.get("expected_error") is not None:
         lines.append(f"expected relative error of the reconstruction: {info['expected_error']:.1e}")
-    return "\n".join(lines) + "\n\nstate\n" + _state(header["network"])
+    return "\n".join(lines) + "\n\nstate\n" + _state(denoiser)
 
 
-def _network_lines(network: dict[str, Any]) -> list[str]:
-    denoiser = _on_meta(network)
+def _network_lines(denoiser: Denoiser) -> list[str]:
     with torch.device("meta"):
         height, width = denoiser.img_resolution
         image = torch.zeros(1, denoiser.img_channels, height, width)
         labels = torch.zeros(1, denoiser.label_dim) if denoiser.label_dim else None
-        condition = network.get("cond_channels", 0)
+        condition: Any = denoiser.config.get("cond_channels", 0)
         extra = {"condition": torch.zeros(1, condition, height, width)} if condition else {}
         flops = count_flops(denoiser, image, torch.ones(1), labels, **extra)
     return [
@@ -69,26 +68,20 @@ def _network_lines(network: dict[str, Any]) -> list[str]:
     ]
 
 
-def _state(network: dict[str, Any]) -> str:
-    state = _on_meta(network).state_dict()
+def _state(denoiser: Denoiser) -> str:
+    state = denoiser.state_dict()
     width = max(map(len, state))
     return "\n".join(f"  {name:<{width}}  {list(tensor.shape)}" for name, tensor in state.items())
 
 
-def _on_meta(network: dict[str, Any]) -> Denoiser:
-    with torch.device("meta"):
-        return Denoiser(**network).eval()
-
-
 def _run_lines(run: Path) -> list[str]:
-    settings = read_config(run)["settings"]
-    log = read_log(run)
-    seen = log[-1]["num_images"] if log else 0
-    lines = [
-        f"run         {run}, preset {settings['preset'] or 'none'}",
-        f"progress    {seen:,} of {settings['num_images']:,} images"
-        + (f", loss {log[-1]['loss']:.4f}" if log and log[-1]["loss"] is not None else ""),
-    ]
+    settings, log = read_config(run)["settings"], read_log(run)
+    try:
+        lines = [f"run         {run}, preset {settings['preset'] or 'none'}", _progress(settings, log)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{run / CONFIG_FILE} or {LOG_FILE} beside it is damaged ({error}): restore them from a copy"
+        ) from error
     if (run / SNAPSHOTS).is_dir():
         snapshots = read_manifest(run / SNAPSHOTS).snapshots
         lengths = ", ".join(f"{value:g}" for value in sorted({s.sigma_rel for s in snapshots}))
@@ -96,3 +89,9 @@ def _run_lines(run: Path) -> list[str]:
             f"snapshots   {len({s.t for s in snapshots})} times, EMA lengths {lengths or 'none yet'}"
         )
     return lines
+
+
+def _progress(settings: dict[str, Any], log: list[dict[str, Any]]) -> str:
+    seen = log[-1]["num_images"] if log else 0
+    text = f"progress    {seen:,} of {settings['num_images']:,} images"
+    return text + (f", loss {log[-1]['loss']:.4f}" if log and log[-1]["loss"] is not None else "")

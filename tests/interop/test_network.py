@@ -86,7 +86,7 @@ def refused(path: Path, what: str) -> None:
     [
         ({"img_resolution": 3, "channel_mult": [1, 1]}, "a network that cannot be built .*multiples of 2"),
         ({"num_blocks": 1 << 40}, "a network with 'num_blocks' = 1099511627776, which is not known here"),
-        ({"num_blocks": 60}, "fewer tensors than its network has blocks"),
+        ({"num_blocks": 60}, "a network that cannot be built .fewer tensors than its network has blocks"),
         ({"model_channels": 4}, "a tensor of shape .* for .*, where its network has a tensor of shape"),
         ({"model_channels": 2.0}, "a network with 'model_channels' = 2.0"),
         ({"model_channels": 0}, "a network with 'model_channels' = 0"),
@@ -132,7 +132,7 @@ def test_state_that_does_not_fit_is_refused(
         ({**tiny_state, TINY_NAME: tiny_state[TINY_NAME] / 0}, f"values of {TINY_NAME} that are not finite"),
         ({**tiny_state, "a\x1b[2Jb\n": torch.ones(2)}, r"a tensor of shape .2. for a\\x1b.2Jb\\n, where"),
         ({**tiny_state, "a" * 101: torch.ones(2)}, "a module '' whose _parameters have no plausible names"),
-        ({}, "fewer tensors than its network has blocks"),
+        ({}, "a network that cannot be built .fewer tensors than its network has blocks"),
     ):
         refused(official.write(path, official.network(state, official.tiny)), what)
 

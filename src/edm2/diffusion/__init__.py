@@ -4,7 +4,7 @@ from edm2.diffusion.denoiser import Denoiser
 from edm2.diffusion.guidance import DenoiserFn, WithoutLabels, guided
 from edm2.diffusion.ladder import TrainingRules, traditional_decay, training_rules
 from edm2.diffusion.loss import draw_sigma, edm2_loss
-from edm2.diffusion.model_file import MODEL_FILE, load_model, read_model_header, save_model
+from edm2.diffusion.model_file import MODEL_FILE, load_model, read_model, read_model_header, save_model
 from edm2.diffusion.sampling import sample_heun, time_steps
 from edm2.diffusion.solvers import SAMPLERS, SamplerName, find_sampler, sample_dpmpp_2m, sample_euler
 
@@ -21,6 +21,7 @@ __all__ = [
     "find_sampler",
     "guided",
     "load_model",
+    "read_model",
     "read_model_header",
     "sample_dpmpp_2m",
     "sample_euler",

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from edm2.diffusion.denoiser import Denoiser
+from edm2.diffusion.description import build_on_meta, check_info, read_json
 from edm2.files import write_atomic
 
 MODEL_FILE = "model.safetensors"
 _KIND, _VERSION = "edm2.model", "1"
 _KEY = "edm2"
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def save_model(
@@ -62,7 +64,8 @@ def read_model_header(path: str | Path) -> tuple[Path, dict[str, Any]]:
         The file, and a dict with `network` and `info`.
 
     Raises:
-        ValueError: if there is no such file, it is damaged, or it is no edm2 model.
+        ValueError: if there is no such file, it is damaged, or it is no edm2 model. Whether the network can be
+            built, `read_model` tells.
     """
     file = _find(Path(path))
     try:
@@ -73,7 +76,7 @@ def read_model_header(path: str | Path) -> tuple[Path, dict[str, Any]]:
             f"{file} is damaged or no safetensors file ({error}): restore it from a copy"
         ) from error
     try:
-        header = json.loads(metadata[_KEY])
+        header = read_json(metadata[_KEY])
         kind, _, version = header["format"].partition("/")
         if kind != _KIND or not isinstance(header["network"], dict) or not isinstance(header["info"], dict):
             raise KeyError("format")
@@ -87,7 +90,34 @@ def read_model_header(path: str | Path) -> tuple[Path, dict[str, Any]]:
             f"{file} has format version {version}, and this edm2 reads version {_VERSION}: use the edm2 that wrote it, "
             "or a newer one"
         )
+    try:
+        check_info(header["info"])
+    except ValueError as error:
+        raise _damaged(file, error) from error
     return file, header
+
+
+def read_model(path: str | Path) -> tuple[Path, Denoiser, dict[str, Any]]:
+    """Check all of a saved model but the values of its tensors.
+
+    Args:
+        path: as in `read_model_header`.
+
+    Returns:
+        The file; its network on the meta device, in eval mode; and the model's `info`.
+
+    Raises:
+        ValueError: as in `read_model_header`, or if the tensors do not fit the description.
+    """
+    file, header = read_model_header(path)
+    try:
+        with safetensors.safe_open(file, framework="pt") as content:
+            names = content.keys()
+            denoiser = build_on_meta(header["network"], num_tensors=len(names))
+            denoiser.load_state_dict({name: _without_values(content, name) for name in names}, assign=True)
+    except (ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise _damaged(file, error) from error
+    return file, denoiser, header["info"]
 
 
 def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[Denoiser, dict[str, Any]]:
@@ -101,21 +131,37 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple
         The denoiser in eval mode, without gradients, and the model's `info`.
 
     Raises:
-        ValueError: as in `read_model_header`, or if the tensors do not fit the description.
+        ValueError: as in `read_model`, or for weights that are not finite.
     """
-    file, header = read_model_header(path)
-    try:
-        with torch.device("meta"):
-            denoiser = Denoiser(**header["network"])
-        state = safetensors.torch.load_file(file, device=str(device))
-        denoiser.load_state_dict(state, assign=True)
-    except (TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"{file}: the tensors do not fit the network that its header describes ({' '.join(reason[:2])}): "
-            "restore it from a copy"
-        ) from error
-    return denoiser.float().eval().requires_grad_(False), header["info"]
+    file, denoiser, info = read_model(path)
+    state = safetensors.torch.load_file(file, device=str(device))
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{file}: {name} has values that are not finite: the training went astray, or the file is damaged"
+            )
+    denoiser.load_state_dict(state, assign=True)
+    return denoiser.float().requires_grad_(False), info
+
+
+def _without_values(content: Any, name: str) -> Tensor:
+    """A tensor as the file's header describes it. What is no float is small, and read: it names the configuration."""
+    header = content.get_slice(name)
+    if header.get_dtype() in _FLOATS:
+        return torch.empty(header.get_shape(), dtype=_FLOATS[header.get_dtype()], device="meta")
+    if header.get_dtype() != "U8" or header.get_shape() != []:
+        raise ValueError(f"{name} of type {header.get_dtype()}, where weights are floats")
+    tensor: Tensor = content.get_tensor(name)
+    return tensor
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+    # Names from the file come along, and a terminal would obey what is hidden in them.
+    plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in reason[:400])
+    return ValueError(
+        f"{file}: the tensors do not fit the network that its header describes ({plain}): restore it from a copy"
+    )
 
 
 def _find(path: Path) -> Path:

@@ -299,7 +299,10 @@ def read_coding(path: str | Path, sigma_rel: float | None = None) -> Coding:
         raise ValueError(
             f"{path} does not say how its images are coded: load it with edm2.diffusion.load_model"
         )
-    return Coding.from_json(info["coding"])
+    try:
+        return Coding.from_json(info["coding"])
+    except ValueError as error:
+        raise ValueError(f"{path} describes {error}: restore it from a copy") from error
 
 
 def check_decoder(decoder: LatentDecoder, coding: Coding) -> None:

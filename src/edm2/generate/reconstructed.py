@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edm2.diffusion import MODEL_FILE, Denoiser, read_model_header, save_model
+from edm2.diffusion.description import build_on_meta, check_info
 from edm2.ema import Reconstruction, reconstruct_many
 from edm2.ema.snapshots import ForeignSnapshots, read_manifest
 from edm2.train.run_folder import SNAPSHOTS
@@ -89,10 +88,12 @@ def reconstruct_denoiser(
     """
     result = reconstruct_many(snapshots_of(run), [sigma_rel], t)[0]
     network, info = _description(run, result)
-    with torch.device("meta"):
-        denoiser = Denoiser(**network)
-    denoiser.load_state_dict(result.tensors, assign=True)
-    return denoiser.eval().requires_grad_(False), info
+    denoiser = build_on_meta(network)
+    try:
+        denoiser.load_state_dict(result.tensors, assign=True)
+    except (ValueError, RuntimeError) as error:
+        raise _damaged(run, error) from error
+    return denoiser.requires_grad_(False), info
 
 
 def _description(run: str | Path, result: Reconstruction) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -107,9 +108,25 @@ def _description(run: str | Path, result: Reconstruction) -> tuple[dict[str, Any
 
 
 def _metadata(run: str | Path, metadata: dict[str, Any] | None) -> dict[str, Any]:
-    if not metadata or "network" not in metadata:
+    """What the snapshots say of their network, where it can be one."""
+    if not isinstance(metadata, dict) or "network" not in metadata:
         raise ValueError(
             f"{run} holds snapshots of a model that edm2 did not train: use edm2.ema.reconstruct in Python, and "
             "load its tensors into your model"
         )
+    network, info = metadata["network"], metadata.get("info")
+    if not isinstance(network, dict) or not isinstance(info, dict):
+        raise _damaged(run, "no table of network and info")
+    try:
+        build_on_meta(network)
+        check_info(info)
+    except ValueError as error:
+        raise _damaged(run, error) from error
     return metadata
+
+
+def _damaged(run: str | Path, reason: object) -> ValueError:
+    text = " ".join(str(reason).split())[:300]
+    return ValueError(
+        f"the snapshots of {run} are not those of the network that they describe ({text}): restore them from a copy"
+    )

@@ -1,6 +1,5 @@
 """A model ready to be shared: networks, sampling settings and what was measured, as one folder without a pickle."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor
 
 import edm2
 from edm2.diffusion import MODEL_FILE, find_sampler, save_model
+from edm2.diffusion.description import read_json
 from edm2.files import write_atomic, write_json
 from edm2.generate import Generator
 from edm2.integrations.results import Result, check_results, published_result, read_results, tuning_results
@@ -51,8 +51,8 @@ class Sampling:
         find_sampler(self.sampler)
         if type(self.num_steps) is not int or not 1 <= self.num_steps <= _MOST_STEPS:
             raise ValueError(f"num_steps {self.num_steps} must be a number from 1 to {_MOST_STEPS}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance {self.guidance} must be finite")
+        if type(self.guidance) not in (int, float) or not math.isfinite(self.guidance):
+            raise ValueError(f"guidance {self.guidance!r} must be finite")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
             raise ValueError(f"interval {self.interval} of guidance: 0 <= low < high must hold")
 
@@ -223,7 +223,7 @@ def find_parts(path: str | Path) -> Parts | None:
         )
     try:
         return reader(file.parent, content)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{file} is damaged ({error}): restore it from a copy, or download it again"
         ) from error
@@ -269,6 +269,8 @@ def check_free(folder: str | Path) -> Path:
 
 
 def _shared_parts(folder: Path, content: dict[str, Any]) -> Parts:
+    if not isinstance(content["license"], (str, type(None))) or not isinstance(content["guide"], bool):
+        raise ValueError("license and guide must be a text and true or false")
     return Parts(
         model=folder / MODEL_FILE,
         guide=folder / GUIDE_FILE if content["guide"] else None,
@@ -281,11 +283,18 @@ def _shared_parts(folder: Path, content: dict[str, Any]) -> Parts:
 def _published_parts(folder: Path, content: dict[str, Any]) -> Parts:
     guide = content["guide"]
     return Parts(
-        model=folder / content["model"],
-        guide=None if guide is None else folder / guide,
+        model=folder / _file_name(content["model"]),
+        guide=None if guide is None else folder / _file_name(guide),
         sampling=Sampling(guidance=1.0 if guide is None else content["guidance"]),
         results=(published_result(content),),
     )
+
+
+def _file_name(name: object) -> str:
+    """A name in settings from elsewhere: of a file beside them, never of one somewhere else."""
+    if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+        raise ValueError(f"{str(name)[:60]!r} is no name of a .safetensors file beside it")
+    return name
 
 
 def _tuned_parts(path: Path) -> Parts | None:
@@ -307,7 +316,7 @@ def _tuned_parts(path: Path) -> Parts | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("no table")
     except (OSError, ValueError) as error:

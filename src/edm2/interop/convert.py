@@ -169,7 +169,7 @@ def _is_model_of(out: Path, name: SnapshotName) -> bool:
     path = out / _model_name(str(name))
     if not path.exists():
         return False
-    source = read_model_header(path)[1]["info"].get("source", {})
+    source = read_model_header(path)[1]["info"].get("source") or {}
     if source.get("file") != str(name):
         raise FileExistsError(
             f"{path} exists already and was not made from {name}: choose another --out or move it away"

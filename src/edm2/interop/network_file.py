@@ -8,32 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edm2.diffusion import Denoiser
+from edm2.diffusion.description import build_on_meta, is_plausible, shown
 from edm2.interop.pickle_file import read_pickle, refusal
 from edm2.interop.pickle_values import Record, StoredTensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_PARTS, _DEEPEST_MODULE, _LONGEST_NAME = 100_000, 8, 100
-# Constructor argument -> the largest value that is believed.
-_INTS = {
-    "img_resolution": 1 << 16,
-    "img_channels": 1 << 10,
-    "label_dim": 1 << 20,
-    "model_channels": 1 << 13,
-    "channel_mult_noise": 64,
-    "channel_mult_emb": 64,
-    "num_blocks": 64,
-    "channels_per_head": 1 << 13,
-    "logvar_channels": 1 << 16,
-}
-_LISTS = {"channel_mult": 64, "attn_resolutions": 1 << 16}
-_REALS = (
+# Constructor's arguments that official files have.
+_ARGUMENTS = (
+    "img_resolution",
+    "img_channels",
+    "label_dim",
     "sigma_data",
-    "dropout",
+    "logvar_channels",
+    "model_channels",
+    "channel_mult",
+    "channel_mult_noise",
+    "channel_mult_emb",
+    "num_blocks",
+    "attn_resolutions",
+    "channels_per_head",
     "label_balance",
     "concat_balance",
     "res_balance",
     "attn_balance",
+    "dropout",
     "clip_act",
 )
 _WITHOUT_MEANING_HERE = ("use_fp16",)
@@ -148,37 +147,20 @@ def _config(path: Path, network: Record, *, num_tensors: int) -> dict[str, Any]:
     for name, value in given.items():
         if name in _WITHOUT_MEANING_HERE or value is None:
             continue
-        if not _plausible(name, value):
+        if name not in _ARGUMENTS or not is_plausible(name, value):
             raise refusal(
-                path, f"a network with {str(name)[:40]!r} = {_short(value)}, which is not known here"
+                path, f"a network with {str(name)[:40]!r} = {shown(value)}, which is not known here"
             )
         config[name] = value
-    if num_tensors < config.get("num_blocks", 1) * len(config.get("channel_mult", [])):
-        raise refusal(path, "fewer tensors than its network has blocks")
     try:
-        with torch.device("meta"):
-            return Denoiser(**config).config
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise refusal(path, f"a network that cannot be built ({str(error).splitlines()[0]})") from None
-
-
-def _plausible(name: Any, value: Any) -> bool:
-    if name in _INTS:
-        return type(value) is int and (0 if name == "label_dim" else 1) <= value <= _INTS[name]
-    if name in _LISTS:
-        items = value if type(value) in (list, tuple) else [None]
-        return len(items) <= 16 and all(type(x) is int and 1 <= x <= _LISTS[name] for x in items)
-    positive = name != "sigma_data" or value != 0
-    return name in _REALS and type(value) in (int, float) and 0 <= value <= 1e6 and positive
-
-
-def _short(value: Any) -> str:
-    return repr(value)[:40] if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+        return build_on_meta(config, num_tensors=num_tensors).config
+    except ValueError as error:
+        raise refusal(path, f"a network that cannot be built ({error})") from None
 
 
 def _check_state(found: NetworkFile) -> None:
-    with torch.device("meta"):
-        wanted = {name: tuple(x.shape) for name, x in Denoiser(**found.config).state_dict().items()}
+    network = build_on_meta(found.config)
+    wanted = {name: tuple(x.shape) for name, x in network.state_dict().items()}
     given = {name: x.shape for name, x in {**found.parameters, **found.buffers}.items()}
     for name in sorted(wanted.keys() | given.keys()):
         if wanted.get(name) != given.get(name):

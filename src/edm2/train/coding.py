@@ -56,12 +56,22 @@ class Coding:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Coding":
-        """What `to_json` gave."""
-        made = PixelCoding if content["kind"] == "pixels" else FloatCoding
-        values = made(
-            mean=tuple(content["mean"]), std=tuple(content["std"]), sigma_data=content["sigma_data"]
-        )
-        return cls(kind=content["kind"], values=values, num_channels=content["num_channels"])
+        """What `to_json` gave.
+
+        Raises:
+            ValueError: for anything else: it comes out of a file.
+        """
+        try:
+            made = {"pixels": PixelCoding, "floats": FloatCoding, "latents": FloatCoding}[content["kind"]]
+            values = made(
+                mean=tuple(content["mean"]), std=tuple(content["std"]), sigma_data=content["sigma_data"]
+            )
+            num_channels = content["num_channels"]
+            if type(num_channels) is not int or num_channels < 1:
+                raise ValueError("num_channels must be a whole number of at least 1")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"a coding of images that edm2 does not write ({str(error)[:200]})") from error
+        return cls(kind=content["kind"], values=values, num_channels=num_channels)
 
 
 def make_coding(config: TrainConfig, dataset: ImageDataset) -> Coding:

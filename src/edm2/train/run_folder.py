@@ -49,13 +49,15 @@ def read_config(out: Path) -> dict[str, Any]:
     path = out / CONFIG_FILE
     try:
         content = json.loads(path.read_text())
-        if not {"run_id", "identity", "settings"} <= content.keys():
-            raise KeyError("run_id")
+        kinds = {"run_id": str, "identity": dict, "settings": dict}
+        for key, kind in kinds.items():
+            if not isinstance(content[key], kind):
+                raise TypeError(f"{key} of another kind")
     except FileNotFoundError:
         raise ValueError(
             f"{out} holds no training run (no {CONFIG_FILE}): give the --out of `edm2 train`"
         ) from None
-    except (ValueError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): restore it from a copy, or choose another --out"
         ) from error
@@ -69,9 +71,12 @@ def read_log(out: Path, name: str = LOG_FILE) -> list[dict[str, Any]]:
     if path.exists():
         for line in path.read_text().splitlines():
             try:
-                records.append(json.loads(line))
-            except ValueError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(record, dict):
+                break
+            records.append(record)
     return records
 
 
