@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from edm2.ema import PowerEMA, reconstruct
+from edm2.ema.snapshots import read_manifest
 
 
 def main(rank: int, folder: Path) -> None:
@@ -33,10 +34,11 @@ def main(rank: int, folder: Path) -> None:
                 alone.snapshot(folder / "alone")
     for name, average in ema.average(0.1).items():
         assert torch.equal(average, alone.average(0.1)[name]), name
+    check_long_run(ema, alone, model, twin)
     check_applied(ema, alone, model)
     check_state(ema, model)
     check_failed_write(ema, rank, folder)
-    check_ddp(rank)
+    check_ddp(rank, folder)
     if rank == 0:
         mine, other = (reconstruct(folder / name, sigma_rel=0.13) for name in ("sharded", "alone"))
         for name, tensor in mine.tensors.items():
@@ -54,6 +56,22 @@ def move(model: nn.Module, twin: nn.Module, step: int) -> None:
             shard.add_(
                 torch.distributed.tensor.distribute_tensor(change, shard.device_mesh, shard.placements)
             )
+
+
+def check_long_run(ema: PowerEMA, alone: PowerEMA, model: nn.Module, twin: nn.Module) -> None:
+    """Within a window too, averages are those of the unsharded twin, and so is a state that is loaded."""
+    fresh, whole = PowerEMA(model, run_id="fresh"), PowerEMA(model, run_id="whole")
+    for step in range(100_000, 100_240, 10):
+        move(model, twin, step)
+        ema.update(step)
+        alone.update(step)
+    state = alone.state_dict()
+    assert any(key.startswith("window.") for key in state)
+    fresh.load_state_dict(ema.state_dict())
+    whole.load_state_dict(state)
+    for other in (ema, fresh, whole):
+        for name, average in other.average(0.1).items():
+            assert torch.equal(average, alone.average(0.1)[name]), name
 
 
 def check_applied(ema: PowerEMA, alone: PowerEMA, model: nn.Module) -> None:
@@ -78,12 +96,12 @@ def check_failed_write(ema: PowerEMA, rank: int, folder: Path) -> None:
         ema.snapshot(folder / "file")
 
 
-def check_ddp(rank: int) -> None:
-    """Data-parallel replicas hold whole, equal averages under the bare module's names."""
+def check_ddp(rank: int, folder: Path) -> None:
+    """Data-parallel replicas hold whole, equal averages under the bare module's names; the first one writes them."""
     torch.manual_seed(1)
     bare = nn.Linear(4, 3)
     wrapped = nn.parallel.DistributedDataParallel(bare)
-    ema, alone = PowerEMA(wrapped, run_id="ddp"), PowerEMA(bare, run_id="ddp")
+    ema, alone = PowerEMA(torch.compile(wrapped)), PowerEMA(bare)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     for step in range(1, 4):
         optimizer.zero_grad()
@@ -91,6 +109,20 @@ def check_ddp(rank: int) -> None:
         optimizer.step()
         ema.update(step)
         alone.update(step)
+        assert len(ema.snapshot(folder / "every process calls")) == (2 if rank == 0 else 0)
+        if rank == 0:
+            ema.snapshot(folder / "first process alone")
+    if rank == 0:
+        for name in ("every process calls", "first process alone"):
+            assert {s.t for s in read_manifest(folder / name).snapshots} == {1, 2, 3}
+            assert torch.equal(
+                reconstruct(folder / name, sigma_rel=0.1).tensors["weight"], ema.average(0.1)["weight"]
+            )
+        alone.snapshot(folder / "bare")
+    dist.barrier()
+    if rank == 1:
+        with pytest.raises(ValueError, match=r"of several processes .* let the first alone call snapshot"):
+            alone.snapshot(folder / "bare")
     for name, average in ema.average(0.1).items():
         assert torch.equal(average, alone.average(0.1)[name])
         total = average.clone()

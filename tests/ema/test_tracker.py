@@ -14,6 +14,7 @@ from edm2.ema import PowerEMA, sigma_rel_to_gamma
 from edm2.ema.averages import Averages
 from edm2.ema.offload import HostAverages
 from edm2.ema.tensors import clean_name
+from edm2.ema.window import Step
 
 
 def walk(model: nn.Module, times: list[float], seed: int = 0) -> Iterator[float]:
@@ -110,7 +111,7 @@ def test_state_dict_of_other_settings_or_another_model_is_refused() -> None:
 def test_time_must_increase() -> None:
     ema = PowerEMA(nn.Linear(2, 2))
     ema.update(5)
-    for t in (5, 4, float("nan")):
+    for t in (5, 4, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="t must increase"):
             ema.update(t)
 
@@ -295,6 +296,12 @@ def test_complex_and_meta_tensors_are_refused() -> None:
         PowerEMA(nn.Linear(1, 1), device="cuda:7")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_averages_of_a_coarse_type_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="is too coarse for averages"):
+        PowerEMA(nn.Linear(1, 1), dtype=dtype)
+
+
 def test_host_averages_equal_averages_beside_the_weights() -> None:
     tensors = [
         torch.randn(5, generator=torch.Generator().manual_seed(0)),
@@ -304,8 +311,9 @@ def test_host_averages_equal_averages_beside_the_weights() -> None:
     host = HostAverages(tensors, 2, dtype=torch.float32)
     for step in range(1, 6):
         tensors[0].mul_(0.9)
-        beside.update(tensors, [1 / step, 0.5 / step])
-        host.update(tensors, [1 / step, 0.5 / step])
+        shares = Step(share=1.0, weights=[1 / step, 0.5 / step])
+        beside.update(tensors, shares)
+        host.update(tensors, shares)
         tensors[1].add_(1)
     for one, other in zip(beside.tracks, host.tracks, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from edm2.ema.profiles import sigma_rel_to_gamma
 from edm2.ema.tensorfile import FileSums, TensorSpec, write_tensors
+from edm2.ema.window import LONG_RUN
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -48,13 +49,14 @@ class Track:
 def arithmetic_rounding(updates: int, sigma_rel: float) -> float:
     """Relative L2 error that rounding leaves in an average tracked in float32.
 
-    Each update adds a rounding of float32's size, and forgets a share (gamma + 1) / updates of the older ones.
+    Each update adds a rounding of float32's size, and forgets a share (gamma + 1) / updates of the older ones. In
+    long runs windows take the updates' place, fewer and with roundings that cancel (see `window`).
 
     Args:
         updates: Number of updates so far, at least 1.
         sigma_rel: Width of the average.
     """
-    remembered = updates / (2 * (sigma_rel_to_gamma(sigma_rel) + 1))
+    remembered = min(updates, LONG_RUN) / (2 * (sigma_rel_to_gamma(sigma_rel) + 1))
     return float(2.0**-24.5 * math.sqrt(max(remembered, 0.5)))
 
 

@@ -1,12 +1,13 @@
 """Running averages in the host's memory for a model on an accelerator."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from edm2.ema.averages import Averages
+from edm2.ema.window import Step, Window
 
 
 class HostAverages:
@@ -31,25 +32,42 @@ class HostAverages:
 
     @property
     def tracks(self) -> list[list[Tensor]]:
-        """The averages with every update so far, one list a track."""
+        """The averages, one list a track; see `Averages`."""
         self._finish()
         return self._averages.tracks
 
-    def update(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> None:
+    @property
+    def window(self) -> Window | None:
+        """The window, None until the first one is needed."""
+        self._finish()
+        return self._averages.window
+
+    def make_window(self) -> Window:
+        """The window, made where there is none yet."""
+        self._finish()
+        return self._averages.make_window()
+
+    def read(self, track: int, share: float) -> Iterator[Tensor]:
+        """An average with every update so far; see `Averages.read`."""
+        self._finish()
+        return self._averages.read(track, share)
+
+    def update(self, tensors: Sequence[Tensor], step: Step) -> None:
         """Move every average towards the tensors; returns before that is done."""
         self._finish()
-        copied = None
         for to, x in zip(self._staging, tensors, strict=True):
             to.copy_(x, non_blocking=x.is_cuda)
-        if any(x.is_cuda for x in tensors):
-            copied = torch.cuda.Event()
-            copied.record()
-        self._pending = self._worker.submit(self._add, copied, list(weights))
+        copied = []
+        for device in dict.fromkeys(x.device for x in tensors if x.is_cuda):
+            # The current stream of the process may belong to another device than the weights.
+            copied.append(torch.cuda.Event())
+            copied[-1].record(torch.cuda.current_stream(device))
+        self._pending = self._worker.submit(self._add, copied, step)
 
-    def _add(self, copied: torch.cuda.Event | None, weights: list[float]) -> None:
-        if copied is not None:
-            copied.synchronize()
-        self._averages.update(self._staging, weights)
+    def _add(self, copied: Sequence[torch.cuda.Event], step: Step) -> None:
+        for event in copied:
+            event.synchronize()
+        self._averages.update(self._staging, step)
 
     def _finish(self) -> None:
         pending, self._pending = self._pending, None

@@ -139,6 +139,16 @@ def like_shard(part: Tensor, template: Tensor) -> Tensor:
     )
 
 
+def shard_of(tensor: Tensor, template: Tensor) -> Tensor:
+    """The local part of a tensor that is sharded like `template`, or whole: then a collective call spreads it."""
+    if is_sharded(tensor) or not is_sharded(template):
+        return local(tensor)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(template, DTensor)
+    return local(distribute_tensor(tensor.to(template.device), template.device_mesh, template.placements))
+
+
 def full(part: Tensor, template: Tensor) -> Tensor:
     """The whole of a tensor from the local part, a collective call where `template` is sharded."""
     if not is_sharded(template):

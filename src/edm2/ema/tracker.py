@@ -15,18 +15,23 @@ from edm2.ema.averages import Averages
 from edm2.ema.encoding import Track, arithmetic_rounding
 from edm2.ema.offload import HostAverages
 from edm2.ema.plans import Plan, named_plan
-from edm2.ema.profiles import sigma_rel_to_gamma, step_weight
+from edm2.ema.profiles import sigma_rel_to_gamma
 from edm2.ema.sharding import distance, is_other_replica, write_from_first
 from edm2.ema.solve import solve_live
-from edm2.ema.tensors import Include, ModuleTensors, collect, full, is_sharded, like_shard, local
+from edm2.ema.state import check_state
+from edm2.ema.tensors import (
+    Include,
+    ModuleTensors,
+    collect,
+    full,
+    is_sharded,
+    like_shard,
+    local,
+    shard_of,
+)
+from edm2.ema.window import next_step, shares
 
 _FORMAT = "edm2.ema.PowerEMA/1"
-_VALUES: dict[str, type | tuple[type, ...]] = {
-    "run_id": str,
-    "start": (int, float),
-    "t": (int, float),
-    "updates": int,
-}
 
 
 class PowerEMA:
@@ -79,6 +84,8 @@ class PowerEMA:
         self.run_id = secrets.token_hex(8) if run_id is None else run_id
         self.t: float = start
         self._updates = 0
+        self._folded: float = start
+        self._folds = 0
         self._resumed = False
         self._written: dict[Path, float] = {}
         self._model = model
@@ -87,6 +94,12 @@ class PowerEMA:
         self._templates = [slot.get() for slot in self._tensors.averaged]
         self._kinds = _kinds(self._templates)
         weights = [local(x) for x in self._templates]
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"dtype {dtype} is too coarse for averages, whose changes are far smaller than they are: choose"
+                " torch.float32 or torch.float64; snapshots may be stored in a smaller one"
+            )
+        self._exact = dtype == torch.float64
         if device not in (None, "cpu"):
             raise ValueError(
                 f"device {device!r} is not known: None keeps averages beside the weights, 'cpu' in host"
@@ -106,22 +119,28 @@ class PowerEMA:
         """Take the weights as they are now into the averages; call it after the optimiser's step.
 
         Args:
-            t: Training time, in the clock's unit; must grow from call to call.
+            t: Training time, in the clock's unit; must be finite and grow from call to call.
 
         Raises:
-            ValueError: If t does not grow, or a tensor went away or changed its shape, device or type.
+            ValueError: If t does not grow or is not finite, or a tensor went away or changed its shape, device or type.
         """
         t = t if isinstance(t, int | float) else float(t)
-        if not t > self.t:
+        if not self.t < t < math.inf:
             raise ValueError(
-                f"update({t:g}) after time {self.t:g}: t must increase from update to update; call it once"
-                " after each optimiser step with the total so far, and load_state_dict when resuming"
+                f"update({t:g}) after time {self.t:g}: t must increase from update to update, and be finite;"
+                " call it once after each optimiser step with the total so far, and load_state_dict when resuming"
             )
         current = self._current()
-        weights = [step_weight(t - self.start, t - self.t, gamma) for gamma in self.gammas]
-        self._averages.update(current, weights)
+        step = next_step(
+            self.gammas, elapsed=t - self.start, dt=t - self.t, span=t - self._folded, folds=self._folds,
+            exact=self._exact,
+        )  # fmt: skip
+        self._averages.update(current, step)
         self.t = t
         self._updates += 1
+        if step.weights is not None:
+            self._folds += step.share < 1.0
+            self._folded = t
 
     def _current(self) -> list[Tensor]:
         """Local weights as they are now, found anew each time: frameworks replace tensors and their storage."""
@@ -197,7 +216,9 @@ class PowerEMA:
                 distance=distance(averages, weights, self._templates),
                 arithmetic=arithmetic_rounding(self._updates, sigma_rel),
             )
-            for sigma_rel, averages in zip(self.sigma_rels, self._averages.tracks, strict=True)
+            for sigma_rel, averages in zip(
+                self.sigma_rels, (list(self._read(i)) for i in range(len(self.gammas))), strict=True
+            )
         )
         layout = snapshots.layout_digest({**shapes, **{n: tuple(x.shape) for n, x in copied.items()}})
 
@@ -236,14 +257,20 @@ class PowerEMA:
         averages = self._local_average(sigma_rel)
         return {n: full(a, p) for n, a, p in zip(self.names, averages, self._templates, strict=True)}
 
+    def _read(self, track: int) -> Iterator[Tensor]:
+        """Local parts of an average, with the updates that are still in the window."""
+        share = 0.0
+        if self._folded < self.t:
+            (share,) = shares([self.gammas[track]], self.t - self.start, self.t - self._folded)
+        return self._averages.read(track, share)
+
     def _local_average(self, sigma_rel: float) -> list[Tensor]:
-        tracks = self._averages.tracks
         if sigma_rel in self.sigma_rels:
-            return tracks[self.sigma_rels.index(sigma_rel)]
+            return list(self._read(self.sigma_rels.index(sigma_rel)))
         coefficients = torch.from_numpy(solve_live(self.sigma_rels, sigma_rel))
         return [
             torch.stack(parts).mul_(coefficients.to(parts[0]).view(-1, *[1] * parts[0].dim())).sum(0)
-            for parts in zip(*tracks, strict=True)
+            for parts in zip(*(self._read(i) for i in range(len(self.gammas))), strict=True)
         ]
 
     @contextmanager
@@ -303,62 +330,54 @@ class PowerEMA:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly: one flat dict of tensors and JSON values.
 
-        Keys of tensors begin with `average.`. Tensors are the running ones: copy what must not change.
+        Keys of tensors begin with `average.`, in long runs also with `window.` (weights that are not in the
+        averages yet). Tensors are the running ones: copy what must not change.
         """
         state: dict[str, Any] = {
-            "format": _FORMAT,
+            **self._settings(),
             "run_id": self.run_id,
-            "clock": self.clock,
             "start": self.start,
             "t": self.t,
             "updates": self._updates,
-            "sigma_rels": list(self.sigma_rels),
+            "folded": self._folded,
+            "folds": self._folds,
         }
-        for i, averages in enumerate(self._averages.tracks):
-            for name, part, template in zip(self.names, averages, self._templates, strict=True):
-                state[f"average.{i}.{name}"] = like_shard(part, template) if is_sharded(template) else part
+        for key, (part, template) in self._parts(window=self._folded < self.t).items():
+            state[key] = like_shard(part, template) if is_sharded(template) else part
         return state
+
+    def _settings(self) -> dict[str, Any]:
+        return {"format": _FORMAT, "clock": self.clock, "sigma_rels": list(self.sigma_rels)}
+
+    def _parts(self, *, window: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """Local parts of the averages and of the window, by key, with the tensors that they are parts of."""
+        lists = {f"average.{i}": averages for i, averages in enumerate(self._averages.tracks)}
+        if window:
+            lists["window"] = self._averages.make_window().difference
+        return {
+            f"{prefix}.{name}": (part, template)
+            for prefix, parts in lists.items()
+            for name, part, template in zip(self.names, parts, self._templates, strict=True)
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`, run id and time included.
 
         Args:
-            state: What `state_dict` gave.
+            state: What `state_dict` gave; its tensors sharded like the model's, or whole.
 
         Raises:
             ValueError: If it is of other tracks, another clock, or another model, or not whole; nothing is loaded
                 then.
         """
-        mine = self.state_dict()
-        for key in ("format", "clock", "sigma_rels"):
-            if state.get(key) != mine[key]:
-                raise ValueError(
-                    f"the state's {key} is {state.get(key)!r}, this tracker's is {mine[key]!r}: build the"
-                    " PowerEMA with the settings of the run that is resumed"
-                )
-        tensors = {k: v for k, v in mine.items() if k.startswith("average.")}
-        given = {k: v for k, v in state.items() if k.startswith("average.")}
-        differing = sorted(
-            k for k in tensors.keys() | given.keys()
-            if getattr(tensors.get(k), "shape", None) != getattr(given.get(k), "shape", None)
-        )  # fmt: skip
-        if differing:
-            raise ValueError(
-                f"the state is of another model: {len(differing)} tensors are missing, new or of another"
-                f" shape, first {differing[0]!r}"
-            )
-        broken = [k for k, kind in _VALUES.items() if not isinstance(state.get(k), kind)]
-        broken += [k for k, x in tensors.items() if local(x).shape != local(given[k]).shape]
-        if broken or not state["start"] <= state["t"] < math.inf:
-            raise ValueError(
-                f"the state is not one that state_dict gave: {', '.join(broken) or 't'} is missing or wrong; load what"
-                " this run's PowerEMA.state_dict() returned"
-            )
-        for key, tensor in tensors.items():
-            local(tensor).copy_(local(given[key]))
+        parts = self._parts(window=any(key.startswith("window.") for key in state))
+        check_state(state, self._settings(), {key: template for key, (_, template) in parts.items()})
+        for key, (part, template) in parts.items():
+            part.copy_(shard_of(state[key], template))
         self.run_id, self.start, self.t = state["run_id"], state["start"], state["t"]
-        self._updates = state["updates"]
+        self._updates, self._folds = state["updates"], state.get("folds", 0)
+        self._folded = state.get("folded", self.t)
         self._resumed = True
 
 

@@ -65,7 +65,4 @@ def scatter(
         step = tensors["optimizer"][f"step.{name}"].to(p.device)
         optimizer.state[p] = {"step": step, **moments}
     if ema is not None:
-        state = ema.state_dict()
-        for key, value in tensors["ema"].items():
-            copy_whole(state[key], value)
-        ema.load_state_dict({**state, **values})
+        ema.load_state_dict({**tensors["ema"], **values})
