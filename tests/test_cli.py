@@ -67,9 +67,18 @@ def test_help_of_a_command(words: tuple[str, ...], capsys: pytest.CaptureFixture
         (["ema", "reconstrct"], "unknown command edm2 ema reconstrct: did you mean reconstruct"),
         (["zzzz"], "unknown command edm2 zzzz: there are demo, train"),
         ([""], "unknown command edm2 : there are demo"),
-        (["info", "digit"], "unknown preset 'digit': did you mean digits?"),
+        (["info", "digit"], "no file or folder is called 'digit', and unknown preset 'digit': did you mean"),
+        (["import", "nothing", "--out", "x"], "no file or folder is called 'nothing', and no released model"),
         (["sample", "--sedes", "1"], "--sedes"),
         (["sample"], "--out"),
+        (["train"], "--preset"),
+        (["train", "--preset"], "--preset"),
+        (["train", "--preset", "digits"], "--out"),
+        (
+            ["train", "--preset", "digits", "--preset=fashion-mnist"],
+            "--preset is given 2 times (digits, fashion",
+        ),
+        (["report"], "no run was given"),
     ],
 )
 def test_mistakes_end_with_2(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

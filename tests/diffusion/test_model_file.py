@@ -99,6 +99,12 @@ def test_paths_without_a_model(tmp_path: Path, saved: Path) -> None:
         load_model(tmp_path)
 
 
+def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "network.pkl").write_bytes(b"\x80\x04K\x01.")
+    with pytest.raises(ValueError, match=r"network.pkl is a pickle, which is not opened here: `edm2 import`"):
+        load_model(tmp_path / "network.pkl")
+
+
 @pytest.mark.parametrize("size", [0, 5, 100, -1])
 def test_file_that_was_cut_short(saved: Path, size: int) -> None:
     saved.write_bytes(saved.read_bytes()[:size])

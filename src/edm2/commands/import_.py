@@ -17,7 +17,7 @@ from edm2.interop.released import SAMPLING_PRESETS, sampling_preset
 class _Import:
     """Convert official network pickles, snapshot folders and reference statistics, without running what is in them."""
 
-    name: Annotated[str | None, tyro.conf.Positional] = None
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None
     """A file, a folder of snapshots, a file's name to fetch, or the name of a published setting. Without it, all
     such names are listed."""
     out: Path | None = None
@@ -56,7 +56,11 @@ def _import(chosen: _Import, name: str, out: Path) -> list[Imported]:
         if Path(name).name != name:
             raise ValueError(f"{name} does not exist: give a file that does, or a file's name and --from")
         return import_named(name, out, source=chosen.source, sha256=chosen.sha256)
-    return import_preset(sampling_preset(name), out, source=chosen.source, sha256=chosen.sha256)
+    try:
+        preset = sampling_preset(name)
+    except ValueError as error:
+        raise ValueError(f"no file or folder is called {name!r}, and {error}") from None
+    return import_preset(preset, out, source=chosen.source, sha256=chosen.sha256)
 
 
 def _print_presets() -> None:

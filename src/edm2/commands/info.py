@@ -15,7 +15,7 @@ from edm2.presets import PRESETS, get_preset
 class _Info:
     """Print parameters, Gflops an image, and state of a preset or a saved model. Without a name: all presets."""
 
-    name: Annotated[str | None, tyro.conf.Positional] = None
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None
     """A preset's name, a model file, or the folder of a run."""
 
 
@@ -32,4 +32,4 @@ def run(prog: str, words: Sequence[str]) -> None:
         try:
             get_preset(chosen.name)
         except ValueError as error:
-            raise ValueError(f"{error}; and no file or folder has this name") from None
+            raise ValueError(f"no file or folder is called {chosen.name!r}, and {error}") from None

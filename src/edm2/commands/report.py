@@ -14,7 +14,7 @@ from edm2.run_report import write_run_report
 class _Report:
     """Draw what happened in one run, or in several side by side, as one HTML file that opens offline."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folders of runs, finished or under way."""
     out: Path | None = None
     """The file; default: report.html in the first run's folder. An older report there is replaced."""

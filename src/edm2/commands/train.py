@@ -44,6 +44,10 @@ class _Train:
     """Also log to tensorboard, wandb or trackio, one or several."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
+    def __post_init__(self) -> None:
+        if self.machines < 1:
+            raise ValueError(f"machines {self.machines} must be at least 1")
+
 
 def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 train`."""
@@ -62,6 +66,7 @@ def run(prog: str, words: Sequence[str]) -> None:
     live = None
     if chosen.sample_images is not None:
         live = LiveSamples(every=chosen.sample_images, sigma_rel=chosen.sample_sigma_rel)
+        live.check(chosen.config.ema.sigma_rels)
     is_first = os.environ.get("RANK", "0") == "0"  # set by torchrun; the first process speaks for all
     try:
         model = train(chosen.config, chosen.out, preset=chosen.preset, on_step=live, trackers=trackers)
@@ -76,9 +81,12 @@ def run(prog: str, words: Sequence[str]) -> None:
 
 
 def _value_of(option: str, words: Sequence[str]) -> str | None:
-    for word, following in zip(words, [*words[1:], None], strict=True):
-        if word == option:
-            return following
-        if word.startswith(f"{option}="):
-            return word.split("=", 1)[1]
-    return None
+    found = []
+    for i, word in enumerate(words):
+        if word == option and i + 1 < len(words):
+            found.append(words[i + 1])
+        elif word.startswith(f"{option}="):
+            found.append(word.split("=", 1)[1])
+    if len(found) > 1:
+        raise ValueError(f"{option} is given {len(found)} times ({', '.join(found)}): give it once")
+    return found[0] if found else None

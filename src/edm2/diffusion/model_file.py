@@ -68,6 +68,10 @@ def read_model_header(path: str | Path) -> tuple[Path, dict[str, Any]]:
             built, `read_model` tells.
     """
     file = _find(Path(path))
+    if file.suffix == ".pkl":
+        raise ValueError(
+            f"{file} is a pickle, which is not opened here: `edm2 import` makes a model file of it"
+        )
     try:
         with safetensors.safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
