@@ -125,7 +125,9 @@ def test_a_large_error_warns_and_says_what_helps(tmp_path: Path) -> None:
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no checkpoint: looked for files ending in \.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"holds no checkpoint: looked for models in files ending in \.safetensors"
+    ):
         average_checkpoints(tmp_path, [0.1])
     with pytest.raises(ValueError, match="nowhere is no folder"):
         average_checkpoints(tmp_path / "nowhere", [0.1])
@@ -158,6 +160,56 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds more than tensors, and loading it would run code"):
         average_checkpoints(tmp_path, [0.1])
     assert not (tmp_path / "executed").exists()
+
+
+def test_buffers_are_copied_from_the_last_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 2):
+        value = torch.full((2,), float(step))
+        save_file({"a.running_var": value, "a.weight": value.clone()}, tmp_path / f"{step}.safetensors")
+    (result,) = average_checkpoints(tmp_path, [Target.uniform(2)], warn_above=9)
+    assert result.tensors["a.running_var"].tolist() == [2.0, 2.0]
+    assert result.tensors["a.weight"].tolist() == [1.5, 1.5]
+    (result,) = average_checkpoints(
+        tmp_path, [Target.uniform(2)], copied=lambda name: "weight" in name, warn_above=9
+    )
+    assert result.tensors["a.running_var"].tolist() == [1.5, 1.5]
+    assert result.tensors["a.weight"].tolist() == [2.0, 2.0]
+    with pytest.raises(ValueError, match=r"[12]\.safetensors holds nothing to average"):
+        average_checkpoints(tmp_path, [Target.uniform(2)], copied=lambda name: True)
+
+
+def test_a_trainers_folder_is_read_for_its_models(tmp_path: Path) -> None:
+    beside = (
+        "optimizer.pt",
+        "optimizer.bin",
+        "scheduler.pt",
+        "scaler.pt",
+        "rng_state.pth",
+        "rng_state_0.pth",
+    )
+    for step in (500, 1000):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file(weights(step), folder / "model.safetensors")
+        save_file({"average.0.layer.weight": torch.zeros(1)}, folder / "power_ema.safetensors")
+        for name in (
+            *beside,
+            "training_args.bin",
+            "sampler.bin",
+            "random_states_0.pkl",
+            "trainer_state.json",
+        ):
+            (folder / name).write_bytes(b"not read")
+    (tmp_path / "training_args.bin").write_bytes(b"not read")
+    save_file(weights(0), tmp_path / "model.safetensors")
+    (result,) = average_checkpoints(tmp_path, [Target.uniform(1000)], warn_above=9)
+    mean = (weights(500)["layer.weight"] + weights(1000)["layer.weight"]) / 2
+    torch.testing.assert_close(result.tensors["layer.weight"], mean)
+    save_file(weights(500), tmp_path / "checkpoint-500" / "model-00001-of-00002.safetensors")
+    with pytest.raises(
+        ValueError, match=r"00001-of-00002.safetensors is one part of a model in several files"
+    ):
+        average_checkpoints(tmp_path, [0.1])
 
 
 def test_unclear_steps_are_refused(tmp_path: Path) -> None:

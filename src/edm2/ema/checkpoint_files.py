@@ -15,6 +15,11 @@ from edm2.ema.tensors import clean_name
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _NAMED_STEP = re.compile(r"(?:step|iter|iteration|checkpoint|ckpt|epoch)s?[-_=.]*(\d+)", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+")
+_PART = re.compile(r"-\d+-of-\d+$")
+# What trainers (Transformers, Accelerate, ours) put beside a model.
+_NO_MODEL = re.compile(
+    r"\.|(lr_)?(optim|sched)|scaler|sampler|rng_state|random_states|training_args|power_ema", re.IGNORECASE
+)
 _NESTED = ("state_dict", "model", "model_state_dict", "module")
 
 
@@ -22,6 +27,9 @@ def find_checkpoints(
     source: str | Path | Sequence[str | Path] | Mapping[str | Path, float],
 ) -> dict[float, Path]:
     """Files by step, in order; steps come from names or from the caller, never from file times.
+
+    In a folder, the state of optimisers, schedules and random numbers is passed over, and so are models without a
+    step where others lie in folders of their steps (`checkpoint-500/model.safetensors`).
 
     Args:
         source: A folder, some files, or a mapping from file to step.
@@ -36,7 +44,7 @@ def find_checkpoints(
         pairs = [(float(step), Path(path)) for path, step in source.items()]
     else:
         files = _in_folder(Path(source)) if isinstance(source, str | Path) else [Path(p) for p in source]
-        pairs = [(float(_step(path)), path) for path in files]
+        pairs = [(float(_told_step(path)), path) for path in files]
     found: dict[float, Path] = {}
     for step, path in sorted(pairs):
         if step in found:
@@ -46,8 +54,8 @@ def find_checkpoints(
         found[step] = path
     if not found:
         raise ValueError(
-            f"{source} holds no checkpoint: looked for files ending in {', '.join(_SUFFIXES)}, there and one"
-            " folder below"
+            f"{source} holds no checkpoint: looked for models in files ending in {', '.join(_SUFFIXES)}, there and"
+            " one folder below"
         )
     return found
 
@@ -57,19 +65,37 @@ def _in_folder(folder: Path) -> list[Path]:
         raise ValueError(
             f"{folder} is no folder: give a folder of checkpoints, files, or a mapping of files to steps"
         )
-    return [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.suffix in _SUFFIXES]
+    above, below = ([p for p in folder.glob(x) if _is_model(p)] for x in ("*", "*/*"))
+    if any(_step(path) is not None for path in below):
+        above = [path for path in above if _step(path) is not None]
+    return above + below
 
 
-def _step(path: Path) -> int:
+def _is_model(path: Path) -> bool:
+    return path.suffix in _SUFFIXES and not _NO_MODEL.match(path.name) and path.is_file()
+
+
+def _told_step(path: Path) -> int:
+    if _PART.search(path.stem):
+        raise ValueError(
+            f"{path} is one part of a model in several files, which cannot be read: save each checkpoint as one file"
+        )
+    step = _step(path)
+    if step is None:
+        raise ValueError(
+            f"the step of {path} cannot be told from its name: give a mapping from each file to its step"
+        )
+    return step
+
+
+def _step(path: Path) -> int | None:
     for text in (path.stem, path.parent.name):
         named, numbers = _NAMED_STEP.findall(text), _NUMBER.findall(text)
         if len(named) == 1 or len(numbers) == 1:
             return int((named if len(named) == 1 else numbers)[0])
         if numbers:
             break
-    raise ValueError(
-        f"the step of {path} cannot be told from its name: give a mapping from each file to its step"
-    )
+    return None
 
 
 def load_checkpoint(path: Path, key: str | None) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +27,26 @@ def average_checkpoints(
     *,
     start: float = 0,
     key: str | None = None,
+    copied: Callable[[str], bool] | None = None,
     clock: str = "steps",
     warn_above: float = 0.01,
 ) -> list[Reconstruction]:
     """Average checkpoints that lie on disk: each one counts for the time since the one before it.
 
-    Files are read one at a time, in the order of their steps, and only those that count.
+    Files are read one at a time, in the order of their steps, and only those that count. They do not say which
+    tensors are buffers: all floating-point ones are averaged, but for those that `copied` names.
 
     Args:
-        checkpoints: A folder, some files (their steps are in the names), or a mapping from file to step.
+        checkpoints: A folder, some files (their steps are in the names), or a mapping from file to step. In a
+            folder, what a trainer puts beside a model (the optimiser's state, random numbers) is passed over.
         targets: Widths (`sigma_rel`) or other profiles, in steps.
         t: Step at which the averages end. Default: the last checkpoint's.
         start: Step at which training began; a checkpoint of that step counts for nothing, but tells how far
             the weights moved after it.
         key: Where in torch files the weights are, such as "model". Default: looked for.
+        copied: Says of a tensor's name whether it is copied from the last checkpoint, as `PowerEMA` does with
+            buffers, and not averaged. Default: the running_mean and running_var of batch normalisation.
+            Integers are always copied.
         clock: Unit of steps.
         warn_above: Warn where the expected relative error is larger.
 
@@ -62,7 +68,7 @@ def average_checkpoints(
     profiles = [w.at(t - start) for w in wanted]
     edges = np.array([0.0, *(min(step, t) - start for step in steps)])
     masses = np.stack([np.diff(p.cumulative(edges)) for p in profiles], axis=1)
-    adder = _Adder([found[s] for s in steps], masses, key)
+    adder = _Adder([found[s] for s in steps], masses, key, copied or _is_statistic)
     adder.run()
     results = []
     for j, target in enumerate(wanted):
@@ -99,8 +105,10 @@ def average_checkpoints(
 class _Adder:
     """Adds checkpoints up one at a time, and remembers some elements of each to judge how they moved."""
 
-    def __init__(self, files: Sequence[Path], masses: FloatArray, key: str | None) -> None:
-        self._files, self._masses, self._key = files, masses, key
+    def __init__(
+        self, files: Sequence[Path], masses: FloatArray, key: str | None, is_copied: Callable[[str], bool]
+    ) -> None:
+        self._files, self._masses, self._key, self._is_copied = files, masses, key, is_copied
         self._samples: dict[int, FloatArray] = {}
         self.sums: list[dict[str, Tensor]] = []
         self.copied: dict[str, Tensor] = {}
@@ -115,7 +123,11 @@ class _Adder:
         for i in np.flatnonzero(needed).tolist():
             path = self._files[i]
             tensors = load_checkpoint(path, self._key)
-            averaged = {n: x for n, x in tensors.items() if x.is_floating_point()}
+            averaged = {n: x for n, x in tensors.items() if x.is_floating_point() and not self._is_copied(n)}
+            if not averaged:
+                raise ValueError(
+                    f"{path} holds nothing to average: no floating-point tensor that is not copied"
+                )
             if not shapes:
                 shapes = {n: tuple(x.shape) for n, x in averaged.items()}
                 self.sums = [{n: torch.zeros(s) for n, s in shapes.items()} for _ in self._masses.T]
@@ -156,6 +168,10 @@ class _Adder:
             straight = straight + missed.mean() * way
             wandered += float(missed.var()) * float(way @ way)
         return math.hypot(float(np.linalg.norm(straight)), math.sqrt(wandered)) / norm
+
+
+def _is_statistic(name: str) -> bool:
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
 def _sample(tensors: dict[str, Tensor]) -> FloatArray:

@@ -15,9 +15,9 @@ def times_to_keep(
 ) -> list[float]:
     """Give up times one by one, each time the one whose loss hurts least, never the last.
 
-    Hurting is judged by the worst error over sigma_rel 0.03 to 0.25 at the last time. As every width is
-    relative to the time so far, times far back matter less and less, and a run of any length ends up with
-    times about as good as the same number of even ones.
+    Hurting is judged by the worst error over sigma_rel 0.03 to 0.25 at the last time and while that goes on by half
+    of its `count`-th part. Judged at the last time alone, times would be kept for what they are worth now, and a
+    little later there would be a gap that no choice can close any more.
 
     Args:
         times: Increasing times since the start of training.
@@ -30,10 +30,12 @@ def times_to_keep(
     """
     kept = list(times)
     widths = spread(_RANGE, 25)
+    moments = (1 + 0.5 / count) ** np.array([0.0, 0.5, 1.0])
 
     def error_without(i: int) -> float:
-        left = np.array(kept[:i] + kept[i + 1 :]) / kept[-1]
-        return float(best_errors(left.tolist(), sigma_rels, 1.0, widths, dtype)[0].max())
+        *before, last = kept[:i] + kept[i + 1 :]
+        sets = [np.array([*before, last * moment]) / (last * moment) for moment in moments]
+        return max(float(best_errors(x.tolist(), sigma_rels, 1.0, widths, dtype)[0].max()) for x in sets)
 
     while len(kept) > count:
         around = np.array([0.0, *kept])
