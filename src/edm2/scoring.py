@@ -90,7 +90,7 @@ def read_reference(path: str | Path, *, metric: str | None = None) -> Reference:
         ValueError: if it is no such file, or does not hold the metric.
     """
     path = Path(path)
-    official = path.suffix in (".pkl", ".npz") or is_imported_reference(path)
+    official = path.suffix.lower() in (".pkl", ".npz") or is_imported_reference(path)
     if not official or not path.is_file():
         reference = Reference.load(path)
         if metric is not None:
@@ -121,10 +121,11 @@ def read_reference(path: str | Path, *, metric: str | None = None) -> Reference:
 def is_reference(path: str | Path) -> bool:
     """Whether a file is a reference and no images."""
     path = Path(path)
-    if path.suffix == ".npz" and zipfile.is_zipfile(path):
+    suffix = path.suffix.lower()
+    if suffix == ".npz" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
-    return path.suffix in (".safetensors", ".pkl")
+    return suffix in (".safetensors", ".pkl")
 
 
 def check_extractor(extractor: dict[str, Any], reference: dict[str, Any], where: str) -> None:
@@ -184,7 +185,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def flat_scores(scores: Scores) -> dict[str, float | None]:
-    """Name of a number -> its value, None where one of the sets keeps no features."""
+    """Name of a number -> its value, None where one of the sets keeps no features, or there is no spread."""
     kernel, manifold, support = scores.kernel, scores.manifold, scores.support
     values = (
         scores.frechet,

@@ -123,11 +123,34 @@ def test_a_reference_is_kept_and_never_overwritten(digits_ref, capsys):
     assert "holds this reference already" in capsys.readouterr().out
     error = fails(capsys, "metrics", "ref", "digits", "--out", digits_ref, "--split", "test")
     assert "holds a reference made otherwise (images." in error
-    other = digits_ref.with_name("digits.other")
-    error = fails(capsys, "metrics", "ref", "digits", "--out", other)
-    assert "digits-classifier.safetensors exists: use it with --weights" in error
-    assert not other.exists()
     assert digits_ref.read_bytes() == before
+
+
+def test_a_reference_is_not_put_beside_a_stranger(tmp_path, capsys):
+    (tmp_path / "r-classifier.safetensors").write_bytes(b"mine")
+    error = fails(capsys, "metrics", "ref", "digits", "--out", tmp_path / "r.safetensors")
+    assert "r-classifier.safetensors exists: use it with --weights" in error
+    for name in ("r", "r.npz", "r.pkl"):
+        error = fails(capsys, "metrics", "ref", "digits", "--out", tmp_path / name)
+        assert f"{name} must end in .safetensors" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["r-classifier.safetensors"]
+
+
+def test_small_sets_have_no_spread(digits_ref, samples, tmp_path, capsys):
+    classifier = digits_ref.with_name("digits-classifier.safetensors")
+    write_images(tmp_path / "real", 40, seed=1)
+    out = tmp_path / "c.json"
+    run("metrics", "compare", tmp_path / "real", samples, "--weights", classifier, "--out", out)
+    assert json.loads(out.read_text())["scores"]["kernel_distance_spread"] is None
+    assert "there is no spread: both sets are so small" in capsys.readouterr().out
+
+
+def test_the_same_reference_is_the_same_file(digits_ref, tmp_path):
+    again = tmp_path / digits_ref.name
+    run("metrics", "ref", "digits", "--out", again)
+    assert again.read_bytes() == digits_ref.read_bytes()
+    name = "digits-classifier.safetensors"
+    assert (tmp_path / name).read_bytes() == digits_ref.with_name(name).read_bytes()
 
 
 def test_compare_images_references_and_results(digits_ref, samples, tmp_path, monkeypatch, capsys):

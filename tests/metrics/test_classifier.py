@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from edm2.metrics import FeatureStatistics, fit_classifier, frechet_distance
+from edm2.metrics import ClassifierFeatures, FeatureStatistics, fit_classifier, frechet_distance
 
 BUNCH = load_digits()
 PIXELS = np.rint(BUNCH.images * (255 / 16)).astype(np.uint8)[:, None]
@@ -102,6 +102,27 @@ def test_accuracy_counts():
     wrong[:10] = 1 - wrong[:10]
     assert network.accuracy(TOY, predicted) == 1
     assert network.accuracy(TOY, wrong) == 0.75
+
+
+def test_a_classifier_comes_back_and_is_always_the_same_bytes(tmp_path):
+    network = toy()
+    for i in range(8):
+        network.save(tmp_path / str(i))
+    assert len({(tmp_path / str(i)).read_bytes() for i in range(8)}) == 1
+    again = ClassifierFeatures.load(tmp_path / "0")
+    assert again.sha256 == network.sha256
+    assert torch.equal(again.features(TOY), network.features(TOY))
+
+
+def test_a_damaged_classifier_is_refused(tmp_path):
+    network = toy()
+    with torch.no_grad():
+        network._network.neck.weight[0, 0] = torch.nan
+    network.save(tmp_path / "c")
+    with pytest.raises(
+        ValueError, match=r"holds no classifier .*neck\.weight holds values that are not finite"
+    ):
+        ClassifierFeatures.load(tmp_path / "c")
 
 
 def test_errors():

@@ -154,11 +154,33 @@ def test_equals_the_arithmetic_of_torch_fidelity(count, size):
     assert frechet_distance(a, b) == pytest.approx(torch_fidelity(a, b), rel=1e-6)
 
 
+@pytest.mark.parametrize("decay", [2, 8])
+def test_ill_conditioned_features(decay):
+    # Scales from 1 down to e^-16 or e^-64: the last eigenvalues of the covariance are rounding beside the first.
+    scales = np.exp(-decay * np.arange(64) / 8)
+    features = (RNG.normal(size=(400, 64)) * scales) @ rotation(64) + 50
+    a, b = statistics(features), statistics(1.2 * features[::-1] + 0.1)
+    expected = 0.04 * np.trace(a.cov) + np.square(b.mean - a.mean).sum()  # the second is the first, scaled
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    others = statistics((RNG.normal(size=(300, 64)) * scales) @ rotation(64, seed=1) + 50)
+    assert frechet_distance(a, others) == pytest.approx(torch_fidelity(a, others), rel=1e-6)
+
+
+def test_covariances_stored_in_float32_are_taken():
+    features = RNG.normal(size=(40, 100)) @ np.diag(np.exp(-np.arange(100) / 5))
+    stored = np.cov(features.T).astype(np.float32)
+    assert np.linalg.eigvalsh(stored.astype(float))[0] < 0
+    again = FeatureStatistics.from_moments(features.mean(0), stored, num_images=40)
+    assert frechet_distance(again, statistics(features)) < 1e-5
+
+
 def test_errors_of_statistics():
     with pytest.raises(ValueError, match=r"features must have the shape \[N, D\], not \[3\]"):
         statistics(np.zeros(3))
     with pytest.raises(ValueError, match="features hold values that are not finite"):
         statistics(np.full((2, 2), np.nan))
+    with pytest.raises(ValueError, match=r"not finite, or beyond 1e\+40: look at the images"):
+        statistics(np.array([[1e200, 0.0], [0.0, 1.0]]))  # its square would overflow, far from here
     with pytest.raises(ValueError, match="cannot mix 2 and 3 features: use one extractor"):
         statistics(np.zeros((2, 2)), np.zeros((2, 3)))
     with pytest.raises(ValueError, match="cannot mix 5 and 3 features"):
@@ -176,6 +198,10 @@ def test_errors_of_statistics():
         (np.zeros(2), np.eye(2), 1, "num_images 1 must be at least 2"),
         (np.zeros(2), np.full((2, 2), np.inf), 5, "must be finite"),
         (np.zeros(2), np.array([[1.0, 2.0], [0.0, 1.0]]), 5, "cov must be symmetric"),
+        (np.zeros(2), np.array([[1.0, 2.0], [2.0, 1.0]]), 5, "eigenvalue -1 beside 3: a covariance has none"),
+        (np.zeros(2), -np.eye(2), 5, "eigenvalue -1 beside -1: a covariance has none below 0"),
+        (np.full(2, 1e200), np.eye(2), 5, r"finite, of at most 1e\+40"),
+        (np.array(["a", "b"]), np.eye(2), 5, "mean and cov must be real numbers"),
     ],
 )
 def test_errors_of_moments(mean, cov, num_images, message):

@@ -51,7 +51,9 @@ def test_subsets():
     assert kernel_distance(a, b, subset_size=20, num_subsets=300, seed=1) != result
     whole = kernel_distance(b, b + 1, subset_size=50, num_subsets=3)
     assert whole.value == pytest.approx(squared_mmd(b, b + 1), rel=1e-12)
-    assert whole.spread == pytest.approx(0, abs=1e-12)
+    assert (whole.spread, whole.num_subsets) == (None, 1)  # not 0: nothing is known of other images
+    assert kernel_distance(a, b, subset_size=50, num_subsets=3).spread > 0
+    assert kernel_distance(a, b, subset_size=20, num_subsets=1).spread is None
 
 
 def test_errors():

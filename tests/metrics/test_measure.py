@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.numpy import save_file
 
@@ -15,6 +16,7 @@ from edm2.metrics import (
     score,
 )
 from edm2.metrics.measure import kept_rows
+from edm2.metrics.tensor_file import to_metadata
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (40, 1, 2, 2), dtype=np.uint8)
@@ -80,6 +82,13 @@ def test_a_reference_comes_back(tmp_path, with_features):
         assert read.measured.features is None
 
 
+def test_the_same_reference_is_the_same_bytes(tmp_path):
+    reference = Reference(measured=measured(IMAGES), provenance={"b": 1, "a": {"d": 2, "c": 3}})
+    for i in range(8):  # the keys of a hash table come in a new order each time
+        reference.save(tmp_path / str(i))
+    assert len({(tmp_path / str(i)).read_bytes() for i in range(8)}) == 1
+
+
 def test_reference_errors(tmp_path):
     with pytest.raises(
         ValueError, match=r"there is no reference file .*make one with `edm2 metrics ref DATA"
@@ -90,17 +99,25 @@ def test_reference_errors(tmp_path):
     with pytest.raises(ValueError, match="is no reference file of edm2"):
         Reference.load(path)
     moments = {"mu": np.zeros(2), "sigma": np.eye(2)}
-    known = {"format": "edm2 reference 1", "num_images": "5", "provenance": "{}"}
-    for arrays, metadata, message in [
-        (moments, {"format": "other"}, "its format is 'other'"),
+    known = {"num_images": 5, "provenance": {}}
+    with_features = {**moments, "features": np.full((4, 2), np.nan)}
+    for arrays, header, message in [
+        (moments, None, "its format is None, not 'edm2 reference 2'"),
+        ({"mu": np.zeros(2)}, known, "'sigma'"),
+        (with_features, known, "features hold values that are not finite"),
         ({"mu": np.zeros(3), "sigma": np.eye(2)}, known, r"mean \[3\] and cov \[2, 2\]"),
         ({**moments, "features": np.zeros((4, 3))}, known, r"features \[4, 3\] do not fit a mean of 2"),
-        (moments, {**known, "num_images": "1"}, "num_images 1 must be at least 2"),
-        (moments, {**known, "provenance": "[]"}, "its provenance is no table"),
+        (moments, {**known, "num_images": 1}, "num_images 1 must be at least 2"),
+        (moments, {**known, "num_images": []}, r"is no reference file of edm2 .*int\(\)"),
+        (moments, {**known, "provenance": []}, "its provenance is no table"),
     ]:
-        save_file(arrays, path, metadata)
+        save_file(arrays, path, None if header is None else to_metadata("edm2 reference 2", header))
         with pytest.raises(ValueError, match=message):
             Reference.load(path)
+    halves = {"mu": torch.zeros(2).bfloat16(), "sigma": torch.eye(2).bfloat16()}
+    safetensors.torch.save_file(halves, path, to_metadata("edm2 reference 2", known))
+    with pytest.raises(ValueError, match=r"is no reference file of edm2 .*bfloat16.*make one"):
+        Reference.load(path)
     with pytest.raises(ValueError, match="a mean needs at least 1 image"):
         Reference(measured=Measured(statistics=FeatureStatistics(3), features=None)).save(tmp_path / "new")
     assert not (tmp_path / "new").exists()

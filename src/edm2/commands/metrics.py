@@ -124,6 +124,8 @@ def ref(prog: str, words: Sequence[str]) -> None:
     chosen = tyro.cli(_Ref, prog=prog, args=list(words))
     options, out = chosen.options, chosen.out
     _check(options)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out {out} must end in .safetensors: what a reference is, is told by its ending")
     with join_world(options.device) as world:
         images = open_images(chosen.data, split=options.split)
         beside = _classifier_beside(out)
@@ -289,11 +291,13 @@ def _print_result(result: dict[str, Any], note: str) -> None:
         print(f"{label:<10} {images['source']}: {f'{count:,}' if count is not None else 'number not known'}")
     sha256 = (extractor.get("sha256") or "")[:16] or "(weights not known)"
     print(f"extractor  {extractor['name']} {sha256}, {extractor['num_features']:,} features")
-    values = [result["scores"].get(name) for name in SCORE_NAMES]
-    for name, value in zip(SCORE_NAMES, values, strict=True):
+    scores = {name: result["scores"].get(name) for name in SCORE_NAMES}
+    for name, value in scores.items():
         print(f"{name.replace('_', ' '):<28} {_text(value)}")
-    if None in values:
+    if scores["kernel_distance"] is None:
         print("- needs the features of single images, which one of the two sets does not keep")
+    elif scores["kernel_distance_spread"] is None:
+        print("- there is no spread: both sets are so small that every subset is the whole of them")
     print(note)
 
 

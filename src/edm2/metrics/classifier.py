@@ -5,7 +5,6 @@ its last layer but one gives features in which a Frechet distance does.
 """
 
 import hashlib
-import json
 import math
 from functools import cached_property
 from pathlib import Path
@@ -13,16 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
 from edm2.files import write_atomic
 from edm2.metrics.extractors import check_images
+from edm2.metrics.tensor_file import read_tensor_file, to_metadata
 
 _BLOCK = 1000
-_FORMAT = "edm2 feature classifier 1"
+_FORMAT = "edm2 feature classifier 2"
 
 
 class ClassifierFeatures:
@@ -55,16 +55,15 @@ class ClassifierFeatures:
                 f"there is no classifier at {path}: `edm2 metrics ref DATA --out FILE` trains and saves one"
             )
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-            settings = json.loads(metadata["settings"])
+            header, state = read_tensor_file(path, "pt", _FORMAT)
+            settings = header["settings"]
             settings["shape"] = tuple(settings["shape"])
+            broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+            if broken:
+                raise ValueError(f"{broken[0]} holds values that are not finite")
             network = _Network(**settings, generator=torch.Generator())
             network.load_state_dict(state)
-        except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
             raise ValueError(
                 f"{path} holds no classifier that `ClassifierFeatures.save` wrote ({error})"
             ) from error
@@ -78,7 +77,7 @@ class ClassifierFeatures:
         """
         if not isinstance(self._network, _Network):
             raise ValueError("only a network that fit_classifier made can be saved: save your own yourself")
-        metadata = {"format": _FORMAT, "settings": json.dumps(self._network.settings)}
+        metadata = to_metadata(_FORMAT, {"settings": self._network.settings})
         write_atomic(path, save(self._network.state_dict(), metadata))
 
     @cached_property

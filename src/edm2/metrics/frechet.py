@@ -7,6 +7,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+# Far beyond float32; what is made of them, up to the sixth power in a kernel distance, stays within float64.
+_LARGEST = 1e40
+_NEGATIVE = -1e-5  # eigenvalue over the largest: rounding of a covariance that was stored in float32
+
 
 class FeatureStatistics:
     """Mean and unbiased covariance of features that arrive in batches, in any sizes and order.
@@ -32,17 +36,28 @@ class FeatureStatistics:
             num_images: number of images they came from, at least 2.
 
         Raises:
-            ValueError: for shapes that do not fit, values that are not finite, or too few images.
+            ValueError: for shapes that do not fit, values that are no finite numbers, a matrix that is no covariance,
+                or too few images.
         """
-        mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
+        try:
+            mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"mean and cov must be real numbers ({error})") from error
         if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
             raise ValueError(f"mean {list(mean.shape)} and cov {list(cov.shape)} must be [D] and [D, D]")
         if num_images < 2:
             raise ValueError(f"num_images {num_images} must be at least 2 for a covariance")
-        if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-            raise ValueError("mean and cov must be finite")
+        if not (_within(mean, _LARGEST) and _within(cov, _LARGEST**2)):
+            raise ValueError(
+                f"mean and cov must be finite, of at most {_LARGEST:g} and {_LARGEST**2:g} in magnitude"
+            )
         if not np.allclose(cov, cov.T, rtol=1e-6, atol=1e-9 * np.abs(cov).max(initial=0)):
             raise ValueError("cov must be symmetric")
+        values = np.linalg.eigvalsh(cov) if len(mean) else np.zeros(1)
+        if values[0] < _NEGATIVE * abs(values[-1]):
+            raise ValueError(
+                f"cov has the eigenvalue {values[0]:g} beside {values[-1]:g}: a covariance has none below 0"
+            )
         result = cls(len(mean))
         result.num_images = num_images
         result._mean = mean.copy()
@@ -63,10 +78,7 @@ class FeatureStatistics:
             features = features.detach().cpu()
             features = (features if features.dtype == torch.float64 else features.float()).numpy()
         batch = np.asarray(features, dtype=np.float64)
-        if batch.ndim != 2 or batch.shape[1] == 0:
-            raise ValueError(f"features must have the shape [N, D], not {list(batch.shape)}")
-        if not np.isfinite(batch).all():
-            raise ValueError("features hold values that are not finite: look at the images and the extractor")
+        check_features(batch)
         if len(batch) == 0:
             return
         part = FeatureStatistics(batch.shape[1])
@@ -170,6 +182,25 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     overlap = np.linalg.svd(_root(cov_a).T @ _root(cov_b), compute_uv=False).sum()
     distance = np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * overlap
     return max(float(distance), 0.0)
+
+
+def check_features(*sets: np.ndarray) -> None:
+    """Raise a ValueError unless all are finite `[N, D]` of the same D."""
+    for features in sets:
+        if features.ndim != 2 or features.shape[1] == 0:
+            raise ValueError(f"features must have the shape [N, D], not {list(features.shape)}")
+        if not _within(features, _LARGEST):
+            raise ValueError(
+                f"features hold values that are not finite, or beyond {_LARGEST:g}: look at the images and extractor"
+            )
+    if len({features.shape[1] for features in sets}) > 1:
+        numbers = " with ".join(str(features.shape[1]) for features in sets)
+        raise ValueError(f"cannot compare {numbers} features: use one extractor for both")
+
+
+def _within(values: np.ndarray, largest: float) -> bool:
+    # As Python's float, because float32 has no such number; NaN compares as false.
+    return float(np.abs(values).max(initial=0)) <= largest
 
 
 def _root(cov: np.ndarray) -> np.ndarray:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from edm2.metrics.frechet import check_features
+
 Tile = tuple[slice, slice]
 
 
@@ -13,13 +15,14 @@ class KernelDistance(NamedTuple):
 
     Attributes:
         value: mean over the subsets; may be below 0 where the sets are alike.
-        spread: standard deviation over the subsets, of one subset's value and not of the mean.
+        spread: standard deviation over the subsets, of one subset's value and not of the mean; None where there is
+            only one subset, or all are the whole sets.
         subset_size: images of each set in a subset.
         num_subsets: number of subsets.
     """
 
     value: float
-    spread: float
+    spread: float | None
     subset_size: int
     num_subsets: int
 
@@ -37,7 +40,7 @@ def kernel_distance(
         seed: of the subsets.
 
     Returns:
-        Mean and spread over the subsets.
+        Mean and spread over the subsets; of whole sets one is enough.
 
     Raises:
         ValueError: for features that do not fit, or too few for a subset.
@@ -50,6 +53,8 @@ def kernel_distance(
         )
     if num_subsets < 1:
         raise ValueError(f"num_subsets {num_subsets} must be at least 1")
+    if subset_size == len(a) == len(b):
+        return KernelDistance(squared_mmd(a, b), None, subset_size, 1)
     rng = np.random.default_rng(seed)
     values = [
         squared_mmd(
@@ -58,7 +63,8 @@ def kernel_distance(
         )
         for _ in range(num_subsets)
     ]
-    return KernelDistance(float(np.mean(values)), float(np.std(values)), subset_size, num_subsets)
+    spread = float(np.std(values)) if num_subsets > 1 else None
+    return KernelDistance(float(np.mean(values)), spread, subset_size, num_subsets)
 
 
 def squared_mmd(a: np.ndarray, b: np.ndarray, *, block: int = 2048) -> float:
@@ -105,15 +111,3 @@ def tiles(num_rows: int, num_columns: int, block: int) -> Iterator[Tile]:
                 slice(row, min(row + block, num_rows)),
                 slice(column, min(column + block, num_columns)),
             )
-
-
-def check_features(*sets: np.ndarray) -> None:
-    """Raise a ValueError unless all are finite `[N, D]` of the same D."""
-    for features in sets:
-        if features.ndim != 2 or 0 in features.shape:
-            raise ValueError(f"features must have the shape [N, D], not {list(features.shape)}")
-        if not np.isfinite(features).all():
-            raise ValueError("features hold values that are not finite: look at the images and the extractor")
-    if len({features.shape[1] for features in sets}) > 1:
-        numbers = " with ".join(str(features.shape[1]) for features in sets)
-        raise ValueError(f"cannot compare {numbers} features: use one extractor for both")

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edm2.metrics.kernel import check_features, tiles
+from edm2.metrics.frechet import check_features
+from edm2.metrics.kernel import tiles
 
 
 class PrecisionRecall(NamedTuple):
@@ -80,6 +81,8 @@ def density_coverage(
         ValueError: for features that do not fit, or too few for k.
     """
     check_features(real, generated)
+    if not len(generated):
+        raise ValueError("there are no generated images: density and coverage need at least 1")
     _check(k, real)
     radii = _squared_radii(real, k, block)
     num_held, covered = 0, np.zeros(len(real), bool)

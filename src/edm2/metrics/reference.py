@@ -1,19 +1,19 @@
 """Reference files: what a data set's features are like, and where they came from, as safetensors."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from edm2.files import sha256_of, write_atomic
-from edm2.metrics.frechet import FeatureStatistics
+from edm2.metrics.frechet import FeatureStatistics, check_features
 from edm2.metrics.measure import Measured
+from edm2.metrics.tensor_file import read_tensor_file, to_metadata
 
-_FORMAT = "edm2 reference 1"
+_FORMAT = "edm2 reference 2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Reference:
     sha256: str = ""
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: `mu`, `sigma`, `features` and the provenance.
+        """Write one safetensors file: `mu`, `sigma`, `features` and the provenance; the same gives the same bytes.
 
         Raises:
             ValueError: for statistics of fewer than 2 images.
@@ -40,12 +40,8 @@ class Reference:
         arrays = {"mu": statistics.mean, "sigma": statistics.cov}
         if self.measured.features is not None:
             arrays["features"] = np.ascontiguousarray(self.measured.features)
-        metadata = {
-            "format": _FORMAT,
-            "num_images": str(statistics.num_images),
-            "provenance": json.dumps(self.provenance, sort_keys=True),
-        }
-        write_atomic(path, save(arrays, metadata))
+        header = {"num_images": statistics.num_images, "provenance": self.provenance}
+        write_atomic(path, save(arrays, to_metadata(_FORMAT, header)))
 
     @classmethod
     def load(cls, path: str | Path) -> "Reference":
@@ -59,19 +55,20 @@ class Reference:
                 f"there is no reference file {path}: make one with `edm2 metrics ref DATA --out {path}`"
             )
         try:
-            with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-                mean, cov = file.get_tensor("mu"), file.get_tensor("sigma")
-                features = file.get_tensor("features") if "features" in file.keys() else None  # noqa: SIM118
-            statistics = FeatureStatistics.from_moments(mean, cov, num_images=int(metadata["num_images"]))
-            provenance = json.loads(metadata["provenance"])
+            header, arrays = read_tensor_file(path, "np", _FORMAT)
+            mean, features, provenance = arrays["mu"], arrays.get("features"), header["provenance"]
+            statistics = FeatureStatistics.from_moments(
+                mean, arrays["sigma"], num_images=int(header["num_images"])
+            )
             if not isinstance(provenance, dict):
                 raise ValueError("its provenance is no table")
-            if features is not None and (features.ndim != 2 or features.shape[1] != len(mean)):
-                raise ValueError(f"features {list(features.shape)} do not fit a mean of {len(mean)} numbers")
-        except (SafetensorError, ValueError, KeyError) as error:
+            if features is not None:
+                check_features(features)
+                if features.shape[1] != len(mean):
+                    raise ValueError(
+                        f"features {list(features.shape)} do not fit a mean of {len(mean)} numbers"
+                    )
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is no reference file of edm2 ({error}): make one with `edm2 metrics ref`"
             ) from error

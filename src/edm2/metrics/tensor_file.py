@@ -1,0 +1,43 @@
+"""Arrays in a safetensors file with one JSON header: the same contents are the same bytes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+_KEY = "edm2"  # the only one: safetensors writes several keys in random order
+
+
+def to_metadata(file_format: str, header: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata for `safetensors.*.save` that `read_tensor_file` reads.
+
+    Args:
+        file_format: name and version of the format.
+        header: JSON.
+    """
+    return {_KEY: json.dumps({"format": file_format, **header}, sort_keys=True)}
+
+
+def read_tensor_file(
+    path: str | Path, framework: str, file_format: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a header and all tensors.
+
+    Args:
+        path: the file.
+        framework: "pt" for torch tensors, "np" for arrays.
+        file_format: what the header must say.
+
+    Raises:
+        ValueError: for a file of another format.
+        SafetensorError: for another kind of file.
+        TypeError: for numbers that the framework does not have, such as bfloat16 in numpy.
+    """
+    with safe_open(path, framework) as file:
+        header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+        found = header.get("format") if isinstance(header, dict) else None
+        if found != file_format:
+            raise ValueError(f"its format is {found!r}, not {file_format!r}")
+        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
