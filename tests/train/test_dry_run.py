@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+import edm2.commands.train as command
 from edm2.presets import get_preset
 from edm2.train.dry_run import DryRun, dry_run
 
@@ -35,14 +36,27 @@ def test_measures_the_digits_preset(tmp_path, monkeypatch):
     cost = dry_run(config, steps=1)
     assert cost.num_params == 1_008_239
     assert cost.flops == pytest.approx(0.0282e9, rel=0.01)
-    # Weights, gradients, two moments and two averages in float32.
-    assert cost.state_bytes == 6 * 4 * 1_008_239
+    # Weights, gradients, two moments, two averages and, for more than 8,192 updates, their window, in float32.
+    assert cost.state_bytes == 7 * 4 * 1_008_239
     times = -(-config.num_images // config.snapshot_images)
     assert cost.snapshot_bytes == times * 2 * 4 * 1_008_239
     assert cost.checkpoint_bytes == 2 * 5 * 4 * 1_008_239
     assert cost.peak_bytes > cost.state_bytes
     assert cost.seconds == pytest.approx(config.num_images / cost.images_per_second)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_shorter_than_what_is_measured():
+    config = dataclasses.replace(get_preset("digits"), batch_size=4, num_images=5)
+    cost = dry_run(config, steps=1)
+    assert (cost.num_images, cost.images_per_second > 0) == (5, True)
+
+
+def test_machines_are_checked_before_the_work(monkeypatch, capsys):
+    monkeypatch.setattr(command, "dry_run", None)
+    with pytest.raises(SystemExit, match="2"):
+        command.run("edm2 train", ["--preset", "digits", "--out", "x", "--dry-run", "--machines", "0"])
+    assert "machines 0 must be at least 1" in capsys.readouterr().err
 
 
 def test_bad_input():

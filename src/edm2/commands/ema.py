@@ -15,6 +15,7 @@ from edm2.ema.profiles import FloatArray
 from edm2.ema.snapshots import MANIFEST, ForeignSnapshots, Manifest, read_manifest
 from edm2.ema.tensorfile import save_tensors
 from edm2.ema.verify import damaged
+from edm2.ema.window import LONG_RUN
 from edm2.files import write_atomic
 from edm2.generate import reconstruct_models
 from edm2.generate.reconstructed import snapshots_of
@@ -226,7 +227,8 @@ def _plan_text(found: Plan, num_params: int, widths: FloatArray) -> str:
             f"worst error     {error:.2g} of the profile, for lengths {widths[0]:g} to {widths[-1]:g};"
             f" about {error * MOVEMENT:.1g} of the parameters",
             f"memory          {_size(found.memory_bytes(num_params))} for the running averages of {num_params:,}"
-            " parameters",
+            f" parameters; {_size(found.memory_bytes(num_params, updates=LONG_RUN + 1))} in runs of more than"
+            f" {LONG_RUN:,} updates",
             f"storage         {_size(found.storage_bytes(num_params))}",
             f"in Python       PowerEMA(model, sigma_rels=[{tracks}])",
         ]

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from edm2.ema.encoding import TYPICAL_ROUNDING
 from edm2.ema.profiles import FloatArray, power_inner, sigma_rel_to_gamma
+from edm2.ema.window import LONG_RUN
 
 MOVEMENT = 0.05
 """Relative distance that trained weights typically lie from their averages (1% to 9% seen)."""
@@ -41,9 +42,9 @@ class Plan:
         """Number of averages stored."""
         return len(self.sigma_rels) * len(self.times)
 
-    def memory_bytes(self, num_params: int) -> int:
-        """Bytes of the running averages, in float32."""
-        return 4 * num_params * len(self.sigma_rels)
+    def memory_bytes(self, num_params: int, *, updates: int = 0) -> int:
+        """Bytes of the running averages, in float32, with the window that more than `LONG_RUN` equal updates need."""
+        return memory_bytes(num_params, len(self.sigma_rels), updates=updates)
 
     def storage_bytes(self, num_params: int) -> int:
         """Bytes of all snapshots."""
@@ -74,6 +75,11 @@ class Plan:
     def worst_error(self, *, at: float = 1.0) -> float:
         """Largest error over `sigma_range`."""
         return float(self.errors(spread(self.sigma_range, 121), at=at).max())
+
+
+def memory_bytes(num_params: int, num_tracks: int, *, updates: int) -> int:
+    """Bytes of averages in float32 and, for more than `LONG_RUN` equal updates, of their window."""
+    return 4 * num_params * (num_tracks + (updates > LONG_RUN))
 
 
 def spread(sigma_range: tuple[float, float], count: int) -> FloatArray:

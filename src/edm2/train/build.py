@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import edm2
 from edm2.data import AUGMENT_DIM, ImageDataset, open_dataset
 from edm2.diffusion import Denoiser
+from edm2.ema.plans import memory_bytes
 from edm2.train.coding import Coding
 from edm2.train.config import TrainConfig
 from edm2.train.run_folder import read_config
@@ -140,5 +141,6 @@ def ema_device(config: TrainConfig, denoiser: nn.Module) -> str | None:
     if config.ema_device != "auto" or device.type != "cuda":
         return "cpu" if config.ema_device == "cpu" else None
     free, _ = torch.cuda.mem_get_info(device)
-    needed = 4 * len(config.ema.sigma_rels) * sum(p.numel() for p in denoiser.parameters())
+    num_params = sum(p.numel() for p in denoiser.parameters())
+    needed = memory_bytes(num_params, len(config.ema.sigma_rels), updates=config.num_steps)
     return "cpu" if needed > _MOST_FOR_AVERAGES * free else None

@@ -1,5 +1,6 @@
 """What a run would take, from a few of its steps."""
 
+import dataclasses
 import math
 import tempfile
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from edm2.data import ImageDataset
+from edm2.ema.plans import memory_bytes
 from edm2.nn import count_flops
 from edm2.progress import time_text
 from edm2.train.build import open_training_data
@@ -31,7 +33,7 @@ class DryRun:
         num_images: length of the run.
         num_params: parameters.
         flops: multiply-accumulates of one forward pass, an image.
-        state_bytes: weights, gradients, Adam's moments and averages.
+        state_bytes: weights, gradients, Adam's moments and averages, with the window of a long run.
         peak_bytes: most memory seen in the measured steps: of the process on a CPU, of tensors on a GPU.
         snapshot_bytes: all snapshots of the run together.
         checkpoint_bytes: the checkpoints that are kept.
@@ -94,7 +96,10 @@ def dry_run(config: TrainConfig, *, steps: int = 5, dataset: ImageDataset | None
         raise ValueError(f"steps {steps} must be at least 1")
     dataset = open_training_data(config) if dataset is None else dataset
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, dataset, Path(folder) / "run")
+        # A run may be shorter than what is measured of it.
+        longer = max(config.num_images, (_WARMUP_STEPS + steps) * config.batch_size)
+        settings = dataclasses.replace(config, num_images=longer)
+        trainer = Trainer(settings, dataset, Path(folder) / "run")
         for _ in range(_WARMUP_STEPS):
             trainer.step()
         _wait(trainer.device)
@@ -107,18 +112,17 @@ def dry_run(config: TrainConfig, *, steps: int = 5, dataset: ImageDataset | None
         flops = _flops(trainer)
     num_params = sum(p.numel() for p in trainer.denoiser.parameters())
     tracks = len(config.ema.sigma_rels)
+    averages = memory_bytes(num_params, tracks, updates=config.num_steps)
     times = math.ceil(config.num_images / config.snapshot_interval)
     return DryRun(
         num_images=config.num_images,
         num_params=num_params,
         flops=flops,
-        state_bytes=(4 + tracks) * num_params * _FLOAT_BYTES,
+        state_bytes=4 * num_params * _FLOAT_BYTES + averages,
         peak_bytes=peak,
         snapshot_bytes=times * tracks * num_params * _STORED_BYTES[config.ema.dtype],
         checkpoint_bytes=min(config.keep_checkpoints, math.ceil(config.num_images / config.checkpoint_images))
-        * (3 + tracks)
-        * num_params
-        * _FLOAT_BYTES,
+        * (3 * num_params * _FLOAT_BYTES + averages),
         images_per_second=steps * config.batch_size / seconds,
     )
 
