@@ -40,7 +40,7 @@ def test_measures_the_digits_preset(tmp_path, monkeypatch):
     assert cost.state_bytes == 7 * 4 * 1_008_239
     times = -(-config.num_images // config.snapshot_images)
     assert cost.snapshot_bytes == times * 2 * 4 * 1_008_239
-    assert cost.checkpoint_bytes == 2 * 5 * 4 * 1_008_239
+    assert cost.checkpoint_bytes == 2 * 6 * 4 * 1_008_239
     assert cost.peak_bytes > cost.state_bytes
     assert cost.seconds == pytest.approx(config.num_images / cost.images_per_second)
     assert not list(tmp_path.iterdir())
