@@ -224,6 +224,48 @@ def test_hashes_are_one_a_file(release: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 hashes for 2 files \(edm2-img64-s-1073741-0.045.pkl, "):
         import_preset(preset, tmp_path / "out", source=str(release), sha256=known[:1])
     import_preset(preset, tmp_path / "out", source=str(release), sha256=known)
+    (tmp_path / "out" / f"{preset.name}.json").unlink()
+    with pytest.raises(FileExistsError, match=r"0\.110\.safetensors exists already and was not made from"):
+        import_preset(preset, tmp_path / "out", source=str(release), sha256=[known[0], known[0]])
+    import_preset(preset, tmp_path / "out", source=str(release), sha256=known)
+
+
+def test_a_missing_guide_is_noticed_before_the_network_is_fetched(release: Path, tmp_path: Path) -> None:
+    preset, out = sampling_preset("edm2-img64-s-autog-fid"), tmp_path / "out"
+    (release / str(preset.guide)).unlink()
+    with pytest.raises(ValueError, match=r"release holds no edm2-img64-xs-0134217-0\.110\.pkl"):
+        import_preset(preset, out, source=str(release))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"), [(ValueError("the guide is damaged"), False), (OSError("the line broke"), True)]
+)
+def test_what_is_downloaded_stays_when_the_next_fails(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kept: bool
+) -> None:
+    preset, out = sampling_preset("edm2-img64-s-autog-fid"), tmp_path / "out"
+    asked = []
+
+    def download(name: str, source: str, folder: Path, **_: Any) -> Path:
+        asked.append(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        if name == str(preset.guide) and len(asked) == 2:
+            if kept:
+                (folder / ".a.part").touch()
+            raise error
+        return Path(shutil.copy(release / name, folder))
+
+    monkeypatch.setattr("edm2.interop.convert.fetch", download)
+    monkeypatch.setattr("edm2.interop.convert.check_there", lambda *_: None)
+    model = out / "edm2-img64-s-1073741-0.045.safetensors"
+    with pytest.raises(type(error), match=f"{error}. Kept for the next time: {model}"):
+        import_preset(preset, out, source="http://somewhere")
+    assert model.exists()
+    assert (out / ".downloads" / ".a.part").exists() == kept
+    import_preset(preset, out, source="http://somewhere")
+    assert asked == [str(preset.network), str(preset.guide), str(preset.guide)]
+    assert (out / ".downloads").exists() == kept
 
 
 def refused(words: list[str], capsys: Any) -> str:
@@ -274,6 +316,7 @@ def test_refused_download_is_removed(
         return folder / name
 
     monkeypatch.setattr("edm2.interop.convert.fetch", download)
+    monkeypatch.setattr("edm2.interop.convert.check_there", lambda *_: None)
     with watching() as executed, pytest.raises(ValueError, match=r"posix\.system.*Nothing in it was run"):
         import_named("x.pkl", tmp_path, source="http://somewhere")
     assert executed == []

@@ -23,7 +23,8 @@ class _Import:
     out: Path | None = None
     """Folder for what is made of it. A folder of snapshots becomes this folder."""
     source: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Folder or http(s) address that the files lie in; default: the environment's EDM2_RELEASED_FROM."""
+    """Folder, http(s) address, or hf://OWNER/NAME of the hub that the files lie in; default: the environment's
+    EDM2_RELEASED_FROM."""
     sha256: tuple[str, ...] = ()
     """Expected hash of each file that is fetched, the network's first."""
     prefix: str | None = None

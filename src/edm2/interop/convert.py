@@ -17,7 +17,7 @@ from edm2.ema.encoding import Track
 from edm2.ema.snapshots import ForeignSnapshots, Snapshot, read_manifest, write, write_manifest
 from edm2.ema.stream import read_tensors
 from edm2.files import sha256_of, write_atomic, write_json
-from edm2.interop.fetch import fetch
+from edm2.interop.fetch import check_there, fetch
 from edm2.interop.licence import LICENCE, NOTICE_LINE, write_notice
 from edm2.interop.model_info import model_info
 from edm2.interop.network_file import NetworkFile, network_of
@@ -108,9 +108,11 @@ def import_preset(
     """
     out = Path(out)
     settings = _free(out / f"{preset.name}.json")
-    networks = [network for network in (preset.network, preset.guide) if network is not None]
-    missing = [str(network) for network in networks if not _is_model_of(out, network)]
-    written = _import_fetched(missing, out, source, sha256)
+    networks = [str(network) for network in (preset.network, preset.guide) if network is not None]
+    _check_hashes(networks, sha256)
+    hashes = dict(zip(networks, sha256, strict=False))
+    missing = [name for name in networks if not _is_model_of(out, name, hashes.get(name))]
+    written = _import_fetched(missing, out, source, [hashes[name] for name in missing] if hashes else ())
     model = _model_name(str(preset.network))
     guide = None if preset.guide is None else _model_name(str(preset.guide))
     write_json(
@@ -135,24 +137,53 @@ def import_preset(
 def _import_fetched(
     names: Sequence[str], out: Path, source: str | None, sha256: Sequence[str]
 ) -> list[Imported]:
+    """Fetch and convert one file after the other; what was converted stays whatever happens to the next."""
+    _check_hashes(names, sha256)
+    for name in names:
+        _free(out / _model_name(name))
+    check_there(names, source)
+    downloads = out / _DOWNLOADS
+    hashes: Sequence[str | None] = sha256 or [None] * len(names)
+    written: list[Imported] = []
+    for name, known in zip(names, hashes, strict=True):
+        try:
+            file = fetch(name, source, downloads, sha256=known)
+            written.append(_convert_fetched(file, out, downloads))
+        except (ValueError, OSError) as error:
+            _remove_if_empty(downloads)
+            if not written:
+                raise
+            there = ", ".join(str(done.path) for done in written)
+            kind = ValueError if isinstance(error, ValueError) else OSError
+            raise kind(f"{error}. Kept for the next time: {there}") from error
+    _remove_if_empty(downloads)
+    return written
+
+
+def _convert_fetched(file: Path, out: Path, downloads: Path) -> Imported:
+    downloaded = file.parent == downloads
+    try:
+        done = import_path(file, out)
+    except ValueError:  # a bad download is not worth keeping
+        if downloaded:
+            file.unlink()
+        raise
+    if downloaded:
+        file.unlink()
+    return done
+
+
+def _remove_if_empty(folder: Path) -> None:
+    # Else it holds the part of a download that was cut off.
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _check_hashes(names: Sequence[str], sha256: Sequence[str]) -> None:
     if sha256 and len(sha256) != len(names):
         raise ValueError(
             f"{len(sha256)} hashes for {len(names)} files ({', '.join(names)}): give one each, in that order"
         )
-    for name in names:
-        _free(out / _model_name(name))
-    downloads = out / _DOWNLOADS
-    hashes: Sequence[str | None] = sha256 or [None] * len(names)
-    try:
-        files = [
-            fetch(name, source, downloads, sha256=known) for name, known in zip(names, hashes, strict=True)
-        ]
-        written = [import_path(file, out) for file in files]
-    except ValueError:  # a bad download; the part of one that was cut off is worth keeping
-        shutil.rmtree(downloads, ignore_errors=True)
-        raise
-    shutil.rmtree(downloads, ignore_errors=True)
-    return written
 
 
 def _model_name(name: str) -> str:
@@ -165,12 +196,12 @@ def _free(path: Path) -> Path:
     return path
 
 
-def _is_model_of(out: Path, name: SnapshotName) -> bool:
-    path = out / _model_name(str(name))
+def _is_model_of(out: Path, name: str, sha256: str | None) -> bool:
+    path = out / _model_name(name)
     if not path.exists():
         return False
     source = read_model_header(path)[1]["info"].get("source") or {}
-    if source.get("file") != str(name):
+    if source.get("file") != name or (sha256 is not None and source.get("sha256") != sha256.lower()):
         raise FileExistsError(
             f"{path} exists already and was not made from {name}: choose another --out or move it away"
         )
