@@ -122,6 +122,16 @@ def test_profile_draws_what_reconstruct_makes(snapshots: Path, capsys: pytest.Ca
     assert early.expected_error == result.expected_error
 
 
+def test_profile_draws_lengths_that_can_be_had(snapshots: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = snapshots.parent / "profile.png"
+    main(["ema", "profile", str(snapshots), "--out", str(picture)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[1:-1]] == ["0.05", "0.063", "0.0794", "0.1"]
+    code, error = failing(["profile", str(snapshots), "--out", "picture.jpg"], capsys)
+    assert code == 2
+    assert "--out picture.jpg: pictures are PNG files" in error
+
+
 def test_profile_picture_shows_a_few_at_most() -> None:
     times = np.linspace(0, 1, 50)
     one = Profiles(label="a", wanted=times, made=times**2)
@@ -144,16 +154,35 @@ def test_plan_says_what_to_track_and_what_it_costs(
     assert "512 files, 205 GB, worst" not in capsys.readouterr().out  # not beside itself
     main(["ema", "plan", "--tracks", "2", "--times", "3", "--storage", "3GB"])
     assert "6 files" in capsys.readouterr().out
+    main(["ema", "plan", "--name", "compact", "--dtype", "fp16"])
+    out = capsys.readouterr().out
+    assert "as fp16: 8 files" in out
+    assert 'PowerEMA(model, plan="compact")' in out
+    assert "in edm2 train   --ema.sigma-rels 0.0312 0.0407 " in out
+
+
+def test_plan_for_mid_run_gives_the_error_there(capsys: pytest.CaptureFixture[str]) -> None:
+    errors = []
+    for words in ([], ["--mid-run"]):
+        main(["ema", "plan", "--tracks", "3", "--times", "2", *words])
+        errors.append(float(capsys.readouterr().out.split("worst error")[1].split()[0]))
+    # Nothing is stored before the first time, so that it is no better than three averages at one time.
+    main(["ema", "plan", "--tracks", "3"])
+    assert errors[1] == float(capsys.readouterr().out.split("worst error")[1].split()[0])
+    assert errors[0] < 0.5 * errors[1]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--params", "many"], "--params 'many' is not understood"),
-        (["--storage", "-1GB"], "--storage '-1G' is not understood"),
+        (["--storage", "-1GB"], "--storage '-1GB' is not understood"),
         (["--sigma-range", "0.1"], "write the shortest and the longest"),
         (["--name", "best"], "plan 'best' is not known"),
-        (["--tracks", "3", "--memory", "1GB"], "memory_bytes"),
+        (["--tracks", "3", "--memory", "1GB"], "3 tracks need more than --memory allows"),
+        (["--storage", "3"], "--storage of 3 does not hold one average of 100,000,000 parameters"),
+        (["--name", "lean", "--tracks", "3"], "--name lean has its tracks and times: leave out --tracks"),
+        (["--out", "plan.txt"], "--out plan.txt: pictures are PNG files"),
     ],
 )
 def test_plan_refuses_what_it_cannot_do(

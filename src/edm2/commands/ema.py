@@ -1,8 +1,8 @@
 """`edm2 ema`: averages of the weights, after training."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -73,8 +73,8 @@ class _Profile:
 
     run: _RUN
     """Folder of the run, of its snapshots, or of official ones, network-snapshot-*.pkl."""
-    sigma_rel: str = "0.03,0.05,0.10,0.20"
-    """EMA lengths, separated by commas."""
+    sigma_rel: str | None = None
+    """EMA lengths, separated by commas; default: four from the shortest track to the longest."""
     out: Path
     """PNG file."""
     t: float | None = None
@@ -90,7 +90,7 @@ class _Plan:
     sigma_range: str = "0.03,0.25"
     """Shortest and longest EMA length wanted, relative to the training time."""
     name: str | None = None
-    """Show a named plan instead: paper, compact, lean, small."""
+    """Show a named plan instead: paper, compact, lean, small; with --dtype, --sigma-range and --params alone."""
     tracks: int | None = None
     """Averages to track; default: the best number within the budgets."""
     times: int | None = None
@@ -104,7 +104,7 @@ class _Plan:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """How snapshots are stored."""
     mid_run: bool = False
-    """Every length is also wanted at each stored time, not only at the end."""
+    """Every length is also wanted at each stored time, not only at the end; the error is the worst of all."""
     out: Path | None = None
     """PNG file: the error at each length, beside that of the paper's and the released models' snapshots."""
 
@@ -157,9 +157,15 @@ def reconstruct(prog: str, words: Sequence[str]) -> None:
 def profile(prog: str, words: Sequence[str]) -> None:
     """`edm2 ema profile`."""
     chosen = tyro.cli(_Profile, prog=prog, args=[*words])
+    _check_picture(chosen.out)
     source = _open(chosen.run, chosen.prefix)
     manifest = read_manifest(source)
-    results = reconstruct_many(source, _numbers("--sigma-rel", chosen.sigma_rel), chosen.t, read=False)
+    tracks = {s.sigma_rel for s in manifest.snapshots}
+    if chosen.sigma_rel is not None or not tracks:
+        lengths = _numbers("--sigma-rel", chosen.sigma_rel or "0.1")
+    else:
+        lengths = sorted({float(f"{x:.4f}") for x in spread((min(tracks), max(tracks)), 4)})
+    results = reconstruct_many(source, lengths, chosen.t, read=False)
     print(f"{'wanted':<16} {'files':>5}  {'largest coefficient':>19}  amplification  expected relative error")
     for result in results:
         largest = max(result.coefficients.values(), key=abs)
@@ -173,6 +179,7 @@ def profile(prog: str, words: Sequence[str]) -> None:
 def plan(prog: str, words: Sequence[str]) -> None:
     """`edm2 ema plan`."""
     chosen = tyro.cli(_Plan, prog=prog, args=[*words])
+    _check_picture(chosen.out)
     num_params = round(_amount("--params", chosen.params))
     ends = _numbers("--sigma-range", chosen.sigma_range)
     if len(ends) != 2:
@@ -180,22 +187,32 @@ def plan(prog: str, words: Sequence[str]) -> None:
             f"--sigma-range {chosen.sigma_range!r}: write the shortest and the longest, 0.03,0.25"
         )
     room = {
-        f"{name}_bytes": None if text is None else round(_amount(f"--{name}", text.removesuffix("B")))
+        f"{name}_bytes": None if text is None else round(_amount(f"--{name}", text))
         for name, text in (("memory", chosen.memory), ("storage", chosen.storage))
     }
     if chosen.name is not None:
-        found = named_plan(chosen.name)
+        if chosen.tracks or chosen.times or chosen.mid_run or any(room.values()):
+            raise ValueError(
+                f"--name {chosen.name} has its tracks and times: leave out --tracks, --times, --memory, --storage and"
+                " --mid-run, or --name"
+            )
+        found = replace(named_plan(chosen.name), dtype=chosen.dtype)
     else:
-        found = find_plan(
-            (ends[0], ends[1]), tracks=chosen.tracks, times=chosen.times, num_params=num_params,
-            dtype=chosen.dtype, mid_run=chosen.mid_run, **room,
+        found = _in_words_of_options(
+            lambda: find_plan(
+                (ends[0], ends[1]), tracks=chosen.tracks, times=chosen.times, num_params=num_params,
+                dtype=chosen.dtype, mid_run=chosen.mid_run, **room,
+            )
         )  # fmt: skip
     others = [PLANS["paper"], _RELEASED]
     widths = spread((ends[0], ends[1]), 121)
-    print(_plan_text(found, num_params, widths))
-    for other in others:
-        if other.name != found.name:
-            print(f"\nbeside it, {_comparison(other, num_params, widths)}")
+    print(_plan_text(found, num_params, widths, mid_run=chosen.mid_run))
+    print(
+        "beside it       "
+        + "\n                ".join(
+            _comparison(x, num_params, widths) for x in others if x.name != found.name
+        )
+    )
     if chosen.out is not None:
         fine = spread((ends[0], ends[1]), 601)
         shown = [found, *(other for other in others if other.name != found.name)]
@@ -215,8 +232,26 @@ def _open(run: Path, prefix: str | None) -> Path | ForeignSnapshots:
     return folder
 
 
-def _plan_text(found: Plan, num_params: int, widths: FloatArray) -> str:
-    error = float(found.errors(widths).max())
+def _check_picture(out: Path | None) -> None:
+    if out is not None and out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: pictures are PNG files, give a name that ends in .png")
+
+
+def _in_words_of_options(find: Callable[[], Plan]) -> Plan:
+    """Call the planner, and put its complaints in terms of what was typed."""
+    try:
+        return find()
+    except ValueError as error:
+        text = str(error)
+        for name, option in (
+            ("memory_bytes", "--memory"), ("storage_bytes", "--storage"), ("sigma_range", "--sigma-range"),
+        ):  # fmt: skip
+            text = text.replace(name, option)
+        raise ValueError(text) from None
+
+
+def _plan_text(found: Plan, num_params: int, widths: FloatArray, *, mid_run: bool) -> str:
+    error = max(float(found.errors(widths, at=t).max()) for t in (found.times if mid_run else (1.0,)))
     times = "the end alone" if len(found.times) == 1 else ", ".join(f"{t:.3g}" for t in found.times)
     tracks = ", ".join(f"{s:g}" for s in found.sigma_rels)
     return "\n".join(
@@ -230,9 +265,16 @@ def _plan_text(found: Plan, num_params: int, widths: FloatArray) -> str:
             f" parameters; {_size(found.memory_bytes(num_params, updates=LONG_RUN + 1))} in runs of more than"
             f" {LONG_RUN:,} updates",
             f"storage         {_size(found.storage_bytes(num_params))}",
-            f"in Python       PowerEMA(model, sigma_rels=[{tracks}])",
+            f"in Python       PowerEMA(model, {_argument(found, tracks)})",
+            f"in edm2 train   --ema.sigma-rels {tracks.replace(',', '')}",
         ]
     )
+
+
+def _argument(found: Plan, tracks: str) -> str:
+    known = PLANS.get(found.name)
+    same = known is not None and known.sigma_rels == found.sigma_rels
+    return f'plan="{found.name}"' if same else f"sigma_rels=[{tracks}]"
 
 
 def _comparison(other: Plan, num_params: int, widths: FloatArray) -> str:
@@ -265,10 +307,11 @@ def _numbers(option: str, text: str) -> Numbers:
 
 
 def _amount(option: str, text: str) -> float:
-    """A number with k, M, G or T after it."""
-    factor = 1000 ** (1 + "kMGT".index(text[-1])) if text and text[-1] in "kMGT" else 1
+    """A number with k, M, G or T after it, and perhaps a B."""
+    number = text.removesuffix("B")
+    factor = 1000 ** (1 + "kMGT".index(number[-1])) if number and number[-1] in "kMGT" else 1
     try:
-        value = float(text[: len(text) - (factor > 1)]) * factor
+        value = float(number[: len(number) - (factor > 1)]) * factor
     except ValueError:
         value = 0.0
     if not 1 <= value < 1e18:

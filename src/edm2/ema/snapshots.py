@@ -123,7 +123,8 @@ def read_manifest(folder: str | Path | ForeignSnapshots) -> Manifest:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(
-            f"{folder} is no folder of snapshots: it has no {MANIFEST}; give the folder passed to snapshot()"
+            f"{folder} is no folder of snapshots: it has no {MANIFEST}; give the folder that snapshot() was called"
+            " with, or that of a run"
         ) from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from error
