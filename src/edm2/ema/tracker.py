@@ -4,6 +4,7 @@ import math
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from edm2.ema.tensors import (
 from edm2.ema.window import next_step, shares
 
 _FORMAT = "edm2.ema.PowerEMA/1"
+
+_kind = attrgetter("shape", "device", "dtype")  # in one call, as it is asked of every tensor at every update
 
 
 class PowerEMA:
@@ -94,6 +97,7 @@ class PowerEMA:
         self._templates = [slot.get() for slot in self._tensors.averaged]
         self._kinds = _kinds(self._templates)
         weights = [local(x) for x in self._templates]
+        self._is_sharded = any(is_sharded(x) for x in self._templates)
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"dtype {dtype} is too coarse for averages, whose changes are far smaller than they are: choose"
@@ -154,7 +158,7 @@ class PowerEMA:
                 " tensors throughout; build a new PowerEMA, and only once the model is where it trains"
             )
         self._templates = tensors
-        return [local(x) for x in tensors]
+        return [local(x) for x in tensors] if self._is_sharded else tensors
 
     @torch.no_grad()
     def snapshot(
@@ -382,7 +386,7 @@ class PowerEMA:
 
 
 def _kinds(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.device, torch.dtype]]:
-    return [(x.shape, x.device, x.dtype) for x in tensors]
+    return [*map(_kind, tensors)]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -19,9 +19,9 @@ from edm2.ema.profiles import step_weight
 LONG_RUN = 8192
 """Equal updates after which windows begin; up to there every update goes into the averages at once."""
 
-# A window is a part of the training so far that holds at least four updates. Within it all weights count alike; the
+# A window is a part of the training so far, mostly of eight updates or more. Within it all weights count alike; the
 # exact shares differ from that by less than 1 / _EVENNESS to either side, also in narrow averages.
-_WINDOWS_A_RUN = LONG_RUN / 4
+_WINDOWS_A_RUN = LONG_RUN / 8
 _EVENNESS = 64
 # In steps of float32 at 1: wide enough that the mean rounding error does not depend on what is rounded.
 _DITHER = 0.6 * 2.0**-23
