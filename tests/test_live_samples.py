@@ -5,6 +5,7 @@ import PIL.Image
 import pytest
 import torch
 
+from edm2.commands.train import run
 from edm2.live_samples import LiveSamples
 from edm2.presets import get_preset
 from edm2.train import train
@@ -51,6 +52,17 @@ def test_the_grid_is_of_the_chosen_average(tmp_path):
     with PIL.Image.open(LiveSamples.path(tmp_path / "run", 40)) as grid:
         first = np.asarray(grid.convert("L"))[: 6 * 8 : 6, : 6 * 8 : 6]
     assert torch.equal(torch.from_numpy(first.copy()), torch.from_numpy(made["images"][0, 0]))
+
+
+def test_an_average_that_the_run_cannot_give_is_refused_before_it_starts(tmp_path):
+    words = ["--preset", "digits", "--out", str(tmp_path / "run"), "--sample-images", "8"]
+    with pytest.raises(
+        ValueError, match=r"sigma_rel 0.001 cannot be made of the tracked ones, \(0.05, 0.1\)"
+    ):
+        run("edm2 train", [*words, "--sample-sigma-rel", "0.001"])
+    assert not (tmp_path / "run").exists()
+    for sigma_rel in (None, 0.05, 0.07):
+        LiveSamples(every=1, sigma_rel=sigma_rel).check((0.05, 0.1))
 
 
 def test_bad_options():

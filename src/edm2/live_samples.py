@@ -1,11 +1,13 @@
 """Images from a run while it trains: the same seeds at chosen moments, with a chosen average."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from edm2.ema import sigma_rel_to_gamma
+from edm2.ema.solve import solve_live
 from edm2.generate import Generator
 from edm2.report import image_grid, save_png
 from edm2.train import Trainer
@@ -36,8 +38,23 @@ class LiveSamples:
         if self.sigma_rel is not None:
             sigma_rel_to_gamma(self.sigma_rel)
 
+    def check(self, tracked: Sequence[float]) -> None:
+        """Make sure, before a run starts, that its averages can give the wanted one.
+
+        Args:
+            tracked: EMA lengths that the run tracks.
+
+        Raises:
+            ValueError: if they cannot.
+        """
+        if self.sigma_rel is not None and self.sigma_rel not in tracked:
+            solve_live(tracked, self.sigma_rel)
+
     def __call__(self, trainer: Trainer) -> None:
-        """Make a grid if one is due. Changes nothing of the run: weights are put back bit for bit."""
+        """Make a grid if one is due. Changes nothing of the run: weights are put back bit for bit.
+
+        Where the network is sharded, all processes make it together, and the first one writes it.
+        """
         if trainer.ema is None or not trainer.is_due(self.every):
             return
         denoiser = trainer.denoiser
@@ -49,6 +66,8 @@ class LiveSamples:
                 images = generator.images(range(self.num_samples), num_steps=self.num_steps)
             finally:
                 denoiser.train()
+        if not trainer.world.is_first:
+            return
         # Latents and floats are drawn by their range: there is nothing else to show them by.
         pixels = images if images.dtype == np.uint8 else _stretched(images)
         columns = generator.num_classes if 2 <= generator.num_classes <= 16 else 8

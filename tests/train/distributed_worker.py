@@ -17,6 +17,7 @@ import torch
 import torch.distributed.fsdp
 from tiny_run import tiny_config, tiny_data, tiny_network
 
+from edm2.live_samples import LiveSamples
 from edm2.train import Stopped, TrainConfig, Trainer, train
 
 DATA = tiny_data()
@@ -69,6 +70,8 @@ def main(folder: Path) -> None:
             out = folder / f"{name}-then-{size}"
             assert group(2, out, config, stop_on(1, 56)) == [75, 75], name
             assert group(size, out, config) == [0] * size, name
+    live = LiveSamples(every=48, num_samples=3, num_steps=2)
+    assert group(2, folder / "fsdp-seen", FULL, live) == [0, 0]
 
 
 def killed(folder: Path) -> None:

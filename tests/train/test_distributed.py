@@ -75,6 +75,14 @@ def test_a_stop_on_any_process_changes_no_byte(runs: Path, name: str) -> None:
 
 
 @pytest.mark.slow
+def test_all_processes_make_the_samples_of_a_sharded_network(runs: Path) -> None:
+    found = files_of(runs / "fsdp-seen")
+    grids = [name for name in found if name.startswith("progress")]
+    assert grids == ["progress/000000000048.png", "progress/000000000096.png"]
+    assert {name: found[name] for name in found if name not in grids} == files_of(runs / "fsdp")
+
+
+@pytest.mark.slow
 def test_killed_process_restarts_from_the_last_checkpoint(runs: Path) -> None:
     done = run([*TORCHRUN, "--max-restarts", "1", WORKER, str(runs), "killed"])
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """Values that are not finite are zeroed, counted, logged, and stop the run when they stay."""
 
+import json
 import math
 from pathlib import Path
 
@@ -67,10 +68,56 @@ def test_a_weight_with_only_bad_gradients_does_not_move(tmp_path: Path) -> None:
 def test_too_many_in_a_row_stop_the_run(tmp_path: Path) -> None:
     config = tiny_config(stop_after_nonfinite=3)
     trainer = poisoned(tmp_path / "run", (3, 4, 7, 8, 9, 10), config)
-    with pytest.raises(FloatingPointError, match=r"in 3 steps in a row, from step 7 \(image 48\) on: lower"):
+    told = (
+        r"in 3 steps in a row, from step 7 \(image 48\) on. The newest checkpoint is .*/checkpoints/000000000040, from "
+        r"before; the same command would end here again. .*: these changes need a new --out. Only --loss-scaling"
+    )
+    with pytest.raises(FloatingPointError, match=told):
         trainer.run(quiet=True)
     assert trainer.num_images == 72
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["000000000040"]
+
+
+def test_nothing_saved_yet(tmp_path: Path) -> None:
+    trainer = poisoned(tmp_path / "run", (1, 2), tiny_config(stop_after_nonfinite=2))
+    with pytest.raises(FloatingPointError, match="The newest checkpoint is none yet; the same command"):
+        trainer.run(quiet=True)
+
+
+def saved(out: Path) -> list[int]:
+    return sorted(int(path.name) for path in (out / "checkpoints").iterdir())
+
+
+def test_bad_steps_take_no_checkpoint_away(tmp_path: Path) -> None:
+    """Steps 10 to 14 are bad; 5, 10, 15 and 20 end where a checkpoint is due."""
+
+    def stop(trainer: Trainer) -> None:
+        if trainer.num_images == 96:
+            trainer.request_stop()
+
+    config, bad = tiny_config(keep_checkpoints=1), (10, 11, 12, 13, 14)
+    with pytest.raises(Stopped, match=r"not saved, because .* infinite in the last 3 of its steps"):
+        poisoned(tmp_path / "run", bad, config).run(quiet=True, on_step=stop)
+    assert saved(tmp_path / "run") == [40]
+    poisoned(tmp_path / "run", bad, config).run(quiet=True)
+    assert saved(tmp_path / "run") == [160]
+
+
+def test_a_checkpoint_that_was_due_comes_when_steps_are_good_again(tmp_path: Path) -> None:
+    config, bad = tiny_config(keep_checkpoints=9, keep_every=2), (10, 11, 20)
+
+    def stop(trainer: Trainer) -> None:
+        if trainer.num_images == 96:  # where the late one is written
+            trainer.request_stop()
+
+    poisoned(tmp_path / "whole", bad, config).run(quiet=True)
+    assert saved(tmp_path / "whole") == [40, 96, 120, 160]
+    state = json.loads((tmp_path / "whole/checkpoints/000000000096/manifest.json").read_text())
+    assert state["role"] == "milestone"
+    with pytest.raises(Stopped, match="checkpoint written"):
+        poisoned(tmp_path / "pieces", bad, config).run(quiet=True, on_step=stop)
+    poisoned(tmp_path / "pieces", bad, config).run(quiet=True)
+    assert files_of(tmp_path / "pieces") == files_of(tmp_path / "whole")
 
 
 def test_the_count_survives_a_stop(tmp_path: Path) -> None:
@@ -79,7 +126,7 @@ def test_the_count_survives_a_stop(tmp_path: Path) -> None:
             trainer.request_stop()
 
     config = tiny_config(stop_after_nonfinite=3)
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped, match="not saved"):
         poisoned(tmp_path / "run", (8, 9, 10), config).run(quiet=True, on_step=stop)
     with pytest.raises(FloatingPointError, match=r"from step 8 \(image 56\)"):
         poisoned(tmp_path / "run", (8, 9, 10), config).run(quiet=True)

@@ -1,15 +1,20 @@
 """A run that is stopped and continued is the run that was never stopped, bit for bit."""
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_run import files_of, log_of, tiny_config, tiny_data, tiny_network
 
 from edm2.data import ArrayDataset
+from edm2.diffusion import Denoiser, read_model_header
+from edm2.nn import MPConv, rms
 from edm2.train import DataConfig, Stopped, TrainConfig, Trainer, train
 
 
@@ -126,6 +131,63 @@ def test_a_run_can_be_made_longer(tmp_path: Path) -> None:
     train(tiny_config(), tmp_path / "longer", dataset=tiny_data(), quiet=True)
     train(tiny_config(), tmp_path / "whole", dataset=tiny_data(), quiet=True)
     assert files_of(tmp_path / "longer") == files_of(tmp_path / "whole")
+
+
+def test_data_and_preset_may_get_other_names(undisturbed: Path, tmp_path: Path) -> None:
+    def named(name: str) -> ArrayDataset:
+        data = tiny_data()
+        data.name = name
+        return data
+
+    with pytest.raises(Stopped):
+        train(tiny_config(data="old"), tmp_path / "run", dataset=tiny_data(), quiet=True, on_step=stop_at(96))
+    model = train(
+        tiny_config(data="new"), tmp_path / "run", dataset=named("moved"), quiet=True, preset="mine"
+    )
+    info = read_model_header(model)[1]["info"]
+    assert (info["data"], info["preset"]) == ("moved", "mine")
+    tensors = load_file(model)
+    assert all(torch.equal(v, tensors[k]) for k, v in load_file(undisturbed / "model.safetensors").items())
+    # Snapshots say what the run was when they began.
+    found = files_of(tmp_path / "run")
+    wanted = {name: digest for name, digest in files_of(undisturbed).items() if name.startswith("snapshots")}
+    assert wanted == {name: found[name] for name in wanted}
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_checkpoints_that_were_taken_away(tmp_path: Path, finished: bool) -> None:
+    out = tmp_path / "run"
+    with contextlib.nullcontext() if finished else pytest.raises(_Killed):
+        train(tiny_config(), out, dataset=tiny_data(), quiet=True, on_step=None if finished else kill_at(72))
+    shutil.rmtree(out / "checkpoints")
+    if finished:
+        (out / "checkpoints").mkdir()
+    before, lines = files_of(out), log_of(out)
+    with pytest.raises(
+        ValueError,
+        match=r"holds a .*run whose checkpoints are gone: put .*checkpoints back from a copy, choose",
+    ):
+        train(tiny_config(), out, dataset=tiny_data(), quiet=True)
+    assert files_of(out) == before
+    assert log_of(out) == lines
+
+
+def test_weights_are_normalised_before_every_step(tmp_path: Path) -> None:
+    """Without it they would grow: the update of config G is orthogonal to them, and Adam's is not small."""
+    trainer = Trainer(tiny_config(), tiny_data(), tmp_path / "run")
+    seen: list[float] = []
+
+    def look(module: Denoiser, inputs: object) -> None:
+        layers = [m for m in module.modules() if isinstance(m, MPConv)]
+        seen.extend(
+            float(rms(m.weight.detach(), tuple(range(1, m.weight.ndim))).sub(1).abs().max()) for m in layers
+        )
+
+    trainer.denoiser.register_forward_pre_hook(look)
+    for _ in range(4):
+        trainer.step()
+    assert len(seen) > 20
+    assert max(seen) < 2e-3
 
 
 def test_a_length_that_the_batch_does_not_divide(tmp_path: Path) -> None:

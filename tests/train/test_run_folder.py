@@ -9,7 +9,7 @@ from tiny_run import files_of, tiny_config, tiny_data, tiny_network
 
 from edm2.train import OptimizerConfig, train
 from edm2.train.build import open_training_data, pick_device
-from edm2.train.run_folder import append_log, claim, read_config, read_log, rewind_log
+from edm2.train.run_folder import append_log, claim, hold, read_config, read_log, rewind_log
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,37 @@ def test_claim_makes_folders_and_keeps_their_content(tmp_path: Path) -> None:
     claim(out, {"x": 2}, {"x": 1}, "r")
     assert read_config(out) == {"run_id": "r", "identity": {"x": 1}, "settings": {"x": 2}}
     assert read_log(out) == [{"num_images": 1}]
+
+
+def test_one_process_at_a_time(finished: Path) -> None:
+    before = files_of(finished)
+    with hold(finished):
+        with pytest.raises(
+            ValueError, match=r"another process is training into .*: wait for its end, or choose"
+        ):
+            train(tiny_config(num_images=48), finished, dataset=tiny_data(), quiet=True)
+        with pytest.raises(ValueError, match="another process is training into"):
+            hold(finished).__enter__()
+    assert files_of(finished) == before
+
+
+def test_a_folder_that_was_made_for_nothing_goes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no training data"):
+        train(tiny_config(), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_kill_while_a_folder_is_claimed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / ".config.json.tmp").write_text("{")
+    claim(tmp_path, {}, {}, "r")
+    assert read_config(tmp_path)["run_id"] == "r"
+
+
+def test_checkpoints_without_their_settings_are_no_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "000000000040").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"is not empty and holds no run \(checkpoints\)"):
+        claim(tmp_path, {}, {}, "r")
 
 
 def test_log_ends_where_a_kill_cut_it(tmp_path: Path) -> None:

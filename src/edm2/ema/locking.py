@@ -7,8 +7,15 @@ from pathlib import Path
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold a folder against other writers; released by the system if the process dies.
+
+    Args:
+        folder: An existing folder.
+        wait: Whether to wait while another writer holds it.
+
+    Raises:
+        BlockingIOError: If another writer holds it, and this one shall not wait.
 
     On Windows folders cannot be locked or flushed this way, and the caller must be the only writer.
     """
@@ -19,7 +26,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(handle)

@@ -132,6 +132,12 @@ def find_newest(folder: Path, *, run_id: str) -> Path | None:
     return None
 
 
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint, whole or not; None where there is none."""
+    names = _names(folder)
+    return folder / names[-1] if names else None
+
+
 def read_checkpoint(checkpoint: Path) -> tuple[Tensors, dict[str, Any]]:
     """Tensors by file and name, and the state."""
     groups = {p.stem: safetensors.torch.load_file(p) for p in sorted(checkpoint.glob("*.safetensors"))}

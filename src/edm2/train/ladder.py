@@ -4,23 +4,18 @@ Ref: EDM2 Table 1, App. B; LADDER sections 3-10.
 """
 
 import dataclasses
-import math
 from typing import Any, cast
 
 from edm2.diffusion.ladder import training_rules
-from edm2.ema import Target, gamma_to_sigma_rel
+from edm2.ema import Target
 from edm2.train.config import TrainConfig
-
-# Up to 1000 M images config A's average is a power function, t^gamma with gamma + 1 = ln 2 / 0.05, which `edm2 ema
-# reconstruct --sigma-rel 0.0629` gives; `traditional_average` is right for runs of any length.
-_GAMMA = math.log(2) / 0.05 - 1
-TRADITIONAL_SIGMA_REL = gamma_to_sigma_rel(_GAMMA)
 
 
 def traditional_average() -> Target:
     """Config A's average, for `edm2.ema.reconstruct(snapshots, target=...)` of a run whose clock counts images.
 
-    It forgets with a half-life of a twentieth of the images seen, up to 50 M images.
+    It forgets with a half-life of a twentieth of the images seen, up to 50 M images. Up to 1000 M images it is a
+    power function, t^gamma with gamma + 1 = ln 2 / 0.05, which `edm2 ema reconstruct --sigma-rel 0.0629` gives.
 
     Ref: LADDER section 3; `edm2.diffusion.traditional_decay` is the factor of its single updates.
     """

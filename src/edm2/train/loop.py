@@ -9,7 +9,7 @@ Ref: EDM2 Sec. 2-3, App. B; SPEC sections 3-5.
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ import torch
 from edm2.data import ImageDataset
 from edm2.diffusion import MODEL_FILE, save_model
 from edm2.ema import PowerEMA
+from edm2.ema.snapshots import MANIFEST
 from edm2.nn.magnitudes import MagnitudeRecorder
 from edm2.progress import Progress
 from edm2.train import run_folder
 from edm2.train.build import build_denoiser, ema_device, git_state, open_training_data, pick_device, versions
-from edm2.train.checkpoint import Role, find_newest, prune, read_checkpoint
+from edm2.train.checkpoint import Role, find_newest, newest, prune, read_checkpoint
 from edm2.train.coding import Coding, make_coding
 from edm2.train.config import TrainConfig
 from edm2.train.memory import size_text, used_bytes
@@ -81,19 +82,21 @@ def _train(
     on_step: "Callable[[Trainer], None] | None",
     trackers: Sequence[Tracker],
 ) -> Path:
-    dataset = open_training_data(config) if dataset is None else dataset
-    trainer = Trainer(config, dataset, out, preset=preset, world=world)
-    trainer.resume()
-    trainer.trackers = trackers if world.is_first else ()
-    for tracker in trainer.trackers:
-        tracker.start(trainer.out, trainer.run_id, config.to_json(), trainer.num_images)
-    try:
-        trainer.run(quiet=quiet, on_step=on_step)
-    finally:
-        trainer.close()
+    with ExitStack() as held:
+        world.on_first(lambda: held.enter_context(run_folder.hold(out)))
+        dataset = open_training_data(config) if dataset is None else dataset
+        trainer = Trainer(config, dataset, out, preset=preset, world=world)
+        trainer.resume()
+        trainer.trackers = trackers if world.is_first else ()
         for tracker in trainer.trackers:
-            tracker.finish()
-    return trainer.finish()
+            tracker.start(trainer.out, trainer.run_id, config.to_json(), trainer.num_images)
+        try:
+            trainer.run(quiet=quiet, on_step=on_step)
+        finally:
+            trainer.close()
+            for tracker in trainer.trackers:
+                tracker.finish()
+        return trainer.finish()
 
 
 class Trainer:
@@ -161,17 +164,26 @@ class Trainer:
             "data": dataset.name,
         }
         self.num_images = 0
+        self._saved: int | None = None
+        self._due: Role | None = None
         self._stop = False
         self._tally = Tally(self.device)
 
     def resume(self) -> None:
-        """Take up the newest whole checkpoint, if there is one."""
+        """Take up the newest whole checkpoint, if there is one.
+
+        Raises:
+            ValueError: if the run had checkpoints and none can be used.
+        """
         folder = self.out / run_folder.CHECKPOINTS
 
         def find() -> int | None:
             found = find_newest(folder, run_id=self.run_id)
+            if found is None:
+                run_folder.check_not_lost(self.out)
+                return None
             prune(folder, keep=self.config.keep_checkpoints)
-            return None if found is None else int(found.name)
+            return int(found.name)
 
         number = self.world.on_first(find)
         if number is not None:
@@ -219,21 +231,32 @@ class Trainer:
                 if self.is_due(config.snapshot_interval):
                     self.snapshot()
                 self._saver.check()
-                if self.is_due(config.checkpoint_images):
-                    self.checkpoint(role=self._role())
+                self._checkpoint_if_due()
                 self._stop_if_asked(stop_requested())
+
+    def _checkpoint_if_due(self) -> None:
+        if self.is_due(self.config.checkpoint_images):
+            self._due = self._role()
+        # While steps go wrong, none takes the place of one from before; the end of the run is kept as it is.
+        if self._due is not None and (self._is_last(self.num_images) or not self._tally.bad_in_a_row):
+            self.checkpoint(role=self._due)
 
     def _stop_if_asked(self, signalled: bool) -> None:
         config = self.config
         late = config.max_hours is not None and time.monotonic() - self._start > config.max_hours * 3600
         if not self.world.any(self._stop or signalled or late) or self._is_last(self.num_images):
             return
-        if not self.is_due(config.checkpoint_images):
+        saved = "checkpoint written"
+        if bad := self._tally.bad_in_a_row:
+            saved = (
+                f"not saved, because loss or gradients were NaN or infinite in the last {bad} of its steps"
+            )
+        elif self._saved != self.num_images:
             self.checkpoint(role="passing")
         self._saver.wait()
         raise Stopped(
-            f"stopped at {self.num_images} of {config.num_steps * config.batch_size} images, checkpoint written; the "
-            "same command continues"
+            f"stopped at {self.num_images} of {config.num_steps * config.batch_size} images, {saved}; the same "
+            "command continues"
         )
 
     def step(self, *, record: bool = False) -> None:
@@ -265,10 +288,14 @@ class Trainer:
         bad, config = self._tally.bad_in_a_row, self.config
         if bad >= config.stop_after_nonfinite:
             first = self.num_images // config.batch_size - bad + 1
+            self._saver.wait()
+            kept = newest(self.out / run_folder.CHECKPOINTS)
             raise FloatingPointError(
                 f"loss or gradients were NaN or infinite in {bad} steps in a row, from step {first} (image "
-                f"{(first - 1) * config.batch_size}) on: lower --optimizer.ref-lr, use --dtype float32 or bfloat16, "
-                f"and look for bad values in the data. The newest checkpoint in {self.out} is from before"
+                f"{(first - 1) * config.batch_size}) on. The newest checkpoint is "
+                f"{'none yet' if kept is None else f'{kept}, from before'}; the same command would end here again. "
+                "Look for bad values in the data, lower --optimizer.ref-lr, or use --dtype float32 or bfloat16: "
+                "these changes need a new --out. Only --loss-scaling, for float16, may change in this one"
             )
 
     def _log(self, **timing: float) -> dict[str, Any]:
@@ -293,12 +320,13 @@ class Trainer:
 
     def snapshot(self) -> None:
         """Add the averages to the run's snapshots."""
-        if self.ema is not None:
-            self.ema.snapshot(
-                self.out / run_folder.SNAPSHOTS,
-                metadata={"network": self.denoiser.config, "info": self.info},
-                dtype=self.config.ema.dtype,
-            )
+        if self.ema is None:
+            return
+        folder = self.out / run_folder.SNAPSHOTS
+        # Written once: data may be moved, and the preset renamed, while a run goes on.
+        described = (folder / MANIFEST).exists()
+        description = {"network": self.denoiser.config, "info": self.info}
+        self.ema.snapshot(folder, metadata=None if described else description, dtype=self.config.ema.dtype)
 
     def close(self) -> None:
         """End what reads images in the background; a later step starts it anew."""
@@ -317,6 +345,7 @@ class Trainer:
         Raises:
             OSError: if the checkpoint before could not be written.
         """
+        self._saved, self._due = self.num_images, None
         tensors, average = gather(self.denoiser, self.optimizer, self.ema, keep=self.world.is_first)
         if not self.world.is_first:
             return

@@ -35,7 +35,9 @@ def shard(denoiser: Denoiser, world: World) -> None:
     scalars = {p for p in denoiser.parameters() if p.ndim == 0}
     for block in blocks_of(denoiser):
         fully_shard(block, mesh=mesh, ignored_params=scalars)
-    fully_shard(denoiser.unet, mesh=mesh, ignored_params=scalars)
+    # By default the outermost part would stay gathered after a pass that no backward pass follows, as in sampling,
+    # and would go on with those values whatever is written to its shards.
+    fully_shard(denoiser.unet, mesh=mesh, ignored_params=scalars, reshard_after_forward=True)
 
 
 def replicate(denoiser: Denoiser, world: World) -> Any:

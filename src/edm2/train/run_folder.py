@@ -1,10 +1,14 @@
 """The folder of a training run: its settings, its log, and whether it may be written to."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from edm2.diffusion import MODEL_FILE
+from edm2.ema.locking import folder_lock
 from edm2.files import write_atomic, write_json
 
 CONFIG_FILE = "config.json"
@@ -12,6 +16,27 @@ LOG_FILE = "log.jsonl"
 MAGNITUDES_FILE = "magnitudes.jsonl"
 SNAPSHOTS = "snapshots"
 CHECKPOINTS = "checkpoints"
+
+
+@contextlib.contextmanager
+def hold(out: Path) -> Iterator[None]:
+    """Keep other processes from training into the folder, which is made where missing.
+
+    Raises:
+        ValueError: if another process does so now.
+    """
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if made:  # refused settings leave nothing behind
+            stack.callback(_remove_if_empty, out)
+        try:
+            stack.enter_context(folder_lock(out, wait=False))
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is training into {out} now: wait for its end, or choose another --out"
+            ) from None
+        yield
 
 
 def claim(out: Path, settings: dict[str, Any], identity: dict[str, Any], run_id: str) -> None:
@@ -34,10 +59,31 @@ def claim(out: Path, settings: dict[str, Any], identity: dict[str, Any], run_id:
                 f"{out} holds another run ({_difference(old['identity'], identity)}): choose another --out, or "
                 "give the same settings to continue that run"
             )
-    elif out.exists() and any(out.iterdir()):
-        names = ", ".join(sorted(p.name for p in out.iterdir())[:4])
-        raise ValueError(f"{out} is not empty and holds no run ({names}): choose another --out")
+    else:
+        _remove_if_empty(out / CHECKPOINTS)
+        names = sorted(p.name for p in out.iterdir()) if out.exists() else []
+        # Left, as the empty folder is, by a kill in the middle of this function.
+        if foreign := [name for name in names if name != f".{path.name}.tmp"]:
+            raise ValueError(
+                f"{out} is not empty and holds no run ({', '.join(foreign[:4])}): choose another --out"
+            )
+        # A run has this folder from its first moment on, so that its loss is noticed.
+        (out / CHECKPOINTS).mkdir(parents=True)
     write_json(path, {"run_id": run_id, "identity": identity, "settings": settings})
+
+
+def check_not_lost(out: Path) -> None:
+    """Make sure that a run without any checkpoint never had one, and may start from the beginning.
+
+    Raises:
+        ValueError: if checkpoints were taken away.
+    """
+    done = (out / MODEL_FILE).exists()
+    if done or not (out / CHECKPOINTS).is_dir():
+        raise ValueError(
+            f"{out} holds a {'finished ' if done else ''}run whose checkpoints are gone: put {out / CHECKPOINTS} back "
+            f"from a copy, choose another --out, or to train anew from the beginning, delete {out}"
+        )
 
 
 def read_config(out: Path) -> dict[str, Any]:
@@ -104,6 +150,11 @@ def append_log(out: Path, record: dict[str, Any], name: str = LOG_FILE) -> None:
             f"could not write {out / name} ({error.strerror}): checkpoints are untouched; make room and run the same "
             "command again",
         ) from error
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
