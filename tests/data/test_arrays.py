@@ -1,9 +1,11 @@
 import pickle
+import struct
+import zipfile
 
 import numpy as np
 import pytest
 
-from edm2.data import open_dataset
+from edm2.data import arrays, open_dataset
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (6, 3, 7, 5), dtype=np.uint8)
@@ -84,18 +86,87 @@ def test_values_that_are_not_finite_are_named(tmp_path):
     assert np.array_equal(data.images(np.arange(5)), array[[0, 1, 2, 4, 5]])
 
 
+def test_the_first_image_may_be_the_damaged_one(tmp_path):
+    array = IMAGES.astype(np.float32)
+    array[0, 0, 0, 0] = np.inf
+    np.save(tmp_path / "x.npy", array)
+    with pytest.warns(UserWarning, match="skipped 1 of the 6 .* the first is 'image 0 of x.npy'"):
+        assert len(open_dataset(tmp_path / "x.npy", skip_damaged=True)) == 5
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [
         (np.zeros((5, 5)), r"shape \[5, 5\], but must have \[N, C, H, W\]"),
         (np.zeros((2, 5, 5), np.int64), "type int64"),
-        (np.array([{}, {}]), "is no array of images"),
+        (np.array([{}, {}]), "is no array of images .*: make it with numpy.save"),
     ],
 )
 def test_files_that_are_no_images(tmp_path, array, message):
     np.save(tmp_path / "x.npy", array, allow_pickle=True)
     with pytest.raises(ValueError, match=message):
         open_dataset(tmp_path / "x.npy")
+
+
+def test_files_with_the_suffix_of_the_other_kind(tmp_path):
+    np.savez(tmp_path / "x.npz", images=IMAGES)
+    (tmp_path / "x.npz").rename(tmp_path / "y.npy")
+    with pytest.raises(
+        ValueError, match=r"y.npy is no array of images \(it is no .npy file, but begins with 50 4b"
+    ):
+        open_dataset(tmp_path / "y.npy")
+    np.save(tmp_path / "x.npy", IMAGES)
+    (tmp_path / "x.npy").rename(tmp_path / "y.npz")
+    with pytest.raises(
+        ValueError, match=r"y.npz is no data set \(BadZipFile: File is not a zip file\): make it"
+    ):
+        open_dataset(tmp_path / "y.npz")
+
+
+@pytest.mark.parametrize("suffix", ["NPY", "NPZ"])
+def test_suffixes_in_capitals(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    with open(path, "wb") as file:
+        np.save(file, IMAGES) if suffix == "NPY" else np.savez(file, images=IMAGES)
+    assert np.array_equal(open_dataset(path).images(ALL), IMAGES)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+@pytest.mark.parametrize("shape", [(10**6, 10**6), (10**12, 3, 8, 8), (-6, -3, 7, 5)])
+def test_shapes_that_ask_for_more_than_there_is(tmp_path, suffix, shape):
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    data = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(99)
+    path = tmp_path / f"x.{suffix}"
+    path.write_bytes(data)
+    if suffix == "npz":
+        path.unlink()
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("images.npy", data)
+    with pytest.raises(ValueError, match=r"its header promises .* more than there are\): make it with numpy"):
+        open_dataset(path)
+
+
+def test_labels_too_large_to_count(tmp_path):
+    np.save(tmp_path / "x.npy", IMAGES)
+    for label in (10**6, 2**63):
+        np.save(tmp_path / "x.labels.npy", np.array([label] * 6, np.uint64))
+        with pytest.raises(
+            ValueError, match=f"label {label} is too large: labels count classes from 0 and stay"
+        ):
+            open_dataset(tmp_path / "x.npy")
+
+
+def test_the_fingerprint_of_a_large_file_is_of_some_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "_HASHED_BYTES", 3 * IMAGES[0].nbytes)
+    found = []
+    for changed in (None, 0, 1, 5):
+        array = IMAGES.copy()
+        if changed is not None:
+            array[changed] ^= 1
+        np.save(tmp_path / "x.npy", array)
+        found.append(open_dataset(tmp_path / "x.npy").fingerprint)
+    assert found[0] == found[2]
+    assert len(set(found)) == 3
 
 
 def test_labels_that_cannot_be_read(tmp_path):

@@ -1,6 +1,8 @@
 import hashlib
 import json
+import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,9 +102,101 @@ def test_the_bytes_do_not_depend_on_workers_or_interruptions(folder, tmp_path, m
 def test_part_of_other_work_is_refused(folder, tmp_path):
     ChunkFolder(tmp_path / "out.zip", {"size": [8, 8]})
     with pytest.raises(
-        ValueError, match=r"out.zip.partial holds part of other work \(source was None, is .*delete it"
+        ValueError, match=r"out.zip.partial holds part of other work \(.*source was None, is .*delete it"
     ):
         run(folder, tmp_path / "out.zip", size=(8, 8))
+    (tmp_path / "out.zip.partial" / "settings.json").write_text("")
+    with pytest.raises(ValueError, match=r"settings.json is damaged .*delete .*out.zip.partial, or give"):
+        run(folder, tmp_path / "out.zip", size=(8, 8))
+
+
+def cut_off(folder, dest, monkeypatch, after=2, **options):
+    real = convert_module.write_chunk
+
+    def dies(path, chunk):
+        if path.name == f"{after:06d}.zip":
+            raise KeyboardInterrupt
+        real(path, chunk)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "write_chunk", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, dest, size=(8, 8), **options)
+
+
+@pytest.mark.parametrize("source", ["folder", "zip", "npy", "npz"])
+def test_images_that_changed_since_are_not_mixed_in(tmp_path, monkeypatch, source):
+    # Of the same names and sizes.
+    def make(seed):
+        images = np.random.default_rng(seed).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
+        path = tmp_path / ("in" if source == "folder" else f"in.{source}")
+        if source == "npy":
+            np.save(path, images)
+        elif source == "npz":
+            np.savez(path, images=images)
+        else:
+            (tmp_path / "in").mkdir(exist_ok=True)
+            for number, image in enumerate(images):
+                Image.fromarray(image).save(tmp_path / "in" / f"{number}.png", compress_level=0)
+            if source == "zip":
+                with zipfile.ZipFile(path, "w") as archive:
+                    for file in sorted((tmp_path / "in").iterdir()):
+                        archive.write(file, file.name)
+        return path
+
+    cut_off(make(0), tmp_path / "out.zip", monkeypatch)
+    path = make(1)
+    with pytest.raises(
+        ValueError, match=r"holds part of other work \(fingerprint of the images was \w+, is \w+"
+    ):
+        run(path, tmp_path / "out.zip", size=(8, 8))
+    run(make(0), tmp_path / "out.zip", size=(8, 8))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: bytes(len(data))]
+)
+def test_a_chunk_that_is_not_whole_is_made_again(folder, tmp_path, monkeypatch, damage):
+    run(folder, tmp_path / "whole.zip", size=(8, 8))
+    cut_off(folder, tmp_path / "cut.zip", monkeypatch)
+    chunk = tmp_path / "cut.zip.partial" / "000001.zip"
+    chunk.write_bytes(damage(chunk.read_bytes()))
+    with pytest.warns(UserWarning, match=r"000001.zip is damaged and made again \("):
+        run(folder, tmp_path / "cut.zip", size=(8, 8))
+    assert (tmp_path / "cut.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
+
+
+def test_a_chunk_that_is_damaged_inside_is_named(folder, tmp_path, monkeypatch):
+    cut_off(folder, tmp_path / "cut.zip", monkeypatch)
+    chunk = tmp_path / "cut.zip.partial" / "000001.zip"
+    data = bytearray(chunk.read_bytes())
+    data[80] ^= 1
+    chunk.write_bytes(data)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"000001.zip is damaged \(Bad CRC-32 .*delete it and give the same"
+        ):
+            run(folder, tmp_path / "cut.zip", size=(8, 8))
+    chunk.unlink()
+    assert run(folder, tmp_path / "cut.zip", size=(8, 8)).num_images == 7
+
+
+def test_chunks_are_on_the_disk_before_they_have_their_name(folder, tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append("fsync"), fsync(file))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(Path(b).name), replace(a, b))[1])
+    run(folder, tmp_path / "out.zip", size=(8, 8))
+    for number in range(4):
+        assert events[events.index(f"{number:06d}.zip") - 1] == "fsync"
+
+
+def test_work_that_skipped_damage_does_not_go_on_unasked(folder, tmp_path, monkeypatch):
+    (folder / "a" / "0.png").write_bytes((folder / "a" / "0.png").read_bytes()[:80])
+    cut_off(folder, tmp_path / "out.zip", monkeypatch, skip_damaged=True)
+    with pytest.raises(ValueError, match=r"image 'a/0.png' in .*mixed is damaged"):
+        run(folder, tmp_path / "out.zip", size=(8, 8))
+    assert run(folder, tmp_path / "out.zip", skip_damaged=True, size=(8, 8)).num_images == 6
 
 
 def test_a_destination_that_exists_is_left_alone(folder, tmp_path):
@@ -152,7 +246,7 @@ def test_modes(folder, tmp_path, mode, channels):
         assert (data.images(np.arange(7))[:, 3] == 255).all()
 
 
-def test_gray_stays_gray_and_bands_stay_bands(tmp_path):
+def test_gray_stays_gray_and_bands_stay_bands(tmp_path, monkeypatch):
     values = RNG.normal(size=(3, 6, 12, 10)).astype(np.float32)
     (tmp_path / "in").mkdir()
     for i, value in enumerate(values):
@@ -161,12 +255,28 @@ def test_gray_stays_gray_and_bands_stay_bands(tmp_path):
     data = open_dataset(tmp_path / "bands.zip")
     assert np.array_equal(data.images(np.arange(3)), np.stack([crop_centre(v, (8, 8)) for v in values]))
     assert data.num_classes == 0
+    monkeypatch.setattr(convert_module, "CHUNK_IMAGES", 500)
     run("digits", tmp_path / "digits.zip")
     copied, digits = open_dataset(tmp_path / "digits.zip"), open_dataset("digits")
     rows = np.arange(len(digits))
     assert np.array_equal(copied.images(rows), digits.images(rows))
     assert np.array_equal(copied.labels(rows), digits.labels(rows))
     assert copied.class_names == digits.class_names
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_colours_of_transparent_parts_do_not_bleed(tmp_path, mode):
+    # Left half white and opaque, right half black and transparent.
+    pixels = np.zeros((16, 16, len(mode)), np.uint8)
+    pixels[:, :7] = 255
+    (tmp_path / "in").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "in" / "a.png")
+    run(tmp_path / "in", tmp_path / "out", size=(8, 8))
+    image = open_dataset(tmp_path / "out").images(np.array([0]))[0]
+    assert len(image) == len(mode)
+    assert image[-1, 0].tolist()[:3] == [255] * 3
+    assert 0 < image[-1, 0, 3] < 255
+    assert (image[:-1, :, :4] == 255).all()
 
 
 @pytest.mark.parametrize("channels", [2, 4])

@@ -1,5 +1,7 @@
+import io
 import json
 import multiprocessing
+import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -46,6 +48,41 @@ def test_official_layout(folder, tmp_path, kind):
     assert np.array_equal(data.images(np.arange(6)), PIXELS[ORDER].transpose(0, 3, 1, 2))
     assert data.labels(np.arange(6)).tolist() == [LABELS[i][1] for i in ORDER]
     assert data.fingerprint == open_dataset(folder).fingerprint
+
+
+@pytest.mark.parametrize("kind", ["folder", "stored", "deflated"])
+def test_the_fingerprint_follows_content_of_equal_size(folder, tmp_path, kind):
+    methods = {"stored": zipfile.ZIP_STORED, "deflated": zipfile.ZIP_DEFLATED}
+    found = set()
+    for number in range(2):
+        Image.fromarray(PIXELS[number]).save(folder / NAMES[0], compress_level=0)
+        path = folder if kind == "folder" else write_zip(folder, tmp_path / f"{number}.zip", methods[kind])
+        found.add(open_dataset(path).fingerprint)
+    assert len(found) == 2
+
+
+def test_the_fingerprint_of_large_files_looks_at_blocks(tmp_path):
+    values = RNG.integers(0, 256, (1, 400, 400), dtype=np.uint8)
+    found = []
+    for changed in (None, (0, 0), (399, 399), (133, 200)):
+        array = values.copy()
+        if changed:
+            array[0][changed] ^= 1
+        np.save(tmp_path / "a.npy", array)
+        found.append(open_dataset(tmp_path).fingerprint)
+    assert len(set(found[:3])) == 3
+    # What the docstring says it misses: the byte lies between the blocks.
+    offset = 128 + 133 * 400 + 200
+    starts = [(160_128 - 16_384) * block // 3 for block in range(4)]
+    inside = any(start <= offset < start + 16_384 for start in starts)
+    assert (found[3] != found[0]) == inside
+
+
+def test_fingerprints_know_no_file_times(folder):
+    first = open_dataset(folder).fingerprint
+    for file in folder.rglob("*.png"):
+        os.utime(file, (0, 0))
+    assert open_dataset(folder).fingerprint == first
 
 
 def test_fingerprint_follows_names_and_labels(folder, tmp_path):
@@ -245,6 +282,85 @@ def test_a_flipped_bit_in_a_zip_is_found(folder, tmp_path, compression):
         data.images(np.arange(6))
 
 
+def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
+    scandir = os.scandir
+
+    def refuses(path):
+        if str(path).endswith("00001"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    with pytest.raises(
+        ValueError, match=r"the folder .*00001 cannot be read \(Permission denied\), so its images"
+    ):
+        open_dataset(folder)
+
+
+def test_links_are_followed_but_not_in_circles(folder, tmp_path):
+    (tmp_path / "linked").symlink_to(folder)
+    assert len(open_dataset(tmp_path / "linked")) == 6
+    (folder / "00000" / "back").symlink_to(folder)
+    with pytest.raises(
+        ValueError, match=r"00000/back/? is a link to a folder that it lies in, without end: delete"
+    ):
+        open_dataset(folder)
+
+
+def test_broken_links_and_pipes_are_damaged_images(folder):
+    (folder / NAMES[1]).unlink()
+    (folder / NAMES[1]).symlink_to("nowhere.png")
+    (folder / NAMES[2]).unlink()
+    os.mkfifo(folder / NAMES[2])
+    with pytest.raises(
+        ValueError, match=rf"image '{NAMES[2]}' .*broken link, or no regular file\), and 1 more"
+    ):
+        open_dataset(folder)
+    with pytest.warns(UserWarning, match="skipped 2 of the 6"):
+        assert len(open_dataset(folder, skip_damaged=True)) == 4
+
+
+def test_names_that_are_not_utf8_are_refused(folder):
+    Image.fromarray(PIXELS[0]).save(os.fsencode(folder) + b"/\xff.png")
+    with pytest.raises(ValueError, match=r"the file name '.udcff.png' in .* is not UTF-8: rename it"):
+        open_dataset(folder)
+
+
+def zip_of(path, names):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            file = io.BytesIO()
+            Image.fromarray(PIXELS[0]).save(file, "PNG")
+            archive.writestr(name, file.getvalue())
+    return path
+
+
+def test_names_in_a_zip_that_begin_with_a_dot_and_slash(tmp_path):
+    data = open_dataset(zip_of(tmp_path / "a.zip", ["./a/0.png", "b/./1.png"]))
+    assert [data.image_name(i) for i in range(2)] == ["a/0.png", "b/1.png"]
+    assert data.class_names == ("a", "b")
+
+
+@pytest.mark.parametrize("name", ["../0.png", "a/../../0.png", "/a/0.png"])
+def test_names_that_lead_out_of_a_zip_are_refused(tmp_path, name):
+    with pytest.raises(
+        ValueError, match=rf"'{name}' in .*a.zip names a file outside the ZIP: make the ZIP again"
+    ):
+        open_dataset(zip_of(tmp_path / "a.zip", ["b/1.png", name]))
+
+
+def test_a_name_that_a_zip_holds_twice(tmp_path):
+    with pytest.raises(ValueError, match=r"a.zip holds 'a/0.png' twice: make the ZIP again"):
+        open_dataset(zip_of(tmp_path / "a.zip", ["a/0.png", "./a/0.png"]))
+
+
+def test_suffixes_in_capitals(folder, tmp_path):
+    path = write_zip(folder, tmp_path / "x.ZIP")
+    assert open_dataset(path).fingerprint == open_dataset(folder).fingerprint
+    Image.fromarray(PIXELS[0]).save(folder / "00000" / "X.PNG")
+    assert len(open_dataset(folder, labels=False)) == 7
+
+
 def test_a_truncated_zip_is_no_zip(folder, tmp_path):
     path = write_zip(folder, tmp_path / "images.zip")
     path.write_bytes(path.read_bytes()[:500])
@@ -287,7 +403,7 @@ def test_damaged_images_are_skipped_where_that_is_wanted(folder):
     whole = (folder / NAMES[3]).read_bytes()
     (folder / NAMES[3]).write_bytes(whole[: len(whole) // 2])
     (folder / NAMES[4]).write_bytes(b"x")
-    match = rf"image '{NAMES[4]}' .*cannot identify.* or leave it out with skip_damaged"
+    match = rf"image '{NAMES[4]}' .*cannot identify.* or have it left out: --skip-damaged"
     with pytest.raises(ValueError, match=match):
         open_dataset(folder)
     with pytest.warns(
@@ -350,6 +466,11 @@ def test_class_names_in_the_label_file(folder):
         ([[NAMES[0], "1"], *LABELS[1:]], r"is '1', but must be a whole number"),
         ([[NAMES[0], True], *LABELS[1:]], r"is True, but must be a whole number"),
         ([[NAMES[0], -1], *LABELS[1:]], r"is -1, but must be a whole number"),
+        (
+            [[NAMES[0], 10**6], *LABELS[1:]],
+            r"is 1000000, too large: labels count classes from 0 and stay below",
+        ),
+        ([[NAMES[0], 10**999], *LABELS[1:]], r"is 10{39}, too large"),
         ([*LABELS, [NAMES[0], 0]], r"'00000/img00000000.png' has two labels, 3 and 0"),
         ([NAMES[0]], r"an entry is 00000/img00000000.png"),
         ({"a": 1}, r"'labels' is a dict"),

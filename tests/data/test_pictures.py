@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from edm2.data.pictures import as_image, channels_last, common_mode, decode, read_header
+from edm2.data import open_dataset
+from edm2.data.npy import as_image, channels_last
+from edm2.data.pictures import common_mode, decode, needs_whole, read_header
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (7, 5, 3), dtype=np.uint8)
@@ -24,14 +26,24 @@ def npy(array):
     return file.getvalue()
 
 
-def png_of_16_bits(pixels):
+def png(width, height, depth, kind, rows, transparent=None):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
+    if transparent is not None:
+        head += chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
+    data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + head + data + chunk(b"IEND", b"")
+
+
+def png_of_16_bits(pixels, transparent=None):
     height, width, _ = pixels.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return png(width, height, 16, 2, [row.astype(">u2").tobytes() for row in pixels], transparent)
+
+
+def npy_with_header(text):
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
 
 
 def agree(name, data):
@@ -94,6 +106,69 @@ def test_transparency_of_a_palette_is_kept():
     assert np.array_equal(image[3] == 0, np.asarray(palette) == 0)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_one_transparent_gray(depth):
+    # The values 0 and the largest; the second is transparent.
+    largest = 2**depth - 1
+    row = bytes([0, 255]) if depth == 8 else bytes([largest << (8 - 2 * depth)])
+    header, image = agree("a", png(2, 1, depth, 0, [row], (largest,)))
+    assert header.mode == "LA"
+    assert image[:, 0].tolist() == [[0, 255], [255, 0]]
+    words = "black and white" if depth == 1 else "gray"
+    assert header.notes == (f"{words} with a transparent value read as LA",)
+
+
+@pytest.mark.parametrize("value", [1, 2])
+def test_one_transparent_gray_between_black_and_white(value):
+    image = decode("a", png(4, 1, 2, 0, [bytes([0b00011011])], (value,)))
+    assert image[1, 0].tolist() == [0 if i == value else 255 for i in range(4)]
+
+
+def test_one_transparent_colour():
+    data = encoded(Image.fromarray(PIXELS), transparency=tuple(PIXELS[2, 3].tolist()))
+    header, image = agree("a", data)
+    assert header.mode == "RGBA"
+    assert np.array_equal(image[3] == 0, (PIXELS[2, 3] == PIXELS).all(2))
+    on_white = decode("a", data, "RGB")
+    assert on_white[:, 2, 3].tolist() == [255] * 3
+    pixels = np.uint16([[[300, 5, 9], [70, 80, 90]]])
+    image = decode("a", png_of_16_bits(pixels, (300, 5, 9)))
+    assert image[3].tolist() == [[0, 255]]
+
+
+def test_transparency_of_16_bit_gray_is_said_to_be_ignored():
+    header, image = agree("a", png(2, 1, 16, 0, [np.array([7, 65535], ">u2").tobytes()], (7,)))
+    assert image.tolist() == [[[7, 65535]]]
+    assert header.notes == ("transparency of 16-bit gray is ignored",)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 200, 65535])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_orientations_without_a_meaning_are_ignored(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(PIXELS), kind, exif=exif)
+    header, image = agree("a", data)
+    assert image.shape == (3, 7, 5)
+    assert header.notes == ()
+
+
+@pytest.mark.parametrize("exif", [b"nonsense", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04abc\0\0\0\0\0"])
+def test_exif_data_that_is_text_or_nonsense_is_ignored(exif):
+    data = encoded(Image.fromarray(PIXELS), exif=exif)
+    header, image = agree("a", data)
+    assert image.shape == (3, 7, 5)
+    assert header.notes == (() if exif[:2] == b"MM" else ("EXIF data that cannot be read is ignored",))
+
+
+def test_whole_numbers_of_32_bits_are_exact_or_refused():
+    values = np.int32([[-(2**24), 2**24], [2**30, -7]])
+    assert np.array_equal(agree("a", encoded(Image.fromarray(values), "TIFF"))[1][0], values)
+    values[1, 1] = 2**24 + 1
+    with pytest.raises(ValueError, match=r"whole numbers above 2\^24, which float32 would round: save"):
+        decode("a", encoded(Image.fromarray(values), "TIFF"))
+
+
 def test_the_first_frame_of_an_animation_is_taken():
     frames = [Image.new("L", (4, 4), color) for color in (10, 200)]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -105,6 +180,32 @@ def test_pages_are_not_guessed_to_be_bands():
     data = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
     with pytest.raises(ValueError, match=r"it has 2 pages: save bands as one .npy \[C, H, W\]"):
         read_header("a.tif", data)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "WEBP"])
+def test_headers_at_the_end_of_a_file_need_all_of_it(tmp_path, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = RNG.integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(pixels), kind, exif=exif, lossless=True)
+    assert len(data) > 4096
+    assert needs_whole(data[:4096])
+    (tmp_path / "a.png").write_bytes(data)
+    dataset = open_dataset(tmp_path)
+    assert dataset.image_shape == dataset.images(np.array([0])).shape[1:] == (3, 80, 60)
+
+
+def test_a_tiff_of_several_large_pages_is_a_damaged_image(tmp_path):
+    pages = [Image.fromarray(RNG.integers(0, 256, (64, 80, 3), dtype=np.uint8)) for _ in range(2)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(ValueError, match=r"image 'a.tif' in .* is damaged or not supported \(it has 2 pages"):
+        open_dataset(tmp_path)
+
+
+def test_only_the_formats_of_the_documentation_are_tried():
+    for kind in ("PPM", "TGA", "ICO"):
+        with pytest.raises(ValueError, match="cannot identify it as PNG, JPEG, WebP, BMP, GIF or TIFF"):
+            read_header("a.png", encoded(Image.new("RGB", (16, 16)), kind))
 
 
 def test_a_mode_without_a_rule_is_refused():
@@ -174,3 +275,52 @@ def test_a_future_version_of_npy():
     data = npy(np.zeros((2, 2)))
     with pytest.raises(ValueError, match=r"its .npy format is version \(3, 0\): write it with numpy.save"):
         read_header("a.npy", data[:6] + b"\3" + data[7:])
+
+
+def header_text(shape, kind="|u1"):
+    return f"{{'descr': {kind!r}, 'fortran_order': False, 'shape': {shape}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "it is no .npy file, but begins with nothing"),
+        (b"PK\3\4zipped", "it is no .npy file, but begins with 50 4b 03 04 7a 69"),
+        (b"\x93NUMPY", "version None"),
+        (npy_with_header("{'descr': '|u1', 'shape'"), "its .npy header is damaged"),
+        (npy_with_header("(" * 9000), "its .npy header is damaged"),
+        (npy_with_header("[" * 200 + "]" * 200), "its .npy header is damaged"),
+        (npy_with_header("{1: 2, 'a': 3}"), "its .npy header is damaged"),
+        (
+            npy_with_header(header_text((10**6, 10**6))),
+            r"promises 1,000,000,000,000 bytes .* more than there are",
+        ),
+        (npy_with_header(header_text((-2, -3, 4))), r"values \[-2, -3, 4\], more than there are"),
+        (npy(np.zeros((3, 7, 5), np.uint8))[:-1], "expected 105 bytes got 104"),
+    ],
+)
+def test_arrays_that_are_damaged(tmp_path, data, message):
+    with pytest.raises(ValueError, match=message):
+        decode("a.npy", data)
+    (tmp_path / "a.npy").write_bytes(data)
+    Image.fromarray(PIXELS).save(tmp_path / "b.png")
+    with pytest.warns(UserWarning, match="skipped 1 of the 2 .* the first is 'a.npy'"):
+        open_dataset(tmp_path, skip_damaged=True)
+
+
+@pytest.mark.parametrize(
+    "kind", [MemoryError, RecursionError, TypeError, KeyError, AttributeError, OverflowError]
+)
+def test_whatever_pillow_raises_names_the_image(tmp_path, monkeypatch, kind):
+    for name in "ab":
+        Image.fromarray(PIXELS).save(tmp_path / f"{name}.png")
+    data = open_dataset(tmp_path)
+
+    def raises(image):
+        raise kind("why")
+
+    monkeypatch.setattr(Image.Image, "load", raises)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", raises)
+    words = "there is not enough memory for it" if kind is MemoryError else f"{kind.__name__}: .*why"
+    with pytest.raises(ValueError, match=rf"image 'a.png' in .* is damaged or not supported \({words}"):
+        data.images(np.array([0]))

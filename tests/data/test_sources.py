@@ -84,6 +84,12 @@ def test_idx_without_labels(idx):
     assert open_dataset(idx, labels=False).num_classes == 0
 
 
+def test_idx_names_in_capitals(idx):
+    for path in list(idx.iterdir()):
+        path.rename(idx / path.name.upper())
+    assert len(open_dataset(idx)) == 5
+
+
 def test_idx_errors(idx):
     with pytest.raises(ValueError, match="has no split 'valid': its splits are test, train"):
         open_dataset(idx, split="valid")
@@ -97,6 +103,13 @@ def test_idx_errors(idx):
         open_dataset(idx)
     path.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
     with pytest.raises(ValueError, match=r"is damaged: its header promises 120 bytes .* there are 119"):
+        open_dataset(idx)
+    for extra in (bytes(9), bytes(1 << 25)):
+        path.write_bytes(gzip.compress(gzip.decompress(whole) + extra))
+        with pytest.raises(ValueError, match=r"promises 120 bytes .* there are more: copy"):
+            open_dataset(idx)
+    path.write_bytes(gzip.compress(b"\0\0\x08\3" + b"\xff" * 12 + bytes(50)))
+    with pytest.raises(ValueError, match=r"is damaged: its header promises \d{29} bytes .* there are 50"):
         open_dataset(idx)
     path.write_bytes(gzip.compress(b"hello"))
     with pytest.raises(ValueError, match="is not an IDX file: it begins with 68 65 6c 6c"):

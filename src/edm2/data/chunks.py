@@ -8,8 +8,10 @@ import io
 import json
 import os
 import shutil
+import warnings
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,10 +69,17 @@ class ChunkFolder:
         settings = json.loads(json.dumps(settings))
         kept = self.folder / _SETTINGS
         if kept.exists():
-            before = json.loads(kept.read_text())
-            changed = [key for key in settings if before.get(key) != settings[key]]
+            try:
+                before = dict(json.loads(kept.read_text()))
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{kept} is damaged ({error}): delete {self.folder}, or give another --out"
+                ) from error
+            changed = sorted(key for key in settings | before if before.get(key) != settings.get(key))
             if changed:
-                shown = ", ".join(f"{key} was {before.get(key)}, is {settings[key]}" for key in changed)
+                shown = ", ".join(
+                    f"{key} was {before.get(key)!s:.40}, is {settings.get(key)!s:.40}" for key in changed
+                )
                 raise ValueError(
                     f"{self.folder} holds part of other work ({shown}): delete it, or give another --out"
                 )
@@ -82,12 +91,25 @@ class ChunkFolder:
         return self.folder / f"{number:06d}.zip"
 
     def is_done(self, number: int) -> bool:
-        """Whether a chunk is there; it is written whole or not at all."""
-        return self.path(number).exists()
+        """Whether a chunk is there and whole; one that is not is made again, and replaced."""
+        path = self.path(number)
+        if not path.exists():
+            return False
+        try:
+            # Its table of contents lies at its end, so that a part has none.
+            self.report(number)
+        except ValueError as error:
+            warnings.warn(f"{path} is damaged and made again ({error.__cause__})", stacklevel=3)
+            return False
+        return True
 
     def report(self, number: int) -> dict[str, Any]:
-        """What `write_chunk` noted."""
-        with zipfile.ZipFile(self.path(number)) as archive:
+        """What `write_chunk` noted.
+
+        Raises:
+            ValueError: for a chunk that is damaged.
+        """
+        with _opened(self.path(number)) as archive:
             return json.loads(archive.read(_REPORT))
 
     def pack(self, count: int, class_names: Sequence[str]) -> tuple[int, list[Skipped], dict[str, Any]]:
@@ -126,7 +148,7 @@ class ChunkFolder:
         with open(aside, "wb") as file:
             with zipfile.ZipFile(file, "w") as target:
                 for archive in archives:
-                    with zipfile.ZipFile(archive) as source:
+                    with _opened(archive) as source:
                         for name in _images(source):
                             target.writestr(_entry(name), source.read(name))
                 target.writestr(_entry(LABEL_FILE), label_file)
@@ -139,7 +161,7 @@ class ChunkFolder:
         aside = self.folder / "packed"
         shutil.rmtree(aside, ignore_errors=True)
         for archive in archives:
-            with zipfile.ZipFile(archive) as source:
+            with _opened(archive) as source:
                 for name in _images(source):
                     (aside / name).parent.mkdir(parents=True, exist_ok=True)
                     (aside / name).write_bytes(source.read(name))
@@ -150,7 +172,12 @@ class ChunkFolder:
 
 
 def write_chunk(path: Path, chunk: Chunk) -> None:
-    """Write a chunk's file, whole or not at all."""
+    """Write a chunk's file, whole or not at all, even where the power fails."""
+    write_atomic(path, chunk_bytes(chunk))
+
+
+def chunk_bytes(chunk: Chunk) -> bytes:
+    """A chunk's file; equal chunks give equal bytes."""
     labels = [[name, label] for name, label in zip(chunk.files, chunk.labels, strict=True)]
     report = {"labels": labels, "skipped": chunk.skipped, "sums": chunk.sums}
     content = io.BytesIO()
@@ -158,7 +185,16 @@ def write_chunk(path: Path, chunk: Chunk) -> None:
         for name, data in chunk.files.items():
             archive.writestr(_entry(name), data)
         archive.writestr(_entry(_REPORT), json.dumps(report))
-    write_atomic(path, content.getvalue(), durable=False)
+    return content.getvalue()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and give the same command again") from error
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

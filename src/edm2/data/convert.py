@@ -1,19 +1,19 @@
 """From any source to a data set of one size in the official layout."""
 
-import hashlib
 import io
 import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from edm2.data.chunks import Chunk, ChunkFolder, image_name, write_chunk
+from edm2.data.chunks import Chunk, ChunkFolder, chunk_bytes, image_name, write_chunk
 from edm2.data.dataset import Skipped
 from edm2.data.files import Catalog, damage_message, read_headers
 from edm2.data.hugging_face import Entry, stream_hugging_face
@@ -99,7 +99,8 @@ def convert(
     settings = {
         "source": catalog.where,
         "images": len(catalog.names),
-        "content": _digest(catalog),
+        "fingerprint of the images": catalog.digest(range(len(catalog.names))),
+        "classes": list(catalog.class_names),
         "mode": mode,
     }
     size = [conversion.size, conversion.method]
@@ -108,7 +109,7 @@ def convert(
     starts = range(0, len(catalog.names), CHUNK_IMAGES)
     tasks = ((i, range(s, min(s + CHUNK_IMAGES, len(catalog.names)))) for i, s in enumerate(starts))
     _run(job, iter(tasks), len(catalog.names), workers, quiet)
-    return _packed(folder, len(starts), catalog.class_names)
+    return _packed(job, len(starts), catalog.class_names)
 
 
 def convert_stream(
@@ -142,12 +143,24 @@ def convert_stream(
     first = 0
     while folder.is_done(first):
         first += 1
-    stream = stream_hugging_face(source, split=split, start=first * CHUNK_IMAGES)
+    stream = stream_hugging_face(source, split=split, start=max(first - 1, 0) * CHUNK_IMAGES)
     job = _Job(folder, conversion, _MODES[conversion.mode], skip_damaged, None)
+    if first:
+        _check_same_stream(job, first - 1, stream.entries)
     last = _run(
         job, _entry_tasks(stream.entries, first), stream.num_images, workers, quiet, done=first * CHUNK_IMAGES
     )
-    return _packed(folder, max(first, last + 1), stream.class_names)
+    return _packed(job, max(first, last + 1), stream.class_names)
+
+
+def _check_same_stream(job: "_Job", number: int, entries: Iterator[Entry]) -> None:
+    # A stream shows what it holds only when it is read, so the last chunk that is done is made again.
+    rows = list(enumerate(islice(entries, CHUNK_IMAGES), number * CHUNK_IMAGES))
+    if chunk_bytes(_converted_chunk(job, rows)) != job.folder.path(number).read_bytes():
+        raise ValueError(
+            f"{job.folder.folder} holds part of other work (image {number * CHUNK_IMAGES} and those after it come out "
+            "otherwise now: the stream has changed, or Pillow or NumPy): delete it, or give another --out"
+        )
 
 
 class _Job(NamedTuple):
@@ -156,6 +169,10 @@ class _Job(NamedTuple):
     mode: str | None
     skip_damaged: bool
     catalog: Catalog | None
+
+    @property
+    def where(self) -> str:
+        return self.catalog.where if self.catalog else "the stream"
 
 
 _Rows = range | list[tuple[int, Entry]]
@@ -231,23 +248,26 @@ def _in_worker(number: int, rows: _Rows) -> None:
 
 
 def _convert_chunk(job: _Job, number: int, rows: _Rows) -> None:
+    write_chunk(job.folder.path(number), _converted_chunk(job, rows))
+
+
+def _converted_chunk(job: _Job, rows: _Rows) -> Chunk:
     chunk = Chunk(sums={"enlarged": 0})
     for row in rows:
         place, name, label, image = _image(job, row)
         if isinstance(image, Exception):
             damaged = Skipped(name, str(image))
             if not job.skip_damaged:
-                where = job.catalog.where if job.catalog else "the stream"
-                raise ValueError(damage_message([damaged], where)) from image
+                raise ValueError(damage_message([damaged], job.where)) from image
             chunk.skipped.append(damaged)
             continue
         is_array = name.lower().endswith(".npy")
-        image, enlarged = _fitted(image, job.conversion, alpha=job.mode == "RGBA" and not is_array)
+        image, enlarged = _fitted(image, job.conversion, alpha=not is_array and len(image) in (2, 4))
         suffix, data = _encoded(image, is_array)
         chunk.files[image_name(place, suffix)] = data
         chunk.labels.append(label)
         chunk.sums["enlarged"] += enlarged
-    write_chunk(job.folder.path(number), chunk)
+    return chunk
 
 
 def _image(job: _Job, row: int | tuple[int, Entry]) -> tuple[int, str, int, np.ndarray | Exception]:
@@ -303,14 +323,13 @@ def _checked_mode(catalog: Catalog, conversion: Conversion, skip_damaged: bool) 
     return next((ours for ours, mode in _MODES.items() if mode == common), "auto")
 
 
-def _digest(catalog: Catalog) -> str:
-    digest = hashlib.sha256()
-    for row, (name, size) in enumerate(zip(catalog.names, catalog.sizes, strict=True)):
-        label = -1 if catalog.labels is None else catalog.labels[row]
-        digest.update(f"{name}\0{size}\0{label}\0".encode())
-    return digest.hexdigest()[:16]
-
-
-def _packed(folder: ChunkFolder, count: int, class_names: Any) -> Converted:
+def _packed(job: _Job, count: int, class_names: Any) -> Converted:
+    folder = job.folder
+    if not job.skip_damaged:
+        # Work that was begun with skip_damaged and goes on without.
+        for number in range(count):
+            damaged = [Skipped(*pair) for pair in folder.report(number)["skipped"]]
+            if damaged:
+                raise ValueError(damage_message(damaged, job.where))
     num_images, skipped, sums = folder.pack(count, class_names)
     return Converted(folder.dest, num_images, skipped, sums["enlarged"])

@@ -7,6 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+# More is a mistake, such as a hash taken for a class, and would fill the memory.
+MAX_CLASSES = 1_000_000
+TOO_MANY_CLASSES = f"labels count classes from 0 and stay below {MAX_CLASSES:,}: number the classes anew"
+
 
 class Skipped(NamedTuple):
     """An image that was left out, and why."""
@@ -24,8 +28,11 @@ class ImageDataset(ABC):
         dtype: uint8 for pixels, float32 for latents and other measured values.
         num_classes: 0 where there are no labels.
         class_names: one a class where they are known, else empty.
-        fingerprint: sha256 that two data sets share only when names, sizes and labels agree (files) or
-            every value does (arrays); the same on every machine.
+        fingerprint: sha256 that two data sets share only when names, sizes, labels and checksums agree (files) or
+            every value does (arrays); the same on every machine. Never of file times. What it can miss: in a
+            folder, a change inside a file above 64 KiB that keeps its size (`edm2.data.storage.file_checksum`); in
+            a `.npy` file above 256 MiB, a change of some images (`NpyDataset`). A folder and a ZIP of it share
+            theirs where no file is above 64 KiB.
         skipped: images that were left out because they are damaged.
     """
 
@@ -254,4 +261,6 @@ def checked_labels(labels: np.ndarray, size: int) -> np.ndarray:
         raise ValueError(f"labels must be integers, not {labels.dtype}")
     if labels.min() < 0:
         raise ValueError(f"label {labels.min()} is negative: labels count from 0")
+    if labels.max() >= MAX_CLASSES:
+        raise ValueError(f"label {labels.max()} is too large: {TOO_MANY_CLASSES}")
     return labels.astype(np.int64)

@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+from edm2.data.files import SKIP
 from edm2.data.survey import Survey
 
 _MODES = {
@@ -63,7 +64,7 @@ def _problems(found: Survey) -> list[str]:
         shown = "; ".join(f"{name!r} ({reason})" for name, reason in found.damaged[:5])
         more = " ..." if len(found.damaged) > 5 else ""
         problems.append(
-            f"damaged: {_images(len(found.damaged))}: {shown}{more}. Replace them, or leave them out with skip_damaged"
+            f"damaged: {_images(len(found.damaged))}: {shown}{more}. Replace them, or have them left out: {SKIP}"
         )
     if len(found.sizes) > 1:
         side = min(min(size) for size in found.sizes)

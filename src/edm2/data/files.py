@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +11,22 @@ import numpy as np
 
 from edm2.data.dataset import ImageDataset, Skipped
 from edm2.data.labels import LABEL_FILE, read_labels
-from edm2.data.pictures import ARRAY, PICTURES, UNREADABLE, Header, common_mode, decode, is_image, read_header
+from edm2.data.pictures import (
+    ARRAY,
+    PICTURES,
+    UNREADABLE,
+    Header,
+    common_mode,
+    decode,
+    is_image,
+    needs_whole,
+    read_header,
+)
 from edm2.data.storage import FolderStorage, Storage, ZipStorage
 
 _HEAD_BYTES = 4096
+# How to leave damaged images out; the option has a name in each command and in Python.
+SKIP = "--skip-damaged (in training --dataset.skip-damaged, in Python skip_damaged=True)"
 
 
 class Catalog(NamedTuple):
@@ -41,6 +53,20 @@ class Catalog(NamedTuple):
         """Bytes of each image, in the order of the names."""
         sizes = dict(zip(self.storage.names, self.storage.sizes, strict=True))
         return [sizes[name] for name in self.names]
+
+    def digest(self, rows: Iterable[int], settings: str = "") -> str:
+        """sha256 of names, sizes, labels and checksums; what a checksum can miss is said at each storage.
+
+        Args:
+            rows: which of the images.
+            settings: what else is to tell sets apart.
+        """
+        digest, sizes = hashlib.sha256(settings.encode()), self.sizes
+        for row in rows:
+            name = self.names[row]
+            label = -1 if self.labels is None else self.labels[row]
+            digest.update(f"\0{name}\0{sizes[row]}\0{label}\0{self.storage.checksum(name)}".encode())
+        return digest.hexdigest()
 
 
 class FileDataset(ImageDataset):
@@ -79,11 +105,7 @@ class FileDataset(ImageDataset):
             )
         self._names = [catalog.names[row] for row in rows]
         self._mode, shape = _common_shape(headers, self._where)
-        labels, sizes = catalog.labels, catalog.sizes
-        digest = hashlib.sha256(f"files {shape}".encode())
-        for row in rows:
-            label = -1 if labels is None else labels[row]
-            digest.update(f"\0{catalog.names[row]}\0{sizes[row]}\0{label}".encode())
+        labels = catalog.labels
         super().__init__(
             name=catalog.name,
             image_shape=shape[:3],
@@ -91,7 +113,7 @@ class FileDataset(ImageDataset):
             labels=None if labels is None else labels[rows],
             num_classes=len(catalog.class_names) or (None if labels is None else int(labels.max()) + 1),
             class_names=catalog.class_names,
-            fingerprint=digest.hexdigest(),
+            fingerprint=catalog.digest(rows, f"files {shape}"),
             size=len(rows),
             skipped=damaged,
         )
@@ -134,6 +156,9 @@ def list_files(source: Path, *, labels: bool = True) -> Catalog:
             f"{source} holds no images ({len(storage.names)} files, none of them "
             f"{', '.join(PICTURES)} or .npy): give the folder or ZIP that holds them"
         )
+    strange = next((name for name in names if not _is_unicode(name)), None)
+    if strange is not None:
+        raise ValueError(f"the file name {strange!r} in {source} is not UTF-8: rename it")
     values, class_names = read_labels(storage, names, source=source) if labels else (None, ())
     return Catalog(storage, names, values, class_names, str(source), source.resolve().stem)
 
@@ -142,9 +167,9 @@ def read_headers(catalog: Catalog) -> tuple[dict[str, Header], list[Skipped]]:
     """Headers of images by name, and those that have none, with the reason."""
     headers: dict[str, Header] = {}
     damaged = []
-    for name in catalog.names:
+    for name, size in zip(catalog.names, catalog.sizes, strict=True):
         try:
-            headers[name] = _header(catalog.storage, name)
+            headers[name] = _header(catalog.storage, name, size)
         except UNREADABLE as error:
             damaged.append(Skipped(name, str(error)))
     return headers, damaged
@@ -156,16 +181,30 @@ def damage_message(damaged: Sequence[Skipped], where: str) -> str:
     others = "" if len(damaged) == 1 else f", and {len(damaged) - 1} more"
     return (
         f"image {name!r} in {where} is damaged or not supported ({reason}){others}: "
-        f"replace it, take it (and its line in {LABEL_FILE}) out, or leave it out with skip_damaged"
+        f"replace it, take it (and its line in {LABEL_FILE}) out, or have it left out: {SKIP}"
     )
 
 
-def _header(storage: Storage, name: str) -> Header:
+def _header(storage: Storage, name: str, size: int) -> Header:
+    # Of tables, sizes are not known before their rows are read.
+    known = size or None
+    head = storage.read(name, _HEAD_BYTES)
+    if not needs_whole(head):
+        try:
+            return read_header(name, head, size=known)
+        except ValueError:
+            if len(head) < _HEAD_BYTES:
+                raise
+    # Also for a long header, such as a camera's: the whole file decides.
+    return read_header(name, storage.read(name), size=known)
+
+
+def _is_unicode(name: str) -> bool:
     try:
-        return read_header(name, storage.read(name, _HEAD_BYTES))
-    except UNREADABLE:
-        # A long header, such as a camera's: the whole file decides.
-        return read_header(name, storage.read(name))
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _common_shape(headers: dict[str, Header], where: str) -> tuple[str | None, tuple[int, int, int, str]]:

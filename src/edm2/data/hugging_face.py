@@ -3,13 +3,16 @@
 import importlib
 import io
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from edm2.data.dataset import checked_labels
 from edm2.data.files import Catalog
+from edm2.data.storage import file_checksum
 
 PREFIX = "hf://"
 _TABLES = (".arrow", ".parquet")
@@ -57,23 +60,29 @@ class TableStorage:
         self._table, self._columns = table, columns
         suffix = ".npy" if columns.is_array else ""
         self.names = [f"row {row:09d}{suffix}" for row in range(len(table))]
-        self.sizes = [0] * len(table)
+        self.sizes, self._checksums = [0] * len(table), np.zeros(0, np.uint32)
         if not columns.is_array:
-            # Sizes tell one table from another; they are read without decoding.
             rows = table.with_format("arrow").select_columns([columns.image]).iter(1000)
-            sizes = [_size(value) for batch in rows for value in batch[columns.image].to_pylist()]
-            self.sizes = sizes
+            found = [_measured(value) for batch in rows for value in batch[columns.image].to_pylist()]
+            self.sizes = [size for size, _ in found]
+            self._checksums = np.array([checksum for _, checksum in found], np.uint32)
 
     def read(self, name: str, limit: int | None = None) -> bytes:
         """The image's bytes, or the first `limit` of them."""
         value = self._table[int(name[4:13])][self._columns.image]
         return _encoded(value, self._columns.is_array)[:limit]
 
+    def checksum(self, name: str) -> int:
+        """CRC-32 of the image as stored; see `edm2.data.storage.file_checksum` for files that a table names."""
+        if self._columns.is_array:
+            return zlib.crc32(self.read(name))
+        return int(self._checksums[int(name[4:13])])
+
 
 def is_hugging_face(path: Path) -> bool:
     """Whether a path is a folder that `datasets` saved, an Arrow or Parquet file, or a folder of such files."""
     if path.is_file():
-        return path.suffix in _TABLES
+        return path.suffix.lower() in _TABLES
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return True
     return bool(_table_files(path))
@@ -104,6 +113,7 @@ def list_hugging_face(source: str | Path, *, split: str = "train", labels: bool 
             raise ValueError(
                 f"{source} has label {values.min()} in column {columns.label!r}: open it without labels"
             )
+        values = checked_labels(values, len(table))
     name = str(source).rstrip("/").split("/")[-1]
     return Catalog(storage, storage.names, values, columns.class_names if labels else (), str(source), name)
 
@@ -167,7 +177,7 @@ def _load(source: str | Path, split: str, *, streaming: bool) -> Any:
         return _pick(_asked(source, library.load_from_disk, str(path)), split, path)
     files = [path] if path.is_file() else _table_files(path)
     chosen = [str(file) for file in _of_split(files, split, path)]
-    kind = files[0].suffix[1:]
+    kind = files[0].suffix[1:].lower()
     return _asked(
         source, library.load_dataset, kind, data_files={split: chosen}, split=split, streaming=streaming
     )
@@ -199,7 +209,10 @@ def _table_files(folder: Path) -> list[Path]:
     # As in a snapshot of the hub: at the top, or in "data". Looking further would list all of an image folder.
     places = [place for place in (folder, folder / "data") if place.is_dir()]
     found = sorted(
-        Path(entry.path) for place in places for entry in os.scandir(place) if entry.name.endswith(_TABLES)
+        Path(entry.path)
+        for place in places
+        for entry in os.scandir(place)
+        if entry.name.lower().endswith(_TABLES)
     )
     return [file for file in found if file.suffix == found[-1].suffix]
 
@@ -260,12 +273,18 @@ def _encoded(value: Any, is_array: bool) -> bytes:
         file = io.BytesIO()
         np.save(file, np.asarray(value))
         return file.getvalue()
-    if isinstance(value, dict):
-        return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-    return value
+    if isinstance(value, dict) and value["bytes"] is None and value["path"] is not None:
+        return Path(value["path"]).read_bytes()
+    data = value["bytes"] if isinstance(value, dict) else value
+    if data is None:
+        raise ValueError("the row holds no image")
+    return data
 
 
-def _size(value: Any) -> int:
-    if isinstance(value, dict):
-        return len(value["bytes"]) if value["bytes"] is not None else Path(value["path"]).stat().st_size
-    return len(value)
+def _measured(value: Any) -> tuple[int, int]:
+    # Bytes and checksum of an encoded image, (0, 0) where it is missing.
+    if isinstance(value, dict) and value["bytes"] is None and value["path"] is not None:
+        path = Path(value["path"])
+        return (path.stat().st_size, file_checksum(path)) if path.is_file() else (0, 0)
+    data = (value["bytes"] if isinstance(value, dict) else value) or b""
+    return len(data), zlib.crc32(data)

@@ -4,6 +4,7 @@ import gzip
 import math
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from edm2.data.dataset import ArrayDataset
 
 _TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 _SPLITS = {"train": "train", "t10k": "test", "test": "test"}
-_NAME = re.compile(r"(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
+_NAME = re.compile(r"(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(\.gz)?", re.IGNORECASE)
+_PIECE = 1 << 24
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -28,21 +30,35 @@ def read_idx(path: Path) -> np.ndarray:
         ValueError: for a file that is damaged or of another format.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            data = file.read()
+        with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+            head = file.read(4)
+            head += file.read(4 * head[3] if len(head) == 4 else 0)
+            if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _TYPES or len(head) < 4 + 4 * head[3]:
+                raise ValueError(
+                    f"{path} is not an IDX file: it begins with {head[:4].hex(' ') or 'nothing'}"
+                )
+            shape = tuple(np.frombuffer(head[4:], ">u4").tolist())
+            dtype = np.dtype(_TYPES[head[2]])
+            promised = math.prod(shape) * dtype.itemsize
+            # In pieces, because a forged promise must not be believed before the bytes are there.
+            pieces = iter(lambda: file.read(_PIECE), b"")
+            data = b"".join(_up_to(promised + 1, pieces))
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}): copy or download it again") from error
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _TYPES or len(data) < 4 + 4 * data[3]:
-        raise ValueError(f"{path} is not an IDX file: it begins with {data[:4].hex(' ') or 'nothing'}")
-    start = 4 + 4 * data[3]
-    shape = tuple(np.frombuffer(data[4:start], ">u4").tolist())
-    dtype = np.dtype(_TYPES[data[2]])
-    if len(data) - start != math.prod(shape) * dtype.itemsize:
+    if len(data) != promised:
+        found = "more" if len(data) > promised else f"{len(data)}"
         raise ValueError(
-            f"{path} is damaged: its header promises {math.prod(shape) * dtype.itemsize} bytes of data "
-            f"{list(shape)}, and there are {len(data) - start}: copy or download it again"
+            f"{path} is damaged: its header promises {promised} bytes of data {list(shape)}, and there are "
+            f"{found}: copy or download it again"
         )
-    return np.frombuffer(data, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+    return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def _up_to(count: int, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    # Pieces until they hold at least that many bytes.
+    while count > 0 and (piece := next(pieces, b"")):
+        yield piece
+        count -= len(piece)
 
 
 def idx_splits(folder: Path) -> dict[str, dict[str, Path]]:
@@ -51,7 +67,7 @@ def idx_splits(folder: Path) -> dict[str, dict[str, Path]]:
     for path in sorted(folder.iterdir()):
         match = _NAME.fullmatch(path.name)
         if match:
-            splits.setdefault(_SPLITS[match[1]], {}).setdefault(match[2], path)
+            splits.setdefault(_SPLITS[match[1].lower()], {}).setdefault(match[2].lower(), path)
     return {split: files for split, files in splits.items() if "images" in files}
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edm2.data.storage import Storage
+from edm2.data.dataset import MAX_CLASSES, TOO_MANY_CLASSES
+from edm2.data.storage import Storage, plain_name
 
 LABEL_FILE = "dataset.json"
 _SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
@@ -49,7 +50,7 @@ def _from_json(
     wanted = f'{where} must hold {{"labels": [["folder/name.png", 3], ...]}}, or null in place of the list'
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{wanted}; it is not JSON ({error})") from error
     if not isinstance(content, dict) or "labels" not in content:
         raise ValueError(f"{wanted}; it has no 'labels'")
@@ -61,10 +62,14 @@ def _from_json(
     for entry in content["labels"]:
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
             raise ValueError(f"{wanted}; an entry is {str(entry)[:80]}")
-        name, label = entry[0].replace("\\", "/"), entry[1]
-        if type(label) is not int or not 0 <= label < 2**31:
+        name, label = plain_name(entry[0]), entry[1]
+        if type(label) is not int or label < 0:
             raise ValueError(
                 f"{where}: the label of {name!r} is {label!r:.80}, but must be a whole number from 0"
+            )
+        if label >= MAX_CLASSES:
+            raise ValueError(
+                f"{where}: the label of {name!r} is {str(label)[:40]}, too large: {TOO_MANY_CLASSES}"
             )
         if table.setdefault(name, label) != label:
             raise ValueError(f"{where}: {name!r} has two labels, {table[name]} and {label}: keep one")

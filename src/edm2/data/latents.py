@@ -62,7 +62,8 @@ def encode_latents(
     """
     _check(dataset, autoencoder, batch_size, pixel_range)
     settings = {
-        "data": dataset.fingerprint,
+        "fingerprint of the images": dataset.fingerprint,
+        "classes": list(dataset.class_names),
         "autoencoder": autoencoder_digest(autoencoder),
         "pixel_range": pixel_range,
         "batch_size": batch_size,

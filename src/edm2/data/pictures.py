@@ -1,26 +1,21 @@
 """From the bytes of one file to an array `[C, H, W]`."""
 
 import io
-import struct
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from edm2.data.npy import as_image, image_layout, read_array, read_array_header, stored_kind
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ARRAY = "array"
-# What Pillow and NumPy are known to raise on bytes that are not an image.
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+# What reading the bytes of a file and then the image in them raises.
+UNREADABLE = (OSError, ValueError)
+# Pillow knows dozens more, some of which run other programs.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "F": 1}
 _SAME_AS = {
     "1": "L", "La": "LA", "PA": "RGBA", "RGBX": "RGB", "RGBa": "RGBA", "CMYK": "RGB", "YCbCr": "RGB", "I": "F",
@@ -81,41 +76,70 @@ def common_mode(modes: Iterable[str]) -> str:
     return "L" if found <= {"L", "LA"} else "RGB"
 
 
-def read_header(name: str, data: bytes) -> Header:
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turn whatever Pillow, NumPy and zipfile raise on bytes that are not an image into a ValueError."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except MemoryError as error:
+        raise ValueError("there is not enough memory for it") from error
+    except UnidentifiedImageError as error:
+        raise ValueError("cannot identify it as PNG, JPEG, WebP, BMP, GIF or TIFF") from error
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+@refusing()
+def read_header(name: str, data: bytes, *, size: int | None = None) -> Header:
     """Read what `Header` holds.
 
     Args:
         name: of the file; `.npy` is an array, all else a picture.
         data: the file, or as much of its beginning as holds its header.
+        size: of the whole file in bytes, which an array's values cannot exceed; default: not checked.
 
     Raises:
-        Exception: one of `UNREADABLE`, where the bytes are no such file, or too few.
+        ValueError: where the bytes are no such file, or too few.
     """
     if name.lower().endswith(".npy"):
-        shape, dtype = _array_header(data)
-        (channels, height, width), _ = _image_shape(shape)
-        return Header(ARRAY, height, width, channels, _kind(dtype))
-    with Image.open(io.BytesIO(data)) as image:
+        shape, dtype = read_array_header(data, size)
+        (channels, height, width), _ = image_layout(shape)
+        return Header(ARRAY, height, width, channels, stored_kind(dtype))
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         mode, notes = _mode(image), []
-        pages = getattr(image, "n_frames", 1)
-        if image.format == "TIFF" and pages > 1:
-            raise ValueError(f"it has {pages} pages: save bands as one .npy [C, H, W]")
+        if image.format == "TIFF" and image.n_frames > 1:
+            raise ValueError(f"it has {image.n_frames} pages: save bands as one .npy [C, H, W]")
         orientation = _orientation(image)
+        if orientation is None:
+            notes.append("EXIF data that cannot be read is ignored")
         if orientation in _TURNS:
             notes.append("turned upright as EXIF says")
         if image.mode != mode and mode != "F":
-            notes.append(f"{_MODE_NAMES.get(image.mode, image.mode)} read as {mode}")
-        if image.tile and isinstance(image.tile[0][3], str) and ";16" in image.tile[0][3] and mode != "F":
+            notes.append(f"{_mode_words(image)} read as {mode}")
+        if mode == "F" and "transparency" in image.info:
+            notes.append("transparency of 16-bit gray is ignored")
+        if ";16" in _stored_as(image) and mode != "F":
             notes.append("16-bit colour read with 8 bits")
-        height, width = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
+        turned = orientation in _TURNS and orientation >= 5
+        height, width = (image.width, image.height) if turned else (image.height, image.width)
         return Header(
             mode, height, width, _CHANNELS[mode], "float32" if mode == "F" else "uint8", tuple(notes)
         )
 
 
-_MODE_NAMES = {"1": "black and white", "P": "palette"}
+_MODE_NAMES = {"1": "black and white", "P": "palette", "L": "gray"}
 
 
+def needs_whole(head: bytes) -> bool:
+    """Whether a file's header may lie at its end (TIFF, WebP), so that its beginning would mislead."""
+    return head[:2] in (b"II", b"MM") or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+@refusing()
 def decode(name: str, data: bytes, mode: str | None = None) -> np.ndarray:
     """Read a whole image.
 
@@ -129,50 +153,28 @@ def decode(name: str, data: bytes, mode: str | None = None) -> np.ndarray:
         `[C, H, W]` uint8 or float32.
 
     Raises:
-        Exception: one of `UNREADABLE`, for damaged bytes; ValueError, for values that are not finite.
+        ValueError: for damaged bytes, values that are not finite, or whole numbers that float32 would round.
     """
     if name.lower().endswith(".npy"):
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-        return as_image(array)
-    with Image.open(io.BytesIO(data)) as opened:
-        turn, own = _TURNS.get(_orientation(opened)), _mode(opened)
+        return as_image(read_array(data))
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+        turn, own, depth = _TURNS.get(_orientation(opened) or 1), _mode(opened), _stored_as(opened)
+        # Left to NumPy, an AttributeError of the decoder would be taken for an object that is no array.
+        opened.load()
         image: Image.Image = opened
         if own != "F":
-            image = _converted(opened.convert(own), mode or own)
+            image = _converted(_with_alpha(opened, own, depth), mode or own)
         if turn is not None:
             image = image.transpose(turn)
         pixels = np.asarray(image)
     if own == "F":
-        return as_image(pixels.astype(np.float32))
+        values = pixels.astype(np.float32)
+        if pixels.dtype.kind in "iu" and not np.array_equal(values.astype(np.float64), pixels):
+            raise ValueError(
+                "it holds whole numbers above 2^24, which float32 would round: save them as a float .npy"
+            )
+        return as_image(values)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-
-def as_image(array: np.ndarray) -> np.ndarray:
-    """An array as `[C, H, W]` uint8 or float32; see `image_layout`.
-
-    Raises:
-        ValueError: for another shape or type, or values that are not finite.
-    """
-    shape, last = _image_shape(array.shape)
-    array = array.transpose(2, 0, 1) if last else array.reshape(shape)
-    image = as_stored(array)
-    if image.dtype == np.float32 and not np.isfinite(image).all():
-        raise ValueError("it holds values that are not finite")
-    return image
-
-
-def as_stored(array: np.ndarray) -> np.ndarray:
-    """Values as uint8 or float32: bytes as they are, True as 255, other numbers with their own values."""
-    kind = _kind(array.dtype)
-    return array * np.uint8(255) if array.dtype == bool else array.astype(kind, copy=False)
-
-
-def channels_last(shape: tuple[int, ...]) -> bool:
-    """Whether an image's three axes are height, width, channels.
-
-    They are where the last is at most 4 and smaller than the two others.
-    """
-    return len(shape) == 3 and shape[2] <= 4 and shape[2] < min(shape[:2])
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
@@ -189,42 +191,45 @@ def _mode(image: Image.Image) -> str:
     mode = "F" if image.mode.startswith("I;16") else _SAME_AS.get(image.mode, image.mode)
     if mode not in _CHANNELS:
         raise ValueError(f"its mode is {image.mode!r}: convert it to gray or RGB, or to a float .npy")
-    return mode
+    # A PNG may name one gray or colour that is transparent.
+    return mode + "A" if mode in ("L", "RGB") and "transparency" in image.info else mode
 
 
-def _orientation(image: Image.Image) -> int:
+def _with_alpha(image: Image.Image, mode: str, depth: str) -> Image.Image:
+    # A PNG's transparent value counts in its own depth, Pillow's pixels in 8 bits.
+    if image.mode == "RGB" and mode == "RGBA" and ";16" in depth:
+        image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
+    elif image.mode == "L" and mode == "LA" and depth in _GRAY_STEPS:
+        image.info["transparency"] *= _GRAY_STEPS[depth]
+    return image if image.mode == mode else image.convert(mode)
+
+
+_GRAY_STEPS = {"L;2": 85, "L;4": 17}
+
+
+def _stored_as(image: Image.Image) -> str:
+    # Pillow's name for how pixels lie in the file, such as RGB;16B.
+    tiles = getattr(image, "tile", None)
+    layout = tiles[0][3] if tiles else ""
+    return layout if isinstance(layout, str) else ""
+
+
+def _mode_words(image: Image.Image) -> str:
+    words = _MODE_NAMES.get(image.mode, image.mode)
+    return (
+        f"{words} with a transparent value"
+        if image.mode in ("1", "L", "RGB") and "transparency" in image.info
+        else words
+    )
+
+
+def _orientation(image: Image.Image) -> int | None:
+    # 1 to 8, or None where EXIF data cannot be read; other values mean nothing, and viewers ignore them.
     # Pillow turns TIFF by itself; in PNG, EXIF data may follow the pixels, and asking would decode them.
     if image.format == "TIFF" or "exif" not in image.info:
         return 1
-    return image.getexif().get(_ORIENTATION, 1)
-
-
-def _array_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"its .npy format is version {version}: write it with numpy.save")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
-    return shape, dtype
-
-
-def _image_shape(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], bool]:
-    # As channels, height, width; and whether the channels come last in the array.
-    if len(shape) not in (2, 3) or 0 in shape:
-        raise ValueError(
-            f"its array has the shape {list(shape)}, but must have [C, H, W], [H, W, C] with C up to 4, or [H, W]"
-        )
-    if channels_last(shape):
-        return (shape[2], shape[0], shape[1]), True
-    channels, height, width = shape if len(shape) == 3 else (1, *shape)
-    return (channels, height, width), False
-
-
-def _kind(dtype: np.dtype) -> str:
-    if dtype in (np.uint8, np.bool_):
-        return "uint8"
-    # Integers of more than 24 bits would be rounded.
-    if dtype.kind == "f" or (dtype.kind in "iu" and dtype.itemsize <= 2):
-        return "float32"
-    raise ValueError(f"its array has the type {dtype}, but must be bool, float, or integers of 8 or 16 bits")
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:
+        return None
+    return value if type(value) is int and value in _TURNS else 1

@@ -112,6 +112,10 @@ class DatasetStorage:
         np.save(file, self._dataset.images(np.array([int(name[4:13])]))[0])
         return file.getvalue()[:limit]
 
+    def checksum(self, name: str) -> int:
+        """That of the whole data set: its fingerprint's beginning."""
+        return int(self._dataset.fingerprint[:16], 16)
+
 
 def _find(source: str | Path, split: str, labels: bool) -> Catalog | ImageDataset:
     if isinstance(source, str) and source in BUILT_IN:
@@ -127,7 +131,8 @@ def _find(source: str | Path, split: str, labels: bool) -> Catalog | ImageDatase
         return list_hugging_face(path, split=split, labels=labels)
     if path.is_dir() and idx_splits(path):
         return open_idx(path, split=split, labels=labels)
-    arrays = path.is_file() and path.suffix in (".npy", ".npz")
+    suffix = path.suffix.lower()
+    arrays = path.is_file() and suffix in (".npy", ".npz")
     if path.is_file() and not arrays and not zipfile.is_zipfile(path):
         raise ValueError(
             f"{path} is neither a folder nor a ZIP: give the folder or ZIP that holds the images, or a .npy, .npz, "
@@ -139,7 +144,7 @@ def _find(source: str | Path, split: str, labels: bool) -> Catalog | ImageDatase
             "open the other by its own path"
         )
     if arrays:
-        return NpyDataset(path, labels=labels) if path.suffix == ".npy" else open_npz(path, labels=labels)
+        return NpyDataset(path, labels=labels) if suffix == ".npy" else open_npz(path, labels=labels)
     return list_files(path, labels=labels)
 
 

@@ -1,11 +1,17 @@
 """Named files in a folder or a ZIP, read without any state that threads or processes would share."""
 
 import os
+import stat
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
+
+# Files up to this size are looked at whole, larger ones in four blocks that make up as much.
+_CHECKED_BYTES = 1 << 16
+_BLOCKS = 4
 
 
 class Storage(Protocol):
@@ -18,34 +24,109 @@ class Storage(Protocol):
         """The file's bytes, or the first `limit` of them."""
         ...
 
+    def checksum(self, name: str) -> int:
+        """What tells the file's content from another's of the same size; 0 where it cannot be read."""
+        ...
+
 
 def is_hidden(name: str) -> bool:
     """Whether a file is an operating system's own (`.DS_Store`, `__MACOSX/`), not the user's."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
+def plain_name(name: str) -> str:
+    """A name inside a data set with forward slashes and without `./`."""
+    parts = name.replace("\\", "/").split("/")
+    return "/".join(part for part in parts if part != ".")
+
+
+def file_checksum(path: Path) -> int:
+    """CRC-32 of a file of up to 64 KiB; of a larger one, of four blocks of 16 KiB from its first to its last byte.
+
+    The bound keeps a million large files fast. What it misses: a change between the blocks that keeps the size.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= _CHECKED_BYTES:
+                return zlib.crc32(file.read(_CHECKED_BYTES))
+            length, crc = _CHECKED_BYTES // _BLOCKS, 0
+            for block in range(_BLOCKS):
+                file.seek((size - length) * block // (_BLOCKS - 1))
+                crc = zlib.crc32(file.read(length), crc)
+            return crc
+    except OSError:
+        return 0
+
+
 class FolderStorage:
-    """The files below a folder.
+    """The files below a folder; links are followed.
 
     Args:
         root: an existing folder.
+
+    Raises:
+        ValueError: for a folder that cannot be read, or a link that leads back to a folder that it lies in.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        found = []
-        for folder, below, files in os.walk(root, followlinks=True):
-            below[:] = [name for name in below if not is_hidden(name)]
-            prefix = Path(folder).relative_to(root)
-            found += [((prefix / file).as_posix(), os.path.getsize(Path(folder, file))) for file in files]
-        found = sorted(entry for entry in found if not is_hidden(entry[0]))
+        found = sorted(_walk(root))
         self.names = [name for name, _ in found]
-        self.sizes = [size for _, size in found]
+        self.sizes = [max(size, 0) for _, size in found]
+        self._unreadable = {name for name, size in found if size < 0}
 
     def read(self, name: str, limit: int | None = None) -> bytes:
-        """The file's bytes, or the first `limit` of them."""
+        """The file's bytes, or the first `limit` of them.
+
+        Raises:
+            OSError: where it cannot be read.
+        """
+        if name in self._unreadable:
+            # Opening a pipe would wait for ever.
+            raise OSError("it is a broken link, or no regular file")
         with open(self._root / name, "rb") as file:
             return file.read(-1 if limit is None else limit)
+
+    def checksum(self, name: str) -> int:
+        """See `file_checksum`."""
+        return 0 if name in self._unreadable else file_checksum(self._root / name)
+
+
+def _walk(root: Path) -> Iterator[tuple[str, int]]:
+    # Name and size of every file, -1 for what cannot be one. os.walk passes over folders that cannot be read, and
+    # goes round in circles of links.
+    pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+    while pending:
+        prefix, above = pending.pop()
+        folder = root / prefix
+        try:
+            status = os.stat(folder)
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise ValueError(
+                f"the folder {folder} cannot be read ({error.strerror}), so its images would be missing: make it "
+                "readable (chmod u+rx), or move it away"
+            ) from error
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            raise ValueError(f"{folder} is a link to a folder that it lies in, without end: delete the link")
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            name = f"{prefix}{entry.name}"
+            if entry.is_dir():
+                pending.append((f"{name}/", (*above, identity)))
+            else:
+                yield name, _size(entry)
+
+
+def _size(entry: "os.DirEntry[str]") -> int:
+    try:
+        status = entry.stat()
+    except OSError:
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
 class _Entry(NamedTuple):
@@ -66,21 +147,30 @@ class ZipStorage:
         path: an existing file.
 
     Raises:
-        ValueError: for a damaged ZIP, an encrypted entry or another compression.
+        ValueError: for a damaged ZIP, an encrypted entry or another compression, or names that a data set cannot
+            have.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
+            self._bytes = path.stat().st_size
             with zipfile.ZipFile(path) as archive:
                 infos = archive.infolist()
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        except Exception as error:
+            # A damaged table of contents makes zipfile raise dozens of kinds.
             raise ValueError(f"{path} is not a readable ZIP ({error}): copy or make it again") from error
         self._entries: dict[str, _Entry] = {}
         for info in infos:
-            name = info.filename.replace("\\", "/")
+            name = plain_name(info.filename)
+            if ".." in name.split("/") or name.startswith("/"):
+                raise ValueError(
+                    f"{info.filename!r} in {path} names a file outside the ZIP: make the ZIP again inside its folder"
+                )
             if info.is_dir() or is_hidden(name):
                 continue
+            if name in self._entries:
+                raise ValueError(f"{path} holds {name!r} twice: make the ZIP again with each name once")
             if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(
                     f"{name!r} in {path} is encrypted or compressed by another method than deflate: "
@@ -93,6 +183,10 @@ class ZipStorage:
         self.names = sorted(self._entries)
         self.sizes = [self._entries[name].size for name in self.names]
 
+    def checksum(self, name: str) -> int:
+        """CRC-32 of the whole file, as the ZIP's table has it."""
+        return self._entries[name].crc
+
     def read(self, name: str, limit: int | None = None) -> bytes:
         """The file's bytes, or the first `limit` of them.
 
@@ -101,15 +195,17 @@ class ZipStorage:
         """
         entry = self._entries[name]
         with open(self._path, "rb") as file:
-            file.seek(entry.offset)
+            # Beyond 63 bits, seeking raises an OverflowError.
+            file.seek(min(max(entry.offset, 0), self._bytes))
             header = file.read(30)
             if len(header) < 30 or header[:4] != b"PK\3\4":
                 raise ValueError(f"{self._path} is damaged: {name!r} is not where its table says")
             file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)
-            data = file.read(entry.stored if limit is None or entry.deflated else min(limit, entry.stored))
+            # Bounds keep a forged entry from filling the memory.
+            stored = min(entry.stored, self._bytes)
+            data = file.read(stored if limit is None or entry.deflated else min(limit, stored))
         if entry.deflated:
             try:
-                # The bound keeps a forged entry from filling the memory.
                 data = zlib.decompressobj(-15).decompress(data, limit or entry.size or 1)
             except zlib.error as error:
                 raise ValueError(f"{self._path} is damaged at {name!r} ({error})") from error

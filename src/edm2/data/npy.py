@@ -1,0 +1,106 @@
+"""Arrays as images: what their files' headers promise, which axis is which, and how values are kept."""
+
+import io
+import math
+
+import numpy as np
+
+
+def read_array_header(data: bytes, size: int | None) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of the array in a `.npy` file.
+
+    Args:
+        data: the file, or as much of its beginning as holds its header.
+        size: of the whole file in bytes, which its values cannot exceed; None: not checked.
+
+    Raises:
+        ValueError: for no such file, a damaged header, or one that promises more than there is.
+    """
+    file = io.BytesIO(data)
+    if data[:6] != np.lib.format.MAGIC_PREFIX:
+        raise ValueError(f"it is no .npy file, but begins with {data[:6].hex(' ') or 'nothing'}")
+    version = (data[6], data[7]) if len(data) >= 8 else None
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"its .npy format is version {version}: write it with numpy.save")
+    file.seek(8)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    try:
+        shape, _, dtype = read(file)
+    except Exception as error:
+        # NumPy reads it as Python, and lets through whatever that raises.
+        raise ValueError("its .npy header is damaged") from error
+    promised = math.prod(shape) * dtype.itemsize
+    # Believed, a forged shape would take all memory; Python objects fill any number of bytes, and are refused later.
+    if min(shape, default=0) < 0 or (size is not None and promised > size and not dtype.hasobject):
+        raise ValueError(
+            f"its header promises {promised:,} bytes of values {list(shape)}, more than there are"
+        )
+    return shape, dtype
+
+
+def read_array(data: bytes) -> np.ndarray:
+    """The array in a `.npy` file; never runs what is in it.
+
+    Raises:
+        ValueError: as in `read_array_header`, or for Python objects.
+    """
+    read_array_header(data, len(data))
+    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+
+
+def as_image(array: np.ndarray) -> np.ndarray:
+    """An array as `[C, H, W]` uint8 or float32; see `image_layout`.
+
+    Raises:
+        ValueError: for another shape or type, or values that are not finite.
+    """
+    shape, last = image_layout(array.shape)
+    array = array.transpose(2, 0, 1) if last else array.reshape(shape)
+    image = as_stored(array)
+    if image.dtype == np.float32 and not np.isfinite(image).all():
+        raise ValueError("it holds values that are not finite")
+    return image
+
+
+def as_stored(array: np.ndarray) -> np.ndarray:
+    """Values as uint8 or float32: bytes as they are, True as 255, other numbers with their own values."""
+    kind = stored_kind(array.dtype)
+    return array * np.uint8(255) if array.dtype == bool else array.astype(kind, copy=False)
+
+
+def channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether an image's three axes are height, width, channels.
+
+    They are where the last is at most 4 and smaller than the two others.
+    """
+    return len(shape) == 3 and shape[2] <= 4 and shape[2] < min(shape[:2])
+
+
+def image_layout(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], bool]:
+    """Channels, height and width of an array; and whether its channels come last.
+
+    Raises:
+        ValueError: for a shape that is none of an image.
+    """
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise ValueError(
+            f"its array has the shape {list(shape)}, but must have [C, H, W], [H, W, C] with C up to 4, or [H, W]"
+        )
+    if channels_last(shape):
+        return (shape[2], shape[0], shape[1]), True
+    channels, height, width = shape if len(shape) == 3 else (1, *shape)
+    return (channels, height, width), False
+
+
+def stored_kind(dtype: np.dtype) -> str:
+    """Type that an array's values are kept in: "uint8" or "float32".
+
+    Raises:
+        ValueError: for types that neither holds.
+    """
+    if dtype in (np.uint8, np.bool_):
+        return "uint8"
+    # Integers of more than 24 bits would be rounded.
+    if dtype.kind == "f" or (dtype.kind in "iu" and dtype.itemsize <= 2):
+        return "float32"
+    raise ValueError(f"its array has the type {dtype}, but must be bool, float, or integers of 8 or 16 bits")
