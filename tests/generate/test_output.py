@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from small import latent_coding, small_generator, small_model
 
 from edm2.cli import main
@@ -61,6 +64,51 @@ def test_a_folder_is_continued(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "000002.png").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("kind", ["png", "npy"])
+@pytest.mark.parametrize("left", [0, 40, -20])
+def test_damaged_files_are_made_again(tmp_path: Path, kind: str, left: int) -> None:
+    generator = small_generator() if kind == "png" else small_generator(channels=2, coding=latent_coding())
+    write(tmp_path, "0-3", generator=generator)
+    before = content_of(tmp_path)
+    file = tmp_path / f"000001.{kind}"
+    file.write_bytes(file.read_bytes()[:left])
+    (tmp_path / f"000003.{kind}").unlink()
+    with pytest.warns(UserWarning, match=rf"1 files are damaged and made again, such as .*000001\.{kind}"):
+        write(tmp_path, "0-3", generator=generator, batch_size=1)
+    after = content_of(tmp_path)
+    assert after.keys() == before.keys()
+    images = [small_pixels(tmp_path / f"{seed:06d}.{kind}") for seed in range(4)]
+    write(tmp_path / "b", "0-3", generator=generator)
+    others = [small_pixels(tmp_path / "b" / f"{seed:06d}.{kind}") for seed in range(4)]
+    assert np.abs(np.stack(images) - np.stack(others)).max() <= 1
+
+
+def test_a_picture_with_a_wrong_byte_is_made_again(tmp_path: Path) -> None:
+    write(tmp_path, "0-1")
+    file = tmp_path / "000000.png"
+    content = bytearray(whole := file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match="1 files are damaged"):
+        write(tmp_path, "0-1", batch_size=2)
+    assert file.read_bytes() == whole
+
+
+def small_pixels(path: Path) -> np.ndarray:
+    return (np.load(path) if path.suffix == ".npy" else read_images([path])[0]).astype(float)
+
+
+def test_values_that_are_not_finite_are_no_picture(tmp_path: Path) -> None:
+    generator = small_generator()
+    with torch.no_grad():
+        next(generator.denoiser.parameters()).fill_(math.nan)
+    with pytest.raises(
+        ValueError, match="values that are not finite, first for seed 4: its weights are broken, fl"
+    ):
+        write(tmp_path / "a", "4-5", generator=generator)
+    assert content_of(tmp_path / "a").keys() == {"samples.json"}
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -85,9 +133,10 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not empty and holds no samples of edm2: choose another --out"):
         write(tmp_path)
     assert content_of(tmp_path).keys() == {"mine.txt"}
-    (tmp_path / "samples.json").write_text("{")
-    with pytest.raises(ValueError, match=r"samples\.json is damaged"):
-        write(tmp_path)
+    for text in ("{", "[]", "[" * 100_000):
+        (tmp_path / "samples.json").write_text(text)
+        with pytest.raises(ValueError, match=r"samples\.json is damaged"):
+            write(tmp_path)
 
 
 def test_nothing_is_made_for_bad_input(tmp_path: Path) -> None:
@@ -95,7 +144,11 @@ def test_nothing_is_made_for_bad_input(tmp_path: Path) -> None:
         ({"labels": 3}, "class 3 is outside"),
         ({"sampler": "euler", "s_churn": 1.0}, "the sampler euler has no s_churn"),
         ({"sampler": "ddim"}, "unknown sampler 'ddim'"),
+        ({"s_churn": -1.0}, r"s_churn -1\.0 must be at least 0 and finite; 0 adds no noise"),
+        ({"rho": math.nan}, "rho nan must be positive and finite"),
+        ({"sigma_max": math.inf}, r"sigma_max inf: 0 < sigma_min < sigma_max must hold, both finite"),
         ({"batch_size": 0}, "batch_size 0 must be at least 1"),
+        ({"grid": -1}, "grid -1 must be at least 0; 0 is none"),
         ({"labels": np.zeros(0, np.int64)}, "labels is an array without rows"),
         ({"conditions": np.zeros((0, 1, 8, 8))}, "conditions is an array without rows"),
         ({"conditions": np.zeros((2, 1, 8, 8))}, "this model takes none"),
@@ -139,11 +192,23 @@ def test_npz(tmp_path: Path) -> None:
         assert content["seeds"].tolist() == [3, 4, 5]
 
 
+@pytest.mark.parametrize("name", ["s.ZIP", "s.Npz"])
+def test_endings_in_capitals(tmp_path: Path, name: str) -> None:
+    out = write(tmp_path / name, "0-2")
+    assert out.is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert out.read_bytes() == write(tmp_path / "other" / name.lower(), "0-2").read_bytes()
+
+
 def test_archive_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "s.zip").write_bytes(b"not a zip")
     with pytest.raises(ValueError, match=r"s\.zip exists and holds no samples of edm2"):
         write(tmp_path / "s.zip")
     assert (tmp_path / "s.zip").read_bytes() == b"not a zip"
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as content:
+        content.writestr("samples.json", "[]")
+    with pytest.raises(ValueError, match=r"t\.zip exists and holds no samples of edm2"):
+        write(tmp_path / "t.zip")
 
 
 def test_an_archive_continues_from_its_parts(tmp_path: Path) -> None:

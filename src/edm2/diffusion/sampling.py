@@ -24,12 +24,12 @@ def time_steps(
     """
     if num_steps < 1:
         raise ValueError(f"num_steps {num_steps} must be at least 1")
-    if not 0 < sigma_min < sigma_max:
+    if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(
-            f"sigma_min {sigma_min} and sigma_max {sigma_max}: 0 < sigma_min < sigma_max must hold"
+            f"sigma_min {sigma_min} and sigma_max {sigma_max}: 0 < sigma_min < sigma_max must hold, both finite"
         )
-    if rho <= 0:
-        raise ValueError(f"rho {rho} must be positive")
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho {rho} must be positive and finite")
     ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
@@ -81,13 +81,15 @@ def sample_heun(
         `[B, C, H, W]` in `dtype`.
 
     Raises:
-        ValueError: for churn without `randn_like`, a guidance weight without a guide, a bad schedule, or an
-            interval that holds none of its levels.
+        ValueError: for a negative churn or one without `randn_like`, a guidance weight without a guide, a bad
+            schedule, or an interval that holds none of its levels.
 
     Ref: EDM Alg. 2.
     """
     levels: list[float] = time_steps(num_steps, sigma_min, sigma_max, rho).tolist()
     steps = torch.tensor(levels, dtype=torch.float64).to(noise.device, dtype)
+    if not 0 <= s_churn < math.inf:
+        raise ValueError(f"s_churn {s_churn} must be at least 0 and finite; 0 adds no noise")
     if s_churn > 0 and randn_like is None:
         raise ValueError(f"s_churn {s_churn} adds noise: pass randn_like, a function of the state's shape")
     at_level = guided_by_level(denoiser, guide, guidance, interval, levels[:-1])

@@ -26,8 +26,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as content:
-            return json.loads(content.read(SETTINGS_FILE))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+            settings = json.loads(content.read(SETTINGS_FILE))
+        if isinstance(settings, dict):
+            return settings
+        raise ValueError("no table")
+    except (OSError, KeyError, ValueError, RecursionError, zipfile.BadZipFile):
         raise ValueError(
             f"{path} exists and holds no samples of edm2: choose another --out or move it away"
         ) from None

@@ -227,18 +227,31 @@ class Generator:
             for latents without a decoder.
 
         Raises:
-            ValueError: for labels, conditions or a guide that do not fit, or bad sampler options.
+            ValueError: for labels, conditions or a guide that do not fit, bad sampler options, or values that are not
+                finite, which no picture can show.
         """
         parts = []
         conditions = options.pop("conditions", None)
         for part in _slices(len(seeds), batch_size):
             chosen = None if labels is None else labels[part]
             given = None if conditions is None else conditions[part]
-            decoded = self.decode(self.latents(seeds[part], chosen, conditions=given, **options))
+            latents = self.latents(seeds[part], chosen, conditions=given, **options)
+            self._check_finite(latents, seeds[part])
+            decoded = self.decode(latents)
             parts.append(decoded.cpu().numpy())
             if on_batch is not None:
                 on_batch(len(parts[-1]))
         return np.concatenate(parts)
+
+    def _check_finite(self, latents: Tensor, seeds: Sequence[int]) -> None:
+        broken = ~latents.flatten(1).isfinite().all(dim=1)
+        if broken.any():
+            precision = str(self.denoiser.dtype).removeprefix("torch.")
+            first = seeds[int(broken.int().argmax())]
+            raise ValueError(
+                f"the network gives values that are not finite, first for seed {first}: its "
+                f"weights are broken, {precision} is too coarse for it, or the guidance too strong"
+            )
 
     def _refresh(self) -> None:
         if self._fixed is not None:
