@@ -159,6 +159,15 @@ def test_bad_wishes_are_refused(options: dict[str, object], message: str) -> Non
         edm2.ema.plan(**options)  # type: ignore[arg-type]
 
 
+def test_errors_in_mid_run_are_those_of_what_is_stored_by_then() -> None:
+    lean = PLANS["lean"]
+    widths = spread(RANGE, 9)
+    for at, stored in ((0.371, 1), (0.5, 2), (0.6091, 2), (0.7, 3), (1.0, 4)):
+        expected, _ = best_errors(lean.times[:stored], lean.sigma_rels, at, widths, "fp32")
+        np.testing.assert_allclose(lean.errors(widths, at=at), expected, rtol=1e-9)
+    assert lean.worst_error(at=0.7) > 2 * lean.worst_error()
+
+
 def test_time_before_anything_is_stored_is_refused() -> None:
     with pytest.raises(ValueError, match=r"at 0\.2 is outside \[0\.371, 1\]"):
         PLANS["lean"].errors([0.1], at=0.2)

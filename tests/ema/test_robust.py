@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from edm2.ema import PowerEMA, reconstruct, snapshots
+from edm2.ema.locking import folder_lock
 from edm2.ema.snapshots import read_manifest
 from edm2.ema.verify import damaged
 
@@ -24,7 +25,8 @@ def tracker(size: int = 8) -> tuple[nn.Linear, PowerEMA]:
     return model, PowerEMA(model, run_id="run")
 
 
-def write_until_killed(folder: Path) -> None:
+def write_until_killed(folder: Path, written: int) -> None:
+    """Add snapshots, and tell of each one through a pipe."""
     model, ema = tracker()
     t = max((s.t for s in read_manifest(folder).snapshots), default=0) if folder.exists() else 0
     while True:
@@ -33,6 +35,7 @@ def write_until_killed(folder: Path) -> None:
             model.weight.add_(0.01)
         ema.update(t)
         ema.snapshot(folder, keep=6)
+        os.write(written, b".")
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -45,14 +48,21 @@ def test_a_hundred_kills_leave_a_folder_that_opens_and_verifies(tmp_path: Path) 
     rng = random.Random(0)
     interrupted = 0
     for _ in range(100):
+        reader, writer = os.pipe()
         child = os.fork()
         if not child:
             try:
-                write_until_killed(folder)
+                write_until_killed(folder, writer)
             finally:
                 os._exit(1)
-        time.sleep(rng.uniform(0.01, 0.06))
+        os.close(writer)
+        os.read(reader, 1)
+        began = time.monotonic()
+        os.read(reader, 1)
+        # Anywhere in the next two snapshots, however fast the machine writes them.
+        time.sleep(rng.uniform(0, 2 * min(time.monotonic() - began, 0.5)))
         os.kill(child, signal.SIGKILL)
+        os.close(reader)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         assert list(damaged(folder, read_manifest(folder))) == []
         manifest = read_manifest(folder)
@@ -60,7 +70,7 @@ def test_a_hundred_kills_leave_a_folder_that_opens_and_verifies(tmp_path: Path) 
         names = {s.file for s in manifest.snapshots} | {"manifest.json"}
         interrupted += {p.name for p in folder.iterdir()} != names
     assert interrupted > 0, "no kill fell into the middle of a write"
-    assert read_manifest(folder).snapshots[-1].t > 50
+    assert read_manifest(folder).snapshots[-1].t > 100, "each child wrote one at least"
     assert reconstruct(folder, sigma_rel=0.1, warn_above=1.0).tensors["weight"].shape == (8, 8)
 
 
@@ -171,6 +181,30 @@ def test_one_snapshot_only(tmp_path: Path) -> None:
         ValueError, match=r"one snapshot only, of sigma_rel 0\.1, cannot give sigma_rel 0\.13"
     ):
         reconstruct(tmp_path, sigma_rel=0.13)
+
+
+def test_one_writer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    refused = []
+    original = snapshots.write_manifest
+
+    def other_writer_comes(folder: Path, manifest: snapshots.Manifest) -> None:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refused.append(manifest)
+        finally:
+            os.close(handle)
+        original(folder, manifest)
+
+    monkeypatch.setattr(snapshots, "write_manifest", other_writer_comes)
+    _, ema = tracker()
+    ema.update(1)
+    ema.snapshot(tmp_path)
+    assert len(refused) == 2  # the empty manifest of a new folder, and the one with the snapshots
+    with folder_lock(tmp_path):
+        pass
 
 
 def test_opening_twice_and_writing_from_two_places_is_safe(tmp_path: Path) -> None:
