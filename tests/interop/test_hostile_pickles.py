@@ -13,6 +13,7 @@ import re
 import runpy
 import struct
 import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -315,3 +316,39 @@ def test_mutations_never_run_and_give_the_one_error(
     assert set(tmp_path.iterdir()) == before
     assert len(errors) > 600
     assert [e for e in errors if not re.match(f"{path} {REFUSED}", e)] == []
+
+
+BOMBS = {
+    "sets": b"\x80\x04(" + b"\x8f" * 300_000 + b"t.",
+    "memo": b"\x80\x04N" + b"".join(b"r" + struct.pack("<I", i) for i in range(200_000)) + b".",
+    "wide text": b"\x80\x04X" + struct.pack("<I", 64 << 20) + b"\xf0\x9f\x98\x80" + b"a" * ((64 << 20) - 4) + b".",
+    "text twice": b"\x80\x04" + (b"X" + struct.pack("<I", 40 << 20) + b"a" * (40 << 20)) * 2 + b"\x86.",
+    "arrays": b"\x80\x04(cnumpy.core.multiarray\n_reconstruct\nq\0cnumpy\nndarray\n\x85q\1R"
+    + b"h\0h\1R" * 50_000 + b"t.",
+    "storages": b"\x80\x04ctorch.storage\n_load_from_bytes\nq\0C\x06\x80\x02]]a.\x85q\1R" + b"h\0h\1R" * 1000 + b".",
+    "giant shape": b"\x80\x04cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n\x85R(K\1"
+    + b"(" + (b"\x8a\x06" + b"\xff" * 5 + b"\x7f") * 8 + b"tcnumpy\ndtype\n\x8c\x02f8\x85R\x89C\0tb.",
+    "nested": b"\x80\x04" + b"(" * 100_000 + b"t" * 100_000 + b".",
+}  # fmt: skip
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """A process that may take 1 GB more than it has reads every bomb, or refuses it; it never runs out."""
+    for name, bomb in BOMBS.items():
+        (tmp_path / f"{name}.pkl").write_bytes(bomb)
+    code = """
+import pathlib, re, resource, sys
+from edm2.interop.nvlabs import load_network
+used = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
+for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    try:
+        load_network(path)
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = done.stdout.splitlines()
+    assert [line for line in told if not re.match(f".*pkl {REFUSED}", line)] == []
+    assert len(told) == len(BOMBS)
