@@ -73,7 +73,7 @@ def test_a_window_holds_the_mean_of_its_updates(dtype: torch.dtype, stop: int) -
     assert not any(key.startswith("window.") for key in exact.state_dict())
     for sigma_rel in WIDTHS:
         for name, truth in exact.average(sigma_rel).items():
-            assert (ema.average(sigma_rel)[name] - truth).norm() < 1e-6 * truth.norm()
+            assert (ema.average(sigma_rel)[name] - truth).norm() < 3e-6 * truth.norm()
 
 
 def test_reading_changes_nothing(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edm2.ema.misfit import Grid, Kind, Motion
+from edm2.ema.misfit import TYPICAL, Grid, Kind, Motion
 from edm2.ema.profiles import FloatArray
 from edm2.ema.targets import Profile
 
@@ -15,6 +15,7 @@ _SLOWINGS = (0.0, 1.0, 2.0, 4.0)
 KINDS = tuple(Kind(order=order, slowing=slowing) for order in (0, 1, 2) for slowing in _SLOWINGS)
 _PRIOR = np.array([0.05 if kind.order == 0 else 1.0 for kind in KINDS] + [0.1])
 _FAINT = 0.05
+_TYPICAL_DISTANCE = 0.05  # of weights from their averages, if they move as `TYPICAL` says
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def fit_motion(
     """Find the motion that explains the distances between stored averages.
 
     A faint prior shares the motion out over all kinds, so that a few distances never leave one of them
-    with all of it: coefficients that suit every kind a little are safe where the judgement is poor.
+    with all of it: coefficients that suit every kind a little are safe where the judgement is poor. Motion
+    below the stored rounding is not seen; so much of the typical kind is taken to be there.
 
     Args:
         grid: Times that resolve the profiles.
@@ -72,7 +74,12 @@ def fit_motion(
     b = np.concatenate([seen * trust, _FAINT * _PRIOR / _PRIOR.sum()])
     powers = nonnegative_least_squares(a, b)
     error = np.linalg.norm((model @ powers - seen) * trust)
-    return Motion(powers=dict(zip(KINDS, powers[:-1].tolist(), strict=True)), misfit=float(error))
+    unseen = float(rounding.max() / _TYPICAL_DISTANCE) ** 2
+    found = {
+        kind: power + unseen * TYPICAL.powers.get(kind, 0.0)
+        for kind, power in zip(KINDS, powers[:-1].tolist(), strict=True)
+    }
+    return Motion(powers=found, misfit=float(error))
 
 
 def _pair_squares(rows: FloatArray, first: npt.NDArray[np.intp], second: npt.NDArray[np.intp]) -> FloatArray:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from edm2.ema.misfit import Grid, Motion
+from edm2.ema.misfit import WHITE, Grid, Motion
 from edm2.ema.motion import fit_motion
 from edm2.ema.profiles import FloatArray
 from edm2.ema.sampling import sample_squares
@@ -22,6 +22,7 @@ from edm2.ema.tensorfile import sum_text
 
 _MOST_JUDGED = 24
 _NEGLIGIBLE = 1e-9
+_EXACT = 1e-6
 
 
 class AccuracyWarning(UserWarning):
@@ -121,7 +122,12 @@ def reconstruct_many(
     stored = _Stored(folder, manifest, used)
     solutions = stored.solve([w.at(t - manifest.run.start) for w in wanted])
     for target, solution in zip(wanted, solutions, strict=True):
-        _refuse_hopeless(target, solution, t, used)
+        misfit = solution.profile_misfit
+        if (
+            misfit > HOPELESS_MISFIT
+        ):  # perhaps by choice: coarse snapshots of weights at rest are best averaged
+            misfit = stored.least_misfit(target.at(t - manifest.run.start))
+        _refuse_hopeless(target, misfit, t, used)
     sums: list[dict[str, Tensor]] = [{} for _ in solutions]
     copied: dict[str, Tensor] = {}
     if read:
@@ -192,6 +198,11 @@ class _Stored:
         )
         return solve_motion(grid, self._profiles, self._rounding, targets, self.motion)
 
+    def least_misfit(self, target: Profile) -> float:
+        """How far the nearest of all combinations is from a profile, whatever rounding does to it."""
+        grid, exact = Grid([*self._profiles, target]), np.full(len(self._profiles), _EXACT)
+        return solve_motion(grid, self._profiles, exact, [target], WHITE)[0].profile_misfit
+
     def add_up(self, coefficients: FloatArray, t: float) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Read the files that count and add them up; buffers come from the last snapshot up to t."""
         last = max(i for i, s in enumerate(self._used) if s.t <= t)
@@ -246,18 +257,18 @@ def _spread(used: Sequence[Snapshot], most: int) -> list[int]:
     return sorted({*rest.tolist(), *last})
 
 
-def _refuse_hopeless(target: Target, solution: Solution, t: float, used: Sequence[Snapshot]) -> None:
+def _refuse_hopeless(target: Target, misfit: float, t: float, used: Sequence[Snapshot]) -> None:
     widths = sorted({s.sigma_rel for s in used})
-    if len(used) == 1 and solution.profile_misfit > 1e-6:
+    if len(used) == 1 and misfit > 1e-6:
         raise ValueError(
             f"one snapshot only, of sigma_rel {widths[0]:g}, cannot give {target.label}: another track or an"
             " earlier snapshot is needed"
         )
-    if solution.profile_misfit > HOPELESS_MISFIT:
+    if misfit > HOPELESS_MISFIT:
         near = f"near {target.sigma_rel:g}" if target.sigma_rel is not None else "like it"
         raise ValueError(
             f"{target.label} at t {t:g} cannot be expressed by these {len(used)} snapshots of widths"
-            f" {', '.join(f'{w:g}' for w in widths)} (misfit {solution.profile_misfit:.0%}): choose a target"
+            f" {', '.join(f'{w:g}' for w in widths)} (misfit {misfit:.0%}): choose a target"
             f" nearer to them; it needs another track {near}, or closer snapshots (`edm2.ema.plan` tells which)"
         )
 

@@ -71,7 +71,8 @@ class Solution:
     Attributes:
         coefficients: Weight of each average; they sum to 1 [in].
         moved: Relative L2 error of the parameters from the profile's misfit, if weights move as assumed.
-        rounding: Relative L2 error from the averages' own rounding.
+        rounding: Relative L2 error from the averages' own rounding, at least what is left where they
+            are all rounded alike, because the weights hardly moved between them.
         profile_misfit: L2 distance to the wanted profile, relative to its norm.
     """
 
@@ -125,7 +126,7 @@ def solve_motion(
             Solution(
                 coefficients=x,
                 moved=float(np.linalg.norm(moving @ x - wanted[:, j])),
-                rounding=float(np.linalg.norm(rounding * x)),
+                rounding=max(float(np.linalg.norm(rounding * x)), abs(float(rounding @ x))),
                 profile_misfit=float(np.linalg.norm(white @ x - aim) / np.linalg.norm(aim)),
             )
         )
