@@ -90,7 +90,7 @@ def test_two_runs_side_by_side(run, tmp_path):
     assert "Samples over time" not in page
     assert page.count("<img") == 2 * (2 + 4 + 2)
     for folder in (run, other):  # of the same name, so told apart by their paths
-        assert f"Activations of {html.escape(str(folder))}<" in page
+        assert f"Activations of {html.escape(str(folder))}: RMS of block outputs by resolution, on" in page
     (other / "magnitudes.jsonl").unlink()
     page = page_of([run, other], tmp_path, samples=False)
     assert f"Of {html.escape(str(other))} they were not recorded: train with --record-magnitudes" in page
@@ -109,6 +109,25 @@ def test_a_run_without_its_data_or_snapshots(run, tmp_path):
     assert page_of([other], tmp_path).count("No snapshot yet.") == 3
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("config.json", '"num_images"', '"number"'),
+        ("config.json", '"p_mean"', '"mean"'),
+        ("log.jsonl", '"learning_rate"', '"rate"'),
+        ("log.jsonl", '"num_images": ', '"num_images": "many", "n": '),
+        ("magnitudes.jsonl", '"weights"', '"heights"'),
+    ],
+)
+def test_files_that_are_damaged(run, tmp_path, file, old, new):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / file).write_text((other / file).read_text().replace(old, new))
+    with pytest.raises(ValueError, match=f"{file} is damaged: restore it from a copy"):
+        page_of([other], tmp_path)
+    assert not list(tmp_path.glob("*.html"))
+
+
 @pytest.mark.usefixtures("quick")
 def test_lengths_that_the_snapshots_cannot_give_are_said_to_be_so(tmp_path, tiny_digits):
     train(tiny_digits(snapshot_images=64, ema=EMAConfig(sigma_rels=(0.05,))), tmp_path / "run", quiet=True)
@@ -121,7 +140,8 @@ def test_lengths_that_the_snapshots_cannot_give_are_said_to_be_so(tmp_path, tiny
 def test_config_a_has_a_loss_by_noise_level_and_no_uncertainty(tmp_path, tiny_digits):
     train(with_config(tiny_digits(), "A"), tmp_path / "run", quiet=True)
     page = page_of([tmp_path / "run"], tmp_path)
-    assert "Loss against noise level on 256 training images<" in page
+    assert "Weighted squared error (natural logarithm) at each noise level, on 256 training images<" in page
+    assert "Training loss and learning rate<" in page
 
 
 @pytest.mark.usefixtures("quick")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from edm2.report import Page, image_grid, loss_curve, uncertainty_curve
 from edm2.report.ema_figures import reconstruction_figure, tracked_figure
 from edm2.report.magnitudes import by_resolution, limits_of, magnitude_curve
 from edm2.train.build import open_run_data
-from edm2.train.run_folder import MAGNITUDES_FILE, SNAPSHOTS, flat_settings, read_config, read_log
+from edm2.train.run_folder import (
+    CONFIG_FILE,
+    LOG_FILE,
+    MAGNITUDES_FILE,
+    SNAPSHOTS,
+    flat_settings,
+    read_config,
+    read_log,
+)
 from edm2.tuned import read_tuned
 from edm2.tuning_report import add_knobs, add_ranking, add_result
 
@@ -32,6 +40,7 @@ _KINDS = {
     "gradients": ("Gradients", "RMS of gradients"),
     "updates": ("Updates", "relative change a step"),
 }
+_LOGGED = ("num_images", "images_per_second", "seconds", "learning_rate", "nonfinite_steps")
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -46,9 +55,28 @@ class _Run:
         if not self.log:
             raise ValueError(f"{folder} has no line in its log yet: train on before asking for a report")
         self.magnitudes = read_log(folder, MAGNITUDES_FILE)
+        self._check()
         found = (folder / SNAPSHOTS / "manifest.json").exists()
         self.manifest = read_manifest(folder / SNAPSHOTS) if found else None
         self.tuned = read_tuned(folder)
+
+    def _check(self) -> None:
+        """Raise ValueError for settings and logs that `edm2 train` does not write."""
+        loss = self.settings.get("loss")
+        good = {CONFIG_FILE: _has_numbers(self.settings, ("num_images",))}
+        good[CONFIG_FILE] &= isinstance(loss, dict) and _has_numbers(loss, ("p_mean", "p_std"))
+        good[LOG_FILE] = all(
+            _has_numbers(record, _LOGGED) and _has_numbers(record, ("loss", "grad_norm"), optional=True)
+            for record in self.log
+        )
+        good[MAGNITUDES_FILE] = all(
+            _has_numbers(record, ("num_images",))
+            and all(isinstance(r := record.get(kind), dict) and _has_numbers(r, r.keys()) for kind in _KINDS)
+            for record in self.magnitudes
+        )
+        damaged = [name for name, is_good in good.items() if not is_good]
+        if damaged:
+            raise ValueError(f"{self.folder / damaged[0]} is damaged: restore it from a copy")
 
     def generator(self, t: float | None = None) -> Generator | None:
         """The longest tracked average at a time (default: the last), or None before the first snapshot."""
@@ -64,6 +92,13 @@ class _Run:
         wanted = [times[-1] / 2**k for k in reversed(range(_MOMENTS))]
         logs = np.log(times)
         return sorted({times[int(np.abs(logs - math.log(w)).argmin())] for w in wanted})
+
+
+def _has_numbers(values: Mapping[str, Any], names: Iterable[str], *, optional: bool = False) -> bool:
+    return all(
+        type(values.get(name)) in (int, float) or (optional and name in values and values[name] is None)
+        for name in names
+    )
 
 
 def write_run_report(
@@ -181,14 +216,21 @@ def _training(page: Page, run: _Run) -> None:
     with page.columns():
         page.figure(
             loss_curve(images, loss, learning_rate=rates),
-            "Training loss and learning rate",
+            "Training loss and learning rate" + _below_zero(run),
             "Curves of the training loss and the learning rate against images",
         )
         page.figure(
             magnitude_curve(images, [{"gradient": r["grad_norm"]} for r in seen], label="gradient norm"),
-            "L2 norm of the whole gradient",
+            "L2 norm of the whole gradient, on a logarithmic scale",
             "Curve of the gradient norm against images",
         )
+
+
+def _below_zero(run: _Run) -> str:
+    # Ref: EDM2 Eq. 21, of which config A has the first term alone.
+    if run.settings.get("architecture") == "A":
+        return ""
+    return "; the loss includes the learned uncertainty u(σ), so that it may fall below 0"
 
 
 def _magnitudes(page: Page, runs: Sequence[_Run], progress: Progress) -> None:
@@ -231,7 +273,8 @@ def _add_kind(page: Page, runs: Sequence[tuple[str, Records]], kind: str) -> Non
         images = [record["num_images"] for record in records]
         figure = magnitude_curve(images, values, label=label, limits=limits)
         whose = f" of {name}" if len(runs) > 1 else ""
-        page.figure(figure, f"{title}{whose}", f"Curves of {label} by resolution{whose}")
+        caption = f"{title}{whose}: {label} by resolution, on a logarithmic scale"
+        page.figure(figure, caption, f"Curves of {label} by resolution{whose}")
 
 
 def _averages(page: Page, run: _Run) -> None:
@@ -284,7 +327,7 @@ def _noise(page: Page, run: _Run) -> None:
     has_uncertainty = generator.denoiser.logvar_linear is not None
     page.figure(
         uncertainty_curve(sigma, learned if has_uncertainty else None, errors, density),
-        f"Loss against noise level on {len(chosen)} training images"
+        f"Weighted squared error (natural logarithm) at each noise level, on {len(chosen)} training images"
         + (", beside the uncertainty that the network learned" if has_uncertainty else ""),
         "Curve of the log of the weighted error against noise level",
     )
