@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from edm2.ema import PowerEMA, reconstruct
@@ -241,3 +242,31 @@ def test_names_are_clean_and_tied_tensors_are_stored_once(tmp_path: Path) -> Non
     result = reconstruct(tmp_path, sigma_rel=0.1)
     Tied().load_state_dict(result.tensors)
     assert result.tensors["head.weight"] is result.tensors["embed.weight"]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.uint8,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+        torch.int64,
+        torch.bool,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    ],
+)
+def test_buffers_of_any_type_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("codes", torch.tensor([[0, 1, 1], [2, 1, 3]]).to(dtype))
+    model.register_buffer("code", torch.tensor(1).to(dtype))
+    ema = PowerEMA(model)
+    ema.update(1)
+    paths = ema.snapshot(tmp_path)
+    tensors = reconstruct(tmp_path, 0.1).tensors
+    official = load_file(paths[0])
+    for name in ("codes", "code"):
+        for found in (tensors[name], official[name]):
+            assert found.dtype == dtype
+            assert found.tolist() == getattr(model, name).tolist()

@@ -296,6 +296,15 @@ def test_complex_and_meta_tensors_are_refused() -> None:
         PowerEMA(nn.Linear(1, 1), device="cuda:7")
 
 
+def test_a_buffer_of_a_type_that_files_cannot_hold_is_refused() -> None:
+    model = nn.Linear(1, 1)
+    model.register_buffer("scale", torch.zeros(1).to(torch.float8_e4m3fnuz))
+    with pytest.raises(
+        ValueError, match=r"'scale' is of type torch.float8_e4m3fnuz, which snapshots cannot hold"
+    ):
+        PowerEMA(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_averages_of_a_coarse_type_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match="is too coarse for averages"):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from edm2.ema.tensorfile import DTYPES
+
 Include = Callable[[str, Tensor], bool]
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -70,7 +72,8 @@ def collect(model: nn.Module, include: Include | None = None) -> ModuleTensors:
         The chosen tensors; tied ones once.
 
     Raises:
-        ValueError: If two tensors get one name, nothing is chosen, or one is complex or has no storage.
+        ValueError: If two tensors get one name, nothing is chosen, or one has no storage or is of a type that
+            cannot be averaged or stored.
     """
     averaged: list[Slot] = []
     copied: list[Slot] = []
@@ -93,6 +96,10 @@ def collect(model: nn.Module, include: Include | None = None) -> ModuleTensors:
             kind = "complex" if tensor.is_complex() else "on the meta device"
             raise ValueError(
                 f"tensor {name!r} is {kind}, which cannot be averaged: leave it out with include="
+            )
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(
+                f"tensor {name!r} is of type {tensor.dtype}, which snapshots cannot hold: leave it out with include="
             )
         first_name[id(tensor)] = name
         slot = Slot(name=name, owner=owner, key=key)
