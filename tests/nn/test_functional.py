@@ -75,3 +75,13 @@ def test_silu_constant_is_the_rms_of_silu():
 def test_doubling_is_the_same_when_compiled():
     x = torch.randn(2, 3, 4, 5)
     assert torch.equal(torch.compile(resample, backend="eager")(x, "up"), resample(x, "up"))
+
+
+def test_normalize_of_what_is_empty_or_a_vector():
+    assert normalize(torch.zeros(0, 4, 2)).shape == (0, 4, 2)
+    assert normalize(torch.zeros(3, 0)).shape == (3, 0)
+    with pytest.raises(
+        ValueError, match=r"x of shape \(3,\) has no dimension but the first to normalise: give dim"
+    ):
+        normalize(torch.ones(3))
+    assert normalize(torch.full((3,), 5.0), dim=0, eps=0).tolist() == [1, 1, 1]

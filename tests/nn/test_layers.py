@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from edm2.nn import ForcedWeightNorm, MPConv, MPFourier, UNet
+from edm2.nn import ForcedWeightNorm, MPConv, MPFourier, UNet, normalize
 
 
 def test_fourier_equals_golden(golden, fill_by_rule, relative_error):
@@ -96,3 +96,39 @@ def test_forced_norm_acts_in_training_only_and_is_idempotent():
 def test_bad_kernel(kernel):
     with pytest.raises(ValueError, match=r"must be \(\) for a linear map, or two odd sizes"):
         MPConv(4, 4, kernel)
+
+
+def loaded(net):
+    net.load_state_dict({name: 3 * value for name, value in net.state_dict().items()}, assign=True)
+    return net[0].weight
+
+
+def moved(net):
+    with torch.no_grad():
+        net.double()[0].weight.mul_(3)
+    return net[0].weight
+
+
+def shared(net):
+    net[1].weight = net[0].weight
+    with torch.no_grad():
+        return net[0].weight.mul_(3)
+
+
+@pytest.mark.parametrize("change", [loaded, moved, shared])
+def test_one_pass_acts_on_the_weights_that_the_layers_have_now(change):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(MPConv(8, 8), MPConv(8, 8))
+    force = ForcedWeightNorm(net)
+    weight = change(net)
+    wanted = normalize(weight.detach())
+    force()
+    torch.testing.assert_close(net[0].weight.detach(), wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_a_graph_of_two_passes_needs_the_one_pass():
+    layer, x = MPConv(8, 8), torch.randn(2, 8)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        layer(layer(x)).sum().backward()
+    ForcedWeightNorm(layer)()
+    layer(layer(x)).sum().backward()

@@ -102,3 +102,13 @@ def test_bad_use():
         pass
     with pytest.raises(ValueError, match="compiled graphs bypass the hooks"):
         recorder.read()
+
+
+def test_a_model_without_matrices_that_are_trained():
+    net = small_net().requires_grad_(False)
+    recorder = MagnitudeRecorder(net)
+    with recorder.step():
+        net(torch.ones(1, 6))
+    found = recorder.read()
+    assert list(found.activations) == ["0", "2"]
+    assert found.weights == found.gradients == found.updates == {}

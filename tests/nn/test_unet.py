@@ -95,6 +95,11 @@ def test_dropout_streams_differ_between_blocks():
             dict(model_channels=24, channel_mult=(1, 2)),
             "channels_per_head=64 does not divide the 24 channels",
         ),
+        (
+            (16, 3, 0),
+            dict(model_channels=96, channel_mult=(1, 1)),
+            "channels_per_head=64 does not divide the 96 channels",
+        ),
         ((16, 3, 2), dict(label_kind="text"), "label_kind 'text' is not 'class' or 'vector'"),
     ],
 )

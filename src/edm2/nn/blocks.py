@@ -97,8 +97,8 @@ def head_count(channels: int, channels_per_head: int) -> int:
     Raises:
         ValueError: if the channels do not split into heads.
     """
-    heads = channels // channels_per_head
-    if heads == 0 or channels % heads:
+    heads, rest = divmod(channels, channels_per_head)
+    if heads == 0 or rest:
         raise ValueError(
             f"channels_per_head={channels_per_head} does not divide the {channels} channels of a "
             "block with attention; choose a divisor of model_channels"

@@ -26,7 +26,7 @@ def rms(x: Tensor, dim: int | Sequence[int]) -> Tensor:
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
-    return norm * math.sqrt(norm.numel() / x.numel())
+    return norm * math.sqrt(norm.numel() / x.numel()) if x.numel() else norm
 
 
 def normalize(x: Tensor, dim: int | Sequence[int] | None = None, eps: float = 1e-4) -> Tensor:
@@ -42,9 +42,16 @@ def normalize(x: Tensor, dim: int | Sequence[int] | None = None, eps: float = 1e
     Returns:
         Same shape and dtype as `x`.
 
+    Raises:
+        ValueError: for an `x` of fewer than two dimensions without `dim`.
+
     Ref: EDM2 Eq. 30, 47 (eps placed as in SPEC section 1).
     """
     if dim is None:
+        if x.ndim < 2:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} has no dimension but the first to normalise: give dim"
+            )
         dim = tuple(range(1, x.ndim))
     return x / (eps + rms(x, dim)).to(x.dtype)
 

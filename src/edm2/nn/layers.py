@@ -5,6 +5,7 @@ Ref: EDM2 Sec. 2.2-2.3, App. B.3-B.7.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,10 @@ class MPConv(NormalizedConv):
     In training mode the stored weight is first overwritten by `normalize(w)` outside the autograd graph, so
     that Adam's step size is the relative change of the weight (config E). Arguments as in `NormalizedConv`.
 
+    A second forward pass in training mode overwrites what the first one's graph needs, so that a backward pass
+    through both fails: where a graph has several passes, as with recomputed activations or a network that is fed its
+    own output, use `ForcedWeightNorm`.
+
     Attributes:
         forces_norm: whether a forward pass in training mode overwrites the weight. A training loop that
             calls `ForcedWeightNorm` once a step switches it off.
@@ -173,23 +178,28 @@ class ForcedWeightNorm:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        layers = [layer for layer in module.modules() if isinstance(layer, MPConv)]
-        for layer in layers:
+        self.layers = [layer for layer in module.modules() if isinstance(layer, MPConv)]
+        for layer in self.layers:
             layer.forces_norm = False
-        self.weights: list[Tensor] = [layer.weight for layer in layers]
-        self.scales = [1 / math.sqrt(math.prod(w.shape[1:])) for w in self.weights]
 
     @torch.no_grad()
     def __call__(self) -> None:
         """Overwrite each weight by `normalize(weight)`, without synchronising with the host."""
-        if not self.weights:
+        if not self.layers:
             return
+        # Looked up anew, since loading or moving a model may replace them; those that layers share count once.
+        unique: list[Any] = list({id(layer.weight): layer.weight for layer in self.layers}.values())
         # FSDP2 spreads whole rows over processes, and each row has its own norm.
-        weights = [w.to_local() if hasattr(w, "to_local") else w for w in self.weights]
+        weights = [w.to_local() if hasattr(w, "to_local") else w for w in unique]
         norms = [
-            torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True, dtype=torch.float32)
+            torch.linalg.vector_norm(
+                w,
+                dim=tuple(range(1, w.ndim)),
+                keepdim=True,
+                dtype=torch.promote_types(w.dtype, torch.float32),
+            )
             for w in weights
         ]
-        torch._foreach_mul_(norms, self.scales)
+        torch._foreach_mul_(norms, [1 / math.sqrt(math.prod(w.shape[1:])) for w in weights])
         torch._foreach_add_(norms, EPS)
         torch._foreach_div_(weights, norms)

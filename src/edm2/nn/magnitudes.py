@@ -106,15 +106,15 @@ class MagnitudeRecorder:
     @torch.no_grad()
     def _measure(self, before: list[Tensor]) -> list[Tensor]:
         sizes = [p.numel() ** 0.5 for p in self._weights]
-        norms = torch.stack(torch._foreach_norm(before)).double()
+        norms = _norms(before)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._weights]
-        changes = torch.stack(torch._foreach_norm(torch._foreach_sub(self._weights, before))).double()
+        changes = _norms(list(torch._foreach_sub(self._weights, before)) if before else [])
         root = norms.new_tensor(sizes)
         squares = [torch.stack(values).mean() for values in self._squares.values()]
         return [
             torch.stack(squares).sqrt() if squares else norms.new_zeros(0),
             norms / root,
-            torch.stack(torch._foreach_norm(gradients)).double() / root,
+            _norms(gradients) / root,
             changes / norms.clamp_min(torch.finfo(torch.float32).tiny),
         ]
 
@@ -135,6 +135,13 @@ def _chosen(model: nn.Module, blocks: Callable[[str, nn.Module], bool] | None) -
     # A block within a block would be drawn twice.
     outer = {n: m for n, m in chosen.items() if not any(n.startswith(f"{other}.") for other in chosen)}
     return outer or {n: m for n, m in named.items() if not any(True for _ in m.children())}
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    # A model may have no matrix that is trained.
+    return (
+        torch.stack(torch._foreach_norm(tensors)).double() if tensors else torch.zeros(0, dtype=torch.float64)
+    )
 
 
 def _first_tensor(output: Any) -> Tensor | None:
