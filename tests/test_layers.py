@@ -94,6 +94,9 @@ def test_post_hoc_ema_comes_alone() -> None:
     others = {name for name in loaded if name.startswith("edm2.") and not name.startswith("edm2.ema")}
     assert not others
     assert not loaded & {"PIL", "matplotlib", "sklearn", "rich", "tyro", "torchvision"}
+    basis = loaded_after("import torch, numpy, safetensors.torch")
+    more = {name.partition(".")[0] for name in loaded} - {name.partition(".")[0] for name in basis}
+    assert more - set(sys.stdlib_module_names) == {"edm2"}
 
 
 def test_the_overview_comes_without_torch() -> None:
