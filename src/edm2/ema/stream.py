@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from io import FileIO
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from edm2.ema.profiles import FloatArray
 from edm2.ema.tensorfile import DTYPES, ByteArray, TensorFile, sum_text, word_sum
 
-# Pieces of a few files at a time stay in the processor's cache while they are checked and added up.
+# Pieces of some files at a time stay in the processor's cache while they are checked and added up to all sums.
 _PIECE, _FILES = 1 << 16, 8
 _MAX_OPEN = 256
 
@@ -65,18 +67,22 @@ class WeightedSums:
 
     def _add_tensor(self, name: str, handles: dict[int, FileIO], sums: list[Tensor]) -> None:
         scales = np.array([s.get(name, 1.0) for s in self._scales])
-        weights = torch.from_numpy((self._coefficients * scales[:, None]).astype(np.float32))
+        weights = torch.from_numpy((self._coefficients * scales[:, None]).astype(np.float32)).T.contiguous()
         numel = sums[0].numel()
         rows = torch.empty(_FILES, min(numel, _PIECE))
+        totals = torch.empty(len(sums), min(numel, _PIECE))
+        order = list(handles)
         for begin in range(0, numel, _PIECE):
             pieces = [out[begin : begin + _PIECE] for out in sums]
-            for first in range(0, len(handles), _FILES):
-                group = list(handles)[first : first + _FILES]
-                part = rows[: len(group), : pieces[0].numel()]
+            total = totals[:, : pieces[0].numel()].zero_()
+            for first in range(0, len(order), _FILES):
+                group = order[first : first + _FILES]
+                part = rows[: len(group), : total.shape[1]]
                 for row, i in zip(part, group, strict=True):
                     self._sums[i] += _read_into(row, handles[i], self._files[i], name, begin)
-                for piece, sum_ in zip(pieces, weights[group].T @ part, strict=True):
-                    piece.add_(sum_)
+                total.addmm_(weights[:, group], part)
+            for piece, row in zip(pieces, total, strict=True):
+                piece.add_(row)
 
 
 def _read_into(row: Tensor, handle: FileIO, file: TensorFile, name: str, begin: int) -> int:
@@ -115,17 +121,19 @@ def read_elements(
         places: Tensor's name, first element and number of elements of each run.
         scales: Factors of tensors that were stored divided by them.
     """
-    out = np.empty(sum(length for _, _, length in places))
-    position = 0
+    parts = []
     with open(file.path, "rb", buffering=0) as handle:
-        for name, start, length in places:
-            spec = file.specs[name]
-            raw = torch.empty(length, dtype=spec.dtype)
-            place = file.offsets[name] + start * spec.dtype.itemsize
-            read_exactly(handle, file, place, raw.view(torch.uint8).numpy())
-            out[position : position + length] = raw.double().numpy() * scales.get(name, 1.0)
-            position += length
-    return out
+        for name, runs in groupby(places, key=itemgetter(0)):
+            dtype, lengths = file.specs[name].dtype, [(start, length) for _, start, length in runs]
+            raw = torch.empty(sum(length for _, length in lengths), dtype=dtype)
+            data, done = raw.view(torch.uint8).numpy(), 0
+            for start, length in lengths:
+                size = length * dtype.itemsize
+                place = file.offsets[name] + start * dtype.itemsize
+                read_exactly(handle, file, place, data[done : done + size])
+                done += size
+            parts.append(raw.double().numpy() * scales.get(name, 1.0))
+    return np.concatenate(parts)
 
 
 def read_tensors(file: TensorFile, names: Sequence[str]) -> Iterator[tuple[str, Tensor, int]]:
