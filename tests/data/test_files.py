@@ -211,7 +211,7 @@ def test_mixed_sizes_name_the_first_offenders(folder):
 
 def test_arrays_and_pictures_of_other_channels_are_mixed_sizes(folder):
     np.save(folder / "00000" / "x.npy", np.zeros((1, 7, 5), np.uint8))
-    with pytest.raises(ValueError, match=r"7x5 .* with 1 channels"):
+    with pytest.raises(ValueError, match=r"7x5 .* with 1 channel,"):
         open_dataset(folder, labels=False)
 
 
@@ -336,17 +336,23 @@ def zip_of(path, names):
 
 
 def test_names_in_a_zip_that_begin_with_a_dot_and_slash(tmp_path):
-    data = open_dataset(zip_of(tmp_path / "a.zip", ["./a/0.png", "b/./1.png"]))
+    data = open_dataset(zip_of(tmp_path / "a.zip", ["./", "./a/", "./a/0.png", "b/./1.png"]))
     assert [data.image_name(i) for i in range(2)] == ["a/0.png", "b/1.png"]
     assert data.class_names == ("a", "b")
 
 
 @pytest.mark.parametrize("name", ["../0.png", "a/../../0.png", "/a/0.png"])
 def test_names_that_lead_out_of_a_zip_are_refused(tmp_path, name):
-    with pytest.raises(
-        ValueError, match=rf"'{name}' in .*a.zip names a file outside the ZIP: make the ZIP again"
-    ):
+    message = rf"'{name}' in .*a.zip is no name of a file inside the ZIP: make the ZIP again"
+    with pytest.raises(ValueError, match=message):
         open_dataset(zip_of(tmp_path / "a.zip", ["b/1.png", name]))
+
+
+def test_a_zip_with_a_file_without_name(tmp_path):
+    path = zip_of(tmp_path / "a.zip", ["b/1.png", "0000.png"])
+    path.write_bytes(path.read_bytes().replace(b"0000.png", b"\x00000.png"))
+    with pytest.raises(ValueError, match=r"'' in .*a.zip is no name of a file inside the ZIP"):
+        open_dataset(path)
 
 
 def test_a_name_that_a_zip_holds_twice(tmp_path):

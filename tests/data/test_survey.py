@@ -68,10 +68,13 @@ def test_everything_that_needs_fixing_is_said(tmp_path):
     for line in (
         "damaged: 2 images: 'b/3.png' (",
         f"3 different sizes: run 'edm2 data convert {tmp_path} --out NEW.zip --size N', N up to 4 enlarges nothing",
-        "different modes: all are read with 3 channels",
+        "different modes: all with 3 channels",
         "turned upright as EXIF says: 1 image\n",
     ):
         assert line in text
+    changes, problems = text.split("to fix")
+    assert "turned upright" in changes.split("when read")[1]
+    assert "damaged" in problems
     assert found.sizes == {(4, 4): 1, (6, 4): 1, (9, 9): 2}
 
 
@@ -81,7 +84,7 @@ def test_different_kinds_have_no_moments(tmp_path):
     found, text = look(tmp_path)
     assert found.mean is None
     assert (
-        "different kinds of images (1 channels of uint8: 1; 5 channels of float32: 1): train on each apart"
+        "different kinds of images (1 channel of uint8: 1; 5 channels of float32: 1): train on each apart"
         in text
     )
 
@@ -90,12 +93,14 @@ def test_magnitude_and_constant_channels(tmp_path):
     np.save(tmp_path / "x.npy", RNG.normal(100, 7, (20, 1, 8, 8)).astype(np.float32))
     text = look(tmp_path / "x.npy")[1]
     assert (
-        "coded plainly, the magnitude would be 100, far from sigma_data 0.5: keep --dataset.coding measured"
+        "coding    measured (the default) brings these to 0 and 0.5; plain would leave the magnitude 100, far"
         in text
     )
-    assert "--dataset.coding fixed --dataset.mean 99." in text
+    assert text.endswith("\nto fix    nothing")
     np.save(tmp_path / "x.npy", RNG.normal(0, 0.5, (20, 1, 8, 8)).astype(np.float32))
-    assert "to fix    nothing" in look(tmp_path / "x.npy")[1]
+    text = look(tmp_path / "x.npy")[1]
+    assert "coding" not in text
+    assert text.endswith("\nto fix    nothing")
     np.save(tmp_path / "x.npy", np.full((3, 2, 4, 4), 7, np.uint8))
     assert "channel 0, 1 is constant" in look(tmp_path / "x.npy")[1]
 

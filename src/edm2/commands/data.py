@@ -123,7 +123,7 @@ def encode(prog: str, words: Sequence[str]) -> None:
     done = encode_latents(
         dataset, chosen.out, autoencoder, batch_size=chosen.batch, pixel_range=chosen.pixel_range
     )
-    mean, std = (" ".join(f"{value:.2f}" for value in values) for values in (done.mean, done.std))
+    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (done.mean, done.std))
     print(f"{done.path}: {done.num_images:,} images of {2 * len(done.mean)} channels")
     print(
         f"train with: --data {done.path} --dataset.coding latents --dataset.mean {mean} --dataset.std {std}"

@@ -17,6 +17,7 @@ def describe(found: Survey) -> str:
     Args:
         found: from `survey`.
     """
+    problems, changes = _problems(found), _changes(found)
     lines = [
         f"source    {found.where}",
         f"images    {found.num_images:,}, {_bytes(found.num_bytes)} as stored",
@@ -25,9 +26,10 @@ def describe(found: Survey) -> str:
         *_values(found),
         *_classes(found),
     ]
-    problems = _problems(found)
-    lines.append("to fix    " + ("nothing" if not problems else ""))
-    return "\n".join([line.rstrip() for line in lines] + [f"  - {problem}" for problem in problems])
+    if changes:
+        lines += ["when read", *(f"  - {change}" for change in changes)]
+    lines += ["to fix", *(f"  - {problem}" for problem in problems)] if problems else ["to fix    nothing"]
+    return "\n".join(lines)
 
 
 def _values(found: Survey) -> list[str]:
@@ -37,9 +39,10 @@ def _values(found: Survey) -> list[str]:
     of = "of x / 127.5 - 1, " if dtype == "uint8" else ""
     part = "" if found.num_decoded == found.num_images else f"on {found.num_decoded:,} images, "
     return [
-        f"values    {channels} channels of {dtype}, {found.minimum:g} to {found.maximum:g}",
+        f"values    {_channels(channels)} of {dtype}, {found.minimum:g} to {found.maximum:g}",
         f"mean      {_numbers(found.mean)}  ({of}{part}by channel)",
         f"std       {_numbers(found.std)}",
+        *_coding(found.mean, found.std),
     ]
 
 
@@ -73,35 +76,36 @@ def _problems(found: Survey) -> list[str]:
             f"N up to {side} enlarges nothing"
         )
     if len(found.kinds) > 1:
-        kinds = _counted(found.kinds, lambda kind: f"{kind[0]} channels of {kind[1]}")
+        kinds = _counted(found.kinds, lambda kind: f"{_channels(kind[0])} of {kind[1]}")
         problems.append(f"different kinds of images ({kinds}): train on each apart")
-    elif len(found.modes) > 1:
-        channels = found.kinds.most_common(1)[0][0][0]
-        problems.append(f"different modes: all are read with {channels} channels, transparent parts on white")
-    problems += [f"{note}: {_images(count)}" for note, count in found.notes.items()]
     if found.class_sizes is not None and (found.class_sizes == 0).any():
         problems.append(f"classes without images: {(found.class_sizes == 0).sum()}")
-    return problems + _magnitude(found)
-
-
-def _magnitude(found: Survey) -> list[str]:
-    if found.mean is None or found.std is None:
-        return []
-    flat = [
-        str(i)
-        for i, (mean, std) in enumerate(zip(found.mean, found.std, strict=True))
-        if std <= 1e-6 * abs(mean)
-    ]
+    flat = [str(channel) for channel in _constant(found.mean or (), found.std or ())]
     if flat:
-        return [f"channel {', '.join(flat)} is constant: leave it out of the images"]
-    square = sum(m * m + s * s for m, s in zip(found.mean, found.std, strict=True)) / len(found.mean)
-    if 0.5 / 1.5 <= square**0.5 <= 0.5 * 1.5:
+        problems.append(f"channel {', '.join(flat)} is constant: leave it out of the images")
+    return problems
+
+
+def _changes(found: Survey) -> list[str]:
+    changes = [f"{note}: {_images(count)}" for note, count in found.notes.items()]
+    if len(found.modes) > 1 and len(found.kinds) == 1:
+        (channels, _), _ = found.kinds.most_common(1)[0]
+        changes.append(f"different modes: all with {_channels(channels)}, transparent parts on white")
+    return changes
+
+
+def _coding(mean: tuple[float, ...], std: tuple[float, ...]) -> list[str]:
+    magnitude = (sum(m * m + s * s for m, s in zip(mean, std, strict=True)) / len(mean)) ** 0.5
+    if 0.5 / 1.5 <= magnitude <= 0.5 * 1.5 or _constant(mean, std):
         return []
     return [
-        f"coded plainly, the magnitude would be {square**0.5:.3g}, far from sigma_data 0.5: keep "
-        f"--dataset.coding measured (the default), or give --dataset.coding fixed "
-        f"--dataset.mean {_numbers(found.mean)} --dataset.std {_numbers(found.std)}"
+        f"coding    measured (the default) brings these to 0 and 0.5; plain would leave the magnitude {magnitude:.3g}, "
+        f"far from sigma_data 0.5"
     ]
+
+
+def _constant(mean: tuple[float, ...], std: tuple[float, ...]) -> list[int]:
+    return [i for i, (m, s) in enumerate(zip(mean, std, strict=True)) if s <= 1e-6 * abs(m)]
 
 
 def _counted(counts: Counter[Any], words: Any) -> str:
@@ -109,6 +113,10 @@ def _counted(counts: Counter[Any], words: Any) -> str:
     if len(counts) == 1:
         return words(next(iter(counts)))
     return "; ".join(shown) + (f"; {len(counts) - 4} more" if len(counts) > 4 else "")
+
+
+def _channels(count: int) -> str:
+    return f"{count} channel" + ("" if count == 1 else "s")
 
 
 def _images(count: int) -> str:

@@ -118,12 +118,12 @@ def _check(dataset: ImageDataset, autoencoder: Any, batch_size: int, pixel_range
     if dataset.dtype != np.uint8 or channels != config.in_channels:
         raise ValueError(
             f"{dataset.name!r} has {channels} channels of {dataset.dtype}, the autoencoder takes {config.in_channels} "
-            "of uint8: convert it first with 'edm2 data convert --mode rgb'"
+            "of uint8: convert it first with 'edm2 data convert SOURCE --out NEW.zip --mode rgb'"
         )
     if height % factor or width % factor:
         raise ValueError(
             f"the images of {dataset.name!r} are {height}x{width}, the autoencoder needs multiples of {factor}: "
-            "convert them first with 'edm2 data convert --size'"
+            "convert them first with 'edm2 data convert SOURCE --out NEW.zip --size N'"
         )
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} must be at least 1")

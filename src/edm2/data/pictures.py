@@ -53,7 +53,8 @@ class Header(NamedTuple):
 
     def words(self) -> str:
         """For messages."""
-        return f"{self.height}x{self.width} (height x width) with {self.channels} channels, {self.dtype}"
+        channels = f"{self.channels} channel" + ("" if self.channels == 1 else "s")
+        return f"{self.height}x{self.width} (height x width) with {channels}, {self.dtype}"
 
 
 def is_image(name: str) -> bool:

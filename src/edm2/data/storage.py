@@ -163,11 +163,12 @@ class ZipStorage:
         self._entries: dict[str, _Entry] = {}
         for info in infos:
             name = plain_name(info.filename)
-            if ".." in name.split("/") or name.startswith("/"):
+            if not info.filename or ".." in name.split("/") or name.startswith("/"):
                 raise ValueError(
-                    f"{info.filename!r} in {path} names a file outside the ZIP: make the ZIP again inside its folder"
+                    f"{info.filename!r} in {path} is no name of a file inside the ZIP: make the ZIP again inside its "
+                    "folder"
                 )
-            if info.is_dir() or is_hidden(name):
+            if not name or name.endswith("/") or is_hidden(name):
                 continue
             if name in self._entries:
                 raise ValueError(f"{path} holds {name!r} twice: make the ZIP again with each name once")
