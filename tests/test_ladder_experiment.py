@@ -6,7 +6,8 @@ import pytest
 
 from edm2 import ladder_experiment
 from edm2.generate import Generator
-from edm2.ladder_experiment import LadderPlan, run_ladder, spread, table, with_length, write_ladder_report
+from edm2.ladder_experiment import LadderPlan, run_ladder, spread, with_length
+from edm2.ladder_report import table, write_ladder_report
 from edm2.presets import get_preset
 from edm2.report.ladder import ladder_figure
 from edm2.train.ladder import with_config
@@ -61,6 +62,7 @@ def test_every_configuration_has_every_seed_and_a_length_from_the_plan(done):
 def test_a_learning_rate_that_diverges_is_not_chosen(done):
     rungs, _ = done
     for rung in rungs:
+        assert math.isinf(rung.rate_scores[1e30])
         assert rung.rate_factor == 1.0
         assert rung.rate_scores[1e30] > rung.rate_scores[1.0]
 
@@ -149,6 +151,11 @@ def test_report(done, settings):
     page = write_ladder_report(rungs, settings, PLAN, out).read_text()
     for text in ("Architectural streamlining", "Learning rate", "EMA length", "6.96", "2.56"):
         assert text in page
+    assert f"of the first, which comes after {settings.log_images:,} images" in page
+    # Of two rates and two lengths each is the first or the last.
+    for rung in rungs:
+        assert f"{rung.config}: the best rate factor, 1, is the last one tried." in page
+        assert f"{rung.config}: a best EMA length, " in page
     headers, rows = table(rungs)
     assert all(len(row) == len(headers) for row in rows)
 
@@ -172,7 +179,10 @@ def test_diverged_runs_are_named_in_the_figure():
         (dict(configs=("A", "X")), "config 'X' is not one of A, B, C, D, E, F, G"),
         (dict(seeds=(1, 1)), r"seeds \(1, 1\) must be one or more different values"),
         (dict(sigma_rels=()), r"sigma_rels \(\) must be one or more"),
-        (dict(final_samples=0), "final_samples 0 must be at least 1"),
+        (dict(final_samples=1), "final_samples 1 must be at least 2"),
+        (dict(rate_images=0), "rate_images 0 must be at least 1"),
+        (dict(sigma_rels=(0.1, 0.5)), r"sigma_rel 0\.5 is outside"),
+        (dict(seeds=(0, 1000)), "seed 1000 is that of the search for rates: choose others"),
         (dict(search_samples=1_000_001), "search_samples 1000001 must be at most 1000000"),
         (dict(sampler="plms"), "unknown sampler 'plms': there are heun, euler, dpmpp-2m"),
         (dict(rate_factors=(0.0,)), r"rate_factors \(0.0,\) must be above 0"),

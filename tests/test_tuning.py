@@ -8,6 +8,7 @@ import statistics
 import numpy as np
 import pytest
 
+from edm2 import tuning
 from edm2.cli import main
 from edm2.generate import Generator
 from edm2.presets import get_preset
@@ -144,14 +145,14 @@ def test_confidence_interval_holds_the_mean_95_times_in_100(count):
 def test_nothing_is_evaluated_that_gives_images_known_already(fresh, monkeypatch):
     # Four steps have the levels 80, 9.7, 0.47 and 0.002.
     plan = dataclasses.replace(
-        PLAN, weights=(1.0, 1.2, 2.0), highs=(100.0, 8.0, 3.0, 0.001), lows=(0.001, 0.2, 0.3, 0.5)
+        PLAN, weights=(1.0, 1.2, 2.0), highs=(100.0, 8.0, 3.0), lows=(0.001, 0.2, 0.3, 0.5)
     )
     score = Preferring(monkeypatch, lambda k: 10 * k.sigma_rel - k.guidance - 1 / (1 + k.interval[1]))
     tried = tune(fresh, score, plan).tried
     assert [t.knobs.guidance for t in tried if t.stage == "guidance weight"] == [1.2, 2.0]
     assert [t.knobs.interval for t in tried if t.stage == "interval, upper end"] == [(0, 8.0)]
     assert [t.knobs.interval for t in tried if t.stage == "interval, lower end"] == [(0.2, 8.0)]
-    assert len(tried) <= plan.most_evaluations == 3 + 2 + 3 + 3 + 4 + 4
+    assert len(tried) <= plan.most_evaluations == 3 + 2 + 3 + 3 + 3 + 4
 
 
 def test_guidance_that_does_harm_gets_lower_weights_and_no_interval(fresh, monkeypatch):
@@ -178,6 +179,56 @@ def test_a_guide_that_is_the_network_itself_is_none(tmp_path, fresh, monkeypatch
     assert [(k.guide_images, k.guide_sigma_rel) for k in guides] == [(320.0, 0.1)]
 
 
+def refusing(monkeypatch, refused):
+    """Stands in for snapshots that cannot give some averages."""
+    wanted = tuning.reconstruct_many
+
+    def reconstruct_many(folder, targets, t, **options):
+        if refused(targets[0], t):
+            raise ValueError(f"{targets[0]:g} is too long")
+        return wanted(folder, targets, t, **options)
+
+    monkeypatch.setattr(tuning, "reconstruct_many", reconstruct_many)
+
+
+def test_averages_that_the_snapshots_cannot_give_are_skipped_and_named(fresh, monkeypatch):
+    refusing(monkeypatch, lambda length, t: (length, t) in ((0.05, None), (0.08, 80.0)))
+    score = Preferring(monkeypatch, lambda k: k.sigma_rel)
+    with pytest.warns(UserWarning, match="skipped") as caught:
+        tried = tune(fresh, score, PLAN).tried
+    assert [str(warning.message) for warning in caught] == [
+        "skipped EMA 0.05: 0.05 is too long",
+        "skipped EMA 0.08, guide of 80 images with EMA 0.08, weight 1.5: 0.08 is too long",
+    ]
+    assert [t.knobs.sigma_rel for t in tried[:2]] == [0.08, 0.1]
+    assert {t.knobs.guide_images for t in tried if t.stage == "guide"} == {160.0}
+
+
+def test_guidance_that_leaves_the_finite_numbers_is_skipped(fresh, monkeypatch):
+    def wanted(knobs):
+        if knobs.guidance == 2:
+            raise FloatingPointError("not finite")
+        return knobs.sigma_rel - knobs.guidance
+
+    with pytest.warns(UserWarning, match=r"skipped .* weight 2: not finite"):
+        tried = tune(fresh, Preferring(monkeypatch, wanted), PLAN).tried
+    assert max(t.knobs.guidance for t in tried) == 1.5
+
+
+def test_no_search_without_a_length_or_a_comparison(fresh, monkeypatch):
+    refusing(monkeypatch, lambda length, t: length == 0.1)
+    with pytest.raises(ValueError, match=r"nothing to compare tuned settings with: 0\.1 is too long"):
+        tune(fresh, Brightness(), PLAN)
+    plan = dataclasses.replace(PLAN, sigma_rels=(0.05, 0.08))
+    refusing(monkeypatch, lambda length, t: length < 0.1)
+    monkeypatch.setattr(tuning, "BASELINE_SIGMA_REL", 0.2)
+    with (
+        pytest.warns(UserWarning, match="skipped EMA"),
+        pytest.raises(ValueError, match=r"give none of the EMA lengths \(0\.05, 0\.08\)"),
+    ):
+        tune(fresh, Brightness(), plan)
+
+
 def test_an_interrupted_search_evaluates_nothing_twice(run, found):
     score = Brightness()
     again = tune(run, score, PLAN)
@@ -202,9 +253,12 @@ def test_tuned_settings_are_saved_and_read_back(run, found):
     assert len(content["tried"]) == len(found.tried)
     assert (folder / "model.safetensors").exists()
     assert (folder / "guide.safetensors").exists() == (found.best.guide_images is not None)
-    (folder / "tuned.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tuned\.json is damaged"):
-        read_tuned(run)
+    half_guide = {**content, "knobs": {**content["knobs"], "guide_images": 10.0, "guide_sigma_rel": None}}
+    wrong = {**content, "knobs": {**content["knobs"], "sigma_rel": "long"}}
+    for damaged in ({}, half_guide, wrong):
+        (folder / "tuned.json").write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=r"tuned\.json is damaged"):
+            read_tuned(run)
     save_tuned(run, found)
 
 
@@ -221,8 +275,18 @@ def test_report_has_a_curve_a_stage_and_a_ranking(run, found, tmp_path):
 
 def test_no_search_where_there_is_nothing_to_search_in(tmp_path):
     assert read_tuned(tmp_path) is None
-    with pytest.raises(ValueError, match="samples 0 must be at least 1"):
-        TuningPlan(samples=0)
+    for options, told in (
+        (dict(samples=1), "samples 1 must be at least 2"),
+        (dict(final_samples=1), "final_samples 1 must be at least 2"),
+        (dict(repeats=0), "repeats 0 must be at least 1"),
+        (dict(sigma_rels=(0.1, 0.05)), r"sigma_rels \(0\.1, 0\.05\) must ascend, each length once"),
+        (dict(sigma_rels=(0.1, 0.1)), "must ascend, each length once"),
+        (dict(weights=(1.5, 1.5)), r"weights \(1\.5, 1\.5\) must be different values"),
+        (dict(highs=(0.001,)), r"highs \(0\.001,\) .* hold some of the sampler's noise levels, 0\.002 to 80"),
+        (dict(lows=(90.0,)), r"lows \(90\.0,\) must be ends of intervals that hold some"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            TuningPlan(**options)
     with pytest.raises(ValueError, match="sigma_rels is empty"):
         TuningPlan(sigma_rels=())
     with pytest.raises(ValueError, match=r"guide_moments \(1.5,\) must lie between 0 and 1"):
@@ -253,6 +317,13 @@ def test_sample_takes_the_tuned_settings_unless_told_otherwise(run, found, tmp_p
     assert settings["model"]["sigma_rel"] == pytest.approx(0.08)
     assert settings["sampler"]["num_steps"] == 4
     assert settings["sampler"]["name"] == "dpmpp-2m"
+    plain = ["--guidance", "1", "--num-steps", "2", "--out", str(tmp_path / "plain")]
+    main(["sample", str(run), "--seeds", "0-3", *plain])
+    assert "tuned" not in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sample", str(run), "--guide-images", "80", "--seeds", "0-3", "--out", str(tmp_path / "g")])
+    assert "--guide-images 80 needs --guide-ema, the guide's EMA length" in capsys.readouterr().err
+    assert not (tmp_path / "g").exists()
     main(["sample", str(run), "--ema", "0.05", "--seeds", "0-3", "--out", str(tmp_path / "chosen")])
     assert "tuned" not in capsys.readouterr().err
     settings = json.loads((tmp_path / "chosen" / "samples.json").read_text())

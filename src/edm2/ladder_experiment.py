@@ -17,18 +17,14 @@ import numpy as np
 
 from edm2.data import open_dataset
 from edm2.diffusion import SamplerName, find_sampler
+from edm2.ema.profiles import sigma_rel_to_gamma
 from edm2.files import write_json
+from edm2.generate import Generator
 from edm2.judging import Judge, generators
 from edm2.nn import CONFIGS
-from edm2.report import Page
-from edm2.report.ladder import ladder_figure, length_curves
-from edm2.run_report import add_magnitudes
 from edm2.train import TrainConfig, train
 from edm2.train.ladder import with_config
 from edm2.train.run_folder import MAGNITUDES_FILE, SNAPSHOTS, flat_settings, read_log
-
-PAPER_FID = {"A": 8.00, "B": 7.24, "C": 6.96, "D": 3.75, "E": 3.02, "F": 2.71, "G": 2.56}
-"""ImageNet-512, size S, from the paper's Table 1."""
 
 # Seeds of samples: the search for rate and length never sees those that the result is measured with.
 _SEARCH_SEED, _FINAL_SEED = 1_000_000, 2_000_000
@@ -73,9 +69,13 @@ class LadderPlan:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} {values} must be one or more different values")
-        for name in ("rate_images", "search_samples", "final_samples", "num_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        least = {"rate_images": 1, "search_samples": 2, "final_samples": 2, "num_steps": 1}
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least {lowest}")
+        sigma_rel_to_gamma(self.sigma_rels)
+        if _RATE_RUN_SEED in self.seeds:
+            raise ValueError(f"seed {_RATE_RUN_SEED} is that of the search for rates: choose others")
         if min(self.rate_factors) <= 0:
             raise ValueError(f"rate_factors {self.rate_factors} must be above 0")
         if self.search_samples > _FINAL_SEED - _SEARCH_SEED:
@@ -98,8 +98,9 @@ class Rung:
         sigma_rel: that length, of each seed.
         by_length: Frechet distance in the search by EMA length, of each seed.
         images_per_second: of each seed.
-        activations: RMS of block outputs, the largest block's, in the last record over the first, of each seed.
-        weights: RMS of the weights, last record over first, of each seed.
+        activations: RMS of block outputs, the largest block's, in the last record over the first, of each seed. The
+            first record is not that of the initial network: it comes after the first `log_images` of training.
+        weights: RMS of the weights, likewise.
         num_params: parameters.
     """
 
@@ -269,10 +270,7 @@ def _diverged(plan: LadderPlan) -> dict[str, Any]:
 
 def _judged(run: Path, plan: LadderPlan, judge: Judge, final: bool) -> dict[str, Any]:
     search = range(_SEARCH_SEED, _SEARCH_SEED + plan.search_samples)
-    by_length = [
-        judge.score(g, search, plan.num_steps, plan.sampler)
-        for g in generators(run / SNAPSHOTS, plan.sigma_rels)
-    ]
+    by_length = [_score(judge, g, search, plan) for g in generators(run / SNAPSHOTS, plan.sigma_rels)]
     if not final:
         return {"by_length": by_length}
     best = plan.sigma_rels[int(np.argmin(by_length))]
@@ -281,7 +279,7 @@ def _judged(run: Path, plan: LadderPlan, judge: Judge, final: bool) -> dict[str,
     magnitudes, log = read_log(run, MAGNITUDES_FILE), read_log(run)
     return {
         "by_length": by_length,
-        "frechet": judge.score(generator, seeds, plan.num_steps, plan.sampler),
+        "frechet": _score(judge, generator, seeds, plan),
         "sigma_rel": best,
         "images_per_second": log[-1]["images_per_second"],
         "activations": max(magnitudes[-1]["activations"].values())
@@ -289,6 +287,14 @@ def _judged(run: Path, plan: LadderPlan, judge: Judge, final: bool) -> dict[str,
         "weights": _rms(magnitudes[-1]["weights"]) / _rms(magnitudes[0]["weights"]),
         "num_params": sum(p.numel() for p in generator.denoiser.parameters()),
     }
+
+
+def _score(judge: Judge, generator: Generator, seeds: range, plan: LadderPlan) -> float:
+    """Frechet distance, infinite for a network that trained into uselessness with weights still finite."""
+    try:
+        return judge.score(generator, seeds, plan.num_steps, plan.sampler)
+    except FloatingPointError:
+        return math.inf
 
 
 def _rms(values: dict[str, float]) -> float:
@@ -303,81 +309,3 @@ def spread(values: Sequence[float]) -> str:
     """Median, and the range where the values differ."""
     low, middle, high = (f"{f(values):.3g}" for f in (min, statistics.median, max))
     return middle if low == high else f"{middle} ({low} to {high})"
-
-
-def write_ladder_report(
-    rungs: Sequence[Rung], settings: TrainConfig, plan: LadderPlan, out: str | Path
-) -> Path:
-    """Write `report.html` beside the runs: table, distances, EMA lengths, magnitudes.
-
-    Args:
-        rungs: what `run_ladder` returned.
-        settings: of config G.
-        plan: how it was judged.
-        out: the folder that `run_ladder` filled.
-
-    Returns:
-        The file.
-    """
-    out = Path(out)
-    page = Page(
-        "The ladder, configurations A to G",
-        lead=f"Trained on {settings.data}, {settings.num_images:,} images each, {len(plan.seeds)} seeds; every run "
-        "judged at its own best EMA length, found after training.",
-    )
-    page.section(
-        "Result",
-        f"Frechet distance to the training images in the features of a classifier trained on them, "
-        f"{plan.final_samples} images, {plan.num_steps} {plan.sampler} steps; median of the seeds, and their range. "
-        "The length was chosen with other images. A small data set and a short run need not follow the paper's order.",
-    )
-    page.table(*table(rungs))
-    page.figure(
-        ladder_figure({r.config: r.frechet for r in rungs}, PAPER_FID),
-        "Frechet distance by configuration; below, the paper's at ImageNet-512",
-        "Dots of the Frechet distance of each run by configuration, above the paper's values",
-    )
-    page.section("EMA length", "First seed. Lengths were put together after training, from one run each.")
-    page.figure(
-        length_curves(plan.sigma_rels, {r.config: r.by_length[0] for r in rungs}),
-        "Frechet distance against EMA length",
-        "Curves of Frechet distance against EMA length, one each configuration",
-    )
-    if len(plan.rate_factors) > 1:
-        page.section(
-            "Learning rate",
-            "The paper's rates in proportion, times a factor found the same way for every configuration: runs of "
-            f"{plan.rate_images:,} images, in which the rate takes the same course in small; the lowest Frechet "
-            "distance over all EMA lengths wins.",
-        )
-        rows = [
-            [r.config, *(f"{r.rate_scores[f]:.3g}" for f in plan.rate_factors), r.rate_factor] for r in rungs
-        ]
-        page.table(["config", *(f"x {f:g}" for f in plan.rate_factors), "used"], rows)
-    page.section("Magnitudes", "First seed of each configuration.")
-    magnitudes = [
-        (
-            f"{r.config}, {CONFIGS[r.config].title}",
-            read_log(out / r.config / f"seed-{plan.seeds[0]}", MAGNITUDES_FILE),
-        )
-        for r in rungs
-    ]
-    add_magnitudes(page, [m for m in magnitudes if m[1]], kinds=("activations", "weights"))
-    return page.write(out / "report.html")
-
-
-def table(rungs: Sequence[Rung]) -> tuple[list[str], list[list[object]]]:
-    """Headers and rows: one configuration a row."""
-    headers = [
-        "config", "name", "Frechet distance", "EMA length", "rate factor", "images/s",
-        "activations, end/start", "weights, end/start", "parameters", "paper's FID",
-    ]  # fmt: skip
-    rows: list[list[object]] = [
-        [
-            rung.config, CONFIGS[rung.config].title, spread(rung.frechet), spread(rung.sigma_rel),
-            f"{rung.rate_factor:g}", f"{statistics.median(rung.images_per_second):.0f}", spread(rung.activations),
-            spread(rung.weights), f"{rung.num_params:,}", f"{PAPER_FID[rung.config]:.2f}",
-        ]
-        for rung in rungs
-    ]  # fmt: skip
-    return headers, rows

@@ -1,5 +1,6 @@
 """Images from a run while it trains: the same seeds at chosen moments, with a chosen average."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ class LiveSamples:
             try:
                 generator = Generator(denoiser, trainer.coding, trainer.info)
                 images = generator.images(range(self.num_samples), num_steps=self.num_steps)
+            except FloatingPointError as error:
+                return warnings.warn(f"no samples after {trainer.num_images:,} images: {error}", stacklevel=2)
             finally:
                 denoiser.train()
         if not trainer.world.is_first:

@@ -343,7 +343,7 @@ def _samples(page: Page, run: _Run) -> None:
         classes = _classes(generator)
         try:
             rows.append(generator.images(range(_SEEDS_SHOWN), num_steps=_STEPS))
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:
             return page.text(f"Not drawn: {error}")
     images = np.concatenate(rows)
     if images.dtype != np.uint8:

@@ -171,7 +171,16 @@ def read_tuned(run: str | Path) -> Tuned | None:
 
 def _knobs(content: dict[str, Any]) -> Knobs:
     low, high = content["interval"]
-    return Knobs(**{**content, "interval": (low, math.inf if high is None else high)})
+    images, length = content["guide_images"], content["guide_sigma_rel"]
+    if (images is None) != (length is None):
+        raise ValueError("a guide needs both its moment and its EMA length")
+    return Knobs(
+        sigma_rel=float(content["sigma_rel"]),
+        guide_images=None if images is None else float(images),
+        guide_sigma_rel=None if length is None else float(length),
+        guidance=float(content["guidance"]),
+        interval=(float(low), math.inf if high is None else float(high)),
+    )
 
 
 def _json(knobs: Knobs) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from edm2.diffusion import SamplerName, find_sampler, time_steps
+from edm2.ema import reconstruct_many
 from edm2.ema.profiles import sigma_rel_to_gamma
 from edm2.ema.snapshots import read_manifest
 from edm2.generate import Generator, snapshots_of
@@ -41,7 +43,7 @@ class TuningPlan:
     """How far the search goes.
 
     Attributes:
-        sigma_rels: EMA lengths tried.
+        sigma_rels: EMA lengths tried, ascending.
         guide_moments: moments of the guide, as fractions of the run; the nearest snapshots are taken.
         guide_factors: the guide's EMA length, in units of the best length.
         weights: guidance weights tried.
@@ -67,9 +69,9 @@ class TuningPlan:
     sampler: SamplerName = "heun"
 
     def __post_init__(self) -> None:
-        for name in ("samples", "final_samples", "repeats", "num_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        for name, least in (("samples", 2), ("final_samples", 2), ("repeats", 1), ("num_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
         if self.samples > _HELD_OUT_SEED - _SEARCH_SEED:
             raise ValueError(
                 f"samples {self.samples} would reach the held-out seeds: at most {_HELD_OUT_SEED - _SEARCH_SEED}"
@@ -77,11 +79,22 @@ class TuningPlan:
         if not self.sigma_rels:
             raise ValueError("sigma_rels is empty: give at least one EMA length")
         sigma_rel_to_gamma(self.sigma_rels)
+        if list(self.sigma_rels) != sorted(set(self.sigma_rels)):
+            raise ValueError(f"sigma_rels {self.sigma_rels} must ascend, each length once")
         if any(not 0 < moment < 1 for moment in self.guide_moments):
             raise ValueError(f"guide_moments {self.guide_moments} must lie between 0 and 1, parts of the run")
         for name in ("guide_factors", "weights", "highs", "lows"):
             if any(not 0 < value < math.inf for value in getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)} must be positive and finite")
+        for name in ("guide_moments", "guide_factors", "weights", "highs", "lows"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} {getattr(self, name)} must be different values")
+        highest, lowest, _ = time_steps(2).tolist()
+        if any(high < lowest for high in self.highs) or any(low >= highest for low in self.lows):
+            raise ValueError(
+                f"highs {self.highs} and lows {self.lows} must be ends of intervals that hold some of the sampler's "
+                f"noise levels, {lowest:g} to {highest:g}"
+            )
         find_sampler(self.sampler)
 
     @property
@@ -104,7 +117,9 @@ def tune(
     The order: EMA length; the guide's moment and length together; guidance weight; the EMA length once more, with
     the guide; the interval's upper end, then its lower end. A guide that did harm at the weight of its search gets
     a chance at the lower weights; where it helps at none, what remains of the search is skipped. So are settings
-    that give the images of others, such as an interval with the same noise levels in it.
+    that give the images of others, such as an interval with the same noise levels in it. Settings with an average
+    that the snapshots cannot give, such as a long one at an early moment, are skipped with a warning, like those
+    that leave the finite numbers.
 
     Args:
         run: folder of a training run.
@@ -117,9 +132,13 @@ def tune(
         interrupted search continues.
 
     Raises:
-        ValueError: if the run has no snapshots, or as in `edm2.ema.reconstruct`.
+        ValueError: if the run has no snapshots, or they give none of the lengths, or not that of the comparison.
+        FloatingPointError: if the images of the comparison are not finite.
     """
     bench = _Bench(Path(run), score, plan)
+    compared = Knobs(sigma_rel=BASELINE_SIGMA_REL)
+    if refusal := bench.refusal(compared):
+        raise ValueError(f"there is nothing to compare tuned settings with: {refusal}")
     search = range(_SEARCH_SEED, _SEARCH_SEED + plan.samples)
     tried: list[Tried] = []
     effects = set()
@@ -129,13 +148,22 @@ def tune(
             if effect in effects:
                 continue
             effects.add(effect)
-            tried.append(Tried(stage=stage, knobs=knobs, score=bench.evaluate(knobs, search)))
+            if refusal := bench.refusal(knobs):
+                warnings.warn(f"skipped {knobs.describe()}: {refusal}", stacklevel=2)
+                continue
+            try:
+                tried.append(Tried(stage=stage, knobs=knobs, score=bench.evaluate(knobs, search)))
+            except FloatingPointError as error:
+                warnings.warn(f"skipped {knobs.describe()}: {error}", stacklevel=2)
+                continue
             if on_tried is not None:
                 on_tried(tried[-1], _best(tried))
+        if not tried:
+            raise ValueError(f"the snapshots of {run} give none of the EMA lengths {plan.sigma_rels}")
     starts = [_HELD_OUT_SEED + i * plan.final_samples for i in range(plan.repeats)]
     found, baseline = (
         [bench.evaluate(knobs, range(start, start + plan.final_samples)) for start in starts]
-        for knobs in (_best(tried).knobs, Knobs(sigma_rel=BASELINE_SIGMA_REL))
+        for knobs in (_best(tried).knobs, compared)
     )
     return Tuned(
         best=_best(tried).knobs,
@@ -201,10 +229,10 @@ class _Bench:
     """Makes images by knobs and scores them; remembers what it did."""
 
     def __init__(self, run: Path, score: Score, plan: TuningPlan) -> None:
-        self._run, self._score = run, score
+        self._run, self._score, self._snapshots = run, score, snapshots_of(run)
         self._options: dict[str, Any] = {"num_steps": plan.num_steps, "sampler": plan.sampler}
         self._levels: list[float] = time_steps(plan.num_steps)[:-1].tolist()
-        manifest = read_manifest(snapshots_of(run))
+        manifest = read_manifest(self._snapshots)
         if not manifest.snapshots:
             raise ValueError(f"{run} has no snapshots yet: train on until the first is written")
         self.moments = sorted({s.t for s in manifest.snapshots})
@@ -212,6 +240,21 @@ class _Bench:
         self._log = run / FOLDER / _LOG
         self._known = self._read()
         self._generators: dict[tuple[float, float | None], Generator] = {}
+        self._refusals: dict[tuple[float, float | None], str] = {}
+
+    def refusal(self, knobs: Knobs) -> str:
+        """Why the snapshots cannot give one of the networks; empty where they can."""
+        wanted: list[tuple[float, float | None]] = [(knobs.sigma_rel, None)]
+        if knobs.guide_sigma_rel is not None:
+            wanted.append((knobs.guide_sigma_rel, knobs.guide_images))
+        for length, moment in wanted:
+            if (length, moment) not in self._refusals:
+                self._refusals[length, moment] = ""
+                try:
+                    reconstruct_many(self._snapshots, [length], moment, warn_above=math.inf, read=False)
+                except ValueError as error:
+                    self._refusals[length, moment] = str(error)
+        return next((self._refusals[key] for key in wanted if self._refusals[key]), "")
 
     def effect(self, knobs: Knobs) -> tuple[object, ...]:
         """What the images depend on; equal for knobs that give the same images."""

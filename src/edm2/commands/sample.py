@@ -27,7 +27,7 @@ class _Sample:
     """Make images with a model: one file a seed, and a grid. What is half done is continued by the same command.
 
     A run that was tuned (`edm2 tune`), a shared folder and a released model's settings are sampled with what they
-    say, unless EMA, guide or guidance are given.
+    say, unless EMA, guide, guidance or interval are given.
     Under torchrun the processes share the seeds. An image depends on its seed alone.
     """
 
@@ -52,11 +52,11 @@ class _Sample:
     guide: Path | None = None
     """Model or run to guide with: an unconditional model, or a weaker one."""
     guide_ema: float | None = None
-    """EMA length of the guide, from the snapshots of --guide, or of the run itself."""
+    """EMA length of the guide, from the snapshots of --guide, or of the run itself. Guides need --guidance."""
     guide_images: float | None = None
     """Training images that the guide has seen: an earlier moment of that run. Default: all."""
-    guidance: float = 1.0
-    """Guidance weight; 1 for none."""
+    guidance: float | None = None
+    """Guidance weight; 1 for none. Default: 1, or what was saved or tuned."""
     interval: tuple[float, float] | None = None
     """Noise levels between which guidance acts. Default: all."""
     sampler: SamplerName | None = None
@@ -117,15 +117,16 @@ def run(prog: str, words: Sequence[str]) -> None:
 
 def _with_saved(chosen: _Sample, path: Path) -> tuple[_Sample, Path]:
     """Fill in what was saved with a model or found by `edm2 tune`, where nothing of it was chosen; and the model."""
-    given = (chosen.ema, chosen.ema_images, chosen.guide, chosen.guide_ema, chosen.interval)
-    free = all(value is None for value in given) and chosen.guidance == 1
+    names = ("ema", "ema_images", "guide", "guide_ema", "guide_images", "guidance", "interval")
+    free = all(getattr(chosen, name) is None for name in names)
     parts = find_parts(path)
     if parts is None:
         saved = _tuned_settings(path) if free and path.is_dir() else {}
     else:
         saved, path = _shared_settings(parts) if free else {}, parts.model
     own = {"num_steps": chosen.num_steps, "sampler": chosen.sampler}
-    changes = {"num_steps": _NUM_STEPS, "sampler": _SAMPLER, **saved}
+    guidance = 1.0 if chosen.guidance is None else chosen.guidance
+    changes = {"num_steps": _NUM_STEPS, "sampler": _SAMPLER, "guidance": guidance, **saved}
     changes |= {name: value for name, value in own.items() if value is not None}
     return dataclasses.replace(chosen, **changes), path
 

@@ -227,8 +227,8 @@ class Generator:
             for latents without a decoder.
 
         Raises:
-            ValueError: for labels, conditions or a guide that do not fit, bad sampler options, or values that are not
-                finite, which no picture can show.
+            ValueError: for labels, conditions or a guide that do not fit, or bad sampler options.
+            FloatingPointError: for values that are not finite, which no picture can show.
         """
         parts = []
         conditions = options.pop("conditions", None)
@@ -248,7 +248,7 @@ class Generator:
         if broken.any():
             precision = str(self.denoiser.dtype).removeprefix("torch.")
             first = seeds[int(broken.int().argmax())]
-            raise ValueError(
+            raise FloatingPointError(
                 f"the network gives values that are not finite, first for seed {first}: its "
                 f"weights are broken, {precision} is too coarse for it, or the guidance too strong"
             )
