@@ -12,7 +12,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from torch import nn
 from edm2.diffusion import Denoiser, draw_sigma, edm2_loss
 from edm2.ema import (
     PLANS,
-    Plan,
     PowerEMA,
     Reconstruction,
     reconstruct,
@@ -221,6 +220,34 @@ def peer_errors(path: torch.Tensor, every: int, times: int = 16) -> dict[str, li
     return found
 
 
+def long_run(updates: int, *, rows: int = 256) -> dict[str, dict[float, float]]:
+    """Errors of the tracks themselves after so many updates, of weights that move in one way each."""
+    generator = torch.Generator().manual_seed(0)
+    paths = ("noise 1e-3 about 1", "drift 1e-3, noise 1e-4", "drift 1e-2", "walk 5e-2")
+    first, goal = torch.randn(2, rows, generator=generator)
+    pool = torch.randn(997, rows, generator=generator)  # noise comes back after 997 updates
+    wandering = first.double().clone()
+    model = nn.Linear(rows, len(paths), bias=False)
+    ema, exact_ones = PowerEMA(model, WIDTHS), PowerEMA(model, WIDTHS, dtype=torch.float64)
+    for t in range(1, updates + 1):
+        noise, part = pool[t * 7919 % 997], t / updates
+        wandering += 5e-2 * updates**-0.5 * torch.randn(rows, generator=generator)
+        values = (
+            1 + 1e-3 * noise,
+            first + 1e-3 * part * goal + 1e-4 * noise,
+            first + 1e-2 * part * goal,
+            wandering,
+        )
+        for row, value in zip(model.weight.data, values, strict=True):
+            row.copy_(value)
+        ema.update(t)
+        exact_ones.update(t)
+    return {
+        path: {s: distance(ema.average(s)["weight"][i], exact_ones.average(s)["weight"][i]) for s in WIDTHS}
+        for i, path in enumerate(paths)
+    }
+
+
 Replay = Callable[[torch.Tensor, int, int, str], list[torch.Tensor]]
 
 
@@ -285,25 +312,6 @@ def calibration(cases: Sequence[Case]) -> tuple[float, float, float]:
     )
 
 
-def _print_plans() -> None:
-    """Profile errors of arrangements, and the plans with names."""
-    known = [
-        Plan(name=f"pair at {n} even times", sigma_rels=PAIR, times=_even(n)) for n in (256, 64, 32, 16, 4)
-    ]
-    known.append(
-        Plan(name="six widths by hand", sigma_rels=(0.023, 0.044, 0.063, 0.122, 0.196, 0.244), times=(1.0,))
-    )
-    print("| plan | tracks | times | files | worst error, fp32 | fp16 | bf16 |")
-    print("|---|---|---|---|---|---|---|")
-    for plan in [*PLANS.values(), *known]:
-        errors = " | ".join(f"{replace(plan, dtype=d).worst_error():.2g}" for d in DTYPES)
-        print(f"| {plan.name} | {len(plan.sigma_rels)} | {len(plan.times)} | {plan.num_files} | {errors} |")
-
-
-def _even(count: int) -> tuple[float, ...]:
-    return tuple((i + 1) / count for i in range(count))
-
-
 def _print_groups(cases: Sequence[Case]) -> None:
     print("| cases | number | below the estimate | within a factor 5 | error / plain solve, worst |")
     print("|---|---|---|---|---|")
@@ -348,12 +356,12 @@ def main() -> None:
         "--steps", type=int, default=1600, help="length of each path; a multiple of 1600 for every 100"
     )
     parser.add_argument("--size", type=int, default=20_000, help="weights of a random walk")
-    parser.add_argument("--paths", nargs="+", default=["walk", "slowing-walk", "digits"])
+    parser.add_argument("--paths", nargs="*", default=["walk", "slowing-walk", "digits"])
     parser.add_argument("--every", type=int, nargs="+", default=[1, 10, 100])
+    parser.add_argument("--long", type=int, default=200_000, help="updates of the long run; 0 for none")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(machine(torch.device("cpu")))
-    _print_plans()
     cases: list[Case] = []
     peers: dict[str, dict[int, dict[str, list[float]]]] = {}
     for name in args.paths:
@@ -364,9 +372,16 @@ def main() -> None:
             peers.setdefault(name, {})[every] = peer_errors(path, every)
         _, own = track(path, 1, PAIR, (1.0,), Path(tempfile.mkdtemp()), ("fp32",))
         print(f"{name}: {path.shape[1]:,} weights; error of the tracks themselves {max(own.values()):.1e}")
-    _print_groups(cases)
+    if cases:
+        _print_groups(cases)
     for name in peers:
         _print_errors(name, cases, peers[name])
+    if args.long:
+        print(f"\nRelative error of the tracks after {args.long:,} updates, by sigma_rel:")
+        print("| weights | " + " | ".join(f"{s:g}" for s in WIDTHS) + " |")
+        print("|---|" + "---|" * len(WIDTHS))
+        for name, errors in long_run(args.long).items():
+            print(f"| {name} | " + " | ".join(f"{e:.1e}" for e in errors.values()) + " |")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,15 @@ def check_ddp(rank: int, folder: Path) -> None:
                 reconstruct(folder / name, sigma_rel=0.1).tensors["weight"], ema.average(0.1)["weight"]
             )
         alone.snapshot(folder / "bare")
+        torch.save(ema.state_dict(), folder / "state.pt")
     dist.barrier()
+    resumed = PowerEMA(wrapped)
+    resumed.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
+    resumed.update(4)
+    assert len(resumed.snapshot(folder / "every process calls")) == (2 if rank == 0 else 0)
+    ids = [None, None]
+    dist.all_gather_object(ids, resumed.run_id)
+    assert ids[0] == ids[1]
     if rank == 1:
         with pytest.raises(ValueError, match=r"of several processes .* let the first alone call snapshot"):
             alone.snapshot(folder / "bare")

@@ -9,7 +9,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from edm2.ema import PowerEMA, reconstruct  # noqa: E402
+from edm2.ema import PowerEMA, Target, average_checkpoints, reconstruct  # noqa: E402
 from edm2.integrations.transformers import STATE_FILE, PowerEMACallback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
@@ -68,6 +68,17 @@ def test_average_counts_optimiser_steps_and_comes_with_every_checkpoint(tmp_path
     assert (result.tensors["layer.weight"] - exact).norm() < 1e-6 * exact.norm()
     assert result.clock == "steps"
     assert reconstruct(tmp_path / "ema", sigma_rel=0.05, t=6).t == 6
+
+
+def test_checkpoints_of_the_trainer_are_averaged_without_a_callback(tmp_path: Path) -> None:
+    watch = Watch()
+    job = trainer(tmp_path, [watch])
+    job.train()
+    job.save_model()
+    assert (tmp_path / "out" / "checkpoint-6" / "optimizer.pt").exists()
+    (result,) = average_checkpoints(tmp_path / "out", [Target.uniform(12)], warn_above=9)
+    mean = (watch.weights[6] + watch.weights[12]) / 2
+    assert (result.tensors["layer.weight"] - mean).norm() < 1e-6 * mean.norm()
 
 
 def test_resumed_training_goes_on_exactly(tmp_path: Path) -> None:
