@@ -5,15 +5,17 @@
     PYTHONPATH=peers python benchmarks/ema_update_cost.py      # with ema-pytorch and nitrous-ema installed there
 
 The least is an in-place lerp of two flat tensors of the same size: one pass over the same bytes. Ratios are
-taken round by round, as the methods take turns. Other libraries take part where they are installed; each does
-its own update of two averages, on the model's device. pytorch-posthoc-ema moves the model to the host's memory
-and back; it is measured as it is.
+taken round by round, as the methods take turns. In runs of more than 8,192 updates an update goes into a window, and
+a full window, of 0.1% of the training so far or less, into the averages; both are shown. Other libraries take part
+where they are installed; each does its own update of two averages, on the model's device. pytorch-posthoc-ema moves
+the model to the host's memory and back; it is measured as it is.
 """
 
 import copy
 import importlib.util
 import statistics
 import tempfile
+from functools import partial
 
 import torch
 from common import in_turns, machine, options
@@ -35,10 +37,10 @@ def make_model(num_params: int, num_tensors: int) -> nn.Module:
 
 
 class Counter:
-    """Calls a function with 1, 2, 3, ..."""
+    """Calls a function with 1, 2, 3, ..., or from another number on."""
 
-    def __init__(self, function):
-        self.function, self.count = function, 0
+    def __init__(self, function, start=0):
+        self.function, self.count = function, start
 
     def __call__(self):
         self.count += 1
@@ -129,10 +131,14 @@ def main():
     )  # fmt: skip
     device = torch.device(arguments.device)
     model = make_model(arguments.million * 10**6, arguments.tensors).to(device)
+    long = PowerEMA(model)
+    long.update(10**7)
     with tempfile.TemporaryDirectory() as folder:
         methods = {
             "flat lerp (the least)": flat(model),
             "edm2": Counter(PowerEMA(model).update),
+            "edm2, in a long run": Counter(long.update, long.t),
+            "edm2, a window is full": partial(long._averages.make_window().fold, [1e-3, 1e-3], 1e-8),
             "textbook loop": textbook(model),
             **peers(model, folder),
         }
