@@ -192,7 +192,7 @@ def test_state_of_one_configuration_does_not_load_into_another(source, target, t
 def test_unknown_configuration_in_a_file_and_in_code(tmp_path):
     with pytest.raises(ValueError, match="config 'Z' is not one of A, B, C, D, E, F, G"):
         make("Z")
-    file = save_model(tmp_path, {**make("G").config, "config": "Z"}, {})
+    file = save_model(tmp_path, {**make("G").config, "config": "Z"}, make("G").state_dict())
     with pytest.raises(ValueError, match="config 'Z' is not one of"):
         load_model(file)
     with pytest.raises(ValueError, match="config 'Z' is not one of"):

@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from tiny_run import files_of, log_of, tiny_config
 
+from edm2.diffusion import Denoiser
+from edm2.train.parallel import shard
 from edm2.train.world import World, join_world
 
 WORKER = str(Path(__file__).with_name("distributed_worker.py"))
@@ -168,3 +170,9 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sharding_is_no_part_of_a_run() -> None:
     assert tiny_config(sharding="full").run_id("x") == tiny_config().run_id("x")
+
+
+def test_sharding_needs_a_torch_that_can_leave_scalars_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, *, mesh=None: None)
+    with pytest.raises(ValueError, match=r"sharding full needs torch 2.7 or newer, .*: use sharding none"):
+        shard(Denoiser(8, 1, model_channels=8, channel_mult=(1,), channels_per_head=8), world(2))
