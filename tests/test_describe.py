@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from edm2.describe import describe_path, describe_preset
+from edm2.describe import describe_path, describe_preset, describe_released
 from edm2.diffusion import Denoiser, save_model
+from edm2.integrations.hub import save_pretrained
 from edm2.presets import digits
 from edm2.train import Stopped, train
 from edm2.train.loop import Trainer
@@ -17,7 +18,8 @@ OPTIONS = dict(model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutio
 
 def test_preset() -> None:
     text = describe_preset("edm2-img64-s")
-    assert "preset edm2-img64-s\nimages      3 x 64 x 64, 1000 classes\nparameters  280,209,381\n" in text
+    assert "preset edm2-img64-s\nconfig      G, Magnitude-preserving fixed-function layers\n" in text
+    assert "\nimages      3 x 64 x 64, 1000 classes\nparameters  280,209,381\n" in text
     assert "training    1,073,741,824 images in 524,288 steps of 2048" in text
     assert '"ref_lr": 0.01' in text
     assert "unet.enc.64x64_conv.weight" in text
@@ -99,6 +101,37 @@ def test_run_under_way_and_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     text = describe_path(tmp_path / "run")
     assert "progress    64 of 64 images" in text
     assert "images      1 x 8 x 8, 10 classes" in text
+
+
+def test_settings_with_their_models(tmp_path: Path) -> None:
+    denoiser = Denoiser(8, 1, **OPTIONS)  # type: ignore[arg-type]
+    for name in ("a", "b"):
+        save_model(tmp_path / f"{name}.safetensors", denoiser.config, denoiser.state_dict())
+    settings = tmp_path / "edm2-img64-s-autog-fid.json"
+    content = {"format": "edm2.sampling/1", "preset": "x", "model": "a.safetensors", "guide": "b.safetensors"}
+    content |= {"guidance": 1.7, "reported": {"metric": "FID", "value": 1.01}}
+    settings.write_text(json.dumps(content))
+    for path in (settings, tmp_path):
+        lines = describe_path(path).splitlines()
+        assert lines[0] == f"settings    {path}, heun, 32 steps"
+        assert lines[1] == f"guide       {tmp_path / 'b.safetensors'}, weight 1.7 for sigma in (0, inf]"
+        assert lines[2] == "result      FID 1.01"
+        assert lines[3].startswith(f"model       {tmp_path / 'a.safetensors'}, 0.")
+
+
+def test_a_shared_folder(tmp_path: Path) -> None:
+    denoiser = Denoiser(8, 1, **OPTIONS)  # type: ignore[arg-type]
+    coding = {"kind": "pixels", "num_channels": 1, "mean": [0.0], "std": [0.5], "sigma_data": 0.5}
+    save_model(tmp_path / "m.safetensors", denoiser.config, denoiser.state_dict(), {"coding": coding})
+    folder = save_pretrained(tmp_path / "m.safetensors", tmp_path / "shared")
+    assert describe_path(folder).startswith(f"settings    {folder}, heun, 32 steps\nmodel       {folder}")
+
+
+def test_the_name_of_a_published_setting() -> None:
+    text = describe_released("edm2-img64-s-autog-fid")
+    assert "published with FID 1.01\nnetwork     edm2-img64-s-1073741-0.045.pkl\n" in text
+    assert "guide       edm2-img64-xs-0134217-0.110.pkl, weight 1.7\nnext        edm2 import" in text
+    assert "guide       none" in describe_released("edm2-img64-s-fid")
 
 
 def test_nothing_to_describe(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ FLOORS = {
     "generate": (3, ()),
     "presets": (3, ()),
     "integrations": (5, ()),
-    "commands": (5, ("cli", "integrations")),
+    "describe": (5, ("integrations",)),
+    "commands": (5, ("cli", "describe", "integrations")),
     "cli": (5, ("commands",)),
     "__main__": (6, ()),
 }

@@ -1,6 +1,7 @@
 """What a preset, a saved model or a run is, in words and numbers."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ import torch
 
 from edm2.diffusion import Denoiser, read_model
 from edm2.ema.snapshots import read_manifest
+from edm2.integrations.pretrained import Parts, find_parts
+from edm2.interop.released import sampling_preset
 from edm2.nn import count_flops
+from edm2.nn.ladder import CONFIGS
 from edm2.presets import get_preset, image_shape
 from edm2.train.run_folder import CONFIG_FILE, LOG_FILE, SNAPSHOTS, read_config, read_log
 
@@ -28,8 +32,25 @@ def describe_preset(name: str) -> str:
     return "\n".join([*lines, "", "settings", settings, "", "state", _state(denoiser)])
 
 
+def describe_released(name: str) -> str:
+    """What `edm2 import` makes of the name of a published setting."""
+    preset = sampling_preset(name)
+    guide = "none" if preset.guide is None else f"{preset.guide}, weight {preset.guidance:g}"
+    return "\n".join(
+        [
+            f"setting     {name}, published with {preset.metric} {preset.reported:g}",
+            f"network     {preset.network}",
+            f"guide       {guide}",
+            f"next        edm2 import {name} --out FOLDER --from SOURCE",
+        ]
+    )
+
+
 def describe_path(path: Path) -> str:
-    """A model file, or the state of a run's folder."""
+    """A model file, the state of a run's folder, or settings with the models that they name."""
+    parts = find_parts(path)
+    if parts is not None:
+        return "\n".join([*_parts_lines(path, parts), describe_path(parts.model)])
     lines = []
     if (path / CONFIG_FILE).is_file():
         lines += _run_lines(path)
@@ -44,12 +65,27 @@ def describe_path(path: Path) -> str:
         ("license", "licence"),
     ):
         if info.get(key) is not None:
-            value = f"{info[key]:,}" if isinstance(info[key], int) else " ".join(str(info[key]).split())
-            # It comes out of a file, and a terminal would obey what is hidden in it.
-            lines.append(f"{label:<11} " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value))
+            value = f"{info[key]:,}" if isinstance(info[key], int) else _plain(str(info[key]))
+            lines.append(f"{label:<11} {value}")
     if info.get("expected_error") is not None:
         lines.append(f"expected relative error of the reconstruction: {info['expected_error']:.1e}")
     return "\n".join(lines) + "\n\nstate\n" + _state(denoiser)
+
+
+def _parts_lines(path: Path, parts: Parts) -> list[str]:
+    sampling = parts.sampling
+    lines = [f"settings    {path}, {sampling.sampler}, {sampling.num_steps} steps"]
+    if parts.guide is not None:
+        low, high = sampling.interval or (0.0, math.inf)
+        lines.append(
+            f"guide       {parts.guide}, weight {sampling.guidance:g} for sigma in ({low:g}, {high:g}]"
+        )
+    return lines + [f"result      {_plain(result.metric)} {result.value:g}" for result in parts.results]
+
+
+def _plain(text: str) -> str:
+    """On one line; it comes out of a file, and a terminal would obey what is hidden in it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
 def _network_lines(denoiser: Denoiser) -> list[str]:
@@ -60,7 +96,9 @@ def _network_lines(denoiser: Denoiser) -> list[str]:
         condition: Any = denoiser.config.get("cond_channels", 0)
         extra = {"condition": torch.zeros(1, condition, height, width)} if condition else {}
         flops = count_flops(denoiser, image, torch.ones(1), labels, **extra)
+    letter = str(denoiser.config["config"])
     return [
+        f"config      {letter}, {CONFIGS[letter].title}",
         f"images      {denoiser.img_channels} x {height} x {width}, "
         + (f"{denoiser.label_dim} classes" if denoiser.label_dim else "unconditional"),
         f"parameters  {sum(p.numel() for p in denoiser.parameters()):,}",
