@@ -94,8 +94,8 @@ def _samples(folder: Path) -> tuple[ImageDataset, list[int] | None, dict[str, An
     # The contact sheet lies beside the images that it shows.
     names = [name for name in catalog.names if name != _GRID]
     try:
-        sampling = json.loads((folder / SETTINGS_FILE).read_text())
-    except ValueError as error:
+        sampling = dict(json.loads((folder / SETTINGS_FILE).read_text()))
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / SETTINGS_FILE} is damaged ({error}): sample again") from error
     stems = [Path(name).stem for name in names]
     seeds = [int(stem) for stem in stems] if all(stem.isdecimal() for stem in stems) else None
