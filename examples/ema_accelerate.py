@@ -4,7 +4,7 @@
     accelerate launch --cpu --num_processes 2 examples/ema_accelerate.py --out runs/accelerate
 
 `accelerator.register_for_checkpointing(ema)` is all it takes to save and resume the averages. With data-parallel
-processes every one holds equal averages, and the main one writes the snapshots.
+processes every one holds equal averages, and the first one writes the snapshots.
 """
 
 import argparse
@@ -27,8 +27,7 @@ def train(out: Path, steps: int, *, resume: bool = False, cpu: bool = False) -> 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data, 32))
 
-    # The run id must be the same in all processes; the averages follow the prepared model.
-    ema = PowerEMA(model, sigma_rels=(0.05, 0.10), run_id="accelerate-example")
+    ema = PowerEMA(model, sigma_rels=(0.05, 0.10))  # it follows the prepared model
     accelerator.register_for_checkpointing(ema)
     if resume:
         accelerator.load_state(str(out / "checkpoint"))
@@ -39,8 +38,7 @@ def train(out: Path, steps: int, *, resume: bool = False, cpu: bool = False) -> 
             optimizer.step()
             ema.update(ema.t + 1)
         accelerator.save_state(str(out / "checkpoint"))
-        if accelerator.is_main_process:
-            ema.snapshot(out / "snapshots")
+        ema.snapshot(out / "snapshots")
     return ema
 
 
