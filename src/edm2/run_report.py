@@ -253,7 +253,7 @@ def add_magnitudes(
         runs: name and lines of `magnitudes.jsonl` of each.
         kinds: activations, weights, gradients, updates.
 
-    Ref: EDM2 Fig. 3, 15-17.
+    Ref: EDM2 Fig. 3.
     """
     if len(runs) == 1:
         with page.columns():

@@ -1,6 +1,6 @@
 """How large activations, weights, gradients and updates of a model are while it trains.
 
-Ref: EDM2 Sec. 2 and Fig. 3, 15-17: magnitudes that drift are what the configurations remove one by one.
+Ref: EDM2 Sec. 2 and Fig. 3: magnitudes that drift are what the configurations remove one by one.
 """
 
 from collections.abc import Callable, Iterator

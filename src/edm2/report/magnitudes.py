@@ -1,6 +1,6 @@
 """How magnitudes move over training: one curve a resolution, or one a layer.
 
-Ref: EDM2 Fig. 3, 15-17.
+Ref: EDM2 Fig. 3.
 """
 
 from __future__ import annotations
