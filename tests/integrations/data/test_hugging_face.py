@@ -211,3 +211,55 @@ def test_the_command_streams(tmp_path, capsys):
     main(["data", "convert", str(tmp_path / "x.parquet"), *words])
     assert capsys.readouterr().out == f"{out}: 8 images\n"
     assert open_dataset(out).image_shape == (1, 4, 4)
+
+
+def test_a_stream_that_changed_since_is_not_mixed_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "CHUNK_IMAGES", 3)
+    conversion, path = convert.Conversion(mode="rgb"), tmp_path / "x.parquet"
+    write = convert.write_chunk
+
+    def dies(path, chunk):
+        if path.name == "000002.zip":
+            raise KeyboardInterrupt
+        write(path, chunk)
+
+    table().to_parquet(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "write_chunk", dies)
+        with pytest.raises(KeyboardInterrupt):
+            convert.convert_stream(path, tmp_path / "a.zip", conversion, workers=1, quiet=True)
+    path.unlink()
+    table(PIXELS[::-1]).to_parquet(path)
+    with pytest.raises(
+        ValueError, match=r"holds part of other work \(image 3 and those after it come out otherwise"
+    ):
+        convert.convert_stream(path, tmp_path / "a.zip", conversion, workers=1, quiet=True)
+    path.unlink()
+    table().to_parquet(path)
+    check(
+        open_dataset(convert.convert_stream(path, tmp_path / "a.zip", conversion, workers=1, quiet=True).path)
+    )
+
+
+def test_the_fingerprint_follows_content_and_suffixes_may_be_capitals(tmp_path):
+    found = set()
+    for name, pixels in (("a.parquet", PIXELS), ("B.PARQUET", PIXELS), ("c.parquet", PIXELS // 2 * 2)):
+        table(pixels).to_parquet(tmp_path / name)
+        found.add(open_dataset(tmp_path / name).fingerprint)
+    assert len(found) == 2
+
+
+def test_a_row_without_an_image_is_damaged_and_labels_are_bounded(tmp_path):
+    rows = [{"bytes": None, "path": None}, {"bytes": b"x", "path": None}]
+    datasets.Dataset.from_dict({"image": rows}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(
+        ValueError, match=r"image 'row 000000000' .* damaged .*the row holds no image\), and 1 more"
+    ):
+        open_dataset(tmp_path / "saved")
+    content = {"image": [np.zeros((4, 4), np.float32)] * 2, "label": [0, 10**12]}
+    features = datasets.Features(
+        {"image": datasets.Array2D((4, 4), "float32"), "label": datasets.Value("int64")}
+    )
+    datasets.Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "large")
+    with pytest.raises(ValueError, match="label 1000000000000 is too large: labels count classes from 0"):
+        open_dataset(tmp_path / "large")
