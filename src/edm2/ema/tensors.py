@@ -1,7 +1,7 @@
 """Which tensors of a module are averaged, which are copied, and under what clean names."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +109,33 @@ def collect(model: nn.Module, include: Include | None = None) -> ModuleTensors:
             "no floating-point parameter was chosen: check include= and that the model has parameters"
         )
     return ModuleTensors(averaged=tuple(averaged), copied=tuple(copied), aliases=aliases)
+
+
+def check_names(given: Iterable[str], tracked: Iterable[str]) -> None:
+    """Refuse a model whose averaged tensors have other names than those tracked."""
+    given, tracked = set(given), set(tracked)
+    missing, extra = sorted(tracked - given), sorted(given - tracked)
+    if missing or extra:
+        raise ValueError(
+            f"the model has other tensors than those tracked: it lacks {_listed(missing)}, and has {_listed(extra)}"
+            " besides; build a new PowerEMA after changing a model"
+        )
+
+
+def check_same(now: ModuleTensors, tracked: ModuleTensors) -> None:
+    """Refuse a model in which a tracked tensor has given way to another one."""
+    check_names((slot.name for slot in now.averaged), (slot.name for slot in tracked.averaged))
+    found = {slot.name: slot.get() for slot in (*now.averaged, *now.copied)}
+    for slot in (*tracked.averaged, *tracked.copied):
+        if found.get(slot.name) is not slot.get():
+            raise ValueError(
+                f"tensor {slot.name!r} in the model is not the one that is followed: its module was replaced"
+                " after PowerEMA was built; build a new PowerEMA, and only once the model is whole"
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return (", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")) or "none"
 
 
 def _all_places(model: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | None], str, bool]]:

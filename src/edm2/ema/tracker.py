@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -22,7 +22,8 @@ from edm2.ema.solve import solve_live
 from edm2.ema.state import check_state
 from edm2.ema.tensors import (
     Include,
-    ModuleTensors,
+    check_names,
+    check_same,
     collect,
     full,
     is_sharded,
@@ -207,7 +208,7 @@ class PowerEMA:
             metadata=metadata,
         )
         weights = self._current()
-        self._check_same(collect(self._model, self._include))
+        check_same(collect(self._model, self._include), self._tensors)
         if is_other_replica(self._model):
             return []
         copied = {slot.name: slot.get() for slot in self._tensors.copied}
@@ -293,9 +294,9 @@ class PowerEMA:
         """
         found = collect(model, self._include)
         if model is self._model:
-            self._check_same(found)
+            check_same(found, self._tensors)
         given = {slot.name: slot.get() for slot in found.averaged}
-        self._check_names(given)
+        check_names(given, self.names)
         weights = [local(given[name]) for name in self.names]
         values = self._local_average(sigma_rel)
         for name, weight, value in zip(self.names, weights, values, strict=True):
@@ -310,26 +311,6 @@ class PowerEMA:
             yield model
         finally:
             _copy(weights, saved)
-
-    def _check_names(self, names: Iterable[str]) -> None:
-        given, tracked = set(names), set(self.names)
-        missing, extra = sorted(tracked - given), sorted(given - tracked)
-        if missing or extra:
-            raise ValueError(
-                f"the model has other tensors than those tracked: it lacks {_listed(missing)}, and has {_listed(extra)}"
-                " besides; build a new PowerEMA after changing a model"
-            )
-
-    def _check_same(self, now: ModuleTensors) -> None:
-        """Make sure that the averages follow the tensors that are in the model now."""
-        self._check_names(slot.name for slot in now.averaged)
-        found = {slot.name: slot.get() for slot in (*now.averaged, *now.copied)}
-        for slot in (*self._tensors.averaged, *self._tensors.copied):
-            if found.get(slot.name) is not slot.get():
-                raise ValueError(
-                    f"tensor {slot.name!r} in the model is not the one that is followed: its module was replaced"
-                    " after PowerEMA was built; build a new PowerEMA, and only once the model is whole"
-                )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly: one flat dict of tensors and JSON values.
@@ -387,10 +368,6 @@ class PowerEMA:
 
 def _kinds(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.device, torch.dtype]]:
     return [*map(_kind, tensors)]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return (", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")) or "none"
 
 
 def _words(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> str:
