@@ -131,6 +131,22 @@ def test_a_state_of_before_there_were_windows_is_loaded() -> None:
     assert_equal_states(ema, other)
 
 
+def test_averages_in_float64_that_take_over_a_window_close_it_at_once() -> None:
+    model = network()
+    ema, exact = PowerEMA(model), PowerEMA(model, dtype=torch.float64)
+    times = late(model, LATE)
+    for t in LATE[:3]:
+        assert next(times) == t
+        ema.update(t)
+    exact.load_state_dict(ema.state_dict())
+    before = exact.average(0.1)["1.bias"].clone()
+    exact.update(next(times))
+    assert not any(key.startswith("window.") for key in exact.state_dict())
+    share = -np.expm1((sigma_rel_to_gamma(0.1) + 1) * np.log1p(-10 / LATE[3]))
+    moved = exact.average(0.1)["1.bias"] - before
+    torch.testing.assert_close(moved, share * (model[1].bias.double() - before), rtol=2e-3, atol=1e-9)
+
+
 def test_a_state_whose_window_is_lost_is_refused() -> None:
     model = network()
     ema = PowerEMA(model)

@@ -56,14 +56,16 @@ def next_step(
         folds: Number of windows so far.
         exact: The averages need no windows (float64).
     """
-    full = span * max(_WINDOWS_A_RUN, _EVENNESS * (max(gammas) + 1)) >= elapsed
-    if span == dt and (full or exact or dt * LONG_RUN >= elapsed):
+    full = exact or span * max(_WINDOWS_A_RUN, _EVENNESS * (max(gammas) + 1)) >= elapsed
+    if span == dt and (full or dt * LONG_RUN >= elapsed):
         return Step(share=1.0, weights=shares(gammas, elapsed, span))
     if not full:
         return Step(share=dt / span, weights=None)
     # Multiples of the golden ratio fill the unit interval evenly from the start, so the dither itself cancels.
     place = NormalDist().inv_cdf(((folds + 1) * _GOLDEN + 0.5) % 1)
-    return Step(share=dt / span, weights=shares(gammas, elapsed, span), dither=_DITHER * place)
+    return Step(
+        share=dt / span, weights=shares(gammas, elapsed, span), dither=0.0 if exact else _DITHER * place
+    )
 
 
 def shares(gammas: Sequence[float], elapsed: float, span: float) -> list[float]:
@@ -87,19 +89,11 @@ class Window:
 
     def __init__(self, tracks: Sequence[Sequence[Tensor]], kinds: Sequence[torch.dtype], limit: int) -> None:
         self.difference = [torch.zeros_like(x) for x in tracks[0]]
-        self._parts = [
-            part
-            for key in dict.fromkeys(zip((x.device for x in self.difference), kinds, strict=True))
-            for part in _cut(
-                [
-                    i
-                    for i, (x, kind) in enumerate(zip(self.difference, kinds, strict=True))
-                    if (x.device, kind) == key
-                ],
-                [self.difference, *tracks],
-                limit,
-            )
-        ]
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, (x, kind) in enumerate(zip(self.difference, kinds, strict=True)):
+            groups.setdefault((x.device, kind), []).append(i)
+        lists = [self.difference, *tracks]
+        self._parts = [part for indices in groups.values() for part in _cut(indices, lists, limit)]
 
     def gather(self, tensors: Sequence[Tensor], share: float) -> None:
         """Take weights into the mean.
@@ -109,8 +103,7 @@ class Window:
             share: Share of these weights, in (0, 1].
         """
         for part in self._parts:
-            difference, first = part.views[:2]
-            new = part.change
+            (difference, first, *_), new = part.views, part.change
             torch._foreach_copy_(
                 new, [tensors[i] if rows is None else tensors[i][rows] for i, rows in part.places]
             )
