@@ -12,7 +12,7 @@ help:
 	@echo 'make test-integrations   the tests that need other libraries; installs them into .venv'
 	@echo 'make lint    check style and format'
 	@echo 'make type    check types'
-	@echo 'make bench   measure speed on this machine'
+	@echo 'make bench   measure speed on this machine; compiled networks at a small size, since compiling takes minutes'
 	@echo 'make clean   remove .venv and caches; runs/ stays'
 
 demo: .venv/core
@@ -32,7 +32,8 @@ type: .venv/dev
 	$(BIN)/mypy
 
 bench: .venv/core
-	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/train_step.py --no-compile
+	$(BIN)/python benchmarks/train_step.py --no-bf16 --model-channels 16 --channel-mult 1 --num-blocks 1 --resolution 16 --attention 16
 	$(BIN)/python benchmarks/sampling.py
 
 clean:

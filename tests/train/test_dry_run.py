@@ -52,11 +52,11 @@ def test_a_run_shorter_than_what_is_measured():
     assert (cost.num_images, cost.images_per_second > 0) == (5, True)
 
 
-def test_machines_are_checked_before_the_work(monkeypatch, capsys):
+@pytest.mark.parametrize("option", ["--machines", "--sample-images"])
+def test_options_are_checked_before_the_work(monkeypatch, option):
     monkeypatch.setattr(command, "dry_run", None)
-    with pytest.raises(SystemExit, match="2"):
-        command.run("edm2 train", ["--preset", "digits", "--out", "x", "--dry-run", "--machines", "0"])
-    assert "machines 0 must be at least 1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"{option} 0 must be at least 1"):
+        command.run("edm2 train", ["--preset", "digits", "--out", "x", "--dry-run", option, "0"])
 
 
 def test_bad_input():

@@ -44,10 +44,6 @@ class _Train:
     """Also log to tensorboard, wandb or trackio, one or several."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
-    def __post_init__(self) -> None:
-        if self.machines < 1:
-            raise ValueError(f"machines {self.machines} must be at least 1")
-
 
 def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 train`."""
@@ -58,6 +54,9 @@ def run(prog: str, words: Sequence[str]) -> None:
         settings = with_config(settings, letter)
     default: Any = _Train(preset=tyro.MISSING if name is None else name, out=tyro.MISSING, config=settings)
     chosen = tyro.cli(_Train, prog=prog, args=list(words), default=default)
+    for option, value in (("machines", chosen.machines), ("sample-images", chosen.sample_images)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} {value} must be at least 1")
     if chosen.dry_run:
         print(json.dumps(chosen.config.to_json(), indent=1))
         print(dry_run(chosen.config).describe(chosen.machines))
