@@ -70,3 +70,13 @@ def test_bad_options():
         LiveSamples(every=0)
     with pytest.raises(ValueError, match=r"sigma_rel 0.5 is outside"):
         LiveSamples(every=1, sigma_rel=0.5)
+
+
+def test_samples_that_are_not_finite_do_not_end_the_training(tmp_path, monkeypatch):
+    def images(*_, **__):
+        raise FloatingPointError("not finite")
+
+    monkeypatch.setattr("edm2.generate.Generator.images", images)
+    with pytest.warns(UserWarning, match="no samples after 40 images: not finite"):
+        made = train(tiny(), tmp_path / "run", quiet=True, on_step=LiveSamples(every=40, num_steps=2))
+    assert made.is_file()

@@ -14,6 +14,7 @@ from edm2.data import ImageDataset, open_dataset
 from edm2.diffusion import read_model_header
 from edm2.files import write_atomic, write_json
 from edm2.generate import Generator, read_images, reconstruct_models, write_samples
+from edm2.generate.reconstructed import ema_file_name
 from edm2.judging import Judge, generators
 from edm2.metrics import label_agreement, nearest_distances
 from edm2.presets import get_preset
@@ -145,7 +146,7 @@ def _check_folder(out: Path) -> None:
 
 def _model(out: Path, sigma_rel: float) -> Path:
     """The model with an EMA length; put together unless an earlier session did."""
-    path = out / "ema" / f"ema-{sigma_rel:.4g}.safetensors"
+    path = out / "ema" / ema_file_name(sigma_rel)
     if not path.exists():
         return reconstruct_models(out / "run", [sigma_rel], out / "ema")[0][0]
     seen = read_log(out / "run")[-1]["num_images"]
@@ -297,7 +298,7 @@ def _add_settings(
     commands = [
         f"edm2 train --preset {_PRESET} --out {run}",
         f"edm2 ema reconstruct {run} --sigma-rel {best:g} --out {ema}",
-        f"edm2 sample --model {ema}/ema-{best:.4g}.safetensors --num-steps {_FINAL_STEPS} "
+        f"edm2 sample --model {ema}/{ema_file_name(best)} --num-steps {_FINAL_STEPS} "
         f"--seeds 0-{num_images - 1} --out {samples}",
     ]
     if config == get_preset(_PRESET):

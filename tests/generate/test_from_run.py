@@ -45,6 +45,10 @@ def test_a_length_on_the_fly_is_the_model_that_would_be_written(run: Path, tmp_p
     with pytest.raises(FileExistsError, match=r"ema-0\.08\.safetensors exists already: choose another --out"):
         reconstruct_models(run, [0.06, 0.08], tmp_path)
     assert not (tmp_path / "ema-0.06.safetensors").exists()
+    with pytest.raises(ValueError, match=r"EMA lengths \[0\.07, 0\.07\] must be different"):
+        reconstruct_models(run, [0.07, 0.07], tmp_path)
+    near = [path.name for path, _ in reconstruct_models(run, [0.08123, 0.08124], tmp_path)]
+    assert near == ["ema-0.08123.safetensors", "ema-0.08124.safetensors"]
 
 
 @pytest.mark.filterwarnings("ignore:.*expect a relative error")

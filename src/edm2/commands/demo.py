@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from edm2.demo import run_demo
+from edm2.generate.reconstructed import ema_file_name
 
 
 @dataclass(kw_only=True)
@@ -28,5 +29,5 @@ def run(prog: str, words: Sequence[str]) -> None:
         f"(real test digits: {measured.frechet_real:.3f})\n"
         f"report:  {chosen.out / 'report.html'}\n"
         f"samples: {chosen.out / 'samples.png'}\n"
-        f"model:   {chosen.out / 'ema' / f'ema-{measured.best:.4g}.safetensors'}"
+        f"model:   {chosen.out / 'ema' / ema_file_name(measured.best)}"
     )

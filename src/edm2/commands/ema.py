@@ -18,7 +18,7 @@ from edm2.ema.verify import damaged
 from edm2.ema.window import LONG_RUN
 from edm2.files import write_atomic
 from edm2.generate import reconstruct_models
-from edm2.generate.reconstructed import snapshots_of
+from edm2.generate.reconstructed import ema_file_name, snapshots_of
 from edm2.interop.licence import LICENCE, NOTICE_FILE, NOTICE_LINE, write_notice
 from edm2.interop.nvlabs import open_snapshots
 from edm2.report.ema_figures import plan_figure, reconstruction_figure
@@ -141,7 +141,7 @@ def reconstruct(prog: str, words: Sequence[str]) -> None:
     if "network" in metadata:
         written = reconstruct_models(source, lengths, chosen.out, t=chosen.t)
     else:
-        paths = [chosen.out / f"ema-{length:.4g}.safetensors" for length in lengths]
+        paths = [chosen.out / ema_file_name(length) for length in lengths]
         for path in paths:
             if path.exists():
                 raise FileExistsError(f"{path} exists already: choose another --out or move it away")

@@ -43,6 +43,11 @@ def read_info(path: str | Path, sigma_rel: float | None = None) -> dict[str, Any
     return info
 
 
+def ema_file_name(sigma_rel: float) -> str:
+    """File name of a model with an EMA length, with all its digits: no two lengths share one."""
+    return f"ema-{float(sigma_rel)!r}.safetensors"
+
+
 def reconstruct_models(
     run: str | Path | ForeignSnapshots,
     sigma_rels: Sequence[float],
@@ -55,7 +60,7 @@ def reconstruct_models(
     Args:
         run: folder of a training run, or of its snapshots; or official snapshots.
         sigma_rels: wanted lengths.
-        out: folder for files called `ema-0.100.safetensors`, after their lengths.
+        out: folder for files called `ema-0.1.safetensors`, after their lengths.
         t: time in images; default: that of the last snapshot.
 
     Returns:
@@ -65,7 +70,9 @@ def reconstruct_models(
         ValueError: as in `edm2.ema.reconstruct`, or if the snapshots are not of an edm2 network.
         FileExistsError: if a file of that name is there.
     """
-    names = [f"ema-{sigma_rel:.4g}.safetensors" for sigma_rel in sigma_rels]
+    if len(set(sigma_rels)) < len(sigma_rels):
+        raise ValueError(f"EMA lengths {list(sigma_rels)} must be different")
+    names = [ema_file_name(sigma_rel) for sigma_rel in sigma_rels]
     for name in names:
         if (Path(out) / name).exists():
             raise FileExistsError(f"{Path(out) / name} exists already: choose another --out or move it away")
