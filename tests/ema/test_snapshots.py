@@ -177,6 +177,31 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         reconstruct(tmp_path, sigma_rel=0.13)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"sigma_rel": "0.1"}, "sigma_rel, which is a str"),
+        ({"num_bytes": 0.5}, "num_bytes, which is a float"),
+        ({"t": True}, "t, which is a bool"),
+        ({"file": "../x.safetensors"}, "file, which is not in this folder"),
+    ],
+)
+def test_entries_of_another_kind_are_named(tmp_path: Path, change: dict[str, object], told: str) -> None:
+    model = nn.Linear(2, 2)
+    ema = PowerEMA(model)
+    ema.update(1)
+    ema.snapshot(tmp_path)
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    content["snapshots"][0] |= change
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"manifest.json is damaged \(entry {told}\): restore it"):
+        read_manifest(tmp_path)
+    content["snapshots"], content["metadata"] = [], "none"
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"damaged \(entry metadata or aliases, which are no table\)"):
+        read_manifest(tmp_path)
+
+
 def test_damaged_manifests_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no folder of snapshots"):
         reconstruct(tmp_path, sigma_rel=0.13)

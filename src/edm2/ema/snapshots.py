@@ -138,10 +138,24 @@ def read_manifest(folder: str | Path | ForeignSnapshots) -> Manifest:
         )
     try:
         run = RunInfo(**{f.name: content[f.name] for f in fields(RunInfo)})
-        entries = tuple(Snapshot(**entry) for entry in content["snapshots"])
+        entries = tuple(_checked(Snapshot(**entry)) for entry in content["snapshots"])
+        if not isinstance(run.metadata, (dict, type(None))) or not isinstance(run.aliases, dict):
+            raise TypeError("metadata or aliases, which are no table")
         return Manifest(run=run, layout=content["layout"], snapshots=entries)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged (entry {error}): restore it from a copy") from error
+
+
+def _checked(snapshot: Snapshot) -> Snapshot:
+    """The same; raises TypeError where a value is of another kind, or the file lies elsewhere."""
+    for field in fields(Snapshot):
+        value = getattr(snapshot, field.name)
+        kinds = {str: (str,), int: (int,), float: (int, float)}[field.type]  # type: ignore[index]
+        if type(value) not in kinds:
+            raise TypeError(f"{field.name}, which is a {type(value).__name__}")
+    if Path(snapshot.file).name != snapshot.file:
+        raise TypeError("file, which is not in this folder")
+    return snapshot
 
 
 def write(
