@@ -74,17 +74,7 @@ class DinoV2Features:
 
     @torch.no_grad()
     def features(self, images: np.ndarray | Tensor) -> Tensor:
-        """Features of images.
-
-        Args:
-            images: `[N, C, H, W]` uint8, RGB or gray.
-
-        Returns:
-            `[N, D]` float32 on the CPU.
-
-        Raises:
-            ValueError: for other images.
-        """
+        """Features of images, `[N, D]` float32 on the CPU; images and errors as in `InceptionFeatures.features`."""
         rgb = as_rgb(images, self.name).to(self._device)
         if not len(rgb):
             return torch.empty(0, self.num_features)
