@@ -51,8 +51,9 @@ class Reference:
             ValueError: if the file is missing or holds something else.
         """
         if not Path(path).is_file():
+            wanted = Path(path).with_suffix(".safetensors")
             raise ValueError(
-                f"there is no reference file {path}: make one with `edm2 metrics ref DATA --out {path}`"
+                f"there is no reference file {path}: make one with `edm2 metrics ref DATA --out {wanted}`"
             )
         try:
             header, arrays = read_tensor_file(path, "np", _FORMAT)
