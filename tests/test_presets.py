@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from edm2.diffusion import Denoiser
-from edm2.presets import PRESETS, fashion_mnist, get_preset, image_shape, img64, img512
+from edm2.presets import PRESETS, fashion_mnist, fashion_mnist_small, get_preset, image_shape, img64, img512
 from edm2.presets import digits as digits_preset
 from edm2.train import EMAConfig
 
@@ -70,8 +70,8 @@ def test_each_call_gives_the_same_settings() -> None:
     [
         ("digit", r"unknown preset 'digit': did you mean digits\?"),
         ("edm2-img512-sx", r"unknown preset 'edm2-img512-sx': did you mean edm2-img512-"),
-        ("fashion", r"did you mean fashion-mnist\?"),
-        ("", r"unknown preset '': there are digits, fashion-mnist, edm2-img512-xxs"),
+        ("fashion", r"did you mean fashion-mnist or fashion-mnist-small\?"),
+        ("", r"unknown preset '': there are digits, fashion-mnist, fashion-mnist-small"),
         ("qqqq", r"unknown preset 'qqqq': there are digits"),
     ],
 )
@@ -80,7 +80,9 @@ def test_unknown_preset(name: str, told: str) -> None:
         get_preset(name)
 
 
-@pytest.mark.parametrize("preset", [digits_preset, fashion_mnist, img512, img64], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "preset", [digits_preset, fashion_mnist, fashion_mnist_small, img512, img64], ids=lambda f: f.__name__
+)
 def test_every_preset_has_a_receipt(preset: Callable[..., object]) -> None:
     receipt = preset.__doc__ or ""
     assert "Source:" in receipt

@@ -85,7 +85,10 @@ def fashion_mnist() -> TrainConfig:
 def fashion_mnist_small() -> TrainConfig:
     """Fashion-MNIST, padded to 32x32, with a network of 0.3M parameters, on a laptop's CPU.
 
-    Source: ours; the rate is that of `digits`, at twice its batch. Not run to its end here.
+    Source: ours; the rate is two thirds of that of `digits`, at twice its batch; not searched for.
+    Cost: 16 minutes on one busy core of an AMD EPYC. Command: `edm2 train --preset fashion-mnist-small --out RUN`,
+    then `edm2 tune RUN --sampler dpmpp-2m --num-steps 12 --samples 500`.
+    Result: Frechet distance 1.83 at EMA length 0.10 without guidance, 1.13 tuned (docs/tuning.md).
     """
     return TrainConfig(
         data="fashion-mnist",
