@@ -18,7 +18,7 @@ from edm2.tuning import TuningPlan, tune
 from edm2.tuning_report import improvement_text, write_tuning_report
 
 PLAN = TuningPlan(
-    sigma_rels=(0.05, 0.08, 0.1), guide_moments=(0.25, 0.5), guide_factors=(1.0,), weights=(2.0,), highs=(8.0,),
+    sigma_rels=(0.05, 0.08, 0.1), guide_moments=(0.25, 0.5), guide_factors=(1.0,), guidances=(2.0,), highs=(8.0,),
     lows=(0.5,), samples=8, final_samples=8, repeats=2, num_steps=4, sampler="dpmpp-2m",
 )  # fmt: skip
 
@@ -26,7 +26,8 @@ PLAN = TuningPlan(
 class Brightness:
     """A score that can be checked: distance of the mean pixel from a wanted one."""
 
-    fingerprint = "brightness"
+    fingerprint = metric = "brightness"
+    features = "the mean pixel"
 
     def __init__(self):
         self.calls = 0
@@ -39,7 +40,8 @@ class Brightness:
 class Preferring:
     """Stands in for images and their score: gives each setting a wanted score and remembers what was asked for."""
 
-    fingerprint = "preferring"
+    fingerprint = metric = "preference"
+    features = "knobs"
 
     def __init__(self, monkeypatch, wanted):
         self.asked, self.wanted = [], wanted
@@ -145,7 +147,7 @@ def test_confidence_interval_holds_the_mean_95_times_in_100(count):
 def test_nothing_is_evaluated_that_gives_images_known_already(fresh, monkeypatch):
     # Four steps have the levels 80, 9.7, 0.47 and 0.002.
     plan = dataclasses.replace(
-        PLAN, weights=(1.0, 1.2, 2.0), highs=(100.0, 8.0, 3.0), lows=(0.001, 0.2, 0.3, 0.5)
+        PLAN, guidances=(1.0, 1.2, 2.0), highs=(100.0, 8.0, 3.0), lows=(0.001, 0.2, 0.3, 0.5)
     )
     score = Preferring(monkeypatch, lambda k: 10 * k.sigma_rel - k.guidance - 1 / (1 + k.interval[1]))
     tried = tune(fresh, score, plan).tried
@@ -156,7 +158,7 @@ def test_nothing_is_evaluated_that_gives_images_known_already(fresh, monkeypatch
 
 
 def test_guidance_that_does_harm_gets_lower_weights_and_no_interval(fresh, monkeypatch):
-    plan = dataclasses.replace(PLAN, weights=(1.2, 1.35, 2.0, 2.5))
+    plan = dataclasses.replace(PLAN, guidances=(1.2, 1.35, 2.0, 2.5))
     score = Preferring(monkeypatch, lambda k: k.sigma_rel + k.guidance)
     tuned = tune(fresh, score, plan)
     assert [t.knobs.guidance for t in tuned.tried if t.stage == "guidance weight"] == [1.2, 1.35]
@@ -165,7 +167,7 @@ def test_guidance_that_does_harm_gets_lower_weights_and_no_interval(fresh, monke
 
 
 def test_a_guide_that_helps_at_a_lower_weight_alone_is_found(fresh, monkeypatch):
-    plan = dataclasses.replace(PLAN, weights=(1.2, 2.0))
+    plan = dataclasses.replace(PLAN, guidances=(1.2, 2.0))
     score = Preferring(monkeypatch, lambda k: k.sigma_rel + abs(k.guidance - 1.2))
     tuned = tune(fresh, score, plan)
     assert tuned.best.guidance == 1.2
@@ -281,7 +283,7 @@ def test_no_search_where_there_is_nothing_to_search_in(tmp_path):
         (dict(repeats=0), "repeats 0 must be at least 1"),
         (dict(sigma_rels=(0.1, 0.05)), r"sigma_rels \(0\.1, 0\.05\) must ascend, each length once"),
         (dict(sigma_rels=(0.1, 0.1)), "must ascend, each length once"),
-        (dict(weights=(1.5, 1.5)), r"weights \(1\.5, 1\.5\) must be different values"),
+        (dict(guidances=(1.5, 1.5)), r"guidances \(1\.5, 1\.5\) must be different values"),
         (dict(highs=(0.001,)), r"highs \(0\.001,\) .* hold some of the sampler's noise levels, 0\.002 to 80"),
         (dict(lows=(90.0,)), r"lows \(90\.0,\) must be ends of intervals that hold some"),
     ):
@@ -293,8 +295,8 @@ def test_no_search_where_there_is_nothing_to_search_in(tmp_path):
         TuningPlan(guide_moments=(1.5,))
     with pytest.raises(ValueError, match=r"sigma_rel 0.5 is outside \(0, 0.2887\]"):
         TuningPlan(sigma_rels=(0.1, 0.5))
-    with pytest.raises(ValueError, match=r"weights \(nan,\) must be positive and finite"):
-        TuningPlan(weights=(math.nan,))
+    with pytest.raises(ValueError, match=r"guidances \(nan,\) must be positive and finite"):
+        TuningPlan(guidances=(math.nan,))
     with pytest.raises(ValueError, match="unknown sampler 'rk4': there are heun, euler, dpmpp-2m"):
         TuningPlan(sampler="rk4")
 
@@ -331,12 +333,15 @@ def test_sample_takes_the_tuned_settings_unless_told_otherwise(run, found, tmp_p
 
 
 def test_command_line(run, capsys):
-    words = "--sigma-rels 0.05 0.1 --guide-moments 0.5 --guide-factors 1 --weights 2 --highs 8 --lows 0.5"
+    words = "--sigma-rels 0.05 0.1 --guide-moments 0.5 --guide-factors 1 --guidances 2 --highs 8 --lows 0.5"
     sizes = "--samples 16 --final-samples 16 --repeats 2 --num-steps 2 --sampler euler"
     main(["tune", str(run), *words.split(), *sizes.split()])
     out = capsys.readouterr().out
     assert out.count("EMA length") >= 2
     assert "Frechet distance with held-out seeds" in out
     assert re.search(r"lower by \S+% \(95% confidence \S+ to \S+%; repeats \S+ \S+\)", out)
-    assert out.startswith("   1/8  EMA length")
+    assert out.startswith(
+        "Frechet distance in features of a classifier trained on the run's own images, lower is better\n"
+        "   1/8  EMA length"
+    )
     assert (run / "tuning" / "report.html").exists()

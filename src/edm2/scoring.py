@@ -15,19 +15,26 @@ import torch
 import edm2
 from edm2.files import sha256_of, write_json
 from edm2.image_sets import ImageSet
+from edm2.interop.fetch import fetch
 from edm2.interop.reference import is_imported_reference, read_reference_statistics
 from edm2.metrics import (
+    ClassifierFeatures,
+    DinoV2Features,
     FeatureExtractor,
     FeatureStatistics,
+    InceptionFeatures,
     Measured,
     Reference,
     Scores,
     measure,
 )
+from edm2.metrics.dinov2 import DINOV2
+from edm2.metrics.inception import HOW_TO_GET_INCEPTION
 from edm2.metrics.measure import DENSITY_K, MANIFOLD_K, kept_rows
 from edm2.train.world import World
 
 FORMAT = "edm2 metrics 1"
+EXTRACTORS = ("inception", "dinov2", "classifier")
 OFFICIAL = {"fid": "inception", "fd_dinov2": "dinov2"}
 SCORE_NAMES = (
     "frechet_distance",
@@ -39,8 +46,48 @@ SCORE_NAMES = (
     "density",
     "coverage",
 )
+_CACHE = Path("~/.cache/edm2")
 _CONVENTION = 50_000
 _CLASS_DIFFERENCE = 0.1
+
+
+def open_extractor(
+    name: str, weights: str | None, *, sha256: str | None, trust: bool, device: torch.device | str
+) -> FeatureExtractor:
+    """Open what makes features, as the options of a command name it.
+
+    Args:
+        name: one of EXTRACTORS.
+        weights: a file or its http(s) address (inception, classifier), a folder or hub name (dinov2). A classifier
+            has no default.
+        sha256: expected hash of the weights.
+        trust: open a TorchScript file without knowing its hash.
+        device: where to compute.
+
+    Raises:
+        ValueError: for weights that are missing, others than expected, or not to be opened without their hash.
+    """
+    if name == "dinov2":
+        return DinoV2Features(weights or DINOV2, sha256=sha256, device=device)
+    if weights is not None and "://" in weights:
+        if sha256 is None:
+            raise ValueError(
+                f"{weights} is downloaded only with the hash that it should have: give --weights-sha256"
+            )
+        source, _, file = weights.rpartition("/")
+        weights = str(fetch(file, source, _CACHE.expanduser(), sha256=sha256))
+    if name == "inception":
+        if weights is None:
+            raise ValueError(
+                f"inception needs its weights: {HOW_TO_GET_INCEPTION}, then give both as --weights and "
+                "--weights-sha256"
+            )
+        return InceptionFeatures(weights, sha256=sha256, trust_code=trust, device=device)
+    assert weights is not None
+    found = ClassifierFeatures.load(weights)
+    if sha256 is not None and sha256_of(weights) != sha256.lower():
+        raise ValueError(f"{weights} has another sha256 than {sha256}: it is another file")
+    return found
 
 
 def measure_images(

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edm2.diffusion import save_model
+from edm2.diffusion import MODEL_FILE, load_model, save_model
 from edm2.files import write_json
 from edm2.generate import reconstruct_denoiser
 
 BASELINE_SIGMA_REL = 0.10
+FRECHET = "Frechet distance"
+OWN_CLASSIFIER = "a classifier trained on the run's own images"
 FOLDER = "tuning"
+GUIDE_FILE = "guide.safetensors"
 _FILE = "tuned.json"
 # Student's t, two-sided 95%, of 1 to 10 degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -25,10 +28,11 @@ class Knobs:
 
     Attributes:
         sigma_rel: EMA length.
-        guide_images: training images that the guide has seen: an earlier moment of the same run. None: no guide.
-        guide_sigma_rel: the guide's EMA length.
+        guide_images: training images that the guide has seen, where it is an earlier moment of the same run.
+        guide_sigma_rel: the guide's EMA length, where it is put together from snapshots.
         guidance: weight; 1 for none.
         interval: noise levels (low, high] where guidance acts.
+        guide: model file or run that guides, where it is not the same run.
     """
 
     sigma_rel: float
@@ -36,12 +40,20 @@ class Knobs:
     guide_sigma_rel: float | None = None
     guidance: float = 1.0
     interval: tuple[float, float] = (0.0, math.inf)
+    guide: str | None = None
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether there is a guide."""
+        return self.guide is not None or self.guide_images is not None
 
     def describe(self) -> str:
         """In words."""
         text = f"EMA {self.sigma_rel:g}"
-        if self.guide_images is not None:
-            text += f", guide of {self.guide_images:,.0f} images with EMA {self.guide_sigma_rel:g}"
+        if self.is_guided:
+            text += f", guide {self.guide or f'of {self.guide_images:,.0f} images'}"
+            if self.guide_sigma_rel is not None:
+                text += f" with EMA {self.guide_sigma_rel:g}"
             text += f", weight {self.guidance:g}"
         if self.interval != (0.0, math.inf):
             text += f" for sigma in ({self.interval[0]:g}, {self.interval[1]:g}]"
@@ -74,6 +86,8 @@ class Tuned:
         tried: all evaluations, in order.
         held_out: scores of `best`, one a repeat, with seeds that the search never saw.
         baseline: the same for EMA length 0.10 without guidance; each repeat has the seeds of the one in `held_out`.
+        metric: what a score is, in words.
+        features: what it is measured in, in words.
     """
 
     best: Knobs
@@ -82,11 +96,30 @@ class Tuned:
     tried: list[Tried]
     held_out: list[float]
     baseline: list[float]
+    metric: str = FRECHET
+    features: str = OWN_CLASSIFIER
+
+    @property
+    def is_share(self) -> bool:
+        """Whether improvements are shares of the baseline, which must be clearly positive for that.
+
+        A Frechet distance is never negative. What may be, as a kernel distance, is clearly positive where the 95%
+        confidence interval of its mean is; one repeat cannot tell.
+        """
+        if min(self.baseline) <= 0:
+            return False
+        error = half_interval(self.baseline)
+        return self.metric == FRECHET or (error is not None and statistics.fmean(self.baseline) > error)
 
     @property
     def improvements(self) -> list[float]:
-        """Share by which the held-out score is lower than the baseline's with the same seeds, one a repeat."""
-        return [1 - ours / theirs for ours, theirs in zip(self.held_out, self.baseline, strict=True)]
+        """How much lower the held-out score is than the baseline's with the same seeds, one a repeat.
+
+        Shares of the baseline with `is_share`, else differences.
+        """
+        pairs = zip(self.held_out, self.baseline, strict=True)
+        share = self.is_share
+        return [1 - ours / theirs if share else theirs - ours for ours, theirs in pairs]
 
     @property
     def improvement(self) -> float:
@@ -116,22 +149,28 @@ def save_tuned(run: str | Path, tuned: Tuned) -> Path:
         The folder, `tuning` in the run's, with tuned.json, model.safetensors and, with guidance,
         guide.safetensors. Those of an earlier search are replaced.
     """
-    folder = Path(run) / FOLDER
-    networks: dict[str, tuple[float, float | None]] = {"model": (tuned.best.sigma_rel, None)}
-    if tuned.best.guide_images is not None and tuned.best.guide_sigma_rel is not None:
-        networks["guide"] = (tuned.best.guide_sigma_rel, tuned.best.guide_images)
-    (folder / "guide.safetensors").unlink(missing_ok=True)
-    for name, (sigma_rel, num_images) in networks.items():
-        denoiser, info = reconstruct_denoiser(run, sigma_rel, num_images)
-        save_model(
-            folder / f"{name}.safetensors", denoiser.config, denoiser.state_dict(), info, overwrite=True
+    folder, knobs = Path(run) / FOLDER, tuned.best
+    networks = {MODEL_FILE: reconstruct_denoiser(run, knobs.sigma_rel)}
+    if knobs.is_guided:
+        source = knobs.guide or run
+        networks[GUIDE_FILE] = (
+            load_model(source)
+            if knobs.guide_sigma_rel is None
+            else reconstruct_denoiser(source, knobs.guide_sigma_rel, knobs.guide_images)
         )
+    # Only now, because the guide may have been this file.
+    (folder / GUIDE_FILE).unlink(missing_ok=True)
+    for name, (denoiser, info) in networks.items():
+        save_model(folder / name, denoiser.config, denoiser.state_dict(), info, overwrite=True)
     content = {
         "knobs": _json(tuned.best),
+        "metric": tuned.metric,
+        "features": tuned.features,
         "num_steps": tuned.num_steps,
         "sampler": tuned.sampler,
         "held_out": tuned.held_out,
         "baseline": tuned.baseline,
+        "is_share": tuned.is_share,
         "improvements": tuned.improvements,
         "improvement": tuned.improvement,
         "improvement_error": tuned.improvement_error,
@@ -162,6 +201,8 @@ def read_tuned(run: str | Path) -> Tuned | None:
             ],
             held_out=[float(score) for score in content["held_out"]],
             baseline=[float(score) for score in content["baseline"]],
+            metric=str(content.get("metric", FRECHET)),
+            features=str(content.get("features", OWN_CLASSIFIER)),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -171,15 +212,18 @@ def read_tuned(run: str | Path) -> Tuned | None:
 
 def _knobs(content: dict[str, Any]) -> Knobs:
     low, high = content["interval"]
-    images, length = content["guide_images"], content["guide_sigma_rel"]
-    if (images is None) != (length is None):
+    images, length, guide = content["guide_images"], content["guide_sigma_rel"], content.get("guide")
+    if guide is None and (images is None) != (length is None):
         raise ValueError("a guide needs both its moment and its EMA length")
+    if not isinstance(guide, str | None):
+        raise ValueError("a guide is named by its path")
     return Knobs(
         sigma_rel=float(content["sigma_rel"]),
         guide_images=None if images is None else float(images),
         guide_sigma_rel=None if length is None else float(length),
         guidance=float(content["guidance"]),
         interval=(float(low), math.inf if high is None else float(high)),
+        guide=guide,
     )
 
 

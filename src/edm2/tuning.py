@@ -30,9 +30,20 @@ _FOR_GUIDE_SEARCH = 1.5  # weight with which guides are compared, before the wei
 
 
 class Score(Protocol):
-    """A number about images, lower being better."""
+    """A number about images, lower being better.
 
-    fingerprint: str
+    Attributes:
+        fingerprint: tells this number from any other.
+        metric: what it is, in words, such as "Frechet distance".
+        features: what it is measured in, in words.
+    """
+
+    @property
+    def fingerprint(self) -> str: ...  # noqa: D102 - described above
+    @property
+    def metric(self) -> str: ...  # noqa: D102
+    @property
+    def features(self) -> str: ...  # noqa: D102
 
     def distance(self, images: np.ndarray) -> float:
         """Of images, `[N, C, H, W]` uint8."""
@@ -46,7 +57,9 @@ class TuningPlan:
         sigma_rels: EMA lengths tried, ascending.
         guide_moments: moments of the guide, as fractions of the run; the nearest snapshots are taken.
         guide_factors: the guide's EMA length, in units of the best length.
-        weights: guidance weights tried.
+        guide: a model file, or a run with EMA lengths of its own, that is tried as guide beside the run's moments:
+            an unconditional network, or a weaker one.
+        guidances: guidance weights tried.
         highs: upper ends of the interval tried.
         lows: lower ends of the interval tried.
         samples: images for each choice.
@@ -59,7 +72,8 @@ class TuningPlan:
     sigma_rels: tuple[float, ...] = (0.03, 0.05, 0.07, 0.09, 0.11, 0.14, 0.18, 0.25)
     guide_moments: tuple[float, ...] = (0.08, 0.16, 0.32, 0.6)
     guide_factors: tuple[float, ...] = (0.5, 1.0, 2.0)
-    weights: tuple[float, ...] = (1.2, 1.35, 1.75, 2.0, 2.5)
+    guide: Path | None = None
+    guidances: tuple[float, ...] = (1.2, 1.35, 1.75, 2.0, 2.5)
     highs: tuple[float, ...] = (8.0, 3.0, 1.2)
     lows: tuple[float, ...] = (0.05, 0.2, 0.5)
     samples: int = 1000
@@ -83,10 +97,10 @@ class TuningPlan:
             raise ValueError(f"sigma_rels {self.sigma_rels} must ascend, each length once")
         if any(not 0 < moment < 1 for moment in self.guide_moments):
             raise ValueError(f"guide_moments {self.guide_moments} must lie between 0 and 1, parts of the run")
-        for name in ("guide_factors", "weights", "highs", "lows"):
+        for name in ("guide_factors", "guidances", "highs", "lows"):
             if any(not 0 < value < math.inf for value in getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)} must be positive and finite")
-        for name in ("guide_moments", "guide_factors", "weights", "highs", "lows"):
+        for name in ("guide_moments", "guide_factors", "guidances", "highs", "lows"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)} must be different values")
         highest, lowest, _ = time_steps(2).tolist()
@@ -101,7 +115,9 @@ class TuningPlan:
     def most_evaluations(self) -> int:
         """Most settings that the search tries; each is one set of images."""
         guides = len(self.guide_moments) * len(self.guide_factors)
-        rest = len(self.weights) + len(self.highs) + len(self.lows)
+        if self.guide is not None:
+            guides += len(self.guide_factors) if _has_snapshots(self.guide) else 1
+        rest = len(self.guidances) + len(self.highs) + len(self.lows)
         return 2 * len(self.sigma_rels) + guides + rest
 
 
@@ -114,12 +130,12 @@ def tune(
 ) -> Tuned:
     """Search one knob after the other, from the best so far; what was evaluated before is not evaluated again.
 
-    The order: EMA length; the guide's moment and length together; guidance weight; the EMA length once more, with
-    the guide; the interval's upper end, then its lower end. A guide that did harm at the weight of its search gets
-    a chance at the lower weights; where it helps at none, what remains of the search is skipped. So are settings
-    that give the images of others, such as an interval with the same noise levels in it. Settings with an average
-    that the snapshots cannot give, such as a long one at an early moment, are skipped with a warning, like those
-    that leave the finite numbers.
+    The order: EMA length; the guide, which is the plan's or a moment of the run, and its length; guidance weight; the
+    EMA length once more, with the guide; the interval's upper end, then its lower end. A guide that did harm at the
+    weight of its search gets a chance at the lower weights; where it helps at none, what remains of the search is
+    skipped. So are settings that give the images of others, such as an interval with the same noise levels in it.
+    Settings with an average that the snapshots cannot give, such as a long one at an early moment, are skipped with a
+    warning, like those that leave the finite numbers.
 
     Args:
         run: folder of a training run.
@@ -132,7 +148,8 @@ def tune(
         interrupted search continues.
 
     Raises:
-        ValueError: if the run has no snapshots, or they give none of the lengths, or not that of the comparison.
+        ValueError: if the run has no snapshots, or they give none of the lengths, or not that of the comparison; for
+            a guide that does not fit.
         FloatingPointError: if the images of the comparison are not finite.
     """
     bench = _Bench(Path(run), score, plan)
@@ -172,7 +189,24 @@ def tune(
         tried=tried,
         held_out=found,
         baseline=baseline,
+        metric=score.metric,
+        features=score.features,
     )
+
+
+def check_guide(run: str | Path, guide: Path) -> Generator:
+    """Open the guide that a plan names.
+
+    Returns:
+        It; of a run, with the EMA length of the comparison.
+
+    Raises:
+        ValueError: as in `Generator.load`, or if it does not fit the run.
+    """
+    length = BASELINE_SIGMA_REL if _has_snapshots(guide) else None
+    opened = Generator.load(guide, length)
+    Generator.load(run, BASELINE_SIGMA_REL).check_guide(opened)
+    return opened
 
 
 def _best(tried: Sequence[Tried]) -> Tried:
@@ -191,18 +225,22 @@ def _stages(moments: Sequence[float], plan: TuningPlan) -> list[_Stage]:
         return (replace(start, sigma_rel=s) for s in plan.sigma_rels)
 
     def guides(tried: Sequence[Tried]) -> Iterator[Knobs]:
-        start = _best(tried).knobs
+        start = replace(_best(tried).knobs, guidance=_FOR_GUIDE_SEARCH)
+        shortest, longest = plan.sigma_rels[0], plan.sigma_rels[-1]
+        own = [min(max(start.sigma_rel * factor, shortest), longest) for factor in plan.guide_factors]
+        if plan.guide is not None:
+            for length in own if _has_snapshots(plan.guide) else [None]:
+                yield replace(start, guide=str(plan.guide), guide_sigma_rel=length)
         wanted = [fraction * moments[-1] for fraction in plan.guide_moments]
         for images in sorted({min(moments, key=lambda m: abs(m - w)) for w in wanted}):
-            for factor in plan.guide_factors:
-                length = min(max(start.sigma_rel * factor, min(plan.sigma_rels)), max(plan.sigma_rels))
-                yield replace(start, guide_images=images, guide_sigma_rel=length, guidance=_FOR_GUIDE_SEARCH)
+            for length in own:
+                yield replace(start, guide_images=images, guide_sigma_rel=length)
 
     def weights(tried: Sequence[Tried]) -> Iterator[Knobs]:
-        guided = [t for t in tried if t.knobs.guide_images is not None]
+        guided = [t for t in tried if t.knobs.is_guided]
         if guided:
             start, helps = _best(guided).knobs, _best(tried) in guided
-            for weight in plan.weights:
+            for weight in plan.guidances:
                 if helps or weight < _FOR_GUIDE_SEARCH:
                     yield replace(start, guidance=weight)
 
@@ -225,45 +263,63 @@ def _stages(moments: Sequence[float], plan: TuningPlan) -> list[_Stage]:
     ]
 
 
+def _has_snapshots(guide: Path) -> bool:
+    return guide.is_dir() and snapshots_of(guide) != guide
+
+
+# What a network is put together from: run or model file, EMA length, moment.
+_Network = tuple[Path, float | None, float | None]
+
+
 class _Bench:
     """Makes images by knobs and scores them; remembers what it did."""
 
     def __init__(self, run: Path, score: Score, plan: TuningPlan) -> None:
-        self._run, self._score, self._snapshots = run, score, snapshots_of(run)
+        self._run, self._score = run, score
         self._options: dict[str, Any] = {"num_steps": plan.num_steps, "sampler": plan.sampler}
         self._levels: list[float] = time_steps(plan.num_steps)[:-1].tolist()
-        manifest = read_manifest(self._snapshots)
+        manifest = read_manifest(snapshots_of(run))
         if not manifest.snapshots:
             raise ValueError(f"{run} has no snapshots yet: train on until the first is written")
         self.moments = sorted({s.t for s in manifest.snapshots})
         self._run_id = manifest.run.run_id
         self._log = run / FOLDER / _LOG
         self._known = self._read()
-        self._generators: dict[tuple[float, float | None], Generator] = {}
-        self._refusals: dict[tuple[float, float | None], str] = {}
+        self._generators: dict[_Network, Generator] = {}
+        self._refusals: dict[_Network, str] = {}
+        guide = None if plan.guide is None else check_guide(run, plan.guide).identity()
+        self._guide_identity = json.dumps(guide, sort_keys=True)
 
     def refusal(self, knobs: Knobs) -> str:
         """Why the snapshots cannot give one of the networks; empty where they can."""
-        wanted: list[tuple[float, float | None]] = [(knobs.sigma_rel, None)]
-        if knobs.guide_sigma_rel is not None:
-            wanted.append((knobs.guide_sigma_rel, knobs.guide_images))
-        for length, moment in wanted:
-            if (length, moment) not in self._refusals:
-                self._refusals[length, moment] = ""
+        for network in self._networks(knobs):
+            source, length, moment = network
+            if length is not None and network not in self._refusals:
+                self._refusals[network] = ""
                 try:
-                    reconstruct_many(self._snapshots, [length], moment, warn_above=math.inf, read=False)
+                    reconstruct_many(snapshots_of(source), [length], moment, warn_above=math.inf, read=False)
                 except ValueError as error:
-                    self._refusals[length, moment] = str(error)
-        return next((self._refusals[key] for key in wanted if self._refusals[key]), "")
+                    self._refusals[network] = str(error)
+            if refusal := self._refusals.get(network):
+                return refusal
+        return ""
+
+    def _networks(self, knobs: Knobs) -> list[_Network]:
+        """The model and, if there is one, its guide."""
+        networks: list[_Network] = [(self._run, knobs.sigma_rel, None)]
+        if knobs.is_guided:
+            source = self._run if knobs.guide is None else Path(knobs.guide)
+            networks.append((source, knobs.guide_sigma_rel, knobs.guide_images))
+        return networks
 
     def effect(self, knobs: Knobs) -> tuple[object, ...]:
         """What the images depend on; equal for knobs that give the same images."""
         low, high = knobs.interval
         levels = tuple(level for level in self._levels if low < level <= high)
         itself = (knobs.guide_images, knobs.guide_sigma_rel) == (self.moments[-1], knobs.sigma_rel)
-        if knobs.guide_images is None or knobs.guidance == 1 or itself or not levels:
+        if not knobs.is_guided or knobs.guidance == 1 or itself or not levels:
             return (knobs.sigma_rel,)
-        return (knobs.sigma_rel, knobs.guide_images, knobs.guide_sigma_rel, knobs.guidance, levels)
+        return (*self._networks(knobs), knobs.guidance, levels)
 
     def evaluate(self, knobs: Knobs, seeds: range) -> float:
         """Score of the images of some seeds."""
@@ -275,7 +331,11 @@ class _Bench:
             seeds.start,
             len(seeds),
         ]
-        text = json.dumps([facts, dataclasses.asdict(knobs)])
+        settings = dataclasses.asdict(knobs)
+        # By what is in it and not by its path; left out where there is none, as before there were such guides.
+        if settings.pop("guide") is not None:
+            settings["guide"] = self._guide_identity
+        text = json.dumps([facts, settings])
         key = hashlib.sha256(text.encode()).hexdigest()[:24]
         if key not in self._known:
             self._known[key] = self._score.distance(self.images(knobs, seeds))
@@ -288,19 +348,19 @@ class _Bench:
     def images(self, knobs: Knobs, seeds: range) -> np.ndarray:
         """Images of some seeds."""
         options = dict(self._options)
-        if knobs.guide_images is not None:
-            assert knobs.guide_sigma_rel is not None
-            guide = self._generator(knobs.guide_sigma_rel, knobs.guide_images)
-            options |= {"guide": guide, "guidance": knobs.guidance, "interval": knobs.interval}
-        return self._generator(knobs.sigma_rel, None).images(seeds, **options)
+        model, *guides = [self._generator(network) for network in self._networks(knobs)]
+        if guides:
+            options |= {"guide": guides[0], "guidance": knobs.guidance, "interval": knobs.interval}
+        return model.images(seeds, **options)
 
-    def _generator(self, sigma_rel: float, num_images: float | None) -> Generator:
-        key = (sigma_rel, num_images)
-        found = self._generators.pop(key, None) or Generator.load(self._run, sigma_rel, num_images=num_images)
+    def _generator(self, network: _Network) -> Generator:
+        source, sigma_rel, num_images = network
+        found = self._generators.pop(network, None)
+        found = found or Generator.load(source, sigma_rel, num_images=num_images)
         # Two networks are all that an evaluation needs: a large model must not fill the memory.
         while len(self._generators) >= 2:
             self._generators.pop(next(iter(self._generators)))
-        self._generators[key] = found  # at the end, as the one used last
+        self._generators[network] = found  # at the end, as the one used last
         return found
 
     def _read(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edm2.report import Page
 from edm2.report.tuning import knob_figure
-from edm2.tuned import BASELINE_SIGMA_REL, Tried, Tuned
+from edm2.tuned import BASELINE_SIGMA_REL, Knobs, Tried, Tuned
 from edm2.tuning import TuningPlan
 
 _SHOWN = 12
@@ -36,9 +36,9 @@ def write_tuning_report(tuned: Tuned, plan: TuningPlan, out: str | Path, *, titl
     page = Page(title, lead="One knob after the other, each from the best settings so far.")
     page.facts(
         {
-            "Frechet distance, tuned": f"{statistics.fmean(tuned.held_out):.3g}",
+            f"{tuned.metric}, tuned": f"{statistics.fmean(tuned.held_out):.3g}",
             f"EMA {BASELINE_SIGMA_REL:g}, no guidance": f"{statistics.fmean(tuned.baseline):.3g}",
-            "lower by": f"{100 * tuned.improvement:.0f}%",
+            "lower by": _amount(tuned, tuned.improvement),
         }
     )
     page.section(
@@ -63,10 +63,11 @@ def write_tuning_report(tuned: Tuned, plan: TuningPlan, out: str | Path, *, titl
 
 def add_result(page: Page, tuned: Tuned) -> None:
     """Add the best settings, and their scores with held-out seeds beside those of no tuning."""
-    page.text(f"Best settings: {tuned.best.describe()}. Lower by {improvement_text(tuned)}.")
+    judged = f"{_capital(tuned.metric)} in features of {tuned.features}"
+    page.text(f"Best settings: {tuned.best.describe()}. {judged}: lower by {improvement_text(tuned)}.")
     repeats = zip(tuned.held_out, tuned.baseline, tuned.improvements, strict=True)
     rows: list[list[object]] = [
-        [i, f"{ours:.4f}", f"{theirs:.4f}", f"{100 * lower:.1f}%"]
+        [i, score_text(ours), score_text(theirs), _amount(tuned, lower)]
         for i, (ours, theirs, lower) in enumerate(repeats, 1)
     ]
     page.table(["repeat", "tuned", f"EMA {BASELINE_SIGMA_REL:g}, no guidance", "lower by"], rows)
@@ -81,13 +82,11 @@ def add_knobs(page: Page, tuned: Tuned, scatter: float | None = None) -> None:
             if points:
                 curves: dict[str, list[tuple[float, float]]] = {}
                 for t in points:
-                    name = f"guide of {t.knobs.guide_images:,.0f} images" if stage == "guide" else ""
+                    name = _guide_name(t.knobs) if stage == "guide" else ""
                     curves.setdefault(name, []).append((value(t), t.score))
                 before = best if math.isfinite(best) else None
-                figure = knob_figure(
-                    curves, knob=knob, label="Frechet distance", reference=before, scatter=scatter
-                )
-                page.figure(figure, stage[0].upper() + stage[1:], f"Curve of Frechet distance against {knob}")
+                figure = knob_figure(curves, knob=knob, label=tuned.metric, reference=before, scatter=scatter)
+                page.figure(figure, _capital(stage), f"Curve of {tuned.metric} against {knob}")
                 best = min(best, *(t.score for t in points))
 
 
@@ -95,16 +94,38 @@ def add_ranking(page: Page, tuned: Tuned) -> None:
     """Add a table of the best settings tried."""
     ranked = sorted(tuned.tried, key=lambda t: t.score)[:_SHOWN]
     page.table(
-        ["score", "settings", "found while searching"],
-        [[f"{t.score:.4f}", t.knobs.describe(), t.stage] for t in ranked],
+        [tuned.metric, "settings", "found while searching"],
+        [[score_text(t.score), t.knobs.describe(), t.stage] for t in ranked],
     )
 
 
 def improvement_text(tuned: Tuned) -> str:
-    """The improvement with its confidence and, one a repeat, what it is the mean of."""
-    error, each = tuned.improvement_error, " ".join(f"{100 * value:.1f}" for value in tuned.improvements)
-    text = f"{100 * tuned.improvement:.1f}%"
+    """The improvement with its confidence and, one a repeat, what it is the mean of; in percent where that means
+    something.
+    """
+    error, text = tuned.improvement_error, _amount(tuned, tuned.improvement)
     if error is None:
         return f"{text} in one repeat"
-    low, high = tuned.improvement - error, tuned.improvement + error
-    return f"{text} (95% confidence {100 * low:.1f} to {100 * high:.1f}%; repeats {each})"
+    low, high = (_amount(tuned, tuned.improvement + e).removesuffix("%") for e in (-error, error))
+    unit = "%" if tuned.is_share else ""
+    each = " ".join(_amount(tuned, value).removesuffix("%") for value in tuned.improvements)
+    return f"{text} (95% confidence {low} to {high}{unit}; repeats {each})"
+
+
+def score_text(score: float) -> str:
+    """A score with enough digits, also for kernel distances, which may be thousandths."""
+    return f"{score:.4f}" if abs(score) >= 0.1 else f"{score:.3g}"
+
+
+def _amount(tuned: Tuned, improvement: float) -> str:
+    return f"{100 * improvement:.1f}%" if tuned.is_share else score_text(improvement)
+
+
+def _guide_name(knobs: Knobs) -> str:
+    if knobs.guide is None:
+        return f"guide of {knobs.guide_images:,.0f} images"
+    return "given model file, drawn at 0" if knobs.guide_sigma_rel is None else "given run"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -274,7 +274,7 @@ def test_weights_from_an_address_need_their_hash(samples, tmp_path, capsys, monk
         asked.append((name, source, sha256))
         return path
 
-    monkeypatch.setattr("edm2.commands.metrics.fetch", fetch)
+    monkeypatch.setattr("edm2.scoring.fetch", fetch)
     words = (
         "metrics",
         "score",

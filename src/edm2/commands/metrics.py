@@ -9,24 +9,19 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from edm2.files import sha256_of
 from edm2.image_sets import MIN_IMAGES, ImageSet, open_images
-from edm2.interop.fetch import fetch
 from edm2.metrics import (
     ClassifierFeatures,
-    DinoV2Features,
     FeatureExtractor,
-    InceptionFeatures,
     Measured,
     Reference,
     describe_extractor,
     fit_classifier,
 )
 from edm2.metrics import score as score_measured
-from edm2.metrics.dinov2 import DINOV2
-from edm2.metrics.inception import HOW_TO_GET_INCEPTION
 from edm2.metrics.measure import KEPT_FEATURES
 from edm2.scoring import (
+    EXTRACTORS,
     SCORE_NAMES,
     check_extractor,
     check_result,
@@ -34,6 +29,7 @@ from edm2.scoring import (
     doubts,
     is_reference,
     measure_images,
+    open_extractor,
     provenance_of,
     read_reference,
     read_result,
@@ -42,7 +38,6 @@ from edm2.scoring import (
 )
 from edm2.train.world import World, join_world
 
-_CACHE = Path("~/.cache/edm2")
 # Where two results differ in one of these, their numbers cannot be compared.
 _MUST_AGREE = (
     "extractor",
@@ -326,44 +321,21 @@ def _open(options: _Options, known: _Side | None, world: World) -> FeatureExtrac
         if name not in (None, wanted):
             raise ValueError(f"{known.where} was measured by {wanted}: leave --extractor {name} out")
         name = wanted
-    weights = options.weights
-    if name == "dinov2":
-        return DinoV2Features(weights or DINOV2, sha256=options.weights_sha256, device=world.device)
-    if weights is not None and "://" in weights:
-        if options.weights_sha256 is None:
-            raise ValueError(
-                f"{weights} is downloaded only with the hash that it should have: give --weights-sha256"
-            )
-        source, _, file = weights.rpartition("/")
-        weights = str(fetch(file, source, _CACHE.expanduser(), sha256=options.weights_sha256))
-    if name == "inception":
-        if weights is None:
-            raise ValueError(
-                f"inception needs its weights: {HOW_TO_GET_INCEPTION}, then give both as --weights and "
-                "--weights-sha256"
-            )
-        return InceptionFeatures(
-            weights,
-            sha256=options.weights_sha256,
-            trust_code=options.trust_weights,
-            device=world.device,
-        )
-    if name in (None, "classifier"):
-        if weights is None and known is None:
+    name, weights = name or "classifier", options.weights
+    if name == "classifier" and weights is None:
+        if known is None:
             raise ValueError(
                 "which extractor? give --extractor, or --weights with a classifier that `edm2 metrics ref` trained, or "
                 "compare with a reference file"
             )
-        path = (
-            Path(weights) if weights is not None else _classifier_beside(Path(known.where if known else ""))
+        weights = str(_classifier_beside(Path(known.where)))
+    if name not in EXTRACTORS:
+        raise ValueError(
+            f"{known.where if known else ''} was measured by {name!r}, which only its owner's code can load: use "
+            "edm2.metrics.score in Python"
         )
-        found = ClassifierFeatures.load(path)
-        if options.weights_sha256 is not None and sha256_of(path) != options.weights_sha256.lower():
-            raise ValueError(f"{path} has another sha256 than {options.weights_sha256}: it is another file")
-        return found
-    raise ValueError(
-        f"{known.where if known else ''} was measured by {name!r}, which only its owner's code can load: use "
-        "edm2.metrics.score in Python"
+    return open_extractor(
+        name, weights, sha256=options.weights_sha256, trust=options.trust_weights, device=world.device
     )
 
 

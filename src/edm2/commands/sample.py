@@ -17,7 +17,7 @@ from edm2.diffusion import SamplerName
 from edm2.generate import Generator, parse_seeds, read_coding, write_samples
 from edm2.integrations.pretrained import Parts, find_parts
 from edm2.train.world import join_world
-from edm2.tuned import read_tuned
+from edm2.tuned import FOLDER, GUIDE_FILE, read_tuned
 
 _NUM_STEPS, _SAMPLER = 32, "heun"
 
@@ -153,8 +153,11 @@ def _tuned_settings(run: Path) -> dict[str, Any]:
         "sampler": found.sampler,
         "ema": knobs.sigma_rel,
     }
-    if knobs.guide_images is not None:
+    if knobs.guide is not None:
+        settings["guide"] = run / FOLDER / GUIDE_FILE
+    elif knobs.is_guided:
         settings |= dict(guide_ema=knobs.guide_sigma_rel, guide_images=knobs.guide_images)
+    if knobs.is_guided:
         settings |= dict(guidance=knobs.guidance, interval=knobs.interval)
     return settings
 

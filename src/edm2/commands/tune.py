@@ -4,35 +4,48 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from edm2.judging import Judge
+from edm2.judging import Judge, Metric
+from edm2.scoring import open_extractor
 from edm2.train.build import open_run_data
 from edm2.tuned import BASELINE_SIGMA_REL, Tried, save_tuned
-from edm2.tuning import TuningPlan, tune
-from edm2.tuning_report import improvement_text, write_tuning_report
+from edm2.tuning import TuningPlan, check_guide, tune
+from edm2.tuning_report import improvement_text, score_text, write_tuning_report
 
 
 @dataclass(kw_only=True)
 class _Tune:
-    """Find the EMA length, guide, guidance weight and interval with the lowest Frechet distance.
+    """Find the EMA length, guide, guidance weight and interval with the lowest distance to the run's training images.
 
-    The guide is an earlier moment of the same run. Features are those of a classifier trained on the run's own
-    images, which need classes. Evaluations are kept: the same command continues after a stop, and `edm2 sample RUN`
-    uses what was found.
+    The guide is an earlier moment of the same run, or what --guide names. Evaluations are kept: the same command
+    continues after a stop, and `edm2 sample RUN` uses what was found.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
+    metric: Metric = "frechet"
+    """frechet: Frechet distance. kernel: kernel distance (KID), right on average for any number of images."""
+    features: Literal["classifier", "inception", "dinov2"] = "classifier"
+    """What makes features. classifier: trained on the run's images, which need classes, or that of --weights."""
+    weights: str | None = None
+    """Its weights: a file or its http(s) address (inception, classifier), a folder or hub name (dinov2)."""
+    weights_sha256: str | None = None
+    """Expected hash of the weights. Required for inception, whose TorchScript file contains code that runs."""
+    trust_weights: bool = False
+    """Open a TorchScript file without knowing its hash."""
     plan: Annotated[TuningPlan, tyro.conf.arg(name="")] = field(default_factory=TuningPlan)
 
 
 def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 tune`."""
     chosen = tyro.cli(_Tune, prog=prog, args=list(words))
-    judge = Judge(open_run_data(chosen.run))
+    if chosen.plan.guide is not None:
+        check_guide(chosen.run, chosen.plan.guide)  # before a classifier is trained
+    judge = _judge(chosen)
+    print(f"{judge.metric} in features of {judge.features}, lower is better")
     done = 0
 
     def show(tried: Tried, best: Tried) -> None:
@@ -40,7 +53,10 @@ def run(prog: str, words: Sequence[str]) -> None:
         done += 1
         count = f"{done}/{chosen.plan.most_evaluations}"
         mark = "  <- best so far" if tried == best else ""
-        print(f"{count:>6}  {tried.stage:<21} {tried.score:9.4f}  {tried.knobs.describe()}{mark}", flush=True)
+        print(
+            f"{count:>6}  {tried.stage:<21} {score_text(tried.score):>9}  {tried.knobs.describe()}{mark}",
+            flush=True,
+        )
 
     found = tune(chosen.run, judge, chosen.plan, on_tried=show)
     folder = save_tuned(chosen.run, found)
@@ -48,11 +64,26 @@ def run(prog: str, words: Sequence[str]) -> None:
         found, chosen.plan, folder / "report.html", title=f"Tuning of {chosen.run.name}"
     )
     print(f"best: {found.best.describe()}")
-    print(f"Frechet distance with held-out seeds {_mean(found.held_out)}")
+    print(f"{found.metric} with held-out seeds {_mean(found.held_out)}")
     print(f"with EMA {BASELINE_SIGMA_REL:g} and no guidance  {_mean(found.baseline)}")
     print(f"lower by {improvement_text(found)}")
     print(f"report: {report}\nmodel:  {folder / 'model.safetensors'}")
 
 
+def _judge(chosen: _Tune) -> Judge:
+    extractor = None
+    if chosen.features != "classifier" or chosen.weights is not None:
+        extractor = open_extractor(
+            chosen.features,
+            chosen.weights,
+            sha256=chosen.weights_sha256,
+            trust=chosen.trust_weights,
+            device="cpu",
+        )
+    elif chosen.weights_sha256 is not None or chosen.trust_weights:
+        raise ValueError("--weights-sha256 and --trust-weights are about --weights: give them too")
+    return Judge(open_run_data(chosen.run), metric=chosen.metric, extractor=extractor)
+
+
 def _mean(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+    return f"{score_text(statistics.fmean(values))} ({score_text(min(values))} to {score_text(max(values))})"

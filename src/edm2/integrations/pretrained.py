@@ -308,7 +308,7 @@ def _tuned_parts(path: Path) -> Parts | None:
         guidance=knobs.guidance,
         interval=None if knobs.interval == (0.0, math.inf) else knobs.interval,
     )
-    guide = None if knobs.guide_images is None else folder / GUIDE_FILE
+    guide = folder / GUIDE_FILE if knobs.is_guided else None
     return Parts(
         model=folder / MODEL_FILE, guide=guide, sampling=sampling, results=tuple(tuning_results(tuned))
     )

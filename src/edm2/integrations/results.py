@@ -101,15 +101,15 @@ def read_results(path: str | Path) -> list[Result]:
 
 
 def tuning_results(tuned: Tuned) -> list[Result]:
-    """Held-out Frechet distances that `edm2 tune` measured: tuned, and untuned for comparison."""
+    """Held-out scores that `edm2 tune` measured: tuned, and untuned for comparison."""
     common = {
-        "extractor": "a classifier trained on the run's own images",
+        "extractor": tuned.features,
         "reference": "the run's training images",
         "sampled with": f"{tuned.sampler}, {tuned.num_steps} steps",
     }
     rows = []
-    untuned = f"Frechet distance, untuned (EMA {BASELINE_SIGMA_REL:g}, no guidance)"
-    for name, values in (("Frechet distance", tuned.held_out), (untuned, tuned.baseline)):
+    untuned = f"{tuned.metric}, untuned (EMA {BASELINE_SIGMA_REL:g}, no guidance)"
+    for name, values in ((tuned.metric, tuned.held_out), (untuned, tuned.baseline)):
         images = (
             f"{len(values)} sets with seeds held out from the search: {min(values):.4g} to {max(values):.4g}"
         )
