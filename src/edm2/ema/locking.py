@@ -1,9 +1,13 @@
 """One writer at a time in a folder, and folders flushed to the disk."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# How network file systems say that they lock no folders: NFS asks for a file open for writing, Lustre for an option.
+_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
@@ -17,7 +21,7 @@ def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
     Raises:
         BlockingIOError: If another writer holds it, and this one shall not wait.
 
-    On Windows folders cannot be locked or flushed this way, and the caller must be the only writer.
+    On Windows and on network file systems without such locks, the caller must be the only writer.
     """
     if os.name == "nt":
         yield
@@ -26,7 +30,11 @@ def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         yield
     finally:
         os.close(handle)
