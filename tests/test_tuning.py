@@ -332,6 +332,20 @@ def test_sample_takes_the_tuned_settings_unless_told_otherwise(run, found, tmp_p
     assert settings["model"]["sigma_rel"] == pytest.approx(0.05)
 
 
+def test_networks_are_opened_on_the_device(fresh, monkeypatch, run):
+    asked, load = [], Generator.load
+
+    def recording(*args, device, **options):
+        asked.append(device)
+        return load(*args, device=device, **options)
+
+    monkeypatch.setattr("edm2.tuning.Generator.load", recording)
+    tune(fresh, Brightness(), dataclasses.replace(PLAN, highs=(), lows=()), device="cpu:0")
+    assert set(asked) == {"cpu:0"}
+    with pytest.raises(SystemExit):
+        main(["tune", str(run), "--device", "gpu"])
+
+
 def test_command_line(run, capsys):
     words = "--sigma-rels 0.05 0.1 --guide-moments 0.5 --guide-factors 1 --guidances 2 --highs 8 --lows 0.5"
     sizes = "--samples 16 --final-samples 16 --repeats 2 --num-steps 2 --sampler euler"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from edm2.diffusion import SamplerName, find_sampler, time_steps
 from edm2.ema import reconstruct_many
@@ -126,6 +127,7 @@ def tune(
     score: Score,
     plan: TuningPlan,
     *,
+    device: torch.device | str = "cpu",
     on_tried: Callable[[Tried, Tried], None] | None = None,
 ) -> Tuned:
     """Search one knob after the other, from the best so far; what was evaluated before is not evaluated again.
@@ -141,6 +143,7 @@ def tune(
         run: folder of a training run.
         score: what to minimise.
         plan: how far to search.
+        device: where images are made.
         on_tried: called after each evaluation with it and the best so far.
 
     Returns:
@@ -152,7 +155,7 @@ def tune(
             a guide that does not fit.
         FloatingPointError: if the images of the comparison are not finite.
     """
-    bench = _Bench(Path(run), score, plan)
+    bench = _Bench(Path(run), score, plan, device)
     compared = Knobs(sigma_rel=BASELINE_SIGMA_REL)
     if refusal := bench.refusal(compared):
         raise ValueError(f"there is nothing to compare tuned settings with: {refusal}")
@@ -274,8 +277,8 @@ _Network = tuple[Path, float | None, float | None]
 class _Bench:
     """Makes images by knobs and scores them; remembers what it did."""
 
-    def __init__(self, run: Path, score: Score, plan: TuningPlan) -> None:
-        self._run, self._score = run, score
+    def __init__(self, run: Path, score: Score, plan: TuningPlan, device: torch.device | str) -> None:
+        self._run, self._score, self._device = run, score, device
         self._options: dict[str, Any] = {"num_steps": plan.num_steps, "sampler": plan.sampler}
         self._levels: list[float] = time_steps(plan.num_steps)[:-1].tolist()
         manifest = read_manifest(snapshots_of(run))
@@ -356,7 +359,7 @@ class _Bench:
     def _generator(self, network: _Network) -> Generator:
         source, sigma_rel, num_images = network
         found = self._generators.pop(network, None)
-        found = found or Generator.load(source, sigma_rel, num_images=num_images)
+        found = found or Generator.load(source, sigma_rel, num_images=num_images, device=self._device)
         # Two networks are all that an evaluation needs: a large model must not fill the memory.
         while len(self._generators) >= 2:
             self._generators.pop(next(iter(self._generators)))

@@ -88,6 +88,15 @@ def test_sigterm_saves_and_the_same_command_continues(
     assert log_of(out) == log_of(tmp_path / "whole")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handler, which a process that a shell starts in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_first_signal_asks_and_the_second_acts() -> None:
     with stop_requests() as requested:
         assert not requested()

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
 from edm2.judging import Judge, Metric
 from edm2.scoring import open_extractor
-from edm2.train.build import open_run_data
+from edm2.train.build import open_run_data, pick_device
 from edm2.tuned import BASELINE_SIGMA_REL, Tried, save_tuned
 from edm2.tuning import TuningPlan, check_guide, tune
 from edm2.tuning_report import improvement_text, score_text, write_tuning_report
@@ -36,15 +37,18 @@ class _Tune:
     """Expected hash of the weights. Required for inception, whose TorchScript file contains code that runs."""
     trust_weights: bool = False
     """Open a TorchScript file without knowing its hash."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
     plan: Annotated[TuningPlan, tyro.conf.arg(name="")] = field(default_factory=TuningPlan)
 
 
 def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 tune`."""
     chosen = tyro.cli(_Tune, prog=prog, args=list(words))
+    device = pick_device(chosen.device)
     if chosen.plan.guide is not None:
         check_guide(chosen.run, chosen.plan.guide)  # before a classifier is trained
-    judge = _judge(chosen)
+    judge = _judge(chosen, device)
     print(f"{judge.metric} in features of {judge.features}, lower is better")
     done = 0
 
@@ -58,7 +62,7 @@ def run(prog: str, words: Sequence[str]) -> None:
             flush=True,
         )
 
-    found = tune(chosen.run, judge, chosen.plan, on_tried=show)
+    found = tune(chosen.run, judge, chosen.plan, device=device, on_tried=show)
     folder = save_tuned(chosen.run, found)
     report = write_tuning_report(
         found, chosen.plan, folder / "report.html", title=f"Tuning of {chosen.run.name}"
@@ -70,7 +74,7 @@ def run(prog: str, words: Sequence[str]) -> None:
     print(f"report: {report}\nmodel:  {folder / 'model.safetensors'}")
 
 
-def _judge(chosen: _Tune) -> Judge:
+def _judge(chosen: _Tune, device: torch.device) -> Judge:
     extractor = None
     if chosen.features != "classifier" or chosen.weights is not None:
         extractor = open_extractor(
@@ -78,7 +82,7 @@ def _judge(chosen: _Tune) -> Judge:
             chosen.weights,
             sha256=chosen.weights_sha256,
             trust=chosen.trust_weights,
-            device="cpu",
+            device=device,
         )
     elif chosen.weights_sha256 is not None or chosen.trust_weights:
         raise ValueError("--weights-sha256 and --trust-weights are about --weights: give them too")
