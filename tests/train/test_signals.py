@@ -146,6 +146,7 @@ def test_second_sigterm_ends_at_once(tmp_path: Path) -> None:
     process.stdout.close()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_torchrun_may_pass_on_what_was_received_already(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
     now = [100.0]
