@@ -19,7 +19,8 @@ def test_a_file_system_without_locks_is_written_to(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     entered = False
-    with folder_lock(tmp_path, wait=False):
+    told = r"file system without locks for folders \(no locks here\): make sure that no other process writes there"
+    with pytest.warns(UserWarning, match=told), folder_lock(tmp_path, wait=False):
         entered = True
     assert entered
 

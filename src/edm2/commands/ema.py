@@ -23,6 +23,7 @@ from edm2.interop.licence import LICENCE, NOTICE_FILE, NOTICE_LINE, write_notice
 from edm2.interop.nvlabs import open_snapshots
 from edm2.report.ema_figures import plan_figure, reconstruction_figure
 from edm2.report.style import figure_png
+from edm2.train.memory import size_text
 
 _RUN = Annotated[Path, tyro.conf.Positional]
 Numbers = list[float]  # a name, because a command below is called list
@@ -119,7 +120,7 @@ def list(prog: str, words: Sequence[str]) -> None:
     for s in manifest.snapshots:
         distance = "unknown" if math.isnan(s.distance) else f"{s.distance:.1%}"
         print(
-            f"{s.t:>16,.10g}  {s.sigma_rel:>9g}  {s.dtype:<4}  {_size(s.num_bytes):>9}  {distance:>10}  {s.file}"
+            f"{s.t:>16,.10g}  {s.sigma_rel:>9g}  {s.dtype:<4}  {size_text(s.num_bytes):>9}  {distance:>10}  {s.file}"
         )
 
 
@@ -261,10 +262,10 @@ def _plan_text(found: Plan, num_params: int, widths: FloatArray, *, mid_run: boo
             f"{'' if len(found.times) == 1 else ' of the run'}, as {found.dtype}: {found.num_files} files",
             f"worst error     {error:.2g} of the profile, for lengths {widths[0]:g} to {widths[-1]:g};"
             f" about {error * MOVEMENT:.1g} of the parameters",
-            f"memory          {_size(found.memory_bytes(num_params))} for the running averages of {num_params:,}"
-            f" parameters; {_size(found.memory_bytes(num_params, updates=LONG_RUN + 1))} in runs of more than"
+            f"memory          {size_text(found.memory_bytes(num_params))} for the running averages of {num_params:,}"
+            f" parameters; {size_text(found.memory_bytes(num_params, updates=LONG_RUN + 1))} in runs of more than"
             f" {LONG_RUN:,} updates",
-            f"storage         {_size(found.storage_bytes(num_params))}",
+            f"storage         {size_text(found.storage_bytes(num_params))}",
             f"in Python       PowerEMA(model, {_argument(found, tracks)})",
             f"in edm2 train   --ema.sigma-rels {tracks.replace(',', '')}",
         ]
@@ -279,7 +280,7 @@ def _argument(found: Plan, tracks: str) -> str:
 
 def _comparison(other: Plan, num_params: int, widths: FloatArray) -> str:
     return (
-        f"{other.name}: {other.num_files} files, {_size(other.storage_bytes(num_params))},"
+        f"{other.name}: {other.num_files} files, {size_text(other.storage_bytes(num_params))},"
         f" worst error {float(other.errors(widths).max()):.2g}"
     )
 
@@ -294,7 +295,7 @@ def _headline(folder: Path, manifest: Manifest) -> str:
     tracks = sorted({s.sigma_rel for s in entries})
     return (
         f"{folder}: run {run.run_id}, time in {run.clock} from {run.start:g};"
-        f" {len(entries)} files, {_size(sum(s.num_bytes for s in entries))}:"
+        f" {len(entries)} files, {size_text(sum(s.num_bytes for s in entries))}:"
         f" {len({s.t for s in entries})} times, tracks {', '.join(f'{s:g}' for s in tracks)}"
     )
 
@@ -317,11 +318,3 @@ def _amount(option: str, text: str) -> float:
     if not 1 <= value < 1e18:
         raise ValueError(f"{option} {text!r} is not understood: write a number such as 500k, 100M, 2.5G, 1T")
     return value
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 999.5:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"

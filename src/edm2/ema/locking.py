@@ -2,6 +2,7 @@
 
 import errno
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
     Raises:
         BlockingIOError: If another writer holds it, and this one shall not wait.
 
-    On Windows and on network file systems without such locks, the caller must be the only writer.
+    On Windows and, with a warning, on network file systems without such locks, the caller must be the only writer.
     """
     if os.name == "nt":
         yield
@@ -35,6 +36,11 @@ def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
+            warnings.warn(
+                f"{folder} lies on a file system without locks for folders ({error.strerror}): make sure that no other "
+                "process writes there",
+                stacklevel=3,
+            )
         yield
     finally:
         os.close(handle)

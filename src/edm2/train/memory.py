@@ -32,7 +32,7 @@ def peak_bytes(device: torch.device) -> int:
 def size_text(num_bytes: float) -> str:
     """Bytes for people: `1.5 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
+        if num_bytes < 999.5:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.3g} TB"

@@ -73,7 +73,9 @@ def claim(out: Path, settings: dict[str, Any], identity: dict[str, Any], run_id:
 
 
 def check_not_lost(out: Path) -> None:
-    """Make sure that a run without any checkpoint never had one, and may start from the beginning.
+    """Refuse a run without any checkpoint that is finished, or whose folder of checkpoints is gone.
+
+    An empty folder of checkpoints is that of a run that was killed before its first one: it starts from the beginning.
 
     Raises:
         ValueError: if checkpoints were taken away.
