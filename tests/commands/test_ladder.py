@@ -21,6 +21,30 @@ def test_two_rungs_from_the_command_line(tmp_path, capsys):
     assert lines[-1] == str(tmp_path / "ladder" / "report.html")
 
 
+def test_noise_levels_are_those_of_b_to_g(tmp_path):
+    words = "--images 32 --seeds 0 --configs A G --rate-factors 1 --sigma-rels 0.1 --search-samples 4"
+    words += " --final-samples 4 --num-steps 1 --p-mean -0.9 --p-std 1.5"
+    main(["ladder", *words.split(), "--out", str(tmp_path)])
+    kept = json.loads((tmp_path / "ladder.json").read_text())["settings"]["training"]["loss"]
+    assert (kept["p_mean"], kept["p_std"]) == (-0.9, 1.5)
+    trained = {
+        c: json.loads((tmp_path / c / "seed-0" / "config.json").read_text())["identity"]["loss"] for c in "AG"
+    }
+    assert {c: (loss["p_mean"], loss["p_std"]) for c, loss in trained.items()} == {
+        "A": (-1.2, 1.2),
+        "G": (-0.9, 1.5),
+    }
+
+
+@pytest.mark.parametrize("words", ["--p-std 0", "--p-mean nan"])
+def test_noise_levels_that_cannot_be(tmp_path, capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        main(["ladder", *words.split(), "--out", str(tmp_path / "ladder")])
+    assert stop.value.code == 2
+    assert "must be " in capsys.readouterr().err
+    assert not (tmp_path / "ladder").exists()
+
+
 def test_unknown_configuration(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["ladder", "--configs", "Q", "--out", str(tmp_path / "ladder")])

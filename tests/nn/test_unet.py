@@ -117,6 +117,7 @@ def test_count_flops_closed_forms():
     w = torch.zeros(5, 3, 3, 3, device="meta")
     assert count_flops(torch.nn.functional.conv2d, x, w, padding=1) == 2 * 5 * 64 * 27
     assert count_flops(torch.nn.functional.silu, x) == 3 * x.numel()
+    assert count_flops(torch.nn.functional.hardtanh, x) == count_flops(torch.clamp, x, -1, 1) == 2 * x.numel()
     assert count_flops(torch.nn.functional.linear, torch.zeros(4, 6), torch.zeros(7, 6)) == 4 * 6 * 7
     q = torch.zeros(1, 2, 10, 4, device="meta")
     # q k and attention-weighted v: 2 x 10 x 10 x 4 each; softmax 3 x 2 x 10 x 10; scaling of q and k

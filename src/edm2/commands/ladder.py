@@ -30,6 +30,10 @@ class _Ladder:
     """Training images of each run; default: the preset's. The learning rate's course is stretched or shrunk with it."""
     batch: int | None = None
     """Images a step; default: the preset's."""
+    p_mean: float | None = None
+    """Mean of ln sigma in training, configs B to G; default: the preset's. A keeps the paper's -1.2."""
+    p_std: float | None = None
+    """Standard deviation of ln sigma, likewise; A keeps the paper's 1.2."""
     plan: Annotated[LadderPlan, tyro.conf.arg(name="")] = field(default_factory=LadderPlan)
 
 
@@ -39,6 +43,9 @@ def run(prog: str, words: Sequence[str]) -> None:
     settings = with_length(get_preset(chosen.preset), chosen.images, chosen.batch)
     if chosen.data is not None:
         settings = dataclasses.replace(settings, data=chosen.data)
+    noise = {name: getattr(chosen, name) for name in ("p_mean", "p_std")}
+    given = {name: value for name, value in noise.items() if value is not None}
+    settings = dataclasses.replace(settings, loss=dataclasses.replace(settings.loss, **given))
     rungs = run_ladder(settings, chosen.plan, chosen.out)
     headers, rows = table(rungs)
     lines: list[list[object]] = [[*headers], ["---"] * len(headers), *rows]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _COST_PER_OUTPUT = {
     **dict.fromkeys(("add", "sub", "rsub", "mul", "div", "neg", "reciprocal", "pow"), 1),
     **dict.fromkeys(("sqrt", "rsqrt", "exp", "log", "cos", "sin"), 1),
-    **dict.fromkeys(("clamp", "lerp"), 2),
+    **dict.fromkeys(("clamp", "hardtanh", "lerp"), 2),
     **dict.fromkeys(("silu", "gelu", "softmax"), 3),
     "native_group_norm": 4,
 }
