@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 
 from edm2 import ladder_experiment
@@ -146,6 +147,68 @@ def test_damaged_file_of_an_experiment(tmp_path, settings):
         run_ladder(settings, PLAN, tmp_path, quiet=True)
 
 
+SHORT = dataclasses.replace(
+    PLAN,
+    configs=("G",),
+    seeds=(0,),
+    rate_factors=(1.0,),
+    sigma_rels=(0.1,),
+    search_samples=2,
+    final_samples=2,
+)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_damaged_judgement(tmp_path, settings, content):
+    found = tmp_path / "G" / "seed-0" / "judged.json"
+    found.parent.mkdir(parents=True)
+    found.write_text(content)
+    with pytest.raises(ValueError, match=r"judged.json is damaged .*: delete it to judge this run again"):
+        run_ladder(settings, SHORT, tmp_path, quiet=True)
+
+
+def test_other_images_under_the_same_name(tmp_path, settings):
+    def write(seed):
+        pixels = np.random.default_rng(seed).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
+        np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(40) % 10)
+
+    settings = dataclasses.replace(settings, data=str(tmp_path / "images.npz"))
+    write(0)
+    run_ladder(settings, SHORT, tmp_path / "out", quiet=True)
+    write(1)
+    with pytest.raises(ValueError, match="holds another run"):
+        run_ladder(settings, SHORT, tmp_path / "out", quiet=True)
+
+
+def test_another_process_with_other_configurations(tmp_path, settings):
+    (rung,) = run_ladder(settings, SHORT, tmp_path, quiet=True)
+    written = []
+
+    def look(trained=ladder_experiment.train):
+        def train(*args, **options):
+            written.append(json.loads((tmp_path / "ladder.json").read_text())["configs"])
+            return trained(*args, **options)
+
+        return train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladder_experiment, "train", look())
+        (other,) = run_ladder(settings, dataclasses.replace(SHORT, configs=("F",)), tmp_path, quiet=True)
+    # Beginning empties nothing.
+    assert written == [["G"]]
+    both = run_ladder(settings, dataclasses.replace(SHORT, configs=("F", "G")), tmp_path, quiet=True)
+    assert both == [other, rung]
+
+
+def test_a_single_record_says_nothing_of_growth(tmp_path, settings):
+    settings = dataclasses.replace(settings, record_magnitudes=False, log_images=settings.num_images)
+    (rung,) = run_ladder(settings, SHORT, tmp_path, quiet=True)
+    assert math.isnan(rung.activations[0])
+    assert math.isnan(rung.weights[0])
+    headers, (row,) = table([rung])
+    assert row[headers.index("weights, last/first record")] == "unknown"
+
+
 def test_report(done, settings):
     rungs, out = done
     page = write_ladder_report(rungs, settings, PLAN, out).read_text()
@@ -164,6 +227,8 @@ def test_spread():
     assert spread([2.0]) == "2"
     assert spread([3.0, 1.0, 2.0]) == "2 (1 to 3)"
     assert spread([2.0, 2.0001]) == "2"
+    assert spread([math.nan, 3.0, math.nan, 1.0]) == "2 (1 to 3)"
+    assert spread([math.nan]) == "unknown"
 
 
 def test_diverged_runs_are_named_in_the_figure():

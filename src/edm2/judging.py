@@ -107,13 +107,20 @@ def _parts(rows: np.ndarray) -> Iterator[np.ndarray]:
     return (rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH))
 
 
-def generators(snapshots: Path, sigma_rels: Sequence[float], t: float | None = None) -> Iterator[Generator]:
+def generators(
+    snapshots: Path,
+    sigma_rels: Sequence[float],
+    t: float | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> Iterator[Generator]:
     """Models with several EMA lengths from a run's snapshots, all in the same network, one after the other.
 
     Args:
         snapshots: folder of a run's snapshots.
         sigma_rels: wanted lengths.
         t: time in images; default: that of the last snapshot.
+        device: where images are made.
 
     Yields:
         A generator for each length; it is another one's as soon as the next is asked for. Lengths that come out
@@ -123,7 +130,7 @@ def generators(snapshots: Path, sigma_rels: Sequence[float], t: float | None = N
     for result in reconstruct_many(snapshots, sigma_rels, t, warn_above=math.inf):
         assert result.metadata is not None
         if denoiser is None:
-            denoiser = Denoiser(**result.metadata["network"]).eval().requires_grad_(False)
+            denoiser = Denoiser(**result.metadata["network"]).to(device).eval().requires_grad_(False)
             use_channels_last(denoiser)
         denoiser.load_state_dict(result.tensors)
         info = {**result.metadata["info"], "sigma_rel": result.sigma_rel}

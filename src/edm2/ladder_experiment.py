@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from edm2.data import open_dataset
 from edm2.diffusion import SamplerName, find_sampler
 from edm2.ema.profiles import sigma_rel_to_gamma
 from edm2.files import write_json
@@ -23,6 +23,7 @@ from edm2.generate import Generator
 from edm2.judging import Judge, generators
 from edm2.nn import CONFIGS
 from edm2.train import TrainConfig, train
+from edm2.train.build import open_training_data, pick_device
 from edm2.train.ladder import with_config
 from edm2.train.run_folder import MAGNITUDES_FILE, SNAPSHOTS, flat_settings, read_log
 
@@ -99,7 +100,8 @@ class Rung:
         by_length: Frechet distance in the search by EMA length, of each seed.
         images_per_second: of each seed.
         activations: RMS of block outputs, the largest block's, in the last record over the first, of each seed. The
-            first record is not that of the initial network: it comes after the first `log_images` of training.
+            first record is not that of the initial network: it comes after the first `log_images` of training; NaN
+            where it is the only one.
         weights: RMS of the weights, likewise.
         num_params: parameters.
     """
@@ -124,11 +126,12 @@ def run_ladder(
     Args:
         settings: of config G; the others are made of it by `edm2.train.ladder.with_config`.
         plan: see `LadderPlan`.
-        out: folder for runs and `ladder.json`.
+        out: folder for runs and `ladder.json`. Several processes may share it, each with its own configurations;
+            a last call with all of them puts the results together.
         quiet: show no progress.
 
     Returns:
-        One rung a configuration, in the plan's order.
+        One rung a configuration, in the plan's order; `ladder.json` holds the same.
 
     Raises:
         ValueError: for data without classes, settings that do not fit every configuration, or a folder that
@@ -136,7 +139,7 @@ def run_ladder(
     """
     out = Path(out)
     _check_folder(out, settings, plan)
-    dataset = open_dataset(settings.data, labels=settings.dataset.labels, pad_to=settings.dataset.pad_to)
+    dataset = open_training_data(settings)
     if not dataset.num_classes:
         raise ValueError(
             f"{settings.data} has no classes: the features to compare in come from a classifier of them; give labels"
@@ -144,7 +147,8 @@ def run_ladder(
     prepared = {letter: with_config(settings, letter) for letter in plan.configs}
     judge = Judge(dataset)
     rungs: list[Rung] = []
-    _write(out, settings, plan, rungs)
+    if not (out / _FILE).exists():
+        _write(out, settings, plan, rungs)
     for letter, own in prepared.items():
         rung = Rung(config=letter)
         for factor in plan.rate_factors if len(plan.rate_factors) > 1 else ():
@@ -159,7 +163,7 @@ def run_ladder(
         for seed in plan.seeds:
             config = _with_rate(own, rung.rate_factor, own.num_images, seed)
             found = _trained(config, plan, judge, out / letter / f"seed-{seed}", quiet, final=True)
-            rung.num_params = found.pop("num_params")
+            rung.num_params = max(rung.num_params, found.pop("num_params"))
             for name, value in found.items():
                 getattr(rung, name).append(value)
         rungs.append(rung)
@@ -238,26 +242,32 @@ def _with_rate(config: TrainConfig, factor: float, num_images: int, seed: int) -
     optimizer = dataclasses.replace(config.optimizer, ref_lr=config.optimizer.ref_lr * factor)
     # Enough snapshots for every length, however short the run is.
     every = max(num_images // _MOMENTS, config.batch_size)
-    return dataclasses.replace(config, optimizer=optimizer, seed=seed, snapshot_images=every)
+    return dataclasses.replace(
+        config, optimizer=optimizer, seed=seed, snapshot_images=every, record_magnitudes=True
+    )
 
 
 def _trained(
     config: TrainConfig, plan: LadderPlan, judge: Judge, run: Path, quiet: bool, *, final: bool = False
 ) -> dict[str, Any]:
-    """Train one run and judge it, or read what was found before with the same settings."""
-    identity = json.dumps([_settings(config, plan), final], sort_keys=True)
+    """Train one run and judge it, or read what was found before with the same settings and images."""
+    identity = json.dumps([_settings(config, plan), final, judge.fingerprint], sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()
     cache = run / "judged.json"
     if cache.exists():
-        known = json.loads(cache.read_text())
-        if known.pop("key") == key:
+        try:
+            known = json.loads(cache.read_text())
+            same = known.pop("key") == key
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{cache} is damaged ({error}): delete it to judge this run again") from error
+        if same:
             return known
     try:
         train(config, run, quiet=quiet)
     except FloatingPointError:
         found = _diverged(plan)
     else:
-        found = _judged(run, plan, judge, final)
+        found = _judged(run, plan, judge, final, pick_device(config.device))
     write_json(cache, {"key": key, **found})
     return found
 
@@ -268,23 +278,27 @@ def _diverged(plan: LadderPlan) -> dict[str, Any]:
             "images_per_second": math.nan, "activations": math.inf, "weights": math.inf, "num_params": 0}  # fmt: skip
 
 
-def _judged(run: Path, plan: LadderPlan, judge: Judge, final: bool) -> dict[str, Any]:
+def _judged(run: Path, plan: LadderPlan, judge: Judge, final: bool, device: torch.device) -> dict[str, Any]:
     search = range(_SEARCH_SEED, _SEARCH_SEED + plan.search_samples)
-    by_length = [_score(judge, g, search, plan) for g in generators(run / SNAPSHOTS, plan.sigma_rels)]
+    tried = generators(run / SNAPSHOTS, plan.sigma_rels, device=device)
+    by_length = [_score(judge, generator, search, plan) for generator in tried]
     if not final:
         return {"by_length": by_length}
     best = plan.sigma_rels[int(np.argmin(by_length))]
-    (generator,) = generators(run / SNAPSHOTS, [best])
+    (generator,) = generators(run / SNAPSHOTS, [best], device=device)
     seeds = range(_FINAL_SEED, _FINAL_SEED + plan.final_samples)
     magnitudes, log = read_log(run, MAGNITUDES_FILE), read_log(run)
+    first, last = magnitudes[0], magnitudes[-1]
+    several = len(magnitudes) > 1
     return {
         "by_length": by_length,
         "frechet": _score(judge, generator, seeds, plan),
         "sigma_rel": best,
         "images_per_second": log[-1]["images_per_second"],
-        "activations": max(magnitudes[-1]["activations"].values())
-        / max(magnitudes[0]["activations"].values()),
-        "weights": _rms(magnitudes[-1]["weights"]) / _rms(magnitudes[0]["weights"]),
+        "activations": max(last["activations"].values()) / max(first["activations"].values())
+        if several
+        else math.nan,
+        "weights": _rms(last["weights"]) / _rms(first["weights"]) if several else math.nan,
         "num_params": sum(p.numel() for p in generator.denoiser.parameters()),
     }
 
@@ -306,6 +320,9 @@ def _line(rung: Rung) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median, and the range where the values differ."""
-    low, middle, high = (f"{f(values):.3g}" for f in (min, statistics.median, max))
+    """Median, and the range where the values differ; those that are not known, NaN, do not count."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "unknown"
+    low, middle, high = (f"{f(known):.3g}" for f in (min, statistics.median, max))
     return middle if low == high else f"{middle} ({low} to {high})"

@@ -3,7 +3,6 @@
 Ref: EDM2 Table 1, Fig. 3.
 """
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,8 +47,7 @@ def write_ladder_report(
     page.table(*table(rungs))
     page.text(
         f"Magnitudes are those of the last record over those of the first, which comes after {settings.log_images:,} "
-        "images: what changed before that is not in them. Speeds are those of each run's last stretch between two "
-        "lines of its log."
+        "images: what changed before that is not in them. Speeds are means over each run's last session."
     )
     page.text(" ".join(_at_the_edge(rungs, plan)))
     page.figure(
@@ -109,7 +107,7 @@ def table(rungs: Sequence[Rung]) -> tuple[list[str], list[list[object]]]:
     rows: list[list[object]] = [
         [
             rung.config, CONFIGS[rung.config].title, spread(rung.frechet), spread(rung.sigma_rel),
-            f"{rung.rate_factor:g}", f"{statistics.median(rung.images_per_second):.0f}", spread(rung.activations),
+            f"{rung.rate_factor:g}", spread(rung.images_per_second), spread(rung.activations),
             spread(rung.weights), f"{rung.num_params:,}", f"{PAPER_FID[rung.config]:.2f}",
         ]
         for rung in rungs

@@ -100,7 +100,7 @@ def test_parameters_and_gflops_of_every_size(channels):
         assert tuple(sum(p.numel() for p in net.parameters()) for net in nets) == expected[:4]
         for net, gflops in ((nets[0], expected[4]), (nets[2], expected[5])):
             inputs = torch.zeros(1, net.img_channels, 64, 64), torch.ones(1), torch.zeros(1, 1000)
-            assert count_flops(net, *inputs) / 1e9 == pytest.approx(gflops, rel=5e-3)
+            assert count_flops(net, *inputs) / 1e9 == pytest.approx(gflops, rel=1e-3)
 
 
 def test_untrained_denoiser_is_c_skip_x():

@@ -51,8 +51,9 @@ COUNTS = {
 }
 COUNTS["D"] = COUNTS["E"] = COUNTS["C"]
 HEAD = {"A": 0, "B": 129, **dict.fromkeys("CDEFG", 128)}
-# LADDER section 1, S at 64x64x4 with 1000 classes.
+# LADDER section 1, S at 64x64x4 with 1000 classes: counted layer by layer, and as the paper prints them.
 GFLOPS = dict(A=110.154, B=100.129, C=100.026, D=100.884, E=100.884, F=101.847, G=101.918)
+PRINTED_GFLOPS = dict(A=110.4, B=100.4, C=100.3, D=101.2, E=101.2, F=102.1, G=102.2)
 
 
 def make(config, resolution=8, channels=1, label_dim=0, **options):
@@ -77,7 +78,8 @@ def test_gflops(config):
     with torch.device("meta"):
         net = Denoiser(64, 4, 1000, config=config).eval()
         flops = count_flops(net, torch.zeros(1, 4, 64, 64), torch.ones(1), torch.zeros(1, 1000))
-    assert flops / 1e9 == pytest.approx(GFLOPS[config], rel=5e-3)
+    assert flops / 1e9 == pytest.approx(GFLOPS[config], rel=1e-3)
+    assert flops / 1e9 == pytest.approx(PRINTED_GFLOPS[config], rel=5e-3)
 
 
 @pytest.mark.parametrize("config", "AB")

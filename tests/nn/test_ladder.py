@@ -267,6 +267,8 @@ def test_open_choices_change_what_they_name(inputs, speak):
         ("A", dict(dropout=1.0), r"dropout 1.0 must be in \[0, 1\)"),
         ("E", dict(clip_act=0), "clip_act 0 must be above 0, or None"),
         ("C", dict(init_bound=0), "init_bound 0 must be above 0"),
+        ("C", dict(init_bound="kaiming"), "init_bound 'kaiming' must be above 0"),
+        ("G", dict(res_balance=None), r"res_balance None must be in \[0, 1\]"),
         ("A", dict(fp32_attention="some"), "fp32_attention 'some' must be 'logits', 'block' or None"),
         ("G", dict(label_balance=1.5), r"label_balance 1.5 must be in \[0, 1\]"),
         ("A", dict(channels_per_group=0), "channels_per_group 0 must be at least 1"),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from edm2.nn import UNet, count_flops
+from edm2.nn import MPConv, UNet, count_flops
 from edm2.nn.unet import level_resolutions
 
 TINY = dict(model_channels=16, channel_mult=(1, 2), num_blocks=1, channels_per_head=16)
@@ -123,3 +123,8 @@ def test_count_flops_closed_forms():
     # q k and attention-weighted v: 2 x 10 x 10 x 4 each; softmax 3 x 2 x 10 x 10; scaling of q and k
     attention = count_flops(torch.nn.functional.scaled_dot_product_attention, q, q, q)
     assert attention == 2 * 800 + 3 * 200 + 2 * 80
+    with torch.device("meta"):
+        layer = MPConv(6, 7)
+        # The product; a norm, a division and a scale of each weight; the bookkeeping of seven norms.
+        normalised = count_flops(layer.eval(), torch.zeros(4, 6))
+    assert 4 * 6 * 7 + 3 * 6 * 7 <= normalised <= 4 * 6 * 7 + 3 * 6 * 7 + 5 * 7

@@ -35,7 +35,7 @@ def test_measures_the_digits_preset(tmp_path, monkeypatch):
     config = dataclasses.replace(get_preset("digits"), batch_size=4)
     cost = dry_run(config, steps=1)
     assert cost.num_params == 1_008_239
-    assert cost.flops == pytest.approx(0.0282e9, rel=0.01)
+    assert cost.flops == pytest.approx(0.0292e9, rel=0.01)
     # Weights, gradients, two moments, two averages and, for more than 8,192 updates, their window, in float32.
     assert cost.state_bytes == 7 * 4 * 1_008_239
     times = -(-config.num_images // config.snapshot_images)

@@ -36,6 +36,16 @@ def test_what_changes_from_step_to_step():
     assert all(getattr(s, name) == getattr(settings, name) for s in ladder.values() for name in same)
 
 
+@pytest.mark.parametrize(
+    ("preset", "of_g"), [("edm2-img512-s", 0.0), ("edm2-img512-m", 0.1), ("digits", None)]
+)
+def test_dropout_is_the_configurations_own(preset, of_g):
+    settings = get_preset(preset)
+    found = {letter: with_config(settings, letter).network.dropout for letter in "ABCDEFG"}
+    # None: the network's own, 0.1 in A to F.
+    assert found == dict.fromkeys("ABCDEF", of_g or None) | {"G": of_g}
+
+
 def test_runs_of_different_configurations_are_different_runs():
     settings = get_preset("digits")
     assert len({with_config(settings, letter).run_id("x") for letter in "ABCDEFG"}) == 7

@@ -2,7 +2,8 @@
 
 Convention (EDM2 App. D.5): one operation per multiply-accumulate, one per output element of elementwise
 arithmetic, three for SiLU and softmax, two for a clamp, the input size for a norm or a mean; casts, reshapes,
-copies and concatenations are free.
+copies and concatenations are free. A normalised weight is divided by its norm and then multiplied by its scale, as in
+the paper's equations, though `NormalizedConv` does both at once.
 """
 
 import math
@@ -11,7 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from edm2.nn.layers import NormalizedConv
 
 _COST_PER_OUTPUT = {
     **dict.fromkeys(("add", "sub", "rsub", "mul", "div", "neg", "reciprocal", "pow"), 1),
@@ -36,16 +40,26 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
         >>> with torch.device("meta"):
         ...     flops = count_flops(UNet(64, 4, 1000).eval(), torch.zeros(1, 4, 64, 64), torch.zeros(1))
     """
-    with torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH), _Counter() as counter:
+    counter = _Counter()
+
+    def add_scaling(module: nn.Module, _: Any) -> None:
+        if isinstance(module, NormalizedConv):
+            counter.total += module.weight.numel()
+
+    with (
+        torch.no_grad(),
+        nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH),
+        register_module_forward_pre_hook(add_scaling),
+        counter,
+    ):
         function(*args, **kwargs)
-    total: int = counter.total
-    return total
+    return counter.total
 
 
 class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.total: int = 0
 
     def __torch_dispatch__(
         self,

@@ -259,18 +259,22 @@ def get_features(config: str = "G", **options: Any) -> Features:
 
 
 def _check(features: Features) -> None:
-    f = features
-    rules = [
-        ("dropout", 0 <= f.dropout < 1, "in [0, 1)"),
-        ("clip_act", f.clip_act is None or f.clip_act > 0, "above 0, or None for no bound"),
-        ("channels_per_group", f.channels_per_group is None or f.channels_per_group >= 1, "at least 1"),
-        ("init_bound", f.init_bound > 0, "above 0"),
-        ("fp32_attention", f.fp32_attention in (None, "logits", "block"), "'logits', 'block' or None"),
-        *((n, 0 <= getattr(f, n) <= 1, "in [0, 1]") for n in _OPTIONS if n.endswith("_balance")),
-    ]  # fmt: skip
+    rules: list[tuple[str, Callable[[Any], bool], str]] = [
+        ("dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
+        ("clip_act", lambda v: v is None or v > 0, "above 0, or None for no bound"),
+        ("channels_per_group", lambda v: v is None or v >= 1, "at least 1, or None"),
+        ("init_bound", lambda v: v > 0, "above 0"),
+        ("fp32_attention", lambda v: v in (None, "logits", "block"), "'logits', 'block' or None"),
+        *((name, lambda v: 0 <= v <= 1, "in [0, 1]") for name in _OPTIONS if name.endswith("_balance")),
+    ]
     for name, holds, rule in rules:
-        if not holds:
-            raise ValueError(f"{name} {getattr(f, name)!r} must be {rule}")
+        value = getattr(features, name)
+        try:
+            fits = holds(value)
+        except TypeError:  # a text, or None, where a number is compared
+            fits = False
+        if not fits:
+            raise ValueError(f"{name} {value!r} must be {rule}")
 
 
 def _names(config: str) -> str:

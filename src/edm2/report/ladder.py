@@ -73,19 +73,20 @@ def length_curves(sigma_rels: Sequence[float], scores: Mapping[str, Sequence[flo
     """Distance against EMA length, a curve each configuration.
 
     Args:
-        sigma_rels: relative EMA lengths, increasing.
-        scores: configuration -> score at each length; one without a finite value is left out.
+        sigma_rels: relative EMA lengths.
+        scores: configuration -> score at each length, left out where one of them is not finite.
 
     Returns:
         The figure.
     """
     figure, (ax,) = new_figure()
     ax.set_yscale("log")
+    order = np.argsort(sigma_rels)
     for i, (letter, curve) in enumerate(scores.items()):
         if np.isfinite(curve).all():
             ax.plot(
-                100 * np.asarray(sigma_rels),
-                curve,
+                100 * np.asarray(sigma_rels)[order],
+                np.asarray(curve)[order],
                 "o-",
                 markersize=3,
                 color=SERIES[i % len(SERIES)],

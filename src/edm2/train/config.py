@@ -74,7 +74,7 @@ class NetworkConfig:
     num_blocks: int = 3
     """Residual blocks a level."""
     attn_resolutions: tuple[int, ...] | None = None
-    """Resolutions with attention; by default those of 16 and 8 that occur."""
+    """Resolutions with attention; by default those of 16 and 8 that occur, for config A also 32."""
     channels_per_head: int = 64
     """Width of an attention head."""
     dropout: float | None = None
@@ -161,7 +161,8 @@ class TrainConfig:
     microbatch: int | None = None
     """Images a forward pass, a divisor of batch; smaller takes less memory. Default: the whole batch."""
     architecture: Annotated[Literal["A", "B", "C", "D", "E", "F", "G"], _NAME(name="config")] = "G"
-    """Configuration of the paper's ladder; it also changes the defaults of loss and optimiser."""
+    """Configuration of the paper's ladder. On the command line it also changes the preset's rate, noise levels and
+    dropout as the paper does; in Python, `edm2.train.ladder.with_config` does."""
     seed: int = 0
     """Seed of the weights, the order of images, noise and dropout."""
     snapshot_images: int | None = None

@@ -27,7 +27,8 @@ def with_config(settings: TrainConfig, config: str) -> TrainConfig:
 
     What the paper changes from one configuration to the next is changed in proportion: the learning rate by the
     ratio of the paper's rates, its decay where the paper has one, Adam's betas, the factor on the loss, and
-    config A's noise distribution. Lengths, batch, network size and seeds stay.
+    config A's noise distribution. Where the settings have G's dropout, 0, the others get theirs, 0.1. Lengths, batch,
+    network size, the resolutions with attention where the settings name them, and seeds stay.
 
     Args:
         settings: of config G.
@@ -57,10 +58,14 @@ def with_config(settings: TrainConfig, config: str) -> TrainConfig:
     loss = settings.loss
     if (rules.p_mean, rules.p_std) != (published.p_mean, published.p_std):
         loss = dataclasses.replace(loss, p_mean=rules.p_mean, p_std=rules.p_std)
+    network = settings.network
+    if config != "G" and network.dropout == 0:
+        network = dataclasses.replace(network, dropout=None)
     return dataclasses.replace(
         settings,
         architecture=cast(Any, rules.config),
         loss_scaling=rules.loss_scaling,
+        network=network,
         optimizer=optimizer,
         loss=loss,
     )
