@@ -42,6 +42,8 @@ class LadderPlan:
     Attributes:
         configs: letters, in the order of the table.
         seeds: of the training runs.
+        dropout: probability in every configuration; default: each one's own, 0.1 in A to F unless the settings say
+            another, 0 in G.
         rate_factors: tried on the learning rate that the paper's proportions give, in runs of their own; the
             factor with the lowest Frechet distance is used. One factor: no search.
         rate_images: length of these runs.
@@ -54,6 +56,7 @@ class LadderPlan:
 
     configs: tuple[str, ...] = tuple(CONFIGS)
     seeds: tuple[int, ...] = (0, 1, 2)
+    dropout: float | None = None
     rate_factors: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
     rate_images: int = 10_000
     sigma_rels: tuple[float, ...] = (0.03, 0.05, 0.075, 0.10, 0.14, 0.20, 0.25)
@@ -144,7 +147,7 @@ def run_ladder(
         raise ValueError(
             f"{settings.data} has no classes: the features to compare in come from a classifier of them; give labels"
         )
-    prepared = {letter: with_config(settings, letter) for letter in plan.configs}
+    prepared = {letter: _prepared(settings, letter, plan) for letter in plan.configs}
     judge = Judge(dataset)
     rungs: list[Rung] = []
     if not (out / _FILE).exists():
@@ -235,6 +238,13 @@ def _write(out: Path, settings: TrainConfig, plan: LadderPlan, rungs: Sequence[R
         "rungs": [dataclasses.asdict(rung) for rung in rungs],
     }
     write_json(out / _FILE, content)
+
+
+def _prepared(settings: TrainConfig, letter: str, plan: LadderPlan) -> TrainConfig:
+    config = with_config(settings, letter)
+    if plan.dropout is None:
+        return config
+    return dataclasses.replace(config, network=dataclasses.replace(config.network, dropout=plan.dropout))
 
 
 def _with_rate(config: TrainConfig, factor: float, num_images: int, seed: int) -> TrainConfig:

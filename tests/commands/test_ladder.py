@@ -36,8 +36,16 @@ def test_noise_levels_are_those_of_b_to_g(tmp_path):
     }
 
 
-@pytest.mark.parametrize("words", ["--p-std 0", "--p-mean nan"])
-def test_noise_levels_that_cannot_be(tmp_path, capsys, words):
+def test_one_dropout_for_all(tmp_path):
+    words = "--images 32 --seeds 0 --configs F G --rate-factors 1 --sigma-rels 0.1 --search-samples 4"
+    words += " --final-samples 4 --num-steps 1 --dropout 0.05"
+    main(["ladder", *words.split(), "--out", str(tmp_path)])
+    runs = [json.loads((tmp_path / c / "seed-0" / "config.json").read_text())["identity"] for c in "FG"]
+    assert [run["network"]["dropout"] for run in runs] == [0.05, 0.05]
+
+
+@pytest.mark.parametrize("words", ["--p-std 0", "--p-mean nan", "--dropout 1"])
+def test_settings_that_cannot_be(tmp_path, capsys, words):
     with pytest.raises(SystemExit) as stop:
         main(["ladder", *words.split(), "--out", str(tmp_path / "ladder")])
     assert stop.value.code == 2
