@@ -23,7 +23,7 @@ from edm2.metrics import (
     squared_mmd,
 )
 from edm2.metrics.measure import KEPT_FEATURES, kept_rows
-from edm2.nn import use_channels_last
+from edm2.nn import faster_channels_last, use_channels_last
 from edm2.train.coding import Coding
 from edm2.tuned import FRECHET, OWN_CLASSIFIER
 
@@ -131,7 +131,8 @@ def generators(
         assert result.metadata is not None
         if denoiser is None:
             denoiser = Denoiser(**result.metadata["network"]).to(device).eval().requires_grad_(False)
-            use_channels_last(denoiser)
+            if faster_channels_last(denoiser):
+                use_channels_last(denoiser)
         denoiser.load_state_dict(result.tensors)
         info = {**result.metadata["info"], "sigma_rel": result.sigma_rel}
         yield Generator(denoiser, Coding.from_json(info["coding"]), info)

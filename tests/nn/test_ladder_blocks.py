@@ -5,7 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from edm2.nn import Block, GroupNormBlock, PlainConv, Positional, RMSGroupNorm, get_features, rms
+from edm2.nn import (
+    Block,
+    GroupNormBlock,
+    PlainConv,
+    Positional,
+    RMSGroupNorm,
+    get_features,
+    normalize,
+    rms,
+    rms_norm,
+)
 from edm2.nn.plain_layers import group_count
 
 
@@ -101,6 +111,30 @@ def test_rms_group_norm_keeps_the_mean_and_unit_magnitude():
     y = RMSGroupNorm(48, 16)(x.half() * 1000)  # squares are beyond float16
     assert y.dtype == torch.float16
     assert torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inside", "norm"), [(True, rms_norm), (False, normalize)])
+def test_rms_group_norm_by_channels_equals_that_of_whole_groups(layout, dtype, inside, norm):
+    g = torch.Generator().manual_seed(0)
+    x = (1 + torch.randn(2, 12, 6, 6, generator=g)).to(dtype).contiguous(memory_format=layout)
+    x[0, :4] *= 1e-3  # where eps matters
+    factor = torch.randn(x.shape, generator=g).to(dtype)
+    found, expected = [], []
+    for results, function in (
+        (found, RMSGroupNorm(12, 4, eps_inside_root=inside)),
+        (expected, lambda x: norm(x.unflatten(1, (3, 4)), (2, 3, 4)).flatten(1, 2)),
+    ):
+        given = x.clone().requires_grad_()
+        y = function(given)
+        (y * factor).sum().backward()
+        results.extend([y.detach(), given.grad])
+    assert found[0].is_contiguous(memory_format=layout)
+    rounding = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.02, atol=0.02)
+    for a, b in zip(found, expected, strict=True):
+        scale = float(b.abs().max())
+        assert torch.allclose(a / scale, b / scale, **rounding)
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(192, 32), (1344, 32), (64, 16), (144, 24), (6, 1), (2, 1)])

@@ -14,7 +14,7 @@ from edm2.data import LatentDecoder
 from edm2.diffusion import Denoiser, DenoiserFn, WithoutLabels, find_sampler, load_model
 from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.generate.reconstructed import read_info, reconstruct_denoiser
-from edm2.nn import keyed_normal, use_channels_last
+from edm2.nn import faster_channels_last, keyed_normal, use_channels_last
 from edm2.train.coding import Coding
 
 _PRECISIONS = ("float32", "bfloat16", "float16")
@@ -104,7 +104,8 @@ class Generator:
             denoiser, info = reconstruct_denoiser(path, sigma_rel, num_images)
             denoiser.to(device)
         denoiser.dtype = getattr(torch, precision)
-        use_channels_last(denoiser)
+        if faster_channels_last(denoiser):
+            use_channels_last(denoiser)
         return cls(denoiser, coding, info, fix_weights=True, compile=compile, decoder=decoder)
 
     def to(self, device: torch.device | str) -> "Generator":

@@ -6,7 +6,8 @@ from edm2.nn.functional import mp_cat, mp_silu, mp_sum, normalize, resample, rms
 from edm2.nn.group_norm_block import GroupNormBlock
 from edm2.nn.keyed_random import keyed_bits, keyed_dropout, keyed_normal, keyed_uniform
 from edm2.nn.ladder import CONFIGS, Features, get_features
-from edm2.nn.layers import ForcedWeightNorm, Fourier, MPConv, MPFourier, NormalizedConv, use_channels_last
+from edm2.nn.layers import ForcedWeightNorm, Fourier, MPConv, MPFourier, NormalizedConv
+from edm2.nn.layout import faster_channels_last, use_channels_last
 from edm2.nn.plain_layers import GroupNorm, PlainConv, Positional, RMSGroupNorm
 from edm2.nn.unet import UNet
 
@@ -26,6 +27,7 @@ __all__ = [
     "RMSGroupNorm",
     "UNet",
     "count_flops",
+    "faster_channels_last",
     "get_features",
     "keyed_bits",
     "keyed_dropout",

@@ -147,16 +147,6 @@ def check_kernel(kernel: Sequence[int]) -> None:
         )
 
 
-def use_channels_last(module: nn.Module) -> None:
-    """Store convolution weights channels last, which makes convolutions faster on most machines.
-
-    Changes no value. Activations follow the layout of the input images.
-    """
-    for parameter in module.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-
-
 class ForcedWeightNorm:
     """Forced weight normalisation of a whole model as one pass over its weights, called once a step.
 

@@ -190,8 +190,8 @@ class TrainConfig:
     ema_device: Literal["auto", "model", "cpu"] = "auto"
     """Where the averages live: beside the weights, or in host memory. auto: in host memory where they would take more
     than a quarter of the device's free memory."""
-    channels_last: bool = True
-    """Memory format of convolutions; faster on most machines."""
+    channels_last: bool | None = None
+    """Memory format of convolutions. Default: what is faster, channels last in all cases but A and B on the CPU."""
     sharding: Literal["none", "full"] = "none"
     """With several processes. none: each holds the whole network (DDP). full: each holds a part of it (FSDP2)."""
     checkpoint_activations: bool = False

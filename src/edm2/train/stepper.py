@@ -11,7 +11,7 @@ from torch import Tensor
 from edm2.data import Augmentation, Batch, Batches, ImageDataset, mirror
 from edm2.diffusion import Denoiser, draw_sigma, edm2_loss
 from edm2.ema.tensors import is_sharded
-from edm2.nn import ForcedWeightNorm, keyed_normal, use_channels_last
+from edm2.nn import ForcedWeightNorm, faster_channels_last, keyed_normal, use_channels_last
 from edm2.train.build import checkpoint_activations
 from edm2.train.coding import Coding
 from edm2.train.config import TrainConfig
@@ -59,7 +59,9 @@ class Stepper:
         if config.checkpoint_activations:
             checkpoint_activations(blocks_of(self.denoiser))
         sharded = config.sharding == "full" and world.size > 1
-        if config.channels_last and not sharded:  # FSDP2 takes contiguous weights only
+        last = faster_channels_last(self.denoiser) if config.channels_last is None else config.channels_last
+        self._layout = torch.channels_last if last else torch.contiguous_format
+        if last and not sharded:  # FSDP2 takes contiguous weights only
             use_channels_last(self.denoiser)
         if sharded:
             shard(self.denoiser, world)
@@ -178,10 +180,9 @@ class Stepper:
             where, p_mean=config.loss.p_mean, p_std=config.loss.p_std, seed=config.seed, stream=_SIGMA
         )
         noise = keyed_normal(where, images.shape[1:], seed=config.seed, stream=_NOISE)
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
         return edm2_loss(
             forward,
-            images.to(memory_format=layout),
+            images.to(memory_format=self._layout),
             labels,
             sigma,
             noise,
