@@ -10,7 +10,7 @@ from edm2.generate import Generator
 from edm2.ladder_experiment import LadderPlan, run_ladder, spread, with_length
 from edm2.ladder_report import table, write_ladder_report
 from edm2.presets import get_preset
-from edm2.report.ladder import ladder_figure
+from edm2.report.ladder import ladder_figure, length_curves
 from edm2.train.ladder import with_config
 from edm2.train.signals import Stopped
 
@@ -217,7 +217,7 @@ def test_report(done, settings):
     assert f"of the first, which comes after {settings.log_images:,} images" in page
     # Of two rates and two lengths each is the first or the last.
     for rung in rungs:
-        assert f"{rung.config}: the best rate factor, 1, is the last one tried." in page
+        assert f"{rung.config}: the best rate factor, 1, lies at an end of those tried." in page
         assert f"{rung.config}: a best EMA length, " in page
     headers, rows = table(rungs)
     assert all(len(row) == len(headers) for row in rows)
@@ -234,8 +234,35 @@ def test_spread():
 def test_diverged_runs_are_named_in_the_figure():
     figure = ladder_figure({"A": [math.inf, 2.0], "B": [1.0, 3.0]}, {"A": 8.0, "B": 7.0})
     assert "1 diverged" in [text.get_text() for text in figure.axes[0].texts]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a run", "median"]
     with pytest.raises(ValueError, match="no value is finite"):
         ladder_figure({"A": [math.inf]}, {"A": 8.0})
+    with pytest.raises(ValueError, match="leave out those that diverged"):
+        length_curves([0.05, 0.1], {"A": [math.inf, 2.0]})
+
+
+def test_everything_diverged(tmp_path, settings):
+    plan = dataclasses.replace(SHORT, configs=("C", "G"), rate_factors=(1e30,))
+    rungs = run_ladder(settings, plan, tmp_path, quiet=True)
+    assert [rung.frechet for rung in rungs] == [[math.inf], [math.inf]]
+    headers, (row,) = table([dataclasses.replace(rungs[0], num_params=0)])
+    assert row[headers.index("parameters")] == "unknown"
+    page = write_ladder_report(rungs, settings, plan, tmp_path).read_text()
+    assert "Every run diverged: try lower rate factors." in page
+    assert "Left out, since a distance is not finite: C, G." in page
+
+
+def test_other_lengths_are_made_of_the_same_runs(tmp_path, settings, monkeypatch):
+    plan = dataclasses.replace(SHORT, sigma_rels=(0.001,))
+    with pytest.raises(ValueError, match=r"sigma_rel 0\.001 .* cannot be expressed"):
+        run_ladder(settings, plan, tmp_path, quiet=True)
+    steps, trained = [], ladder_experiment.train
+    monkeypatch.setattr(
+        ladder_experiment, "train", lambda *a, **options: trained(*a, on_step=steps.append, **options)
+    )
+    (rung,) = run_ladder(settings, dataclasses.replace(plan, sigma_rels=(0.1,)), tmp_path, quiet=True)
+    assert rung.sigma_rel == [0.1]
+    assert not steps
 
 
 @pytest.mark.parametrize(
@@ -250,7 +277,9 @@ def test_diverged_runs_are_named_in_the_figure():
         (dict(seeds=(0, 1000)), "seed 1000 is that of the search for rates: choose others"),
         (dict(search_samples=1_000_001), "search_samples 1000001 must be at most 1000000"),
         (dict(sampler="plms"), "unknown sampler 'plms': there are heun, euler, dpmpp-2m"),
-        (dict(rate_factors=(0.0,)), r"rate_factors \(0.0,\) must be above 0"),
+        (dict(rate_factors=(0.0,)), r"rate_factors \(0.0,\) must be above 0 and finite"),
+        (dict(rate_factors=(1.0, math.nan)), r"rate_factors \(1.0, nan\) must be above 0 and finite"),
+        (dict(seeds=(0, -1)), r"seeds \(0, -1\) must be 0 or more"),
     ],
 )
 def test_bad_plans(changes, message):

@@ -80,8 +80,10 @@ class LadderPlan:
         sigma_rel_to_gamma(self.sigma_rels)
         if _RATE_RUN_SEED in self.seeds:
             raise ValueError(f"seed {_RATE_RUN_SEED} is that of the search for rates: choose others")
-        if min(self.rate_factors) <= 0:
-            raise ValueError(f"rate_factors {self.rate_factors} must be above 0")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds {self.seeds} must be 0 or more")
+        if not all(0 < factor < math.inf for factor in self.rate_factors):
+            raise ValueError(f"rate_factors {self.rate_factors} must be above 0 and finite")
         if self.search_samples > _FINAL_SEED - _SEARCH_SEED:
             raise ValueError(
                 f"search_samples {self.search_samples} must be at most {_FINAL_SEED - _SEARCH_SEED}: more would be "
@@ -106,7 +108,7 @@ class Rung:
             first record is not that of the initial network: it comes after the first `log_images` of training; NaN
             where it is the only one.
         weights: RMS of the weights, likewise.
-        num_params: parameters.
+        num_params: parameters; 0 where every run diverged.
     """
 
     config: str
@@ -207,7 +209,10 @@ def with_length(
 
 
 def _settings(settings: TrainConfig, plan: LadderPlan) -> dict[str, Any]:
-    """What must stay the same when an experiment is continued; configurations and seeds may be added."""
+    """What must stay the same when an experiment is continued; configurations and seeds may be added.
+
+    But for the EMA lengths, which cost no training: with others, everything is judged again.
+    """
     judged = {k: v for k, v in dataclasses.asdict(plan).items() if k not in ("configs", "seeds")}
     trained = {"num_images": settings.num_images, **settings.identity()}
     return json.loads(json.dumps({"plan": judged, "training": trained}))
@@ -221,7 +226,9 @@ def _check_folder(out: Path, settings: TrainConfig, plan: LadderPlan) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{out / _FILE} is damaged ({error}): move it away to continue the runs") from error
     given = flat_settings(_settings(settings, plan))
-    other = [name for name in sorted(known.keys() | given.keys()) if known.get(name) != given.get(name)]
+    # Other lengths can be made of the same runs, which are then judged again.
+    fixed = sorted((known.keys() | given.keys()) - {"plan.sigma_rels"})
+    other = [name for name in fixed if known.get(name) != given.get(name)]
     if other:
         parts = [f"{name} {known.get(name)} there, {given.get(name)} here" for name in other[:4]]
         raise ValueError(

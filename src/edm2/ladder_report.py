@@ -6,6 +6,8 @@ Ref: EDM2 Table 1, Fig. 3.
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from edm2.ladder_experiment import LadderPlan, Rung, spread
 from edm2.nn import CONFIGS
 from edm2.report import Page
@@ -50,17 +52,26 @@ def write_ladder_report(
         "images: what changed before that is not in them. Speeds are means over each run's last session."
     )
     page.text(" ".join(_at_the_edge(rungs, plan)))
-    page.figure(
-        ladder_figure({r.config: r.frechet for r in rungs}, PAPER_FID),
-        "Frechet distance by configuration; below, the paper's at ImageNet-512",
-        "Dots of the Frechet distance of each run by configuration, above the paper's values",
-    )
+    distances = {r.config: r.frechet for r in rungs}
+    if np.isfinite(list(distances.values())).any():
+        page.figure(
+            ladder_figure(distances, PAPER_FID),
+            "Frechet distance by configuration; below, the paper's at ImageNet-512",
+            "Dots of the Frechet distance of each run by configuration, above the paper's values",
+        )
+    else:
+        page.text("Every run diverged: try lower rate factors.")
     page.section("EMA length", "First seed. Lengths were put together after training, from one run each.")
-    page.figure(
-        length_curves(plan.sigma_rels, {r.config: r.by_length[0] for r in rungs}),
-        "Frechet distance against EMA length",
-        "Curves of Frechet distance against EMA length, one each configuration",
-    )
+    curves = {r.config: r.by_length[0] for r in rungs if np.isfinite(r.by_length[0]).all()}
+    if curves:
+        page.figure(
+            length_curves(plan.sigma_rels, curves),
+            "Frechet distance against EMA length",
+            "Curves of Frechet distance against EMA length, one each configuration",
+        )
+    left_out = [r.config for r in rungs if r.config not in curves]
+    if left_out:
+        page.text(f"Left out, since a distance is not finite: {', '.join(left_out)}.")
     if len(plan.rate_factors) > 1:
         page.section(
             "Learning rate",
@@ -90,11 +101,13 @@ def _at_the_edge(rungs: Sequence[Rung], plan: LadderPlan) -> list[str]:
     for rung in rungs:
         factors, lengths = plan.rate_factors, plan.sigma_rels
         if len(factors) > 1 and rung.rate_factor in (min(factors), max(factors)):
-            found.append(f"{rung.config}: the best rate factor, {rung.rate_factor:g}, is the last one tried.")
+            found.append(
+                f"{rung.config}: the best rate factor, {rung.rate_factor:g}, lies at an end of those tried."
+            )
         ends = sorted({s for s in rung.sigma_rel if s in (min(lengths), max(lengths))})
         if len(lengths) > 1 and ends:
             text = " and ".join(f"{s:g}" for s in ends)
-            found.append(f"{rung.config}: a best EMA length, {text}, is the last one tried.")
+            found.append(f"{rung.config}: a best EMA length, {text}, lies at an end of those tried.")
     return found
 
 
@@ -108,7 +121,8 @@ def table(rungs: Sequence[Rung]) -> tuple[list[str], list[list[object]]]:
         [
             rung.config, CONFIGS[rung.config].title, spread(rung.frechet), spread(rung.sigma_rel),
             f"{rung.rate_factor:g}", spread(rung.images_per_second), spread(rung.activations),
-            spread(rung.weights), f"{rung.num_params:,}", f"{PAPER_FID[rung.config]:.2f}",
+            spread(rung.weights), f"{rung.num_params:,}" if rung.num_params else "unknown",
+            f"{PAPER_FID[rung.config]:.2f}",
         ]
         for rung in rungs
     ]  # fmt: skip

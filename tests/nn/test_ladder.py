@@ -271,7 +271,16 @@ def test_open_choices_change_what_they_name(inputs, speak):
         ("G", dict(res_balance=None), r"res_balance None must be in \[0, 1\]"),
         ("A", dict(fp32_attention="some"), "fp32_attention 'some' must be 'logits', 'block' or None"),
         ("G", dict(label_balance=1.5), r"label_balance 1.5 must be in \[0, 1\]"),
-        ("A", dict(channels_per_group=0), "channels_per_group 0 must be at least 1"),
+        (
+            "A",
+            dict(channels_per_group=0),
+            "channels_per_group 0 must be a whole number of at least 1, or None",
+        ),
+        ("E", dict(channels_per_group=2.5), "channels_per_group 2.5 must be a whole number of at least 1"),
+        ("C", dict(eps_inside_root="no"), "eps_inside_root 'no' must be True or False"),
+        ("F", dict(middle_pixel_norm=1), "middle_pixel_norm 1 must be True or False"),
+        ("B", dict(attn_resolutions=8), r"attn_resolutions 8 must be a list, such as \(8,\)"),
+        (["C"], {}, r"config \['C'\] is not one of A, B, C, D, E, F, G"),
         (
             "A",
             dict(channels_per_group=3),

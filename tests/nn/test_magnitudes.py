@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -102,6 +104,109 @@ def test_bad_use():
         pass
     with pytest.raises(ValueError, match="compiled graphs bypass the hooks"):
         recorder.read()
+
+
+class ByHand(nn.Module):
+    """A model without parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3, 3), 2.0))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("blocks", [None, lambda name, module: name == ""])
+def test_a_model_without_parts_is_measured_itself(blocks):
+    net = ByHand()
+    recorder = MagnitudeRecorder(net, blocks=blocks)
+    with recorder.step():
+        one_step(net, torch.ones(1, 3))
+    found = recorder.read()
+    assert found.activations == {"ByHand": 6.0}
+    assert found.weights == {"weight": 2.0}
+
+
+def test_gradients_of_rows():
+    both = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(7, 4, sparse=sparse), nn.Linear(4, 2))
+        recorder = MagnitudeRecorder(net)
+        with recorder.step():
+            one_step(net, torch.tensor([1, 1, 5]))
+        both.append(recorder.read())
+    assert both[1].gradients == pytest.approx(both[0].gradients)
+    assert both[1].updates == pytest.approx(both[0].updates)
+
+
+def test_norms_beyond_float16():
+    net = nn.Sequential(nn.Linear(1024, 1024, bias=False)).half()
+    nn.init.constant_(net[0].weight, 100.0)
+    recorder = MagnitudeRecorder(net)
+    with recorder.step():
+        net(torch.full((1, 1024), 1e-4, dtype=torch.float16)).float().sum().backward()
+        with torch.no_grad():
+            net[0].weight *= 1.25
+    found = recorder.read()
+    assert found.weights == {"0.weight": pytest.approx(100.0)}
+    assert found.updates == {"0.weight": pytest.approx(0.25)}
+    assert found.activations == {"0": pytest.approx(10.24, rel=1e-2)}
+
+
+def test_parameters_are_those_of_the_step():
+    net, x = small_net().requires_grad_(False), torch.randn(5, 6)
+    recorder = MagnitudeRecorder(net)
+    net.load_state_dict({name: 3 * value for name, value in net.state_dict().items()}, assign=True)
+    net[2].requires_grad_(True)
+    expected = float(net[2].weight.detach().square().mean().sqrt())
+    with recorder.step():
+        net(x).sum().backward()
+    assert recorder.read().weights == {"2.weight": pytest.approx(expected)}
+
+
+def test_a_step_that_failed_was_not_recorded():
+    net = small_net()
+    recorder = MagnitudeRecorder(net)
+    with recorder.step():
+        net(torch.ones(1, 6))
+    with pytest.raises(RuntimeError), recorder.step():
+        raise RuntimeError
+    with pytest.raises(ValueError, match="no step was recorded"):
+        recorder.read()
+
+
+def test_outputs_in_dataclasses_complex_and_empty_ones():
+    @dataclasses.dataclass
+    class Output:
+        count: int
+        values: torch.Tensor
+
+    class Block(nn.Linear):
+        def forward(self, x):
+            return Output(len(x), super().forward(x))
+
+    class Nothing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(0, 2))
+
+        def forward(self, x):
+            return x @ self.weight.T
+
+    blocks = nn.ModuleList([Block(2, 2), Nothing(), nn.Linear(2, 2, dtype=torch.complex64)])
+    recorder = MagnitudeRecorder(blocks)
+    with recorder.step():
+        values = blocks[0](torch.ones(1, 2)).values
+        blocks[1](values)
+        complex_values = blocks[2](values.to(torch.complex64))
+    found = recorder.read()
+    assert found.activations == {
+        "0": pytest.approx(float(values.detach().square().mean().sqrt())),
+        "2": pytest.approx(float(complex_values.detach().abs().square().mean().sqrt())),
+    }
+    assert found.weights["1.weight"] == 0.0
 
 
 def test_a_model_without_matrices_that_are_trained():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from edm2.report import figure_svg
+from edm2.report import figure_svg, loss_curve
 from edm2.report.magnitudes import by_resolution, limits_of, magnitude_curve
 
 
@@ -21,6 +21,14 @@ def test_names_without_resolution_stay():
 
 def lines(figure):
     return {line.get_label(): line for line in figure.axes[0].lines}
+
+
+def test_a_single_record_is_a_dot():
+    alone = magnitude_curve([10], [{"encoder 8x8": 1.0}], label="RMS").axes[0].lines
+    several = magnitude_curve([10, 20], [{"encoder 8x8": 1.0}] * 2, label="RMS").axes[0].lines
+    assert [line.get_marker() for line in (*alone, *several)] == ["o", "None"]
+    loss = loss_curve([10], [0.5], learning_rate=[0.1])
+    assert {line.get_marker() for axes in loss.axes for line in axes.lines} == {"o"}
 
 
 def test_each_name_is_a_curve_and_parts_differ_in_style():

@@ -236,7 +236,7 @@ def get_features(config: str = "G", **options: Any) -> Features:
     Raises:
         ValueError: for an unknown configuration, an option that it does not have, or a value out of range.
     """
-    if config not in CONFIGS:
+    if not isinstance(config, str) or config not in CONFIGS:
         raise ValueError(f"config {config!r} is not one of {', '.join(CONFIGS)}; G is the published one")
     for key in options:
         if key not in _OPTIONS:
@@ -252,7 +252,11 @@ def get_features(config: str = "G", **options: Any) -> Features:
             )
     given = {k: v for k, v in options.items() if v is not None or k not in ("dropout", "attn_resolutions")}
     if "attn_resolutions" in given:
-        given["attn_resolutions"] = tuple(given["attn_resolutions"])
+        try:
+            given["attn_resolutions"] = tuple(given["attn_resolutions"])
+        except TypeError:
+            wrong = given["attn_resolutions"]
+            raise ValueError(f"attn_resolutions {wrong!r} must be a list, such as ({wrong},)") from None
     features = replace(CONFIGS[config], **given)
     _check(features)
     return features
@@ -262,7 +266,13 @@ def _check(features: Features) -> None:
     rules: list[tuple[str, Callable[[Any], bool], str]] = [
         ("dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
         ("clip_act", lambda v: v is None or v > 0, "above 0, or None for no bound"),
-        ("channels_per_group", lambda v: v is None or v >= 1, "at least 1, or None"),
+        (
+            "channels_per_group",
+            lambda v: v is None or (isinstance(v, int) and v >= 1),
+            "a whole number of at least 1, or None",
+        ),
+        ("eps_inside_root", lambda v: isinstance(v, bool), "True or False"),
+        ("middle_pixel_norm", lambda v: isinstance(v, bool), "True or False"),
         ("init_bound", lambda v: v > 0, "above 0"),
         ("fp32_attention", lambda v: v in (None, "logits", "block"), "'logits', 'block' or None"),
         *((name, lambda v: 0 <= v <= 1, "in [0, 1]") for name in _OPTIONS if name.endswith("_balance")),

@@ -3,6 +3,7 @@
 Ref: EDM2 Sec. 2 and Fig. 3: magnitudes that drift are what the configurations remove one by one.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,9 @@ class MagnitudeRecorder:
 
     Args:
         model: any module. Its sharded parameters (DTensor) are not supported.
-        blocks: which modules' outputs to measure, by name and module. Default: the members of module lists,
-            dictionaries and sequences, which is where networks keep their blocks; where there are none,
-            the modules without children.
+        blocks: which modules' outputs to measure, by name and module; the model itself has the name "" and is
+            called by its class. Default: the members of module lists, dictionaries and sequences, which is where
+            networks keep their blocks; where there are none, the modules without children.
 
     Raises:
         ValueError: if nothing is chosen.
@@ -54,10 +54,8 @@ class MagnitudeRecorder:
         self._blocks = _chosen(model, blocks)
         if not self._blocks:
             raise ValueError("no module of the model was chosen: let `blocks` accept at least one")
-        # Vectors and scalars (biases, gains) have no magnitude of interest.
-        named = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
-        self._names: list[str] = list(named)
-        self._weights: list[Tensor] = list(named.values())
+        self._model = model
+        self._names: list[str] = []
         self._squares: dict[str, list[Tensor]] = {}
         self._last: list[Tensor] | None = None
 
@@ -68,14 +66,19 @@ class MagnitudeRecorder:
         Gradients must still be there at the end. The code inside must run the modules themselves: a graph
         that was compiled before does not see the hooks.
         """
-        self._squares = {}
+        self._squares, self._last = {}, None
+        # Vectors and scalars (biases, gains) have no magnitude of interest. Looked up anew, since loading a state may
+        # replace parameters.
+        named = {n: p for n, p in self._model.named_parameters() if p.ndim >= 2 and p.requires_grad}
+        self._names = list(named)
         hooks = [module.register_forward_hook(self._hook(name)) for name, module in self._blocks.items()]
-        before = [p.detach().clone() for p in self._weights]
+        before = [p.detach().clone() for p in named.values()]
         try:
             yield
         finally:
-            _remove(hooks)
-        self._last = self._measure(before)
+            for hook in hooks:
+                hook.remove()
+        self._last = self._measure(list(named.values()), before)
 
     def read(self) -> Magnitudes:
         """The last recorded step; waits for the device.
@@ -86,7 +89,9 @@ class MagnitudeRecorder:
         if self._last is None:
             raise ValueError("no step was recorded: run one inside `with recorder.step():`")
         if not self._squares:
-            raise ValueError("no chosen module ran in the recorded step: compiled graphs bypass the hooks")
+            raise ValueError(
+                "no chosen module ran and gave a tensor in the recorded step: compiled graphs bypass the hooks"
+            )
         names = (list(self._squares), self._names, self._names, self._names)
         parts = [
             dict(zip(own, values.tolist(), strict=True))
@@ -97,19 +102,18 @@ class MagnitudeRecorder:
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             tensor = _first_tensor(output)
-            if tensor is not None:
-                square = tensor.detach().float().square().mean()
+            if tensor is not None and tensor.numel():
+                square = _square_sum(tensor.detach()) / tensor.numel()
                 self._squares.setdefault(name, []).append(square)
 
         return hook
 
     @torch.no_grad()
-    def _measure(self, before: list[Tensor]) -> list[Tensor]:
-        sizes = [p.numel() ** 0.5 for p in self._weights]
+    def _measure(self, weights: list[Tensor], before: list[Tensor]) -> list[Tensor]:
         norms = _norms(before)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._weights]
-        changes = _norms(list(torch._foreach_sub(self._weights, before)) if before else [])
-        root = norms.new_tensor(sizes)
+        root = norms.new_tensor([max(p.numel(), 1) ** 0.5 for p in weights])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+        changes = _norms([p - old for p, old in zip(weights, before, strict=True)])
         squares = [torch.stack(values).mean() for values in self._squares.values()]
         return [
             torch.stack(squares).sqrt() if squares else norms.new_zeros(0),
@@ -120,9 +124,13 @@ class MagnitudeRecorder:
 
 
 def _chosen(model: nn.Module, blocks: Callable[[str, nn.Module], bool] | None) -> dict[str, nn.Module]:
-    named = {name: module for name, module in model.named_modules() if name}
     if blocks is not None:
-        return {name: module for name, module in named.items() if blocks(name, module)}
+        return {
+            name or type(module).__name__: module
+            for name, module in model.named_modules()
+            if blocks(name, module)
+        }
+    named = {name: module for name, module in model.named_modules() if name} or {type(model).__name__: model}
     lists = (nn.ModuleDict, nn.ModuleList, nn.Sequential)
     members = {
         id(child) for module in model.modules() if isinstance(module, lists) for child in module.children()
@@ -139,20 +147,25 @@ def _chosen(model: nn.Module, blocks: Callable[[str, nn.Module], bool] | None) -
 
 def _norms(tensors: list[Tensor]) -> Tensor:
     # A model may have no matrix that is trained.
-    return (
-        torch.stack(torch._foreach_norm(tensors)).double() if tensors else torch.zeros(0, dtype=torch.float64)
-    )
+    squares = [_square_sum(t) for t in tensors]
+    return torch.stack(squares).sqrt() if squares else torch.zeros(0, dtype=torch.float64)
+
+
+def _square_sum(tensor: Tensor) -> Tensor:
+    """Sum of squares as float64, summed in float32 at least, where float16 would overflow."""
+    values = tensor.coalesce().values() if tensor.is_sparse else tensor
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    # Not torch's vector_norm: in float32 on the CPU it is off by 1e-5 for a million values, 4e-4 for ten.
+    return values.to(torch.promote_types(values.dtype, torch.float32)).square().sum().double()
 
 
 def _first_tensor(output: Any) -> Tensor | None:
     if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
+        return output if output.is_floating_point() or output.is_complex() else None
+    if dataclasses.is_dataclass(output):
+        output = vars(output)
     values = (
         output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
     )
     return next((t for t in map(_first_tensor, values) if t is not None), None)
-
-
-def _remove(hooks: list[RemovableHandle]) -> None:
-    for hook in hooks:
-        hook.remove()

@@ -43,6 +43,9 @@ class UNet(nn.Module):
     Attributes:
         features: what the configuration is made of, with its options.
 
+    Its own state does not name the configuration, and C, D and E have the same tensors: load states through
+    `edm2.diffusion.Denoiser`, which refuses that of another one.
+
     Raises:
         ValueError: for an unknown configuration, an option that it does not have, a resolution that cannot be
             halved often enough, an attention resolution that no level has, or a width that does not split into

@@ -251,8 +251,11 @@ def _limit_to_bulk(ax: Axes, values: Floats, mean: Floats) -> None:
 
 
 def count_images(ax: Axes) -> None:
-    """Label a horizontal axis of images seen: 20k, 3M."""
+    """Label a horizontal axis of images seen: 20k, 3M. Curves of one record, which no line would show, get a dot."""
     from matplotlib.ticker import EngFormatter
 
+    for line in (line for each in ax.figure.axes for line in each.lines):
+        if np.size(line.get_xdata()) == 1:
+            line.set_marker("o")
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.set_xlabel("training images")

@@ -46,7 +46,6 @@ def ladder_figure(values: Mapping[str, Sequence[float]], published: Mapping[str,
             color=SERIES[0],
             markersize=4.5,
             alpha=0.7,
-            label="a run" if not i else None,
         )
         if runs:
             middle = float(np.median(runs))
@@ -55,7 +54,6 @@ def ladder_figure(values: Mapping[str, Sequence[float]], published: Mapping[str,
                 [middle] * 2,
                 color=SERIES[1],
                 linewidth=1.8,
-                label="median" if not i else None,
             )
         if len(runs) < len(values[letter]):
             _note(ours, i, f"{len(values[letter]) - len(runs)} diverged")
@@ -65,6 +63,9 @@ def ladder_figure(values: Mapping[str, Sequence[float]], published: Mapping[str,
     paper.set_xlabel("configuration")
     ours.set_ylabel("Frechet distance")
     paper.set_ylabel("paper, FID")
+    # Named once, whichever configurations came out finite.
+    ours.plot([], [], "o", color=SERIES[0], markersize=4.5, alpha=0.7, label="a run")
+    ours.plot([], [], color=SERIES[1], linewidth=1.8, label="median")
     add_legend(ours)
     return figure
 
@@ -74,24 +75,28 @@ def length_curves(sigma_rels: Sequence[float], scores: Mapping[str, Sequence[flo
 
     Args:
         sigma_rels: relative EMA lengths.
-        scores: configuration -> score at each length, left out where one of them is not finite.
+        scores: configuration -> score at each length.
 
     Returns:
         The figure.
+
+    Raises:
+        ValueError: if there is none, or one of them is not finite.
     """
+    if not scores or not np.isfinite(list(scores.values())).all():
+        raise ValueError("scores must be finite, of one configuration or more: leave out those that diverged")
     figure, (ax,) = new_figure()
     ax.set_yscale("log")
     order = np.argsort(sigma_rels)
     for i, (letter, curve) in enumerate(scores.items()):
-        if np.isfinite(curve).all():
-            ax.plot(
-                100 * np.asarray(sigma_rels)[order],
-                np.asarray(curve)[order],
-                "o-",
-                markersize=3,
-                color=SERIES[i % len(SERIES)],
-                label=letter,
-            )
+        ax.plot(
+            100 * np.asarray(sigma_rels)[order],
+            np.asarray(curve)[order],
+            "o-",
+            markersize=3,
+            color=SERIES[i % len(SERIES)],
+            label=letter,
+        )
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")

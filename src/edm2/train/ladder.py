@@ -15,7 +15,8 @@ def traditional_average() -> Target:
     """Config A's average, for `edm2.ema.reconstruct(snapshots, target=...)` of a run whose clock counts images.
 
     It forgets with a half-life of a twentieth of the images seen, up to 50 M images. Up to 1000 M images it is a
-    power function, t^gamma with gamma + 1 = ln 2 / 0.05, which `edm2 ema reconstruct --sigma-rel 0.0629` gives.
+    power function, t^gamma with gamma + 1 = ln 2 / 0.05, which `edm2 ema reconstruct RUN --sigma-rel 0.0629 --out
+    FOLDER` gives.
 
     Ref: LADDER section 3; `edm2.diffusion.traditional_decay` is the factor of its single updates.
     """
@@ -25,10 +26,11 @@ def traditional_average() -> Target:
 def with_config(settings: TrainConfig, config: str) -> TrainConfig:
     """The same run with another configuration of the ladder.
 
-    What the paper changes from one configuration to the next is changed in proportion: the learning rate by the
-    ratio of the paper's rates, its decay where the paper has one, Adam's betas, the factor on the loss, and
-    config A's noise distribution. Where the settings have G's dropout, 0, the others get theirs, 0.1. Lengths, batch,
-    network size, the resolutions with attention where the settings name them, and seeds stay.
+    What the paper changes from one configuration to the next is changed: the learning rate by the ratio of the
+    paper's rates, its decay where the paper has none; Adam's betas and eps and the factor on the loss are set to
+    the paper's, as is config A's noise distribution. Where the settings have G's dropout, 0, the others get theirs,
+    0.1. Lengths, batch, network size, the resolutions with attention where the settings name them, and seeds stay.
+    For G nothing changes.
 
     Args:
         settings: of config G.
@@ -46,6 +48,8 @@ def with_config(settings: TrainConfig, config: str) -> TrainConfig:
             "the others are scaled from"
         )
     rules, published = training_rules(config), training_rules("G")
+    if config == "G":
+        return settings
     optimizer = dataclasses.replace(
         settings.optimizer,
         ref_lr=settings.optimizer.ref_lr * (rules.ref_lr / published.ref_lr),
@@ -59,7 +63,7 @@ def with_config(settings: TrainConfig, config: str) -> TrainConfig:
     if (rules.p_mean, rules.p_std) != (published.p_mean, published.p_std):
         loss = dataclasses.replace(loss, p_mean=rules.p_mean, p_std=rules.p_std)
     network = settings.network
-    if config != "G" and network.dropout == 0:
+    if network.dropout == 0:
         network = dataclasses.replace(network, dropout=None)
     return dataclasses.replace(
         settings,
