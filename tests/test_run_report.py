@@ -128,6 +128,24 @@ def test_files_that_are_damaged(run, tmp_path, file, old, new):
     assert not list(tmp_path.glob("*.html"))
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("log.jsonl", lambda lines: [*lines, lines[-1]]),
+        ("magnitudes.jsonl", lambda lines: [*lines, lines[0]]),
+        ("magnitudes.jsonl", lambda lines: [lines[0].replace("block0", "block9"), *lines[1:]]),
+    ],
+)
+def test_records_that_are_of_no_single_run(run, tmp_path, file, change):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    lines = (other / file).read_text().splitlines(keepends=True)
+    assert len(lines) > 1
+    (other / file).write_text("".join(change(lines)))
+    with pytest.raises(ValueError, match=f"{file} is damaged: restore it from a copy"):
+        page_of([other], tmp_path)
+
+
 @pytest.mark.usefixtures("quick")
 def test_lengths_that_the_snapshots_cannot_give_are_said_to_be_so(tmp_path, tiny_digits):
     train(tiny_digits(snapshot_images=64, ema=EMAConfig(sigma_rels=(0.05,))), tmp_path / "run", quiet=True)

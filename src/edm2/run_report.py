@@ -1,5 +1,6 @@
 """`report.html` of one training run, or of several side by side."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,6 +75,8 @@ class _Run:
             and all(isinstance(r := record.get(kind), dict) and _has_numbers(r, r.keys()) for kind in _KINDS)
             for record in self.magnitudes
         )
+        for name, records in ((LOG_FILE, self.log), (MAGNITUDES_FILE, self.magnitudes)):
+            good[name] = good[name] and _is_one_course(records)
         damaged = [name for name, is_good in good.items() if not is_good]
         if damaged:
             raise ValueError(f"{self.folder / damaged[0]} is damaged: restore it from a copy")
@@ -98,6 +101,15 @@ def _has_numbers(values: Mapping[str, Any], names: Iterable[str], *, optional: b
     return all(
         type(values.get(name)) in (int, float) or (optional and name in values and values[name] is None)
         for name in names
+    )
+
+
+def _is_one_course(records: Records) -> bool:
+    """Whether images grow from record to record, and magnitudes are of the same parts throughout."""
+    return all(
+        a["num_images"] < b["num_images"]
+        and all(set(a.get(kind, ())) == set(b.get(kind, ())) for kind in _KINDS)
+        for a, b in itertools.pairwise(records)
     )
 
 
