@@ -7,10 +7,10 @@ import pytest
 
 from edm2 import ladder_experiment
 from edm2.generate import Generator
-from edm2.ladder_experiment import LadderPlan, run_ladder, spread, with_length
+from edm2.ladder_experiment import LadderPlan, growth, run_ladder, spread, with_length
 from edm2.ladder_report import table, write_ladder_report
 from edm2.presets import get_preset
-from edm2.report.ladder import ladder_figure, length_curves
+from edm2.report.ladder import growth_figure, ladder_figure, length_curves
 from edm2.train.ladder import with_config
 from edm2.train.signals import Stopped
 
@@ -250,6 +250,19 @@ def test_everything_diverged(tmp_path, settings):
     page = write_ladder_report(rungs, settings, plan, tmp_path).read_text()
     assert "Every run diverged: try lower rate factors." in page
     assert "Left out, since a distance is not finite: C, G." in page
+
+
+def test_growth_is_relative_to_the_first_record():
+    records = [
+        {"activations": {"a": 2.0, "b": 1.0}, "weights": {"a": 3.0, "b": 4.0}},
+        {"activations": {"a": 3.0, "b": 8.0}, "weights": {"a": 6.0, "b": 8.0}},
+    ]
+    activations, weights = growth(records)
+    assert (activations, weights) == ([1.0, 4.0], [1.0, pytest.approx(2.0)])
+    figure = growth_figure({"A": ([10, 20], activations, weights), "G": ([10, 20], [1, 1], [1, 1])})
+    drawn = [[list(line.get_ydata()) for line in axes.lines] for axes in figure.axes]
+    assert drawn == [[[1, 4], [1, 1]], [[1, pytest.approx(2)], [1, 1]]]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["A", "G"]
 
 
 def test_other_lengths_are_made_of_the_same_runs(tmp_path, settings, monkeypatch):

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -304,18 +304,15 @@ def _judged(run: Path, plan: LadderPlan, judge: Judge, final: bool, device: torc
     best = plan.sigma_rels[int(np.argmin(by_length))]
     (generator,) = generators(run / SNAPSHOTS, [best], device=device)
     seeds = range(_FINAL_SEED, _FINAL_SEED + plan.final_samples)
-    magnitudes, log = read_log(run, MAGNITUDES_FILE), read_log(run)
-    first, last = magnitudes[0], magnitudes[-1]
-    several = len(magnitudes) > 1
+    log = read_log(run)
+    activations, weights = growth(read_log(run, MAGNITUDES_FILE))
     return {
         "by_length": by_length,
         "frechet": _score(judge, generator, seeds, plan),
         "sigma_rel": best,
         "images_per_second": log[-1]["images_per_second"],
-        "activations": max(last["activations"].values()) / max(first["activations"].values())
-        if several
-        else math.nan,
-        "weights": _rms(last["weights"]) / _rms(first["weights"]) if several else math.nan,
+        "activations": activations[-1] if len(activations) > 1 else math.nan,
+        "weights": weights[-1] if len(weights) > 1 else math.nan,
         "num_params": sum(p.numel() for p in generator.denoiser.parameters()),
     }
 
@@ -326,6 +323,20 @@ def _score(judge: Judge, generator: Generator, seeds: range, plan: LadderPlan) -
         return judge.score(generator, seeds, plan.num_steps, plan.sampler)
     except FloatingPointError:
         return math.inf
+
+
+def growth(records: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """How far activations, the largest block's RMS, and weights, their RMS over layers, have moved.
+
+    Args:
+        records: lines of a run's `magnitudes.jsonl`.
+
+    Returns:
+        Activations and weights at each record over those at the first.
+    """
+    largest = [max(record["activations"].values()) for record in records]
+    weights = [_rms(record["weights"]) for record in records]
+    return [value / largest[0] for value in largest], [value / weights[0] for value in weights]
 
 
 def _rms(values: dict[str, float]) -> float:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edm2.ladder_experiment import LadderPlan, Rung, spread
+from edm2.ladder_experiment import LadderPlan, Rung, growth, spread
 from edm2.nn import CONFIGS
 from edm2.report import Page
-from edm2.report.ladder import ladder_figure, length_curves
+from edm2.report.ladder import growth_figure, ladder_figure, length_curves
 from edm2.run_report import add_magnitudes
 from edm2.train import TrainConfig
 from edm2.train.run_folder import MAGNITUDES_FILE, read_log
@@ -84,14 +84,16 @@ def write_ladder_report(
         ]
         page.table(["config", *(f"x {f:g}" for f in plan.rate_factors), "used"], rows)
     page.section("Magnitudes", "First seed of each configuration.")
-    magnitudes = [
-        (
-            f"{r.config}, {CONFIGS[r.config].title}",
-            read_log(out / r.config / f"seed-{plan.seeds[0]}", MAGNITUDES_FILE),
+    logs = {r.config: read_log(out / r.config / f"seed-{plan.seeds[0]}", MAGNITUDES_FILE) for r in rungs}
+    logs = {config: records for config, records in logs.items() if records}
+    if logs:
+        page.figure(
+            growth_figure({c: ([r["num_images"] for r in log], *growth(log)) for c, log in logs.items()}),
+            "Activations of the largest block, and RMS of all weights, over their first record",
+            "Curves of the growth of activations and of weights in training, one each configuration",
         )
-        for r in rungs
-    ]
-    add_magnitudes(page, [m for m in magnitudes if m[1]], kinds=("activations", "weights"))
+    named = [(f"{config}, {CONFIGS[config].title}", records) for config, records in logs.items()]
+    add_magnitudes(page, named, kinds=("activations", "weights"))
     return page.write(out / "report.html")
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edm2.report.figures import count_images
+from edm2.report.magnitudes import log_scale
 from edm2.report.style import LIGHT, SERIES, add_legend, new_figure
 
 if TYPE_CHECKING:
@@ -103,6 +105,30 @@ def length_curves(sigma_rels: Sequence[float], scores: Mapping[str, Sequence[flo
     ax.set_xlabel("EMA length σ_rel, share of training")
     ax.set_ylabel("Frechet distance")
     add_legend(ax)
+    return figure
+
+
+def growth_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]) -> Figure:
+    """How activations and weights of each configuration grow in training, on logarithmic axes.
+
+    Args:
+        curves: configuration -> images seen, activations and weights, both relative to their start.
+
+    Returns:
+        The figure.
+
+    Ref: EDM2 Fig. 3, one curve a configuration.
+    """
+    figure, axes = new_figure(rows=(1.0, 1.0), height=4.2)
+    for i, (letter, (images, *both)) in enumerate(curves.items()):
+        for ax, values in zip(axes, both, strict=True):
+            ax.plot(images, values, color=SERIES[i % len(SERIES)], linewidth=1.5, label=letter)
+    for k, (ax, name) in enumerate(zip(axes, ("activations", "weights"), strict=True), start=1):
+        shown = [value for curve in curves.values() for value in curve[k] if 0 < value < math.inf]
+        log_scale(ax, min(shown, default=1.0), max(shown, default=1.0))
+        ax.set_ylabel(f"{name}, relative")
+    add_legend(axes[0])
+    count_images(axes[-1])
     return figure
 
 

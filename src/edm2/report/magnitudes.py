@@ -92,7 +92,7 @@ def magnitude_curve(
     figure, (ax,) = new_figure()
     limits = limits_of(values) if limits is None else limits
     if limits is not None:
-        _scale(ax, *limits)
+        log_scale(ax, *limits)
     if len(names) > MOST_CURVES:
         seen = np.isfinite(table).any(axis=1)
         low, middle, high = np.full((3, len(table)), np.nan)
@@ -111,7 +111,8 @@ def magnitude_curve(
     return figure
 
 
-def _scale(ax: Axes, low: float, high: float) -> None:
+def log_scale(ax: Axes, low: float, high: float) -> None:
+    """A logarithmic axis from `low` to `high`, and further where that is a narrow span."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     ax.set_yscale("log")
