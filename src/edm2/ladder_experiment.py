@@ -57,7 +57,7 @@ class LadderPlan:
     configs: tuple[str, ...] = tuple(CONFIGS)
     seeds: tuple[int, ...] = (0, 1, 2)
     dropout: float | None = None
-    rate_factors: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
+    rate_factors: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)
     rate_images: int = 10_000
     sigma_rels: tuple[float, ...] = (0.03, 0.05, 0.075, 0.10, 0.14, 0.20, 0.25)
     search_samples: int = 500
