@@ -234,6 +234,9 @@ def test_spread():
 def test_diverged_runs_are_named_in_the_figure():
     figure = ladder_figure({"A": [math.inf, 2.0], "B": [1.0, 3.0]}, {"A": 8.0, "B": 7.0})
     assert "1 diverged" in [text.get_text() for text in figure.axes[0].texts]
+    figure = ladder_figure({"A": [1.0, 1.1, 53.2], "B": [math.inf, 9.0, 2.0]}, {"A": 8.0, "B": 7.0})
+    assert [text.get_text() for text in figure.axes[0].texts] == ["also 53.2", "1 diverged"]
+    assert figure.axes[0].get_ylim()[1] < 20
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a run", "median"]
     with pytest.raises(ValueError, match="no value is finite"):
         ladder_figure({"A": [math.inf]}, {"A": 8.0})

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_MOST_ABOVE = 4.0  # times the largest median, for a run to be drawn
+
 
 def ladder_figure(values: Mapping[str, Sequence[float]], published: Mapping[str, float]) -> Figure:
     """Distance of every run by configuration, above the published ones.
 
     Args:
-        values: configuration -> one value a seed; those that are not finite are named at the top edge.
+        values: configuration -> one value a seed; those far above the others, or not finite, are named at the top
+            edge.
         published: configuration -> published value, drawn below on an axis of its own.
 
     Returns:
@@ -34,31 +37,23 @@ def ladder_figure(values: Mapping[str, Sequence[float]], published: Mapping[str,
     finite = {c: [v for v in runs if math.isfinite(v)] for c, runs in values.items()}
     if not any(finite.values()):
         raise ValueError("no value is finite: there is nothing to draw")
+    # One run gone wrong shall not press the others into a line.
+    top = _MOST_ABOVE * max(float(np.median(runs)) for runs in finite.values() if runs)
     figure, (ours, paper) = new_figure(rows=(1.6, 1.0), height=4.2)
-    for ax in (ours, paper):
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    shown = [v for runs in finite.values() for v in runs if v <= top]
+    log_scale(ours, min(shown), max(shown))
+    log_scale(paper, min(published.values()), max(published.values()))
     for i, letter in enumerate(letters):
-        runs = finite[letter]
-        ours.plot(
-            [i] * len(runs),
-            runs,
-            "o",
-            color=SERIES[0],
-            markersize=4.5,
-            alpha=0.7,
-        )
+        runs = [v for v in finite[letter] if v <= top]
+        ours.plot([i] * len(runs), runs, "o", color=SERIES[0], markersize=4.5, alpha=0.7)
         if runs:
-            middle = float(np.median(runs))
-            ours.plot(
-                [i - 0.22, i + 0.22],
-                [middle] * 2,
-                color=SERIES[1],
-                linewidth=1.8,
-            )
-        if len(runs) < len(values[letter]):
-            _note(ours, i, f"{len(values[letter]) - len(runs)} diverged")
+            middle = float(np.median(finite[letter]))
+            ours.plot([i - 0.22, i + 0.22], [middle] * 2, color=SERIES[1], linewidth=1.8)
+        far = [f"{v:.3g}" for v in finite[letter] if v > top]
+        diverged = len(values[letter]) - len(finite[letter])
+        notes = [f"also {', '.join(far)}"] * bool(far) + [f"{diverged} diverged"] * bool(diverged)
+        if notes:
+            _note(ours, i, "\n".join(notes))
     known = [(i, published[letter]) for i, letter in enumerate(letters) if letter in published]
     paper.plot(*zip(*known, strict=True), "s-", color=SERIES[2], markersize=4.5)
     paper.set_xticks(range(len(letters)), letters)
