@@ -47,6 +47,11 @@ def write_ladder_report(
         "The length was chosen with other images. A small data set and a short run need not follow the paper's order.",
     )
     page.table(*table(rungs))
+    dropout = "each configuration's own" if plan.dropout is None else f"{plan.dropout:g} in all"
+    page.text(
+        f"Batches of {settings.batch_size} images; ln σ of B to G has mean {settings.loss.p_mean:g} and standard "
+        f"deviation {settings.loss.p_std:g}; dropout: {dropout}."
+    )
     page.text(
         f"Magnitudes are those of the last record over those of the first, which comes after {settings.log_images:,} "
         "images: what changed before that is not in them. Speeds are means over each run's last session."
