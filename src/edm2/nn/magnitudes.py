@@ -148,16 +148,16 @@ def _chosen(model: nn.Module, blocks: Callable[[str, nn.Module], bool] | None) -
 def _norms(tensors: list[Tensor]) -> Tensor:
     # A model may have no matrix that is trained.
     squares = [_square_sum(t) for t in tensors]
-    return torch.stack(squares).sqrt() if squares else torch.zeros(0, dtype=torch.float64)
+    return torch.stack(squares).sqrt() if squares else torch.zeros(0)
 
 
 def _square_sum(tensor: Tensor) -> Tensor:
-    """Sum of squares as float64, summed in float32 at least, where float16 would overflow."""
+    """Sum of squares in float32 at least, where float16 would overflow."""
     values = tensor.coalesce().values() if tensor.is_sparse else tensor
     if values.is_complex():
         values = torch.view_as_real(values)
     # Not torch's vector_norm: in float32 on the CPU it is off by 1e-5 for a million values, 4e-4 for ten.
-    return values.to(torch.promote_types(values.dtype, torch.float32)).square().sum().double()
+    return values.to(torch.promote_types(values.dtype, torch.float32)).square().sum()
 
 
 def _first_tensor(output: Any) -> Tensor | None:
