@@ -112,8 +112,9 @@ def read_header(name: str, data: bytes, *, size: int | None = None) -> Header:
         return Header(ARRAY, height, width, channels, stored_kind(dtype))
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         mode, notes = _mode(image), []
-        if image.format == "TIFF" and image.n_frames > 1:
-            raise ValueError(f"it has {image.n_frames} pages: save bands as one .npy [C, H, W]")
+        pages = getattr(image, "n_frames", 1)  # Pillow 12 does not declare it
+        if image.format == "TIFF" and pages > 1:
+            raise ValueError(f"it has {pages} pages: save bands as one .npy [C, H, W]")
         orientation = _orientation(image)
         if orientation is None:
             notes.append("EXIF data that cannot be read is ignored")
