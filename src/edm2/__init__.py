@@ -8,8 +8,23 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PARTS = ("data", "diffusion", "ema", "generate", "interop", "metrics", "nn", "presets", "report", "train")
-_NAMES = {"Generator": "generate"}
+_PARTS = (
+    "data",
+    "diffusion",
+    "ema",
+    "evaluation",
+    "generate",
+    "hub",
+    "interop",
+    "ladder",
+    "metrics",
+    "nn",
+    "presets",
+    "report",
+    "train",
+    "tuning",
+)
+_NAMES = {"ImageGenerator": "generate"}
 
 
 def __getattr__(name: str) -> Any:

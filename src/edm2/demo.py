@@ -12,15 +12,16 @@ import numpy as np
 
 from edm2.data import ImageDataset, open_dataset
 from edm2.diffusion import read_model_header
+from edm2.evaluation.judge import Judge
+from edm2.evaluation.noise_errors import errors_by_noise, noise_density
 from edm2.files import write_atomic, write_json
-from edm2.generate import Generator, read_images, reconstruct_models, write_samples
+from edm2.generate import ImageGenerator, read_images, reconstruct_models, write_samples
+from edm2.generate.lengths import generators
 from edm2.generate.reconstructed import ema_file_name
-from edm2.judging import Judge, generators
 from edm2.metrics import label_agreement, nearest_distances
 from edm2.presets import get_preset
 from edm2.progress import Progress, time_text
 from edm2.report import Page, figure_png, image_grid, loss_curve, save_png, score_curve, uncertainty_curve
-from edm2.run_report import errors_by_noise, noise_density
 from edm2.train import TrainConfig, train
 from edm2.train.run_folder import SNAPSHOTS, flat_settings, read_log
 
@@ -111,7 +112,7 @@ def run_demo(
     scores = _sweep(out / "run" / SNAPSHOTS, judge, quiet)
     best = SWEEP[int(np.argmin(scores))]
     say(f"Sampling with the best EMA length, {best:g}")
-    generator = Generator.load(_model(out, best))
+    generator = ImageGenerator.load(_model(out, best))
     seeds = list(range(num_images))
     write_samples(generator, out / "samples", seeds, num_steps=_FINAL_STEPS, quiet=quiet)
     made = read_images([out / "samples" / f"{seed:06d}.png" for seed in seeds])
@@ -189,7 +190,7 @@ def _write_report(
     out: Path,
     config: TrainConfig,
     measured: Measured,
-    generator: Generator,
+    generator: ImageGenerator,
     made: np.ndarray,
     test_images: np.ndarray,
     test_labels: np.ndarray,
@@ -289,7 +290,7 @@ def _add_curves(
 
 
 def _add_settings(
-    page: Page, out: Path, config: TrainConfig, generator: Generator, *, num_images: int
+    page: Page, out: Path, config: TrainConfig, generator: ImageGenerator, *, num_images: int
 ) -> None:
     parameters = sum(p.numel() for p in generator.denoiser.parameters())
     best = generator.info["sigma_rel"]

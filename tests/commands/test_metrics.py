@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from edm2.cli import main
-from edm2.image_sets import open_images, seed_text
+from edm2.evaluation.cautions import cautions
+from edm2.evaluation.images import open_images, seed_text
 from edm2.metrics import FeatureStatistics, InceptionFeatures, Reference, fit_classifier, frechet_distance
-from edm2.scoring import doubts
 
 SHAPE = (1, 8, 8)
 SAMPLING = {"labels": "seed modulo classes", "model": {"run_id": "r"}, "sampler": {"num_steps": 4}}
@@ -274,7 +274,7 @@ def test_weights_from_an_address_need_their_hash(samples, tmp_path, capsys, monk
         asked.append((name, source, sha256))
         return path
 
-    monkeypatch.setattr("edm2.scoring.fetch", fetch)
+    monkeypatch.setattr("edm2.evaluation.extractors.fetch", fetch)
     words = (
         "metrics",
         "score",
@@ -380,11 +380,11 @@ def test_two_processes_give_the_numbers_of_one(digits_ref, samples, tmp_path):
     assert done.stdout.count("frechet distance") == 1
 
 
-def test_doubts():
+def test_cautions():
     extractor = {"name": "dinov2", "num_features": 1024}
     images = {"num_images": 1000, "shape": [1, 32, 32], "fingerprint": "a", "class_counts": [500, 500]}
     reference = {"num_images": 60_000, "shape": [3, 64, 64], "fingerprint": "a", "class_counts": [75, 25]}
-    found = doubts(images, reference, extractor)
+    found = cautions(images, reference, extractor)
     for text, part in zip(
         found,
         [
@@ -398,8 +398,8 @@ def test_doubts():
     ):
         assert part in text
     enough = {"num_images": 50_000, "shape": [3, 64, 64], "fingerprint": "b", "class_counts": [750, 251]}
-    assert doubts(enough, reference, extractor) == []
-    few = doubts(enough, {"num_images": 49_999}, extractor)
+    assert cautions(enough, reference, extractor) == []
+    few = cautions(enough, {"num_images": 49_999}, extractor)
     assert few == [
         "the reference is of 49,999 images, fewer than 50,000: the Frechet distance is too large; compare it only with "
         "one of as many images"

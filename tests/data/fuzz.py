@@ -25,10 +25,10 @@ import numpy as np
 from PIL import Image
 
 from edm2.data import open_dataset
-from edm2.data.describe import describe
 from edm2.data.pictures import decode, read_header
+from edm2.data.prepare.describe import describe
+from edm2.data.prepare.survey import survey
 from edm2.data.sources import open_catalog
-from edm2.data.survey import survey
 
 MEMORY = 1 << 30  # bytes that damaged files may ask for beyond what the libraries take
 CASE_SECONDS = 20

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import edm2.ema
-from edm2.ema import planning
-from edm2.ema.snapshots import read_manifest
+from edm2.ema.maths import planning
+from edm2.ema.storage.snapshots import read_manifest
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from edm2.ema import PowerEMA, reconstruct, snapshots
-from edm2.ema.locking import folder_lock
-from edm2.ema.snapshots import read_manifest
-from edm2.ema.verify import damaged
+from edm2.ema import PowerEMA, reconstruct
+from edm2.ema.storage import snapshots
+from edm2.ema.storage.locking import folder_lock
+from edm2.ema.storage.snapshots import read_manifest
+from edm2.ema.storage.verify import damaged
 
 
 def tracker(size: int = 8) -> tuple[nn.Linear, PowerEMA]:

@@ -7,7 +7,7 @@ import torch
 
 from edm2.data import FloatCoding, PixelCoding
 from edm2.diffusion import Denoiser, save_model
-from edm2.generate import Generator
+from edm2.generate import ImageGenerator
 from edm2.train.coding import Coding
 
 CODING = Coding(kind="pixels", values=PixelCoding(), num_channels=1)
@@ -30,8 +30,8 @@ def small_denoiser(seed: int = 0, label_dim: int = 3, channels: int = 1, **optio
 
 def small_generator(
     seed: int = 0, fix_weights: bool = False, coding: Coding = CODING, **options: Any
-) -> Generator:
-    return Generator(small_denoiser(seed, **options), coding, INFO, fix_weights=fix_weights)
+) -> ImageGenerator:
+    return ImageGenerator(small_denoiser(seed, **options), coding, INFO, fix_weights=fix_weights)
 
 
 def latent_coding() -> Coding:

@@ -11,7 +11,7 @@ from small import small_model
 
 from edm2.cli import main
 from edm2.data import ArrayDataset
-from edm2.generate import Generator, reconstruct_models
+from edm2.generate import ImageGenerator, reconstruct_models
 from edm2.train import NetworkConfig, OptimizerConfig, TrainConfig, train
 
 QUICK = ["--num-steps", "2", "--seeds", "0-2", "--device", "cpu"]
@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_length_on_the_fly_is_the_model_that_would_be_written(run: Path, tmp_path: Path) -> None:
     [(path, _)] = reconstruct_models(run, [0.08], tmp_path)
-    written, made = Generator.load(path), Generator.load(run, 0.08)
+    written, made = ImageGenerator.load(path), ImageGenerator.load(run, 0.08)
     assert written.identity() == made.identity()
     assert torch.equal(written.latents([1], num_steps=2), made.latents([1], num_steps=2))
     with pytest.raises(FileExistsError, match=r"ema-0\.08\.safetensors exists already: choose another --out"):

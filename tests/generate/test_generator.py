@@ -12,7 +12,7 @@ from torch import Tensor
 import edm2
 from edm2.data import PixelCoding
 from edm2.diffusion import WithoutLabels, save_model
-from edm2.generate import Generator
+from edm2.generate import ImageGenerator
 from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.nn import NormalizedConv
 from edm2.train.coding import Coding
@@ -77,7 +77,7 @@ def test_weights_are_normalised_once_a_call(monkeypatch: pytest.MonkeyPatch) -> 
 def test_compile_is_given_the_network_with_fixed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[torch.nn.Module] = []
     monkeypatch.setattr(torch, "compile", lambda module: given.append(module) or module)
-    compiled = Generator(small_denoiser(), CODING, compile=True)
+    compiled = ImageGenerator(small_denoiser(), CODING, compile=True)
     assert torch.equal(compiled.latents([1], num_steps=3), small_generator().latents([1], num_steps=3))
     assert not any(isinstance(layer, NormalizedConv) for layer in given[0].unet.modules())
 
@@ -174,7 +174,7 @@ def test_guide_with_another_coding() -> None:
     with pytest.raises(
         ValueError, match=r"the guide's images are coded as .*choose a guide that was trained with"
     ):
-        small_generator().latents([0], guide=Generator(small_denoiser(1), other), guidance=2.0)
+        small_generator().latents([0], guide=ImageGenerator(small_denoiser(1), other), guidance=2.0)
 
 
 def test_models_with_equal_weights_are_told_apart() -> None:
@@ -188,21 +188,21 @@ def test_other_bad_settings(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="0 seeds in batches of 250: both must be at least 1"):
         small_generator().images([])
     with pytest.raises(ValueError, match="5 images of which average"):
-        Generator.load(tmp_path, num_images=5)
+        ImageGenerator.load(tmp_path, num_images=5)
 
 
 def test_load(tmp_path: Path) -> None:
     path = small_model(tmp_path / "m.safetensors")
-    loaded = edm2.Generator.load(path)
+    loaded = edm2.ImageGenerator.load(path)
     assert torch.allclose(
         loaded.latents([3], num_steps=3), small_generator().latents([3], num_steps=3), atol=1e-4
     )
     assert loaded.identity()["digest"] == small_generator().identity()["digest"]
     assert loaded.identity()["digest"] != small_generator(1).identity()["digest"]
     for dtype in ("bfloat16", torch.bfloat16):
-        assert Generator.load(path, dtype=dtype).denoiser.dtype == torch.bfloat16
+        assert ImageGenerator.load(path, dtype=dtype).denoiser.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="dtype float64 must be float32, bfloat16, float16"):
-        Generator.load(path, dtype="float64")
+        ImageGenerator.load(path, dtype="float64")
     assert CODING.to_json() == loaded.coding.to_json()
 
 
@@ -210,16 +210,16 @@ def test_models_that_cannot_be_sampled(tmp_path: Path) -> None:
     denoiser = small_denoiser()
     path = save_model(tmp_path / "m.safetensors", denoiser.config, denoiser.state_dict())
     with pytest.raises(ValueError, match="does not say how its images are coded: load it with"):
-        Generator.load(path)
+        ImageGenerator.load(path)
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
     with pytest.raises(
         ValueError, match=r"run holds no model.safetensors: give a model file or the folder of a fin"
     ):
-        Generator.load(run)
+        ImageGenerator.load(run)
     (run / "snapshots").mkdir()
     with pytest.raises(ValueError, match=r"run is an unfinished run, .*: name an EMA length, --ema 0\.1"):
-        Generator.load(run)
+        ImageGenerator.load(run)
     with pytest.raises(ValueError, match=r"m\.safetensors is a file: an EMA length is put together from"):
-        Generator.load(path, 0.1)
+        ImageGenerator.load(path, 0.1)

@@ -13,7 +13,7 @@ from small import INFO, latent_coding, small_denoiser, small_generator, small_mo
 from edm2.cli import main
 from edm2.data import LatentDecoder
 from edm2.diffusion import save_model
-from edm2.generate import Generator
+from edm2.generate import ImageGenerator
 
 QUICK = ["--num-steps", "2", "--seeds", "0-2", "--device", "cpu"]
 
@@ -41,8 +41,8 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_a_generator_decodes_what_its_coding_gives(model: Path) -> None:
-    generator = Generator.load(model, decoder=LatentDecoder(Bright()))
-    plain = Generator.load(model)
+    generator = ImageGenerator.load(model, decoder=LatentDecoder(Bright()))
+    plain = ImageGenerator.load(model)
     assert (generator.pixel_channels, plain.pixel_channels) == (3, 0)
     latents = plain.images([0, 1, 2], num_steps=2)
     assert latents.dtype == np.float32
@@ -65,7 +65,9 @@ def test_without_diffusers_nothing_starts(
     assert not (tmp_path / "s").exists()
     main(["sample", str(model), *QUICK, "--latents", "--out", str(tmp_path / "s.npz")])
     with np.load(tmp_path / "s.npz", allow_pickle=False) as content:
-        assert np.allclose(content["arr_0"], Generator.load(model).images([0, 1, 2], num_steps=2), atol=1e-4)
+        assert np.allclose(
+            content["arr_0"], ImageGenerator.load(model).images([0, 1, 2], num_steps=2), atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_a_decoder_has_to_fit(model: Path) -> None:
     with pytest.raises(
         ValueError, match="decodes latents of 4 channels and the model's have 2: name the one"
     ):
-        Generator.load(model, decoder=LatentDecoder(Bright(4)))
+        ImageGenerator.load(model, decoder=LatentDecoder(Bright(4)))
     pixels = small_generator()
     with pytest.raises(ValueError, match="the model makes pixels, not latents: leave the autoencoder out"):
-        Generator(pixels.denoiser, pixels.coding, decoder=LatentDecoder(Bright()))
+        ImageGenerator(pixels.denoiser, pixels.coding, decoder=LatentDecoder(Bright()))

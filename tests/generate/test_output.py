@@ -18,7 +18,7 @@ from small import latent_coding, small_generator, small_model
 
 from edm2.cli import main
 from edm2.data import open_dataset
-from edm2.generate import Generator, parse_seeds, read_images, write_samples
+from edm2.generate import ImageGenerator, parse_seeds, read_images, write_samples
 
 
 def content_of(folder: Path) -> dict[str, str]:
@@ -249,7 +249,7 @@ def test_vectors_and_images_as_conditions(tmp_path: Path) -> None:
     given = ["--labels", str(tmp_path / "v.npy"), "--conditions", str(tmp_path / "c.npy")]
     main([*words, "--seeds", "5", *given])
     main([*words, "--seeds", "4-6", *given])
-    one = Generator.load(model).images([5], vectors[[1]], conditions=images[[1]], num_steps=2)
+    one = ImageGenerator.load(model).images([5], vectors[[1]], conditions=images[[1]], num_steps=2)
     assert np.array_equal(read_images([tmp_path / "s" / "000005.png"]), one)
     before = content_of(tmp_path / "s")
     np.save(tmp_path / "c.npy", images[::-1])

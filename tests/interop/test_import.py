@@ -16,8 +16,8 @@ from torch import Tensor
 from edm2.cli import main
 from edm2.diffusion import load_model
 from edm2.ema import reconstruct
-from edm2.ema.snapshots import read_manifest
-from edm2.generate import Generator, reconstruct_models
+from edm2.ema.storage.snapshots import read_manifest
+from edm2.generate import ImageGenerator, reconstruct_models
 from edm2.interop.convert import import_named, import_path, import_preset
 from edm2.interop.nvlabs import load_network, open_snapshots, read_reference_statistics
 from edm2.interop.released import sampling_preset
@@ -53,7 +53,7 @@ def test_network_becomes_a_model_file(golden_network: Path, tmp_path: Path) -> N
 
 
 def test_imported_pixels_are_sampled_in_bytes(golden_network: Path, tmp_path: Path) -> None:
-    generator = Generator.load(import_path(golden_network, tmp_path).path)
+    generator = ImageGenerator.load(import_path(golden_network, tmp_path).path)
     images = generator.images([0, 1], num_steps=2)
     assert (images.shape, images.dtype) == ((2, 3, 8, 8), np.uint8)
 
@@ -64,7 +64,7 @@ def test_latents_are_coded_as_the_released_models_expect(official: Any, tmp_path
     kwargs = {**official.tiny, "img_channels": 4}
     state = Denoiser(**kwargs).state_dict()
     path = official.write(tmp_path / "net.pkl", official.network(state, kwargs), encoder="SomeVAEEncoder")
-    generator = Generator.load(import_path(path, tmp_path / "out").path)
+    generator = ImageGenerator.load(import_path(path, tmp_path / "out").path)
     assert generator.coding.kind == "latents"
     decoded = generator.coding.decode(torch.full((1, 4, 1, 1), 0.5))
     assert decoded.flatten().tolist() == pytest.approx([5.81 + 4.17, 3.25 + 4.62, 0.12 + 3.71, -2.15 + 3.28])
@@ -76,7 +76,7 @@ def test_unknown_encoders_are_not_guessed(
     path = official.write(tmp_path / "net.pkl", official.network(tiny_state, official.tiny), encoder="Own")
     model = import_path(path, tmp_path / "out").path
     with pytest.raises(ValueError, match="does not say how its images are coded"):
-        Generator.load(model)
+        ImageGenerator.load(model)
 
 
 def test_snapshots_become_a_folder_that_gives_the_same_averages(
@@ -166,7 +166,7 @@ def test_an_imported_preset_is_sampled_with_its_guide_and_weight(
     assert told in capsys.readouterr().err
     main(["sample", str(out), "--out", str(tmp_path / "by-folder.npz"), *sizes])
     model, guide = (
-        Generator.load(out / f"{file}.safetensors")
+        ImageGenerator.load(out / f"{file}.safetensors")
         for file in ("edm2-img64-s-1073741-0.045", "edm2-img64-xs-0134217-0.110")
     )
     expected = model.images([0, 1, 2], num_steps=3, guide=guide, guidance=1.7)

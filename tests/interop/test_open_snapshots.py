@@ -12,7 +12,7 @@ from torch import Tensor
 from edm2.cli import main
 from edm2.diffusion import Denoiser, load_model
 from edm2.ema import AccuracyWarning, reconstruct, reconstruct_many
-from edm2.generate import Generator
+from edm2.generate import ImageGenerator
 from edm2.interop.nvlabs import open_snapshots
 from edm2.interop.snapshot_folder import parse_name
 
@@ -171,7 +171,7 @@ def test_commands_read_a_folder_of_official_snapshots(
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     assert (info["license"], info["sigma_rel"], info["num_images"]) == ("CC BY-NC-SA 4.0", 0.08, 24576)
-    assert Generator.load(out / "ema-0.05.safetensors").images([0], num_steps=2).shape == (1, 1, 2, 2)
+    assert ImageGenerator.load(out / "ema-0.05.safetensors").images([0], num_steps=2).shape == (1, 1, 2, 2)
     picture = out / "profile.png"
     main(["ema", "profile", str(path), "--sigma-rel", "0.05", "--out", str(picture)])
     assert picture.read_bytes()[:4] == b"\x89PNG"

@@ -9,7 +9,7 @@ import pytest
 
 from edm2.report import Page, image_grid, loss_curve
 from edm2.report.style import DARK, LIGHT
-from edm2.run_report import write_run_report
+from edm2.run_page import write_run_report
 from edm2.train import train
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

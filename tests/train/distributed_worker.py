@@ -18,7 +18,7 @@ import torch.distributed.fsdp
 from tiny_run import tiny_config, tiny_data, tiny_network
 
 import edm2.train.loop
-from edm2.live_samples import LiveSamples
+from edm2.generate.live_samples import LiveSamples
 from edm2.train import Stopped, TrainConfig, Trainer, train
 
 DATA = tiny_data()

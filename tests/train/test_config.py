@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from edm2.ema.plans import named_plan
+from edm2.ema.maths.plans import named_plan
 from edm2.train import DataConfig, EMAConfig, LossConfig, NetworkConfig, OptimizerConfig, TrainConfig
 from edm2.train.build import ema_device
 

@@ -5,7 +5,7 @@ import torch
 from tiny_run import log_of, tiny_config, tiny_data
 
 from edm2.diffusion import Denoiser
-from edm2.generate import Generator
+from edm2.generate import ImageGenerator
 from edm2.nn import faster_channels_last
 from edm2.train import train
 
@@ -39,4 +39,4 @@ def test_training_and_sampling_choose_the_layout_and_may_be_told(config, tmp_pat
         assert seen == {config != "A" if wanted is None else wanted}
         losses[wanted] = log_of(out)[-1]["loss"]
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
-    assert is_last(Generator.load(tmp_path / "None").denoiser) is (config != "A")
+    assert is_last(ImageGenerator.load(tmp_path / "None").denoiser) is (config != "A")

@@ -10,12 +10,12 @@ import tyro
 
 from edm2.data import open_dataset
 from edm2.data.autoencoder import load_autoencoder
-from edm2.data.convert import Conversion, Converted, convert_stream
-from edm2.data.convert import convert as convert_catalog
-from edm2.data.describe import describe
-from edm2.data.latents import encode_latents
+from edm2.data.prepare.convert import Conversion, Converted, convert_stream
+from edm2.data.prepare.convert import convert as convert_catalog
+from edm2.data.prepare.describe import describe
+from edm2.data.prepare.latents import encode_latents
+from edm2.data.prepare.survey import survey
 from edm2.data.sources import open_catalog
-from edm2.data.survey import survey
 from edm2.train.build import pick_device
 
 _SOURCE = Annotated[str, tyro.conf.Positional]

@@ -10,12 +10,12 @@ import tyro
 
 from edm2.ema import PLANS, Plan, Reconstruction, reconstruct_many
 from edm2.ema import plan as find_plan
-from edm2.ema.plans import MOVEMENT, named_plan, spread
-from edm2.ema.profiles import FloatArray
-from edm2.ema.snapshots import MANIFEST, ForeignSnapshots, Manifest, read_manifest
-from edm2.ema.tensorfile import save_tensors
-from edm2.ema.verify import damaged
-from edm2.ema.window import LONG_RUN
+from edm2.ema.maths.plans import MOVEMENT, named_plan, spread
+from edm2.ema.maths.profiles import FloatArray
+from edm2.ema.storage.snapshots import MANIFEST, ForeignSnapshots, Manifest, read_manifest
+from edm2.ema.storage.tensorfile import save_tensors
+from edm2.ema.storage.verify import damaged
+from edm2.ema.tracking.window import LONG_RUN
 from edm2.files import write_atomic
 from edm2.generate import reconstruct_models
 from edm2.generate.reconstructed import ema_file_name, snapshots_of

@@ -1,15 +1,23 @@
-"""`edm2 info`."""
+"""`edm2 info`: what a preset, a saved model or a run is, in words and numbers."""
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import tyro
 
-from edm2.describe import describe_path, describe_preset, describe_released
-from edm2.interop.released import SAMPLING_PRESETS
-from edm2.presets import PRESETS, get_preset
+from edm2.diffusion import Denoiser, read_model
+from edm2.ema.storage.snapshots import read_manifest
+from edm2.hub.pretrained import Parts, find_parts
+from edm2.interop.released import SAMPLING_PRESETS, sampling_preset
+from edm2.nn import count_flops
+from edm2.nn.configs import CONFIGS
+from edm2.presets import PRESETS, get_preset, image_shape
+from edm2.train.run_folder import CONFIG_FILE, LOG_FILE, SNAPSHOTS, read_config, read_log
 
 
 @dataclass(kw_only=True)
@@ -36,3 +44,121 @@ def run(prog: str, words: Sequence[str]) -> None:
             get_preset(chosen.name)
         except ValueError as error:
             raise ValueError(f"no file or folder is called {chosen.name!r}, and {error}") from None
+
+
+def describe_preset(name: str) -> str:
+    """Network, cost, settings and state names of a preset."""
+    config = get_preset(name)
+    channels, height, width, classes = image_shape(name)
+    assert height == width
+    with torch.device("meta"):
+        denoiser = Denoiser(height, channels, classes, **vars(config.network)).eval()
+    lines = [f"preset {name}", *_network_lines(denoiser)]
+    lines.append(
+        f"training    {config.num_images:,} images in {config.num_steps:,} steps of {config.batch_size}"
+    )
+    settings = json.dumps(config.to_json(), indent=1)
+    return "\n".join([*lines, "", "settings", settings, "", "state", _state(denoiser)])
+
+
+def describe_released(name: str) -> str:
+    """What `edm2 import` makes of the name of a published setting."""
+    preset = sampling_preset(name)
+    guide = "none" if preset.guide is None else f"{preset.guide}, weight {preset.guidance:g}"
+    return "\n".join(
+        [
+            f"setting     {name}, published with {preset.metric} {preset.reported:g}",
+            f"network     {preset.network}",
+            f"guide       {guide}",
+            f"next        edm2 import {name} --out FOLDER --from SOURCE",
+        ]
+    )
+
+
+def describe_path(path: Path) -> str:
+    """A model file, the state of a run's folder, or settings with the models that they name."""
+    parts = find_parts(path)
+    if parts is not None:
+        return "\n".join([*_parts_lines(path, parts), describe_path(parts.model)])
+    lines = []
+    if (path / CONFIG_FILE).is_file():
+        lines += _run_lines(path)
+        if not any(path.glob("*.safetensors")):
+            return "\n".join([*lines, "model       none yet: the run has not ended"])
+    file, denoiser, info = read_model(path)
+    lines += [f"model       {file}, {file.stat().st_size / 1e6:.1f} MB", *_network_lines(denoiser)]
+    for key, label in (
+        ("sigma_rel", "EMA length"),
+        ("num_images", "images seen"),
+        ("data", "trained on"),
+        ("license", "licence"),
+    ):
+        if info.get(key) is not None:
+            value = f"{info[key]:,}" if isinstance(info[key], int) else _plain(str(info[key]))
+            lines.append(f"{label:<11} {value}")
+    if info.get("expected_error") is not None:
+        lines.append(f"expected relative error of the reconstruction: {info['expected_error']:.1e}")
+    return "\n".join(lines) + "\n\nstate\n" + _state(denoiser)
+
+
+def _parts_lines(path: Path, parts: Parts) -> list[str]:
+    sampling = parts.sampling
+    lines = [f"settings    {path}, {sampling.sampler}, {sampling.num_steps} steps"]
+    if parts.guide is not None:
+        low, high = sampling.interval or (0.0, math.inf)
+        lines.append(
+            f"guide       {parts.guide}, weight {sampling.guidance:g} for sigma in ({low:g}, {high:g}]"
+        )
+    return lines + [f"result      {_plain(result.metric)} {result.value:g}" for result in parts.results]
+
+
+def _plain(text: str) -> str:
+    """On one line; it comes out of a file, and a terminal would obey what is hidden in it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def _network_lines(denoiser: Denoiser) -> list[str]:
+    with torch.device("meta"):
+        height, width = denoiser.img_resolution
+        image = torch.zeros(1, denoiser.img_channels, height, width)
+        labels = torch.zeros(1, denoiser.label_dim) if denoiser.label_dim else None
+        condition: Any = denoiser.config.get("cond_channels", 0)
+        extra = {"condition": torch.zeros(1, condition, height, width)} if condition else {}
+        flops = count_flops(denoiser, image, torch.ones(1), labels, **extra)
+    letter = str(denoiser.config["config"])
+    return [
+        f"config      {letter}, {CONFIGS[letter].title}",
+        f"images      {denoiser.img_channels} x {height} x {width}, "
+        + (f"{denoiser.label_dim} classes" if denoiser.label_dim else "unconditional"),
+        f"parameters  {sum(p.numel() for p in denoiser.parameters()):,}",
+        f"Gflops      {flops / 1e9:.4g} an evaluation of one image, a multiply-accumulate counted once",
+    ]
+
+
+def _state(denoiser: Denoiser) -> str:
+    state = denoiser.state_dict()
+    width = max(map(len, state))
+    return "\n".join(f"  {name:<{width}}  {list(tensor.shape)}" for name, tensor in state.items())
+
+
+def _run_lines(run: Path) -> list[str]:
+    settings, log = read_config(run)["settings"], read_log(run)
+    try:
+        lines = [f"run         {run}, preset {settings['preset'] or 'none'}", _progress(settings, log)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{run / CONFIG_FILE} or {LOG_FILE} beside it is damaged ({error}): restore them from a copy"
+        ) from error
+    if (run / SNAPSHOTS).is_dir():
+        snapshots = read_manifest(run / SNAPSHOTS).snapshots
+        lengths = ", ".join(f"{value:g}" for value in sorted({s.sigma_rel for s in snapshots}))
+        lines.append(
+            f"snapshots   {len({s.t for s in snapshots})} times, EMA lengths {lengths or 'none yet'}"
+        )
+    return lines
+
+
+def _progress(settings: dict[str, Any], log: list[dict[str, Any]]) -> str:
+    seen = log[-1]["num_images"] if log else 0
+    text = f"progress    {seen:,} of {settings['num_images']:,} images"
+    return text + (f", loss {log[-1]['loss']:.4f}" if log and log[-1]["loss"] is not None else "")

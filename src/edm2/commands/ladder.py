@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from edm2.ladder_experiment import LadderPlan, run_ladder, with_length
-from edm2.ladder_report import table, write_ladder_report
+from edm2.ladder.experiment import LadderPlan, run_ladder, with_length
+from edm2.ladder.page import table, write_ladder_report
 from edm2.presets import get_preset
 
 

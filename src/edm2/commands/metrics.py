@@ -9,7 +9,19 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from edm2.image_sets import MIN_IMAGES, ImageSet, open_images
+from edm2.evaluation.cautions import cautions
+from edm2.evaluation.extractors import EXTRACTORS, measure_images, open_extractor
+from edm2.evaluation.images import MIN_IMAGES, ImageSet, open_images
+from edm2.evaluation.references import check_extractor, is_reference, read_reference
+from edm2.evaluation.results import (
+    SCORE_NAMES,
+    check_result,
+    differences,
+    provenance_of,
+    read_result,
+    without_numbers,
+    write_result,
+)
 from edm2.metrics import (
     ClassifierFeatures,
     FeatureExtractor,
@@ -20,22 +32,6 @@ from edm2.metrics import (
 )
 from edm2.metrics import score as score_measured
 from edm2.metrics.measure import KEPT_FEATURES
-from edm2.scoring import (
-    EXTRACTORS,
-    SCORE_NAMES,
-    check_extractor,
-    check_result,
-    differences,
-    doubts,
-    is_reference,
-    measure_images,
-    open_extractor,
-    provenance_of,
-    read_reference,
-    read_result,
-    without_numbers,
-    write_result,
-)
 from edm2.train.world import World, join_world
 
 # Where two results differ in one of these, their numbers cannot be compared.
@@ -249,7 +245,7 @@ def _score(
     for side in (real, made):
         if side.images is not None and extractor is not None:
             _see(extractor, side.images)
-    found = doubts(made.provenance, real.provenance, provenance["extractor"])
+    found = cautions(made.provenance, real.provenance, provenance["extractor"])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         scores = score_measured(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from edm2.run_report import write_run_report
+from edm2.run_page import write_run_report
 
 
 @dataclass(kw_only=True)

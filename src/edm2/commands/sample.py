@@ -14,10 +14,10 @@ import tyro
 from edm2.data import LatentDecoder
 from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
 from edm2.diffusion import SamplerName
-from edm2.generate import Generator, parse_seeds, read_coding, write_samples
-from edm2.integrations.pretrained import Parts, find_parts
+from edm2.generate import ImageGenerator, parse_seeds, read_coding, write_samples
+from edm2.hub.pretrained import Parts, find_parts
 from edm2.train.world import join_world
-from edm2.tuned import FOLDER, GUIDE_FILE, read_tuned
+from edm2.tuning.result import FOLDER, GUIDE_FILE, read_tuned
 
 _NUM_STEPS, _SAMPLER = 32, "heun"
 
@@ -167,7 +167,9 @@ def _sample(chosen: _Sample, path: Path, seeds: list[int], options: dict[str, An
     with join_world(chosen.device) as world:
         common: dict[str, Any] = dict(device=world.device, dtype=chosen.dtype, compile=chosen.compile)
         decoder = _decoder(chosen, path, world.device)
-        generator = Generator.load(path, chosen.ema, num_images=chosen.ema_images, decoder=decoder, **common)
+        generator = ImageGenerator.load(
+            path, chosen.ema, num_images=chosen.ema_images, decoder=decoder, **common
+        )
         made = write_samples(
             generator,
             chosen.out,
@@ -204,7 +206,7 @@ def _decoder(chosen: _Sample, path: Path, device: torch.device) -> LatentDecoder
     )
 
 
-def _guide(chosen: _Sample, path: Path, common: dict[str, Any]) -> Generator | None:
+def _guide(chosen: _Sample, path: Path, common: dict[str, Any]) -> ImageGenerator | None:
     wanted = chosen.guide is not None or chosen.guide_ema is not None
     if chosen.guide_images is not None and chosen.guide_ema is None:
         raise ValueError(f"--guide-images {chosen.guide_images:g} needs --guide-ema, the guide's EMA length")
@@ -221,7 +223,9 @@ def _guide(chosen: _Sample, path: Path, common: dict[str, Any]) -> Generator | N
                 "earlier average of the run as --guide-ema (with --guide-images); --guidance 1 is none"
             )
         return None
-    return Generator.load(chosen.guide or path, chosen.guide_ema, num_images=chosen.guide_images, **common)
+    return ImageGenerator.load(
+        chosen.guide or path, chosen.guide_ema, num_images=chosen.guide_images, **common
+    )
 
 
 def _labels(chosen: _Sample) -> int | np.ndarray | None:

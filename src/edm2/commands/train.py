@@ -10,14 +10,14 @@ from typing import Annotated, Any
 import tyro
 
 from edm2.cli import EXIT_STOPPED, end
-from edm2.live_samples import LiveSamples
+from edm2.generate.live_samples import LiveSamples
 from edm2.presets import get_preset
 from edm2.train import Stopped, TrainConfig, train
 from edm2.train.dry_run import dry_run
-from edm2.train.ladder import with_config
+from edm2.train.loggers import open_trackers
 from edm2.train.run_folder import LOG_FILE, SNAPSHOTS
 from edm2.train.signals import under_torchrun
-from edm2.train.trackers import open_trackers
+from edm2.train.with_config import with_config
 
 
 @dataclass(kw_only=True)

@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from edm2.judging import Judge, Metric
-from edm2.scoring import open_extractor
+from edm2.evaluation.extractors import open_extractor
+from edm2.evaluation.judge import Judge, Metric
 from edm2.train.build import open_run_data, pick_device
-from edm2.tuned import BASELINE_SIGMA_REL, Tried, save_tuned
-from edm2.tuning import TuningPlan, check_guide, tune
-from edm2.tuning_report import improvement_text, score_text, write_tuning_report
+from edm2.tuning.page import improvement_text, score_text, write_tuning_report
+from edm2.tuning.result import BASELINE_SIGMA_REL, Tried, save_tuned
+from edm2.tuning.search import TuningPlan, check_guide, tune
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,6 @@
 
 from edm2.diffusion.denoiser import Denoiser
 from edm2.diffusion.guidance import DenoiserFn, WithoutLabels, guided
-from edm2.diffusion.ladder import TrainingRules, traditional_decay, training_rules
 from edm2.diffusion.loss import draw_sigma, edm2_loss
 from edm2.diffusion.model_file import MODEL_FILE, load_model, read_model, read_model_header, save_model
 from edm2.diffusion.sampling import sample_heun, time_steps
@@ -14,7 +13,6 @@ __all__ = [
     "Denoiser",
     "DenoiserFn",
     "SamplerName",
-    "TrainingRules",
     "WithoutLabels",
     "draw_sigma",
     "edm2_loss",
@@ -28,6 +26,4 @@ __all__ = [
     "sample_heun",
     "save_model",
     "time_steps",
-    "traditional_decay",
-    "training_rules",
 ]

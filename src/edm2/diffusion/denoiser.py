@@ -23,7 +23,7 @@ class Denoiser(nn.Module):
         img_channels: channels of the images.
         label_dim: number of classes, or length of a conditioning vector; 0 for an unconditional denoiser.
         config: configuration of the paper, `A` to `G`: network, preconditioning and uncertainty;
-            `edm2.diffusion.training_rules` has what training must do for it.
+            `edm2.train.training_rules` has what training must do for it.
         dtype: precision of F: float32, bfloat16 or float16. The preconditioning stays in float32, the
             parameters in theirs; so do the embedding and the logits of attention in A and B.
         sigma_data: standard deviation of the data.

@@ -4,13 +4,13 @@ Needs torch, numpy and safetensors, and nothing else of edm2.
 """
 
 from edm2.ema.checkpoints import average_checkpoints
-from edm2.ema.planning import plan
-from edm2.ema.plans import PLANS, Plan
-from edm2.ema.profiles import decay, gamma_to_sigma_rel, sigma_rel_to_gamma
+from edm2.ema.maths.planning import plan
+from edm2.ema.maths.plans import PLANS, Plan
+from edm2.ema.maths.profiles import decay, gamma_to_sigma_rel, sigma_rel_to_gamma
+from edm2.ema.maths.solve import solve_coefficients
+from edm2.ema.maths.targets import Target
 from edm2.ema.reconstruct import AccuracyWarning, Reconstruction, reconstruct, reconstruct_many
-from edm2.ema.solve import solve_coefficients
-from edm2.ema.targets import Target
-from edm2.ema.tracker import PowerEMA
+from edm2.ema.tracking.tracker import PowerEMA
 
 __all__ = [
     "PLANS",

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edm2.ema.checkpoint_files import find_checkpoints, load_checkpoint
-from edm2.ema.encoding import STORED, TYPICAL_ROUNDING
-from edm2.ema.profiles import FloatArray
+from edm2.ema.maths.profiles import FloatArray
+from edm2.ema.maths.targets import Profile, Target
 from edm2.ema.reconstruct import AccuracyWarning, Reconstruction
-from edm2.ema.targets import Profile, Target
+from edm2.ema.storage.checkpoint_files import find_checkpoints, load_checkpoint
+from edm2.ema.storage.encoding import STORED, TYPICAL_ROUNDING
 
 _SAMPLE = 32768
 _NEGLIGIBLE = 1e-9

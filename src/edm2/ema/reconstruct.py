@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from edm2.ema.misfit import WHITE, Grid, Motion
-from edm2.ema.motion import fit_motion
-from edm2.ema.profiles import FloatArray
-from edm2.ema.sampling import sample_squares
-from edm2.ema.snapshots import ForeignSnapshots, Manifest, Snapshot, open_snapshot, read_manifest
-from edm2.ema.solve import HOPELESS_MISFIT, Solution, solve_motion
-from edm2.ema.stream import WeightedSums, read_tensors
-from edm2.ema.targets import PowerProfile, Profile, Target
-from edm2.ema.tensorfile import sum_text
+from edm2.ema.maths.fit_motion import fit_motion
+from edm2.ema.maths.profiles import FloatArray
+from edm2.ema.maths.solve import HOPELESS_MISFIT, Solution, solve_motion
+from edm2.ema.maths.targets import PowerProfile, Profile, Target
+from edm2.ema.maths.weight_motion import WHITE, Grid, Motion
+from edm2.ema.storage.distances import sample_squares
+from edm2.ema.storage.snapshots import ForeignSnapshots, Manifest, Snapshot, open_snapshot, read_manifest
+from edm2.ema.storage.tensorfile import sum_text
+from edm2.ema.storage.weighted_sums import WeightedSums, read_tensors
 
 _MOST_JUDGED = 24
 _NEGLIGIBLE = 1e-9

@@ -1,12 +1,12 @@
 """Images from saved models, and models from a run's snapshots."""
 
-from edm2.generate.generator import Generator, read_coding
+from edm2.generate.generator import ImageGenerator, read_coding
 from edm2.generate.output import read_images, write_samples
 from edm2.generate.reconstructed import reconstruct_denoiser, reconstruct_models, snapshots_of
 from edm2.generate.seeds import parse_seeds
 
 __all__ = [
-    "Generator",
+    "ImageGenerator",
     "parse_seeds",
     "read_coding",
     "read_images",

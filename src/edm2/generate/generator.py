@@ -21,7 +21,7 @@ _PRECISIONS = ("float32", "bfloat16", "float16")
 _CHURN_STREAM = 1  # of the image's keyed random numbers; 0 is its starting noise
 
 
-class Generator:
+class ImageGenerator:
     """A denoiser with the coding of its images.
 
     Args:
@@ -74,7 +74,7 @@ class Generator:
         dtype: str | torch.dtype = "float32",
         compile: bool = False,
         decoder: LatentDecoder | None = None,
-    ) -> "Generator":
+    ) -> "ImageGenerator":
         """Open a saved model, or put an average together from a run's snapshots.
 
         Args:
@@ -108,7 +108,7 @@ class Generator:
             use_channels_last(denoiser)
         return cls(denoiser, coding, info, fix_weights=True, compile=compile, decoder=decoder)
 
-    def to(self, device: torch.device | str) -> "Generator":
+    def to(self, device: torch.device | str) -> "ImageGenerator":
         """Move to a device; returns itself."""
         self.denoiser.to(device)
         if self._fixed is not None:
@@ -167,7 +167,7 @@ class Generator:
             what = list(wanted) if channels else "none"
             raise ValueError(f"conditions of shape {list(conditions.shape)}: this model takes {what}")
 
-    def check_guide(self, guide: "Generator") -> None:
+    def check_guide(self, guide: "ImageGenerator") -> None:
         """Raise ValueError unless another model can guide this one."""
         ours, theirs = self.denoiser, guide.denoiser
         for what, own, other, fits in (
@@ -189,7 +189,7 @@ class Generator:
         labels: Sequence[int] | np.ndarray | None = None,
         *,
         conditions: np.ndarray | Tensor | None = None,
-        guide: "Generator | DenoiserFn | None" = None,
+        guide: "ImageGenerator | DenoiserFn | None" = None,
         sampler: str | Callable[..., Tensor] = "heun",
         **options: Any,
     ) -> Tensor:
@@ -199,7 +199,7 @@ class Generator:
             `[N, C, H, W]` float32.
         """
         self._refresh()
-        if isinstance(guide, Generator):
+        if isinstance(guide, ImageGenerator):
             self.check_guide(guide)
             guide._refresh()
         return self._sample(seeds, labels, conditions, guide, sampler, options)
@@ -269,7 +269,7 @@ class Generator:
         seeds: Sequence[int],
         labels: Sequence[int] | np.ndarray | None,
         conditions: np.ndarray | Tensor | None,
-        guide: "Generator | DenoiserFn | None",
+        guide: "ImageGenerator | DenoiserFn | None",
         sampler: str | Callable[..., Tensor],
         options: dict[str, Any],
     ) -> Tensor:
@@ -296,7 +296,7 @@ class Generator:
 
         if options.get("s_churn", 0) > 0:
             options = {**options, "randn_like": randn_like}
-        second = guide._bind(condition) if isinstance(guide, Generator) else guide
+        second = guide._bind(condition) if isinstance(guide, ImageGenerator) else guide
         if isinstance(guide, WithoutLabels) and guide.network is self.denoiser:
             second = WithoutLabels(self._bind(condition), guide.label_dim)
         return sampler(self._bind(condition), keyed_normal(index, shape), given, guide=second, **options)

@@ -18,7 +18,7 @@ import edm2
 from edm2.diffusion import find_sampler
 from edm2.files import write_atomic, write_json
 from edm2.generate.archive import ARCHIVES, SETTINGS_FILE, read_settings, write_npz, write_zip
-from edm2.generate.generator import Generator
+from edm2.generate.generator import ImageGenerator
 from edm2.progress import Progress
 from edm2.report import image_grid, save_png
 from edm2.train.world import World
@@ -29,13 +29,13 @@ _MADE_WITH = "made_with"  # noted, but no part of what must agree to continue
 
 
 def write_samples(
-    generator: Generator,
+    generator: ImageGenerator,
     out: Path,
     seeds: list[int],
     *,
     labels: int | np.ndarray | None = None,
     conditions: np.ndarray | None = None,
-    guide: Generator | None = None,
+    guide: ImageGenerator | None = None,
     sampler: str = "heun",
     batch_size: int = 250,
     grid: int = 400,
@@ -124,7 +124,9 @@ def write_samples(
     return folder / "grid.png" if shown else out
 
 
-def _rows_of(generator: Generator, labels: int | np.ndarray | None, seeds: list[int]) -> np.ndarray | None:
+def _rows_of(
+    generator: ImageGenerator, labels: int | np.ndarray | None, seeds: list[int]
+) -> np.ndarray | None:
     if isinstance(labels, np.ndarray):
         return labels[np.asarray(seeds) % len(labels)]
     if labels is not None:
@@ -133,8 +135,8 @@ def _rows_of(generator: Generator, labels: int | np.ndarray | None, seeds: list[
 
 
 def _settings(
-    generator: Generator,
-    guide: Generator | None,
+    generator: ImageGenerator,
+    guide: ImageGenerator | None,
     labels: int | np.ndarray | None,
     conditions: np.ndarray | None,
     sampler: str,

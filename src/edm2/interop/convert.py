@@ -13,9 +13,9 @@ import safetensors.torch
 import torch
 
 from edm2.diffusion import read_model_header, save_model
-from edm2.ema.encoding import Track
-from edm2.ema.snapshots import ForeignSnapshots, Snapshot, read_manifest, write, write_manifest
-from edm2.ema.stream import read_tensors
+from edm2.ema.storage.encoding import Track
+from edm2.ema.storage.snapshots import ForeignSnapshots, Snapshot, read_manifest, write, write_manifest
+from edm2.ema.storage.weighted_sums import read_tensors
 from edm2.files import sha256_of, write_atomic, write_json
 from edm2.interop.fetch import check_there, fetch
 from edm2.interop.licence import LICENCE, NOTICE_LINE, write_notice

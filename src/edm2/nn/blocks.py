@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from edm2.nn.attention import attend
+from edm2.nn.configs import Features
 from edm2.nn.functional import resample
 from edm2.nn.keyed_random import keyed_dropout
-from edm2.nn.ladder import Features
 
 
 class Block(nn.Module):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from edm2.nn.attention import attend
 from edm2.nn.blocks import clip, drop, head_count
+from edm2.nn.configs import Features
 from edm2.nn.functional import resample
-from edm2.nn.ladder import Features
 
 
 class GroupNormBlock(nn.Module):

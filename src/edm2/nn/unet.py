@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from edm2.nn.blocks import Block
+from edm2.nn.configs import get_features
 from edm2.nn.group_norm_block import GroupNormBlock
-from edm2.nn.ladder import get_features
 from edm2.nn.plain_layers import Positional
 
 
@@ -24,7 +24,7 @@ class UNet(nn.Module):
         img_resolution: side of square images, or (height, width). Every level but the last halves both.
         img_channels: channels of the noisy image and of the output.
         label_dim: number of classes, or length of the conditioning vector; 0 for an unconditional network.
-        config: `A` to `G`, see `edm2.nn.ladder`.
+        config: `A` to `G`, see `edm2.nn.configs`.
         model_channels: base width.
         channel_mult: width of each level, in units of model_channels.
         channel_mult_noise: noise features, in units of model_channels; default: the first level's width.
@@ -37,7 +37,7 @@ class UNet(nn.Module):
         augment_dim: length of the labels that say how an image was augmented, see `edm2.data.Augmentation`; 0 for a
             network without them. An image that was not augmented has the label zero, which changes nothing: the
             network then computes exactly what it would without.
-        **options: options of the configuration, described in `edm2.nn.ladder.Features`: dropout,
+        **options: options of the configuration, described in `edm2.nn.configs.Features`: dropout,
             attn_resolutions, clip_act, res_balance and so on.
 
     Attributes:

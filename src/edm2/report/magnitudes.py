@@ -7,16 +7,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edm2.report.figures import count_images
+from edm2.report.page import Page
 from edm2.report.style import LIGHT, SERIES, add_legend, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+KINDS = {
+    "activations": ("Activations", "RMS of block outputs"),
+    "weights": ("Weights", "RMS of weights"),
+    "gradients": ("Gradients", "RMS of gradients"),
+    "updates": ("Updates", "relative change a step"),
+}
+Records = Sequence[Mapping[str, Any]]
 
 _LEVEL = re.compile(r"(?:^|\.)(enc|dec)\.(\d+x\d+)_")
 _PART_NAMES = {"enc": "encoder", "dec": "decoder"}
@@ -122,3 +131,37 @@ def log_scale(ax: Axes, low: float, high: float) -> None:
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high < 100 * low else LogLocator())
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def add_magnitudes(
+    page: Page, runs: Sequence[tuple[str, Records]], *, kinds: Sequence[str] = tuple(KINDS)
+) -> None:
+    """Add curves of magnitudes by resolution; those of several runs side by side, on axes to compare.
+
+    Args:
+        page: where.
+        runs: name and lines of `magnitudes.jsonl` of each.
+        kinds: activations, weights, gradients, updates.
+
+    Ref: EDM2 Fig. 3.
+    """
+    if len(runs) == 1:
+        with page.columns():
+            for kind in kinds:
+                _add_kind(page, runs, kind)
+        return
+    for kind in kinds if runs else ():
+        with page.columns():
+            _add_kind(page, runs, kind)
+
+
+def _add_kind(page: Page, runs: Sequence[tuple[str, Records]], kind: str) -> None:
+    title, label = KINDS[kind]
+    grouped = [[by_resolution(record[kind]) for record in records] for _, records in runs]
+    limits = limits_of(record for values in grouped for record in values)
+    for (name, records), values in zip(runs, grouped, strict=True):
+        images = [record["num_images"] for record in records]
+        figure = magnitude_curve(images, values, label=label, limits=limits)
+        whose = f" of {name}" if len(runs) > 1 else ""
+        caption = f"{title}{whose}: {label} by resolution, on a logarithmic scale"
+        page.figure(figure, caption, f"Curves of {label} by resolution{whose}")

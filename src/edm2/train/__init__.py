@@ -9,6 +9,7 @@ from edm2.train.config import (
     TrainConfig,
 )
 from edm2.train.loop import Trainer, train
+from edm2.train.rules import TrainingRules, traditional_decay, training_rules
 from edm2.train.schedule import learning_rate
 from edm2.train.signals import Stopped
 
@@ -21,6 +22,9 @@ __all__ = [
     "Stopped",
     "TrainConfig",
     "Trainer",
+    "TrainingRules",
     "learning_rate",
+    "traditional_decay",
     "train",
+    "training_rules",
 ]

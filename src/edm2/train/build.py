@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import edm2
 from edm2.data import AUGMENT_DIM, ImageDataset, open_dataset
 from edm2.diffusion import Denoiser
-from edm2.ema.plans import memory_bytes
+from edm2.ema.maths.plans import memory_bytes
 from edm2.train.coding import Coding
 from edm2.train.config import TrainConfig
 from edm2.train.run_folder import read_config

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import safetensors.torch
 from torch import Tensor
 
-from edm2.ema.tensorfile import TensorSpec, write_tensors
+from edm2.ema.storage.tensorfile import TensorSpec, write_tensors
 from edm2.files import sha256_of, sync_folder, write_json
 
 _MANIFEST = "manifest.json"

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from edm2.ema import sigma_rel_to_gamma
-from edm2.ema.plans import named_plan
+from edm2.ema.maths.plans import named_plan
 
 _NAME = tyro.conf.arg
 
@@ -162,7 +162,7 @@ class TrainConfig:
     """Images a forward pass, a divisor of batch; smaller takes less memory. Default: the whole batch."""
     architecture: Annotated[Literal["A", "B", "C", "D", "E", "F", "G"], _NAME(name="config")] = "G"
     """Configuration of the paper's ladder. On the command line it also changes the preset's rate, noise levels and
-    dropout as the paper does; in Python, `edm2.train.ladder.with_config` does."""
+    dropout as the paper does; in Python, `edm2.train.with_config.with_config` does."""
     seed: int = 0
     """Seed of the weights, the order of images, noise and dropout."""
     snapshot_images: int | None = None

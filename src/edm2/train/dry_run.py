@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from edm2.data import ImageDataset
-from edm2.ema.plans import memory_bytes
+from edm2.ema.maths.plans import memory_bytes
 from edm2.nn import count_flops
 from edm2.progress import time_text
 from edm2.train.build import open_training_data

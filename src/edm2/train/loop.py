@@ -18,7 +18,7 @@ import torch
 from edm2.data import ImageDataset
 from edm2.diffusion import MODEL_FILE, save_model
 from edm2.ema import PowerEMA
-from edm2.ema.snapshots import MANIFEST
+from edm2.ema.storage.snapshots import MANIFEST
 from edm2.nn.magnitudes import MagnitudeRecorder
 from edm2.progress import Progress
 from edm2.train import run_folder
@@ -26,6 +26,7 @@ from edm2.train.build import build_denoiser, ema_device, git_state, open_trainin
 from edm2.train.checkpoint import Role, find_newest, newest, prune, read_checkpoint
 from edm2.train.coding import Coding, make_coding
 from edm2.train.config import TrainConfig
+from edm2.train.loggers import Tracker, numbers
 from edm2.train.memory import size_text, used_bytes
 from edm2.train.parallel import whole
 from edm2.train.saver import Saver
@@ -33,7 +34,6 @@ from edm2.train.signals import Stopped, stop_requests
 from edm2.train.state import gather, scatter
 from edm2.train.stepper import Stepper
 from edm2.train.tally import Tally
-from edm2.train.trackers import Tracker, numbers
 from edm2.train.world import World, join_world
 
 
@@ -56,7 +56,7 @@ def train(
         preset: name that the settings come from, noted in the files.
         quiet: show no progress.
         on_step: called after every step, for callers who want to look inside.
-        trackers: told whatever is logged, see `edm2.train.trackers`.
+        trackers: told whatever is logged, see `edm2.train.loggers`.
 
     Returns:
         The final model's file: the longest tracked average at the end of the run.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edm2.diffusion import MODEL_FILE
-from edm2.ema.locking import folder_lock
+from edm2.ema.storage.locking import folder_lock
 from edm2.files import write_atomic, write_json
 
 CONFIG_FILE = "config.json"

@@ -11,7 +11,8 @@ from PIL import Image
 datasets = pytest.importorskip("datasets")
 
 from edm2.cli import main  # noqa: E402
-from edm2.data import convert, open_dataset, stream_hugging_face  # noqa: E402
+from edm2.data import open_dataset, stream_hugging_face  # noqa: E402
+from edm2.data.prepare import convert  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the library
 RNG = np.random.default_rng(0)

@@ -9,7 +9,7 @@ diffusers = pytest.importorskip("diffusers")
 from edm2.cli import main  # noqa: E402
 from edm2.data import ArrayDataset, open_dataset  # noqa: E402
 from edm2.data.autoencoder import load_autoencoder  # noqa: E402
-from edm2.data.latents import encode_latents  # noqa: E402
+from edm2.data.prepare.latents import encode_latents  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the library
 CPU = torch.device("cpu")

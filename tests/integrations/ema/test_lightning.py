@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from edm2.ema import reconstruct
-from edm2.integrations.lightning import PowerEMACallback
+from edm2.ema.callbacks.lightning import PowerEMACallback
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"

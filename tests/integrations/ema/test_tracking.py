@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from edm2.integrations.tracking import track_steps
+from edm2.ema.callbacks.steps import track_steps
 
 
 def test_sharded_models_are_refused() -> None:

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from edm2.ema import PowerEMA, Target, average_checkpoints, reconstruct  # noqa: E402
-from edm2.integrations.transformers import STATE_FILE, PowerEMACallback  # noqa: E402
+from edm2.ema.callbacks.transformers import STATE_FILE, PowerEMACallback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"

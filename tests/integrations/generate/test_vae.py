@@ -13,8 +13,8 @@ diffusers = pytest.importorskip("diffusers")
 from edm2.cli import main  # noqa: E402
 from edm2.data import FloatCoding, LatentDecoder  # noqa: E402
 from edm2.diffusion import Denoiser, save_model  # noqa: E402
-from edm2.generate import Generator, read_images  # noqa: E402
-from edm2.integrations.pipeline import EDM2Pipeline  # noqa: E402
+from edm2.generate import ImageGenerator, read_images  # noqa: E402
+from edm2.hub.pipeline import EDM2Pipeline  # noqa: E402
 from edm2.interop.model_info import LATENT_MEAN, LATENT_STD  # noqa: E402
 from edm2.train.coding import Coding  # noqa: E402
 
@@ -55,7 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def expected_pictures(vae: Any, model: Path, seeds: list[int]) -> np.ndarray:
     """SPEC section 7, written out: z * d / 0.5 + m, decoded, clamped to [0, 1], truncated."""
-    z = Generator.load(model).latents(seeds, num_steps=2)
+    z = ImageGenerator.load(model).latents(seeds, num_steps=2)
     mean, std = (
         torch.tensor(v).reshape(1, 4, 1, 1) for v in ((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28))
     )
@@ -108,7 +108,7 @@ def test_other_autoencoders_do_not_continue(vae: tuple[Any, Path], model: Path, 
 
 
 def test_in_python(vae: tuple[Any, Path], model: Path) -> None:
-    generator = Generator.load(model, decoder=LatentDecoder.load(vae[1], batch_size=3))
+    generator = ImageGenerator.load(model, decoder=LatentDecoder.load(vae[1], batch_size=3))
     images = generator.images([7, 8], num_steps=2)
     assert np.abs(images.astype(int) - expected_pictures(vae[0], model, [7, 8])).max() <= 1
 

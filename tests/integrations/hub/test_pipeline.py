@@ -16,11 +16,11 @@ huggingface_hub = pytest.importorskip("huggingface_hub")
 from edm2.data import FloatCoding  # noqa: E402
 from edm2.data.autoencoder import RELEASED_AUTOENCODER  # noqa: E402
 from edm2.diffusion import save_model  # noqa: E402
-from edm2.generate import Generator  # noqa: E402
-from edm2.integrations import pipeline as module  # noqa: E402
-from edm2.integrations.hub import save_pretrained  # noqa: E402
-from edm2.integrations.pipeline import EDM2Pipeline  # noqa: E402
-from edm2.integrations.pretrained import Pretrained, Sampling, open_pretrained  # noqa: E402
+from edm2.generate import ImageGenerator  # noqa: E402
+from edm2.hub import pipeline as module  # noqa: E402
+from edm2.hub.pipeline import EDM2Pipeline  # noqa: E402
+from edm2.hub.pretrained import Pretrained, Sampling, open_pretrained  # noqa: E402
+from edm2.hub.sharing import save_pretrained  # noqa: E402
 from edm2.train.coding import Coding  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the libraries
@@ -101,7 +101,7 @@ def test_from_the_client_s_own_cache(model: Path, tmp_path: Path) -> None:
     (cache / "refs" / "main").write_text(commit)
     offline: dict[str, Any] = dict(cache_dir=tmp_path / "cache", local_files_only=True)
     pipe = EDM2Pipeline.from_pretrained("me/digits", **offline)
-    assert pipe.model.generator.identity() == Generator.load(model).identity()
+    assert pipe.model.generator.identity() == ImageGenerator.load(model).identity()
     with pytest.raises(
         ValueError, match=r"me/other is no folder here, and the hub did not give it .*: check"
     ):
@@ -123,7 +123,7 @@ def test_through_a_folder(model: Path, tmp_path: Path) -> None:
     loaded = EDM2Pipeline.from_pretrained(tmp_path / "shared", dtype=torch.bfloat16)
     assert loaded.model.generator.denoiser.dtype == torch.bfloat16
     made = EDM2Pipeline.from_pretrained(tmp_path / "shared")(seeds=[3], output_type="pt", **QUICK).images
-    assert np.array_equal((made * 255).round().byte(), Generator.load(model).images([3], num_steps=2))
+    assert np.array_equal((made * 255).round().byte(), ImageGenerator.load(model).images([3], num_steps=2))
 
 
 @pytest.mark.parametrize("options", [{}, {"label_dim": 0}, {"label_kind": "vector", "cond_channels": 2}])
@@ -212,7 +212,7 @@ def test_latents_are_decoded(tmp_path: Path) -> None:
     path = save_model(tmp_path / "m.safetensors", denoiser.config, denoiser.state_dict(), info)
     pipe = EDM2Pipeline(open_pretrained(path), vae=Doubling())
     latents = pipe(seeds=[0, 1], output_type="latent", **QUICK).images
-    assert torch.equal(latents, torch.from_numpy(Generator.load(path).images([0, 1], num_steps=2)))
+    assert torch.equal(latents, torch.from_numpy(ImageGenerator.load(path).images([0, 1], num_steps=2)))
     images = pipe(seeds=[0, 1], **QUICK).images
     expected = ((latents[:, 0].repeat(1, 2, 2) / 10).clamp(0, 1) * 255).byte()
     assert images[0].size == (16, 16)

@@ -16,18 +16,18 @@ import edm2
 from edm2.cli import main
 from edm2.data import ArrayDataset
 from edm2.diffusion import save_model
+from edm2.evaluation.images import open_images
+from edm2.evaluation.results import provenance_of, write_result
 from edm2.files import write_json
-from edm2.generate import Generator, read_images, write_samples
-from edm2.image_sets import open_images
-from edm2.integrations.hub import save_pretrained
-from edm2.integrations.model_card import model_card
-from edm2.integrations.pretrained import Pretrained, Sampling, open_pretrained
-from edm2.integrations.results import Result, read_results
+from edm2.generate import ImageGenerator, read_images, write_samples
+from edm2.hub.model_card import model_card
+from edm2.hub.pretrained import Pretrained, Sampling, open_pretrained
+from edm2.hub.results import Result, read_results
+from edm2.hub.sharing import save_pretrained
 from edm2.interop.licence import LICENCE, NOTICE, NOTICE_LINE
 from edm2.metrics.measure import Scores
-from edm2.scoring import provenance_of, write_result
 from edm2.train import NetworkConfig, OptimizerConfig, TrainConfig, train
-from edm2.tuned import Knobs, Tuned, save_tuned
+from edm2.tuning.result import Knobs, Tuned, save_tuned
 
 SEEDS = [0, 1, 2, 3]
 
@@ -71,9 +71,13 @@ def test_equal_seeds_give_equal_images(tmp_path: Path) -> None:
     folder = save_pretrained(model, tmp_path / "shared")
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     opened = open_pretrained(folder)
-    assert opened.generator.identity() == Generator.load(model).identity()
-    assert np.array_equal(opened.images(SEEDS, num_steps=2), Generator.load(model).images(SEEDS, num_steps=2))
-    assert np.array_equal(Generator.load(folder).images([5], num_steps=2), opened.images([5], num_steps=2))
+    assert opened.generator.identity() == ImageGenerator.load(model).identity()
+    assert np.array_equal(
+        opened.images(SEEDS, num_steps=2), ImageGenerator.load(model).images(SEEDS, num_steps=2)
+    )
+    assert np.array_equal(
+        ImageGenerator.load(folder).images([5], num_steps=2), opened.images([5], num_steps=2)
+    )
 
 
 def test_a_tuned_run_keeps_its_guide_and_settings(tuned_run: Path, tmp_path: Path) -> None:
@@ -83,7 +87,7 @@ def test_a_tuned_run_keeps_its_guide_and_settings(tuned_run: Path, tmp_path: Pat
         sampler="dpmpp-2m", num_steps=3, guidance=1.5, interval=(0.1, math.inf)
     )
     model, guide = (
-        Generator.load(tuned_run / "tuning" / f"{name}.safetensors") for name in ("model", "guide")
+        ImageGenerator.load(tuned_run / "tuning" / f"{name}.safetensors") for name in ("model", "guide")
     )
     expected = model.images(
         SEEDS, sampler="dpmpp-2m", num_steps=3, guide=guide, guidance=1.5, interval=(0.1, math.inf)
@@ -105,7 +109,7 @@ def test_a_tuned_run_keeps_its_guide_and_settings(tuned_run: Path, tmp_path: Pat
 def test_another_length_of_a_run(tuned_run: Path, tmp_path: Path) -> None:
     opened = open_pretrained(save_pretrained(tuned_run, tmp_path / "shared", sigma_rel=0.06))
     assert opened.guide is None
-    assert opened.generator.identity() == Generator.load(tuned_run, 0.06).identity()
+    assert opened.generator.identity() == ImageGenerator.load(tuned_run, 0.06).identity()
     assert "| EMA length (sigma_rel) | 0.06 |" in (tmp_path / "shared" / "README.md").read_text()
 
 
@@ -130,7 +134,7 @@ def test_released_weights_keep_licence_and_precision(tmp_path: Path) -> None:
     assert (folder / "model.safetensors").stat().st_size < 1.05 * model.stat().st_size
     opened = open_pretrained(folder)
     assert (opened.license, opened.sampling.guidance) == (LICENCE, 2.0)
-    assert opened.generator.identity() == Generator.load(model).identity()
+    assert opened.generator.identity() == ImageGenerator.load(model).identity()
     save_pretrained(opened, tmp_path / "again")
     assert (tmp_path / "again" / "LICENSE-NOTICE").exists()
     with pytest.raises(
@@ -150,7 +154,7 @@ def test_a_licence_of_your_own(tmp_path: Path) -> None:
 
 def measured(folder: Path, model: Path, out: Path) -> Path:
     """A result of `edm2 metrics score` about samples of a model."""
-    write_samples(Generator.load(model), folder, list(range(8)), num_steps=2, quiet=True)
+    write_samples(ImageGenerator.load(model), folder, list(range(8)), num_steps=2, quiet=True)
     extractor = {"name": "classifier", "sha256": "ab" * 32, "num_features": 4}
     provenance = provenance_of(open_images(str(folder)).provenance, extractor, keep=0, seed=0)
     provenance["reference"] = {
@@ -200,7 +204,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         FileExistsError, match=r"shared holds model\.safetensors, config\.json, README\.md already"
     ):
         save_pretrained(small_model(tmp_path / "n.safetensors", seed=1), tmp_path / "shared")
-    assert Generator.load(tmp_path / "shared").identity() == Generator.load(model).identity()
+    assert ImageGenerator.load(tmp_path / "shared").identity() == ImageGenerator.load(model).identity()
 
 
 @pytest.mark.parametrize(
@@ -283,11 +287,11 @@ def test_results_are_numbers() -> None:
 
 def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    monkeypatch.delitem(sys.modules, "edm2.integrations.pipeline", raising=False)
+    monkeypatch.delitem(sys.modules, "edm2.hub.pipeline", raising=False)
     with pytest.raises(
         ImportError, match=r"needs the package 'huggingface_hub' .*: pip install 'edm2\[hub\]'"
     ):
-        importlib.import_module("edm2.integrations.pipeline")
+        importlib.import_module("edm2.hub.pipeline")
 
 
 def test_edm2_sample_uses_the_saved_settings(
@@ -321,5 +325,5 @@ def test_edm2_sample_takes_the_settings_of_a_released_model(tmp_path: Path) -> N
     write_json(setting, {**content, "guidance": 2.0, "reported": {"metric": "FID", "value": 1.5}})
     words = ["--device", "cpu", "--seeds", "0", "--num-steps", "2", "--out", str(tmp_path / "s")]
     main(["sample", str(setting), *words])
-    made = Generator.load(model).images([0], num_steps=2, guide=Generator.load(guide), guidance=2.0)
+    made = ImageGenerator.load(model).images([0], num_steps=2, guide=ImageGenerator.load(guide), guidance=2.0)
     assert np.array_equal(read_images([tmp_path / "s" / "000000.png"]), made)

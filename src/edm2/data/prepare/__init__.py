@@ -1,0 +1,1 @@
+"""Work done once, before training: survey, convert, encode."""

@@ -1,0 +1,335 @@
+"""From any source to a data set of one size in the official layout."""
+
+import io
+import os
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from edm2.data.dataset import Skipped
+from edm2.data.files import Catalog, damage_message, read_headers
+from edm2.data.hugging_face import Entry, stream_hugging_face
+from edm2.data.pictures import ARRAY, UNREADABLE, common_mode, decode
+from edm2.data.prepare.chunks import Chunk, ChunkFolder, chunk_bytes, image_name, write_chunk
+from edm2.data.prepare.resize import crop_centre, stretch
+from edm2.data.workers import process_pool, result_of
+from edm2.progress import Progress
+
+CHUNK_IMAGES = 256
+Mode = Literal["auto", "gray", "rgb", "rgba"]
+_MODES = {"gray": "L", "rgb": "RGB", "rgba": "RGBA"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What is done to every image.
+
+    Args:
+        size: height and width wanted in pixels; None keeps the images' own, which must be equal.
+        method: "center-crop" covers the size and cuts out the centre, "resize" stretches to it.
+        mode: to which pictures are converted; "auto" is the mode they have in common, else RGB. Arrays keep
+            their channels.
+
+    Raises:
+        ValueError: for a size below 1 or an unknown mode or method.
+    """
+
+    size: tuple[int, int] | None = None
+    method: Literal["center-crop", "resize"] = "center-crop"
+    mode: Mode = "auto"
+
+    def __post_init__(self) -> None:
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"size {self.size} must be at least 1 by 1")
+        if self.method not in ("center-crop", "resize"):
+            raise ValueError(f"method {self.method!r} must be center-crop or resize")
+        if self.mode not in ("auto", *_MODES):
+            raise ValueError(f"mode {self.mode!r} must be one of auto, {', '.join(_MODES)}")
+
+
+class Converted(NamedTuple):
+    """The outcome of `convert`.
+
+    Attributes:
+        path: what was made.
+        num_images: in it.
+        skipped: images that were left out because they are damaged.
+        enlarged: number of images that were smaller than the size wanted.
+    """
+
+    path: Path
+    num_images: int
+    skipped: list[Skipped]
+    enlarged: int
+
+
+def convert(
+    catalog: Catalog,
+    dest: str | Path,
+    conversion: Conversion,
+    *,
+    skip_damaged: bool = False,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> Converted:
+    """Bring all images of a source to one size and mode, in a new folder or ZIP.
+
+    Pictures, and arrays of 1 or 3 channels of bytes, become PNG; all else `.npy`. The same call goes on with work
+    that was cut off, and equal images give equal bytes.
+
+    Args:
+        catalog: the images, from `open_catalog`.
+        dest: new folder, or a file name that ends in `.zip`.
+        conversion: what to do.
+        skip_damaged: leave damaged images out; else the first of them is an error.
+        workers: processes; default: one a processor; 1 works in this process.
+        quiet: show no progress.
+
+    Raises:
+        ValueError: for a damaged image, a destination that exists, or images that cannot be converted.
+    """
+    mode = _checked_mode(catalog, conversion, skip_damaged)
+    settings = {
+        "source": catalog.where,
+        "images": len(catalog.names),
+        "fingerprint of the images": catalog.digest(range(len(catalog.names))),
+        "classes": list(catalog.class_names),
+        "mode": mode,
+    }
+    size = [conversion.size, conversion.method]
+    folder = ChunkFolder(Path(dest), {**settings, "size": size, "chunk": CHUNK_IMAGES})
+    job = _Job(folder, conversion, _MODES.get(mode), skip_damaged, catalog)
+    starts = range(0, len(catalog.names), CHUNK_IMAGES)
+    tasks = ((i, range(s, min(s + CHUNK_IMAGES, len(catalog.names)))) for i, s in enumerate(starts))
+    _run(job, iter(tasks), len(catalog.names), workers, quiet)
+    return _packed(job, len(starts), catalog.class_names)
+
+
+def convert_stream(
+    source: str | Path,
+    dest: str | Path,
+    conversion: Conversion,
+    *,
+    split: str = "train",
+    skip_damaged: bool = False,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> Converted:
+    """As `convert`, from a stream of the library `datasets`, which is read once and not stored.
+
+    Args:
+        source: `hf://NAME`, or Arrow or Parquet files.
+        dest: as in `convert`.
+        conversion: likewise; mode must be given, because it cannot be seen beforehand.
+        split: which split.
+        skip_damaged: as in `convert`.
+        workers: likewise.
+        quiet: likewise.
+
+    Raises:
+        ValueError: as in `convert` and `stream_hugging_face`, and for mode auto.
+    """
+    if conversion.mode == "auto":
+        raise ValueError("a stream cannot be looked through for its common mode: give gray, rgb or rgba")
+    settings = {"source": f"stream of {source}, {split}", **asdict(conversion), "chunk": CHUNK_IMAGES}
+    folder = ChunkFolder(Path(dest), settings)
+    first = 0
+    while folder.is_done(first):
+        first += 1
+    stream = stream_hugging_face(source, split=split, start=max(first - 1, 0) * CHUNK_IMAGES)
+    job = _Job(folder, conversion, _MODES[conversion.mode], skip_damaged, None)
+    if first:
+        _check_same_stream(job, first - 1, stream.entries)
+    last = _run(
+        job, _entry_tasks(stream.entries, first), stream.num_images, workers, quiet, done=first * CHUNK_IMAGES
+    )
+    return _packed(job, max(first, last + 1), stream.class_names)
+
+
+def _check_same_stream(job: "_Job", number: int, entries: Iterator[Entry]) -> None:
+    # A stream shows what it holds only when it is read, so the last chunk that is done is made again.
+    rows = list(enumerate(islice(entries, CHUNK_IMAGES), number * CHUNK_IMAGES))
+    if chunk_bytes(_converted_chunk(job, rows)) != job.folder.path(number).read_bytes():
+        raise ValueError(
+            f"{job.folder.folder} holds part of other work (image {number * CHUNK_IMAGES} and those after it come out "
+            "otherwise now: the stream has changed, or Pillow or NumPy): delete it, or give another --out"
+        )
+
+
+class _Job(NamedTuple):
+    folder: ChunkFolder
+    conversion: Conversion
+    mode: str | None
+    skip_damaged: bool
+    catalog: Catalog | None
+
+    @property
+    def where(self) -> str:
+        return self.catalog.where if self.catalog else "the stream"
+
+
+_Rows = range | list[tuple[int, Entry]]
+_Task = tuple[int, _Rows]
+
+
+def _entry_tasks(entries: Iterator[Entry], first: int) -> Iterator[_Task]:
+    number, rows = first, []
+    for row, entry in enumerate(entries, first * CHUNK_IMAGES):
+        rows.append((row, entry))
+        if len(rows) == CHUNK_IMAGES:
+            yield number, rows
+            number, rows = number + 1, []
+    if rows:
+        yield number, rows
+
+
+def _run(
+    job: _Job, tasks: Iterator[_Task], total: int | None, workers: int | None, quiet: bool, done: int = 0
+) -> int:
+    # The number of the last chunk, or -1.
+    workers = workers or os.cpu_count() or 1
+    if total is not None:
+        workers = min(workers, -(-total // CHUNK_IMAGES))
+    last = -1
+    # A stream of unknown length shows what is done, and no time left.
+    with Progress("converting", total or done, "images", done=done, quiet=quiet) as progress:
+        if workers == 1:
+            for number, rows in tasks:
+                if not job.folder.is_done(number):
+                    _convert_chunk(job, number, rows)
+                progress.advance(len(rows))
+                last = number
+            return last
+        with process_pool(workers, _prepare, job) as pool:
+            pending: deque[tuple[int, int, Future[None] | None]] = deque()
+            try:
+                for number, rows in tasks:
+                    known = job.folder.is_done(number)
+                    pending.append(
+                        (number, len(rows), None if known else pool.submit(_in_worker, number, rows))
+                    )
+                    if len(pending) > 2 * workers:
+                        last = _finish(pending, progress)
+                while pending:
+                    last = _finish(pending, progress)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return last
+
+
+def _finish(pending: "deque[tuple[int, int, Future[None] | None]]", progress: Progress) -> int:
+    number, count, future = pending.popleft()
+    if future is not None:
+        result_of(future)
+    progress.advance(count)
+    return number
+
+
+# Of a worker process.
+_job: _Job | None = None
+
+
+def _prepare(job: _Job) -> None:
+    global _job
+    _job = job
+
+
+def _in_worker(number: int, rows: _Rows) -> None:
+    assert _job is not None
+    _convert_chunk(_job, number, rows)
+
+
+def _convert_chunk(job: _Job, number: int, rows: _Rows) -> None:
+    write_chunk(job.folder.path(number), _converted_chunk(job, rows))
+
+
+def _converted_chunk(job: _Job, rows: _Rows) -> Chunk:
+    chunk = Chunk(sums={"enlarged": 0})
+    for row in rows:
+        place, name, label, image = _image(job, row)
+        if isinstance(image, Exception):
+            damaged = Skipped(name, str(image))
+            if not job.skip_damaged:
+                raise ValueError(damage_message([damaged], job.where)) from image
+            chunk.skipped.append(damaged)
+            continue
+        is_array = name.lower().endswith(".npy")
+        image, enlarged = _fitted(image, job.conversion, alpha=not is_array and len(image) in (2, 4))
+        suffix, data = _encoded(image, is_array)
+        chunk.files[image_name(place, suffix)] = data
+        chunk.labels.append(label)
+        chunk.sums["enlarged"] += enlarged
+    return chunk
+
+
+def _image(job: _Job, row: int | tuple[int, Entry]) -> tuple[int, str, int, np.ndarray | Exception]:
+    # Number, name, label, and the image or why it cannot be read.
+    if isinstance(row, tuple):
+        place, (name, data, label) = row
+    else:
+        assert job.catalog is not None
+        place, name, data = row, job.catalog.names[row], None
+        label = -1 if job.catalog.labels is None else int(job.catalog.labels[row])
+    try:
+        data = job.catalog.storage.read(name) if job.catalog is not None else data
+        return place, name, label, decode(name, data or b"", job.mode)
+    except UNREADABLE as error:
+        return place, name, label, error
+
+
+def _fitted(image: np.ndarray, conversion: Conversion, *, alpha: bool) -> tuple[np.ndarray, bool]:
+    if conversion.size is None:
+        return image, False
+    enlarged = image.shape[1] < conversion.size[0] or image.shape[2] < conversion.size[1]
+    function = crop_centre if conversion.method == "center-crop" else stretch
+    return function(image, conversion.size, alpha=alpha), enlarged
+
+
+def _encoded(image: np.ndarray, is_array: bool) -> tuple[str, bytes]:
+    file = io.BytesIO()
+    # The last of two or four channels of an array need not be opacity, which it would be in a PNG.
+    if image.dtype == np.uint8 and len(image) in ((1, 3) if is_array else (1, 2, 3, 4)):
+        pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+        Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
+        return ".png", file.getvalue()
+    np.save(file, np.ascontiguousarray(image))
+    return ".npy", file.getvalue()
+
+
+def _checked_mode(catalog: Catalog, conversion: Conversion, skip_damaged: bool) -> str:
+    # Our name of the mode in which pictures are read; "auto" leaves each as it is.
+    headers, damaged = read_headers(catalog)
+    if damaged and not skip_damaged:
+        raise ValueError(damage_message(damaged, catalog.where))
+    kinds = Counter(h.dtype for h in headers.values())
+    if len(kinds) > 1:
+        shown = " and ".join(f"{count} of {kind}" for kind, count in kinds.items())
+        raise ValueError(f"{catalog.where} holds images of bytes and of floats ({shown}): convert them apart")
+    sizes = {(h.height, h.width) for h in headers.values()}
+    if conversion.size is None and len(sizes) > 1:
+        raise ValueError(f"the images of {catalog.where} have {len(sizes)} different sizes: give --size")
+    modes = {h.mode for h in headers.values()} - {ARRAY, "F"}
+    if conversion.mode != "auto" or not modes:
+        return conversion.mode
+    common = common_mode(modes)
+    return next((ours for ours, mode in _MODES.items() if mode == common), "auto")
+
+
+def _packed(job: _Job, count: int, class_names: Any) -> Converted:
+    folder = job.folder
+    if not job.skip_damaged:
+        # Work that was begun with skip_damaged and goes on without.
+        for number in range(count):
+            damaged = [Skipped(*pair) for pair in folder.report(number)["skipped"]]
+            if damaged:
+                raise ValueError(damage_message(damaged, job.where))
+    num_images, skipped, sums = folder.pack(count, class_names)
+    return Converted(folder.dest, num_images, skipped, sums["enlarged"])

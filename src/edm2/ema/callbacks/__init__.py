@@ -1,0 +1,1 @@
+"""Post-hoc EMA inside other libraries' training loops."""

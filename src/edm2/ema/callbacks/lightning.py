@@ -1,0 +1,110 @@
+"""Post-hoc EMA for Lightning."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from edm2.ema import PowerEMA
+from edm2.ema.callbacks.steps import check_every, track_steps
+
+
+class PowerEMACallback(Callback):
+    """Tracks averages while a Trainer fits; they are part of its checkpoints, so that resuming is exact.
+
+    Time is counted in steps of the optimiser, as in `trainer.global_step`.
+
+    Args:
+        folder: Folder for the snapshots, for `edm2.ema.reconstruct`.
+        sigma_rels: Width of each average as a fraction of training time.
+        every: Steps between updates.
+        snapshot_every: Steps between snapshots, a multiple of `every`. Default: one, at the end.
+        validate_with: Validate with this average in place of the weights. Default: with the weights.
+        dtype: How snapshots are stored: fp32, bf16 or fp16.
+        options: More arguments of `PowerEMA`: include, device.
+
+    Attributes:
+        ema: The `PowerEMA`, from the start of the fit on.
+
+    Raises:
+        ValueError: If `every` is below 1, or `snapshot_every` is no multiple of it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        sigma_rels: Sequence[float] = (0.05, 0.10),
+        *,
+        every: int = 1,
+        snapshot_every: int | None = None,
+        validate_with: float | None = None,
+        dtype: str = "fp32",
+        **options: Any,
+    ) -> None:
+        check_every(every)
+        if snapshot_every is not None and (snapshot_every < every or snapshot_every % every):
+            raise ValueError(
+                f"snapshot_every {snapshot_every} must be a multiple of every {every}: a snapshot holds the"
+                " averages as they were last updated"
+            )
+        self.folder, self.every, self.dtype = Path(folder), every, dtype
+        self.snapshot_every, self.validate_with = snapshot_every, validate_with
+        self.ema: PowerEMA | None = None
+        self._build = lambda module: track_steps(module, tuple(sigma_rels), **options)
+        self._resumed: dict[str, Any] | None = None
+        self._applied = ExitStack()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, for Lightning's checkpoint."""
+        return {} if self.ema is None else self.ema.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what a checkpoint holds until the weights are where they train."""
+        self._resumed = state_dict
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the averages, or take them up from the checkpoint that is resumed."""
+        self.ema = self._build(pl_module)
+        if self._resumed:
+            self.ema.load_state_dict(self._resumed)
+            self._resumed = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update if the optimiser made a step."""
+        assert self.ema is not None
+        step = trainer.global_step
+        if step <= self.ema.t or step % self.every:
+            return
+        self.ema.update(step)
+        if self.snapshot_every is not None and step % self.snapshot_every == 0:
+            self._snapshot(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take in the last step, and write the last snapshot."""
+        assert self.ema is not None
+        if trainer.global_step > self.ema.t:
+            self.ema.update(trainer.global_step)
+        if self.ema.t > self.ema.start:
+            self._snapshot(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Swap the chosen average in."""
+        if self.validate_with is not None and self.ema is not None and self.ema.t > self.ema.start:
+            self._applied.enter_context(self.ema.applied(pl_module, self.validate_with))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the weights back."""
+        self._applied.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put the weights back, wherever it stopped."""
+        self._applied.close()
+
+    def _snapshot(self, trainer: Trainer) -> None:
+        assert self.ema is not None
+        if trainer.is_global_zero:
+            self.ema.snapshot(self.folder, dtype=self.dtype)

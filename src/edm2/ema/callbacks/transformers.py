@@ -1,0 +1,123 @@
+"""Post-hoc EMA for the Hugging Face Transformers Trainer."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from edm2.ema import PowerEMA
+from edm2.ema.callbacks.steps import check_every, track_steps
+
+STATE_FILE = "power_ema.safetensors"
+
+
+class PowerEMACallback(TrainerCallback):
+    """Tracks averages while a Trainer trains; a snapshot comes with every checkpoint and at the end.
+
+    The running averages lie in each checkpoint too, so that resuming is exact. Time is counted in steps of the
+    optimiser.
+
+    Args:
+        folder: Folder for the snapshots, for `edm2.ema.reconstruct`.
+        sigma_rels: Width of each average as a fraction of training time.
+        every: Steps between updates.
+        dtype: How snapshots are stored: fp32, bf16 or fp16.
+        options: More arguments of `PowerEMA`: include, device.
+
+    Attributes:
+        ema: The `PowerEMA`, from the start of training on; evaluate an average in
+            `with callback.ema.applied(trainer.model, 0.1): trainer.evaluate()`.
+
+    Raises:
+        ValueError: If `every` is below 1; when training starts, if a checkpoint without averages is resumed.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        sigma_rels: Sequence[float] = (0.05, 0.10),
+        *,
+        every: int = 1,
+        dtype: str = "fp32",
+        **options: Any,
+    ) -> None:
+        check_every(every)
+        self.folder, self.every, self.dtype = Path(folder), every, dtype
+        self.ema: PowerEMA | None = None
+        self._build = lambda model: track_steps(model, tuple(sigma_rels), **options)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        **_: Any,
+    ) -> None:
+        """Start the averages, or take them up from the checkpoint that is resumed."""
+        self.ema = self._build(model)
+        if state.global_step > 0:
+            path = _checkpoint(args, state) / STATE_FILE
+            if not path.exists():
+                raise ValueError(
+                    f"training resumes at step {state.global_step} but {path} is missing: resume from a"
+                    " checkpoint in output_dir that was written with this callback"
+                )
+            self.ema.load_state_dict(_read(path))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Update after the optimiser's step."""
+        assert self.ema is not None
+        if state.global_step % self.every == 0:
+            self.ema.update(state.global_step)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Put the averages beside a checkpoint, and a snapshot into the folder."""
+        assert self.ema is not None
+        if self.ema.t == self.ema.start:
+            return
+        self._snapshot(state)
+        if state.is_world_process_zero:
+            _write(_checkpoint(args, state) / STATE_FILE, self.ema.state_dict())
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Take in the last step, and write the last snapshot."""
+        assert self.ema is not None
+        if state.global_step > self.ema.t:
+            self.ema.update(state.global_step)
+        if self.ema.t > self.ema.start:
+            self._snapshot(state)
+
+    def _snapshot(self, state: TrainerState) -> None:
+        assert self.ema is not None
+        if state.is_world_process_zero:
+            self.ema.snapshot(self.folder, dtype=self.dtype)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    assert args.output_dir is not None
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    tensors = {k: v.cpu() for k, v in state.items() if isinstance(v, torch.Tensor)}
+    values = {k: v for k, v in state.items() if k not in tensors}
+    save_file(tensors, path, metadata={"state": json.dumps(values)})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        return {**json.loads(file.metadata()["state"]), **{k: file.get_tensor(k) for k in file.keys()}}  # noqa: SIM118

@@ -1,0 +1,1 @@
+"""Profiles, targets, least squares, plans: float64, no modules."""

@@ -1,0 +1,1 @@
+"""What lies on disk: snapshots, their encoding, weighted sums over files, thinning."""

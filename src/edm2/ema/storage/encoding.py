@@ -1,0 +1,132 @@
+"""How averages are stored: as float32, bfloat16, or float16 with a scale for each tensor."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from edm2.ema.maths.profiles import sigma_rel_to_gamma
+from edm2.ema.storage.tensorfile import FileSums, TensorSpec, write_tensors
+from edm2.ema.tracking.window import LONG_RUN
+
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+TYPICAL_ROUNDING = {"fp32": 3e-8, "bf16": 1.4e-3, "fp16": 1.7e-4}
+"""Relative L2 error that storing makes."""
+
+
+class Facts(TypedDict):
+    """What is known of an average only while it is at hand."""
+
+    norm: float
+    rounding: float
+    distance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Track:
+    """One average, ready to be stored.
+
+    Attributes:
+        sigma_rel: Width of its profile.
+        averaged: The averaged tensors by name, whole, on the CPU.
+        copied: The other tensors by name.
+        distance: L2 distance of the average to the weights at that time.
+        arithmetic: Relative L2 error that the updates' own rounding left in it.
+    """
+
+    sigma_rel: float
+    averaged: dict[str, Tensor]
+    copied: dict[str, Tensor]
+    distance: float
+    arithmetic: float
+
+
+def arithmetic_rounding(updates: int, sigma_rel: float) -> float:
+    """Relative L2 error that rounding leaves in an average tracked in float32.
+
+    Each update adds a rounding of float32's size, and forgets a share (gamma + 1) / updates of the older ones. In
+    long runs windows take the updates' place, fewer and with roundings that cancel (see `window`).
+
+    Args:
+        updates: Number of updates so far, at least 1.
+        sigma_rel: Width of the average.
+    """
+    remembered = min(updates, LONG_RUN) / (2 * (sigma_rel_to_gamma(sigma_rel) + 1))
+    return float(2.0**-24.5 * math.sqrt(max(remembered, 0.5)))
+
+
+def write_track(path: Path, track: Track, *, dtype: str, metadata: dict[str, str]) -> tuple[FileSums, Facts]:
+    """Write one average to a file.
+
+    Args:
+        path: File to write.
+        track: The average.
+        dtype: fp32, bf16 or fp16.
+        metadata: Strings for the header; scales are added.
+
+    Returns:
+        Checksums, and norm, rounding and distance of the average.
+
+    Raises:
+        ValueError: If the type is unknown.
+        FloatingPointError: If a value is not finite.
+        OSError: If it cannot be written.
+    """
+    if dtype not in STORED:
+        raise ValueError(f"dtype {dtype!r} is not known: choose fp32, bf16 or fp16")
+    stored = STORED[dtype]
+    scales = {name: _scale(name, track.averaged[name], stored) for name in track.averaged}
+    scales = {name: scale for name, scale in scales.items() if scale != 1.0}
+    if scales:
+        metadata = {**metadata, "scales": json.dumps(scales, sort_keys=True)}
+    squares = {"norm": 0.0, "rounding": 0.0}
+
+    def encoded(name: str) -> Tensor:
+        if name in track.copied:
+            return track.copied[name].detach().cpu()
+        exact = track.averaged[name]
+        out = (exact / scales[name]).to(stored) if name in scales else exact.to(stored)
+        squares["norm"] += _square(exact)
+        if exact.dtype != stored:
+            squares["rounding"] += _square(out.to(exact.dtype) * scales.get(name, 1.0) - exact)
+        return out
+
+    specs = [TensorSpec(name=n, dtype=stored, shape=tuple(x.shape)) for n, x in track.averaged.items()]
+    specs += [TensorSpec(name=n, dtype=x.dtype, shape=tuple(x.shape)) for n, x in track.copied.items()]
+    sums = write_tensors(
+        path, specs, encoded, {**metadata, "dtype": dtype, "copied": json.dumps(sorted(track.copied))}
+    )
+    norm = math.sqrt(squares["norm"])
+    own_rounding = math.sqrt(squares["rounding"]) / norm if norm else 0.0
+    return sums, {
+        "norm": _short(norm),
+        "rounding": _short(math.hypot(own_rounding, track.arithmetic)),
+        "distance": _short(track.distance / norm if norm else 0.0),
+    }
+
+
+def _scale(name: str, tensor: Tensor, stored: torch.dtype) -> float:
+    """Power of two that brings a tensor near the top of float16's range; exact to multiply and divide by."""
+    largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+    if not math.isfinite(largest):
+        raise FloatingPointError(
+            f"the average of {name!r} is not finite: the weights diverged before this snapshot, which is not"
+            " written; go back to the last good checkpoint"
+        )
+    if stored != torch.float16 or largest == 0.0:
+        return 1.0
+    return 2.0 ** max(math.frexp(largest)[1] - 15, -120)
+
+
+def _square(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+
+
+def _short(value: float) -> float:
+    """Six digits: the rest depends on the number of threads, and files of equal runs must be equal."""
+    return float(f"{value:.6g}")

@@ -1,0 +1,148 @@
+"""Weighted sums of many files, read in step, a piece of each at a time."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from io import FileIO
+from itertools import groupby
+from operator import itemgetter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edm2.ema.maths.profiles import FloatArray
+from edm2.ema.storage.tensorfile import DTYPES, ByteArray, TensorFile, sum_text, word_sum
+
+# Pieces of some files at a time stay in the processor's cache while they are checked and added up to all sums.
+_PIECE, _FILES = 1 << 16, 8
+_MAX_OPEN = 256
+
+
+class WeightedSums:
+    """Reads files once, side by side, and adds them up into several sums.
+
+    Args:
+        files: Files that hold the same tensors.
+        coefficients: Weight of each file in each sum [in, out].
+        scales: For each file, factors of tensors that were stored divided by them.
+
+    Attributes:
+        data_sums: After `run`, the sum of each file's words as `tensorfile.write_tensors` counts them.
+    """
+
+    def __init__(
+        self, files: Sequence[TensorFile], coefficients: FloatArray, *, scales: Sequence[dict[str, float]]
+    ) -> None:
+        self._files = files
+        self._coefficients = coefficients
+        self._scales = scales
+        self._sums = [0] * len(files)
+
+    @property
+    def data_sums(self) -> list[str]:
+        """Checksums of what was read, one a file."""
+        return [sum_text(total) for total in self._sums]
+
+    def run(self, names: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Add up the named tensors.
+
+        Args:
+            names: Floating-point tensors that all files hold.
+
+        Returns:
+            Name -> float32 tensor, one dict a sum.
+        """
+        num_out = self._coefficients.shape[1]
+        shapes = {name: self._files[0].specs[name].shape for name in names}
+        sums = [{n: torch.zeros(shape) for n, shape in shapes.items()} for _ in range(num_out)]
+        for first in range(0, len(self._files), _MAX_OPEN):
+            opened = range(first, min(first + _MAX_OPEN, len(self._files)))
+            with ExitStack() as stack:
+                handles = {
+                    i: stack.enter_context(open(self._files[i].path, "rb", buffering=0)) for i in opened
+                }
+                for name in names:
+                    self._add_tensor(name, handles, [s[name].view(-1) for s in sums])
+        return sums
+
+    def _add_tensor(self, name: str, handles: dict[int, FileIO], sums: list[Tensor]) -> None:
+        scales = np.array([s.get(name, 1.0) for s in self._scales])
+        weights = torch.from_numpy((self._coefficients * scales[:, None]).astype(np.float32)).T.contiguous()
+        numel = sums[0].numel()
+        rows = torch.empty(_FILES, min(numel, _PIECE))
+        totals = torch.empty(len(sums), min(numel, _PIECE))
+        order = list(handles)
+        for begin in range(0, numel, _PIECE):
+            pieces = [out[begin : begin + _PIECE] for out in sums]
+            total = totals[:, : pieces[0].numel()].zero_()
+            for first in range(0, len(order), _FILES):
+                group = order[first : first + _FILES]
+                part = rows[: len(group), : total.shape[1]]
+                for row, i in zip(part, group, strict=True):
+                    self._sums[i] += _read_into(row, handles[i], self._files[i], name, begin)
+                total.addmm_(weights[:, group], part)
+            for piece, row in zip(pieces, total, strict=True):
+                piece.add_(row)
+
+
+def _read_into(row: Tensor, handle: FileIO, file: TensorFile, name: str, begin: int) -> int:
+    """Read elements of a tensor into a float32 row; returns the sum of their words."""
+    dtype = file.specs[name].dtype
+    raw = row if dtype == torch.float32 else torch.empty(row.numel(), dtype=dtype)
+    data = raw.view(torch.uint8).numpy()
+    read_exactly(handle, file, file.offsets[name] + begin * dtype.itemsize, data)
+    if raw is not row:
+        row.copy_(raw)
+    return word_sum(data)
+
+
+def read_exactly(handle: FileIO, file: TensorFile, position: int, out: ByteArray) -> None:
+    """Fill an array of bytes from a place in a file.
+
+    Raises:
+        ValueError: If the file ends before that.
+    """
+    handle.seek(position)
+    view, done = out.data, 0
+    while done < len(view):
+        count = handle.readinto(view[done:])
+        if not count:
+            raise ValueError(f"{file.path} is cut short: restore it from a copy")
+        done += count
+
+
+def read_elements(
+    file: TensorFile, places: Sequence[tuple[str, int, int]], scales: dict[str, float]
+) -> FloatArray:
+    """Some elements of a file's tensors, one after the other.
+
+    Args:
+        file: An open file's header.
+        places: Tensor's name, first element and number of elements of each run.
+        scales: Factors of tensors that were stored divided by them.
+    """
+    parts = []
+    with open(file.path, "rb", buffering=0) as handle:
+        for name, runs in groupby(places, key=itemgetter(0)):
+            dtype, lengths = file.specs[name].dtype, [(start, length) for _, start, length in runs]
+            raw = torch.empty(sum(length for _, length in lengths), dtype=dtype)
+            data, done = raw.view(torch.uint8).numpy(), 0
+            for start, length in lengths:
+                size = length * dtype.itemsize
+                place = file.offsets[name] + start * dtype.itemsize
+                read_exactly(handle, file, place, data[done : done + size])
+                done += size
+            parts.append(raw.double().numpy() * scales.get(name, 1.0))
+    return np.concatenate(parts)
+
+
+def read_tensors(file: TensorFile, names: Sequence[str]) -> Iterator[tuple[str, Tensor, int]]:
+    """Tensors of a file as they are stored, each with the sum of its words."""
+    assert all(file.specs[name].dtype in DTYPES.values() for name in names)
+    with open(file.path, "rb", buffering=0) as handle:
+        for name in names:
+            spec = file.specs[name]
+            tensor = torch.empty(spec.shape, dtype=spec.dtype)
+            data = tensor.view(-1).view(torch.uint8).numpy()
+            read_exactly(handle, file, file.offsets[name], data)
+            yield name, tensor, word_sum(data)

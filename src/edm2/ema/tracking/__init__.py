@@ -1,0 +1,1 @@
+"""What happens at every step: the tracker, its averages, and where they live."""

@@ -1,0 +1,124 @@
+"""Numbers about images, with all that they depend on, as a JSON file."""
+
+import importlib.metadata
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import edm2
+from edm2.files import write_json
+from edm2.metrics import (
+    Scores,
+)
+from edm2.metrics.measure import DENSITY_K, MANIFOLD_K
+
+FORMAT = "edm2 metrics 1"
+SCORE_NAMES = (
+    "frechet_distance",
+    "kernel_distance",
+    "kernel_distance_spread",
+    "kernel_distance_subset_size",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+)
+
+
+def provenance_of(
+    images: dict[str, Any], extractor: dict[str, Any], *, keep: int, seed: int
+) -> dict[str, Any]:
+    """What a measurement is of and was made by, as JSON.
+
+    Args:
+        images: provenance of the images.
+        extractor: as of `edm2.metrics.describe_extractor`.
+        keep: number of images whose features are kept.
+        seed: of that choice and of subsets.
+    """
+    settings = {
+        "keep": keep,
+        "seed": seed,
+        "precision_recall_k": MANIFOLD_K,
+        "density_coverage_k": DENSITY_K,
+    }
+    versions = {"edm2": edm2.__version__, "numpy": np.__version__, "torch": torch.__version__}
+    versions["python"] = platform.python_version()
+    if "transformers" in sys.modules:
+        versions["transformers"] = importlib.metadata.version("transformers")
+    return {"extractor": extractor, "images": images, "settings": settings, "versions": versions}
+
+
+def check_result(out: Path, provenance: dict[str, Any]) -> dict[str, Any] | None:
+    """The result that a file holds, where it is the one that is wanted; None where there is no file.
+
+    Raises:
+        ValueError: if the file is something else, or was made with other settings.
+    """
+    if not out.exists():
+        return None
+    old = read_result(out)
+    differing = differences(without_numbers(old), json.loads(json.dumps({"format": FORMAT, **provenance})))
+    if differing:
+        raise ValueError(
+            f"{out} holds numbers made otherwise ({', '.join(differing)} differ): choose another --out"
+        )
+    return old
+
+
+def without_numbers(result: dict[str, Any]) -> dict[str, Any]:
+    """What a result's numbers depend on."""
+    return {key: value for key, value in result.items() if key not in ("scores", "warnings")}
+
+
+def write_result(
+    out: Path, provenance: dict[str, Any], scores: Scores, warnings: list[str]
+) -> dict[str, Any]:
+    """Write numbers and provenance; returns them as JSON."""
+    result = {"format": FORMAT, **provenance, "scores": flat_scores(scores), "warnings": warnings}
+    write_json(out, result)
+    return result
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read what `write_result` wrote.
+
+    Raises:
+        ValueError: if the file holds something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no result of edm2 metrics ({error})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is no result of edm2 metrics: choose another file")
+    return content
+
+
+def flat_scores(scores: Scores) -> dict[str, float | None]:
+    """Name of a number -> its value, None where one of the sets keeps no features, or there is no spread."""
+    kernel, manifold, support = scores.kernel, scores.manifold, scores.support
+    values = (
+        scores.frechet,
+        *((kernel.value, kernel.spread, kernel.subset_size) if kernel else (None,) * 3),
+        *(manifold or (None,) * 2),
+        *(support or (None,) * 2),
+    )
+    return dict(zip(SCORE_NAMES, values, strict=True))
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names of the entries that differ between two tables of tables."""
+    found = []
+    for key in sorted({*a, *b}):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key}")
+    return found

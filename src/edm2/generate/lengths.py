@@ -1,0 +1,44 @@
+"""One run's models with several EMA lengths, one after the other in the same network."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from edm2.diffusion import Denoiser
+from edm2.ema import reconstruct_many
+from edm2.generate.generator import ImageGenerator
+from edm2.nn import faster_channels_last, use_channels_last
+from edm2.train.coding import Coding
+
+
+def generators(
+    snapshots: Path,
+    sigma_rels: Sequence[float],
+    t: float | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> Iterator[ImageGenerator]:
+    """Models with several EMA lengths from a run's snapshots, all in the same network, one after the other.
+
+    Args:
+        snapshots: folder of a run's snapshots.
+        sigma_rels: wanted lengths.
+        t: time in images; default: that of the last snapshot.
+        device: where images are made.
+
+    Yields:
+        A generator for each length; it is another one's as soon as the next is asked for. Lengths that come out
+        inaccurate are not warned about, because they are tried, not kept.
+    """
+    denoiser = None
+    for result in reconstruct_many(snapshots, sigma_rels, t, warn_above=math.inf):
+        assert result.metadata is not None
+        if denoiser is None:
+            denoiser = Denoiser(**result.metadata["network"]).to(device).eval().requires_grad_(False)
+            if faster_channels_last(denoiser):
+                use_channels_last(denoiser)
+        denoiser.load_state_dict(result.tensors)
+        info = {**result.metadata["info"], "sigma_rel": result.sigma_rel}
+        yield ImageGenerator(denoiser, Coding.from_json(info["coding"]), info)

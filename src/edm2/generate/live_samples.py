@@ -1,0 +1,89 @@
+"""Images from a run while it trains: the same seeds at chosen moments, with a chosen average."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edm2.ema import sigma_rel_to_gamma
+from edm2.ema.maths.solve import solve_live
+from edm2.generate import ImageGenerator
+from edm2.report import image_grid, save_png
+from edm2.train import Trainer
+
+FOLDER = "progress"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveSamples:
+    """Writes `progress/000012800.png` into the run's folder; give it to `edm2.train.train` as `on_step`.
+
+    Attributes:
+        every: images between grids; one more is made at the end.
+        sigma_rel: EMA length; default: the longest tracked one.
+        num_samples: seeds 0, 1, ...
+        num_steps: of the sampler.
+    """
+
+    every: int
+    sigma_rel: float | None = None
+    num_samples: int = 32
+    num_steps: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("every", "num_samples", "num_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.sigma_rel is not None:
+            sigma_rel_to_gamma(self.sigma_rel)
+
+    def check(self, tracked: Sequence[float]) -> None:
+        """Make sure, before a run starts, that its averages can give the wanted one.
+
+        Args:
+            tracked: EMA lengths that the run tracks.
+
+        Raises:
+            ValueError: if they cannot.
+        """
+        if self.sigma_rel is not None and self.sigma_rel not in tracked:
+            solve_live(tracked, self.sigma_rel)
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Make a grid if one is due. Changes nothing of the run: weights are put back bit for bit.
+
+        Where the network is sharded, all processes make it together, and the first one writes it.
+        """
+        if trainer.ema is None or not trainer.is_due(self.every):
+            return
+        denoiser = trainer.denoiser
+        sigma_rel = max(trainer.ema.sigma_rels) if self.sigma_rel is None else self.sigma_rel
+        with trainer.ema.applied(denoiser, sigma_rel):
+            denoiser.eval()
+            try:
+                generator = ImageGenerator(denoiser, trainer.coding, trainer.info)
+                images = generator.images(range(self.num_samples), num_steps=self.num_steps)
+            except FloatingPointError as error:
+                return warnings.warn(f"no samples after {trainer.num_images:,} images: {error}", stacklevel=2)
+            finally:
+                denoiser.train()
+        if not trainer.world.is_first:
+            return
+        # Latents and floats are drawn by their range: there is nothing else to show them by.
+        pixels = images if images.dtype == np.uint8 else _stretched(images)
+        columns = generator.num_classes if 2 <= generator.num_classes <= 16 else 8
+        grid = image_grid(pixels, columns=columns, scale=max(1, 48 // pixels.shape[-1]))
+        save_png(grid, self.path(trainer.out, trainer.num_images))
+
+    @staticmethod
+    def path(out: Path, num_images: int) -> Path:
+        """The grid's file."""
+        return out / FOLDER / f"{num_images:012d}.png"
+
+
+def _stretched(images: np.ndarray) -> np.ndarray:
+    low = images.min(axis=(0, 2, 3), keepdims=True)
+    high = images.max(axis=(0, 2, 3), keepdims=True)
+    return np.round(255 * (images - low) / np.maximum(high - low, 1e-12)).astype(np.uint8)

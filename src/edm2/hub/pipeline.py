@@ -1,0 +1,331 @@
+"""A pipeline as users of diffusers know them, on the Hugging Face hub; needs huggingface_hub.
+
+It is no subclass of diffusers' `DiffusionPipeline`, whose loader imports the modules that a repository's
+model_index.json names and wants the weights in a layout of its own. So nothing but safetensors and JSON is read,
+and diffusers is needed for latents only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from edm2.data import LatentDecoder
+from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
+from edm2.generate.generator import check_decoder
+from edm2.hub.model_card import model_card
+from edm2.hub.pretrained import FILES, Pretrained, check_free, open_pretrained, write_pretrained
+
+try:
+    from huggingface_hub import HfApi, ModelCard, ModelHubMixin, snapshot_download
+except ImportError as error:
+    raise ImportError(
+        f"edm2.hub.pipeline needs the package 'huggingface_hub' ({error}): pip install 'edm2[hub]'"
+    ) from error
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_PIL_CHANNELS = (1, 3, 4)
+
+
+@dataclass(frozen=True)
+class EDM2PipelineOutput:
+    """What a call of `EDM2Pipeline` gives.
+
+    Attributes:
+        images: a list of PIL images; or `[N, H, W, C]` float32 in [0, 1] for "np"; `[N, C, H, W]` for "pt". Of a
+            model of floats, and latents for "latent": in the data's own units.
+        seeds: one an image; the same seed makes the same image again.
+    """
+
+    images: Any
+    seeds: list[int]
+
+
+class EDM2Pipeline(ModelHubMixin):
+    """Images from a shared model: `EDM2Pipeline.from_pretrained(folder_or_id)(num_images=4).images`.
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` are those of huggingface_hub's `ModelHubMixin`.
+
+    Args:
+        model: see `edm2.hub.pretrained.open_pretrained`.
+        vae: AutoencoderKL of a latent model: its name, folder, or itself; loaded when it is first needed.
+        pixel_range: scale of the autoencoder's output, see `edm2.data.LatentDecoder`.
+
+    Attributes:
+        model: networks, settings and results.
+    """
+
+    def __init__(
+        self,
+        model: Pretrained,
+        *,
+        vae: Any = RELEASED_AUTOENCODER,
+        pixel_range: PixelRange = "zero-one",
+    ) -> None:
+        if model.generator.decoder is not None:
+            raise ValueError("the generator has a decoder of its own: give the pipeline vae instead")
+        self.model = model
+        self._vae, self._pixel_range = vae, pixel_range
+        self._decoder: LatentDecoder | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.model.generator.denoiser.parameters()).device
+
+    def to(self, device: torch.device | str) -> "EDM2Pipeline":
+        """Move everything to a device; returns itself."""
+        for part in (self.model.generator, self.model.guide, self._decoder):
+            if part is not None:
+                part.to(device)
+        return self
+
+    def __call__(
+        self,
+        num_images: int | None = None,
+        *,
+        class_labels: int | Sequence[int] | np.ndarray | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seeds: int | Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        images_at_once: int = 64,
+        **options: Any,
+    ) -> EDM2PipelineOutput | tuple[Any]:
+        """Make images; what is not given is as the model was saved.
+
+        Args:
+            num_images: default: as many as there are labels, seeds or generators, else 1.
+            class_labels: class of all, or of each image; vectors `[N, label_dim]` for a model that takes them.
+                Default: a class by the image's seed.
+            generator: where the images' seeds are drawn from; a list has one an image. Default: seeds by chance.
+            seeds: one an image, instead of a generator.
+            num_inference_steps: noise levels.
+            guidance_scale: guidance weight; 1 for none.
+            output_type: "pil", "np", "pt", or "latent" for a latent model's latents without decoding them.
+            return_dict: False gives a tuple with the images alone.
+            images_at_once: through the network, for want of memory.
+            **options: sampler, interval, conditions, see `edm2.generate.ImageGenerator.images`.
+
+        Raises:
+            ValueError: for inputs that do not fit the model or each other, before any work.
+        """
+        latent = self._check_output(output_type)
+        count = _count(num_images, class_labels, generator, seeds, options.get("conditions"))
+        chosen = _seeds(count, generator, seeds)
+        labels = class_labels
+        if labels is not None:
+            labels = np.full(count, labels) if np.ndim(labels) == 0 else np.asarray(labels)
+        self.model.generator.check_inputs(count, labels, options.get("conditions"))
+        settings = {"num_steps": num_inference_steps, "guidance": guidance_scale}
+        given = {**{key: v for key, v in settings.items() if v is not None}, **options}
+        decoder = None if latent else self._get_decoder()
+        made = torch.from_numpy(self.model.images(chosen, labels, batch_size=images_at_once, **given))
+        if decoder is not None:
+            made = decoder(made.to(self.device)).cpu()
+        images = _converted(made, "pt" if latent else output_type)
+        return EDM2PipelineOutput(images, chosen) if return_dict else (images,)
+
+    def _check_output(self, output_type: str) -> bool:
+        generator = self.model.generator
+        kind, channels = generator.coding.kind, generator.denoiser.img_channels
+        if output_type not in _OUTPUT_TYPES:
+            raise ValueError(f"output_type {output_type!r}: there are {', '.join(_OUTPUT_TYPES)}")
+        if output_type == "latent" and kind != "latents":
+            raise ValueError(f"output_type 'latent' is for latent models, and this one makes {kind}")
+        if output_type == "pil" and (
+            kind == "floats" or (kind == "pixels" and channels not in _PIL_CHANNELS)
+        ):
+            raise ValueError(f"{kind} of {channels} channels are no pictures: give output_type='np' or 'pt'")
+        return output_type == "latent"
+
+    def _get_decoder(self) -> LatentDecoder | None:
+        """What makes pictures of latents; None where there are none."""
+        generator = self.model.generator
+        if generator.coding.kind != "latents":
+            return None
+        if self._decoder is None:
+            if isinstance(self._vae, (str, Path)):
+                decoder = LatentDecoder.load(self._vae, device=self.device, pixel_range=self._pixel_range)
+            else:
+                decoder = LatentDecoder(self._vae.to(self.device).eval(), pixel_range=self._pixel_range)
+            check_decoder(decoder, generator.coding)
+            self._decoder = decoder
+        return self._decoder
+
+    # Below: what huggingface_hub's mixin leaves to the class.
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        vae: Any = RELEASED_AUTOENCODER,
+        pixel_range: PixelRange = "zero-one",
+        device: torch.device | str = "cpu",
+        dtype: str | torch.dtype = "float32",
+        compile: bool = False,
+        **options: Any,
+    ) -> "EDM2Pipeline":
+        """Open a folder, or a repository of the hub, of which only our own files are downloaded.
+
+        Args:
+            pretrained_model_name_or_path: `owner/name`; or a folder of `save_pretrained` or of a run.
+            vae: as for the class.
+            pixel_range: as for the class.
+            device: see `ImageGenerator.load`; so are dtype and compile.
+            dtype: precision of the network.
+            compile: use torch.compile.
+            **options: the mixin's: revision, token, cache_dir, local_files_only, force_download.
+
+        Raises:
+            ValueError: as in `open_pretrained`, or if there is no such folder and the hub does not have it.
+        """
+        # All are named here, because the mixin takes those that are not from the downloaded config.json.
+        own = dict(vae=vae, pixel_range=pixel_range, device=device, dtype=dtype, compile=compile)
+        try:
+            made: EDM2Pipeline = super().from_pretrained(pretrained_model_name_or_path, **own, **options)
+        except OSError as error:
+            if Path(pretrained_model_name_or_path).is_dir():
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is no folder here, and the hub did not give it ({reason}): check "
+                "the name, the network and, for a private repository, your login"
+            ) from error
+        return made
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> Any:
+        """Write networks, settings and card into a folder, as `edm2.hub.sharing.save_pretrained` does.
+
+        Args:
+            save_directory: the folder.
+            **options: the mixin's: push_to_hub, repo_id and so on.
+
+        Raises:
+            FileExistsError: if it holds a model already.
+        """
+        check_free(save_directory)
+        options["model_card_kwargs"] = {
+            "name": str(save_directory),
+            **(options.get("model_card_kwargs") or {}),
+        }
+        return super().save_pretrained(save_directory, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload as one commit.
+
+        Args:
+            repo_id: `owner/name`; made where missing.
+            **options: the mixin's: private, token, branch, commit_message and so on.
+
+        Returns:
+            The commit.
+        """
+        # The card's example needs the owner, too, which the hub knows if the caller left it out.
+        api = HfApi(token=options.get("token"))
+        repo_id = api.create_repo(repo_id=repo_id, private=options.get("private"), exist_ok=True).repo_id
+        options["model_card_kwargs"] = {**(options.get("model_card_kwargs") or {}), "name": repo_id}
+        return super().push_to_hub(repo_id, **options)
+
+    def generate_model_card(self, *, name: str = "model") -> Any:
+        """The card, see `edm2.hub.model_card.model_card`."""
+        return ModelCard(model_card(self.model, name))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        write_pretrained(self.model, save_directory)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        vae: Any,
+        pixel_range: PixelRange,
+        device: torch.device | str,
+        dtype: str | torch.dtype,
+        compile: bool,
+        **unknown: Any,
+    ) -> "EDM2Pipeline":
+        # The mixin of huggingface_hub before 1.0 hands these on, always.
+        older = {name: unknown.pop(name, None) for name in ("proxies", "resume_download")}
+        if unknown:
+            known = "vae, pixel_range, device, dtype, compile"
+            raise ValueError(f"unknown option {sorted(unknown)[0]!r} of from_pretrained: there are {known}")
+        folder = model_id
+        if not Path(model_id).is_dir():
+            folder = snapshot_download(
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+                allow_patterns=list(FILES),
+                **{name: value for name, value in older.items() if value is not None},
+            )
+        model = open_pretrained(folder, device=device, dtype=dtype, compile=compile)
+        return cls(model, vae=vae, pixel_range=pixel_range)
+
+
+def _count(num_images: int | None, *others: Any) -> int:
+    """Number of images on which all that was given agrees."""
+    labels, generators, seeds, conditions = others
+    lengths = {
+        "num_images": num_images,
+        "class_labels": None if labels is None or np.ndim(labels) == 0 else len(labels),
+        "generators": None
+        if generators is None or isinstance(generators, torch.Generator)
+        else len(generators),
+        "seeds": None if seeds is None else np.size(seeds),
+        "conditions": None if conditions is None else len(conditions),
+    }
+    given = {name: int(length) for name, length in lengths.items() if length is not None}
+    if len(set(given.values())) > 1:
+        told = ", ".join(f"{name} {length}" for name, length in given.items())
+        raise ValueError(f"how many images? {told}: they must agree")
+    count = next(iter(given.values()), 1)
+    if count < 1:
+        raise ValueError(f"{count} images: give at least 1")
+    return count
+
+
+def _seeds(
+    count: int,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    seeds: int | Sequence[int] | None,
+) -> list[int]:
+    if seeds is not None:
+        if generator is not None:
+            raise ValueError("generator and seeds exclude each other: give one")
+        return [int(seed) for seed in np.ravel(np.asarray(seeds))]
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()  # from the system, not from the process's shared numbers
+    sources = [generator] * count if isinstance(generator, torch.Generator) else generator
+    return [int(torch.randint(2**63 - 1, (), generator=g, device=g.device)) for g in sources]
+
+
+def _converted(images: Tensor, output_type: str) -> Any:
+    if output_type == "pil":
+        arrays = [
+            image.permute(1, 2, 0).squeeze(-1) if len(image) == 1 else image.permute(1, 2, 0)
+            for image in images
+        ]
+        return [Image.fromarray(array.contiguous().numpy()) for array in arrays]
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    return images if output_type == "pt" else images.permute(0, 2, 3, 1).contiguous().numpy()

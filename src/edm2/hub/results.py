@@ -1,0 +1,141 @@
+"""What was measured of a model, with what is needed to know what the number means."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edm2.evaluation.results import read_result
+from edm2.generate import ImageGenerator
+from edm2.tuning.result import BASELINE_SIGMA_REL, Tuned
+
+# Of a result of `edm2 metrics`: what is a number about the images, and how a card calls it.
+_NAMES = {
+    "frechet_distance": "Frechet distance",
+    "kernel_distance": "Kernel distance",
+    "precision": "Precision",
+    "recall": "Recall",
+    "density": "Density",
+    "coverage": "Coverage",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A number and its provenance.
+
+    Attributes:
+        metric: its name.
+        value: its value.
+        provenance: what it is of and was made by, in words, by name.
+        digest: of the model whose images were measured; None where that is not known.
+    """
+
+    metric: str
+    value: float
+    provenance: dict[str, str]
+    digest: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, str) or not isinstance(self.provenance, dict):
+            raise ValueError(f"result {self.metric!r} has no name or no provenance")
+        if not isinstance(self.value, (int, float)) or not math.isfinite(self.value):
+            raise ValueError(
+                f"result {self.metric!r} has value {self.value!r}, which must be a finite number"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Result":
+        """What `to_json` gave."""
+        return cls(**content)
+
+
+def check_results(results: Sequence[Result], generator: ImageGenerator) -> None:
+    """Raise ValueError unless results are about this model's images."""
+    digests = {result.digest for result in results} - {None}
+    own = generator.identity()["digest"] if digests else None
+    for digest in digests:
+        if digest != own:
+            raise ValueError(
+                f"a result is about images of model {digest}, and this is model {own}: measure this model's images"
+            )
+
+
+def read_results(path: str | Path) -> list[Result]:
+    """Numbers that `edm2 metrics score` wrote about samples of a model.
+
+    Raises:
+        ValueError: if it is no such file, or it does not say which model made the images.
+    """
+    content = read_result(Path(path))
+    images, extractor, reference = content["images"], content["extractor"], content["reference"]["images"]
+    sampling = images.get("sampling") or {}
+    digest = sampling.get("model", {}).get("digest")
+    if digest is None:
+        raise ValueError(
+            f"{path} does not say which model made the images: measure a folder that `edm2 sample` wrote"
+        )
+    weights = (extractor.get("sha256") or "weights not known")[:16]
+    provenance = {
+        "extractor": f"{extractor['name']} ({weights}), {extractor['num_features']} features",
+        "images": f"{images['num_images']:,}, seeds {images.get('seeds')}",
+        "reference": f"{reference['source']}, {_count(reference.get('num_images'))}",
+        "reference's hash": str(content["reference"].get("sha256") or reference.get("fingerprint"))[:16],
+        "sampled with": _settings(sampling),
+        "versions": ", ".join(f"{name} {version}" for name, version in content["versions"].items()),
+    }
+    if content["warnings"]:
+        provenance["to be read with care"] = "; ".join(content["warnings"])
+    scores = content["scores"]
+    return [
+        Result(metric=name, value=scores[key], provenance=provenance, digest=digest)
+        for key, name in _NAMES.items()
+        if scores.get(key) is not None
+    ]
+
+
+def tuning_results(tuned: Tuned) -> list[Result]:
+    """Held-out scores that `edm2 tune` measured: tuned, and untuned for comparison."""
+    common = {
+        "extractor": tuned.features,
+        "reference": "the run's training images",
+        "sampled with": f"{tuned.sampler}, {tuned.num_steps} steps",
+    }
+    rows = []
+    untuned = f"{tuned.metric}, untuned (EMA {BASELINE_SIGMA_REL:g}, no guidance)"
+    for name, values in ((tuned.metric, tuned.held_out), (untuned, tuned.baseline)):
+        images = (
+            f"{len(values)} sets with seeds held out from the search: {min(values):.4g} to {max(values):.4g}"
+        )
+        rows.append(
+            Result(metric=name, value=statistics.fmean(values), provenance={**common, "images": images})
+        )
+    return rows
+
+
+def published_result(content: dict[str, Any]) -> Result:
+    """The score that the authors of released weights report, from what `edm2 import` wrote."""
+    reported = content["reported"]
+    provenance = {"reported": f"by the authors, as {content['preset']}; not measured with these files"}
+    return Result(metric=reported["metric"], value=reported["value"], provenance=provenance)
+
+
+def _count(number: int | None) -> str:
+    return "number of images not known" if number is None else f"{number:,} images"
+
+
+def _settings(sampling: dict[str, Any]) -> str:
+    sampler = sampling.get("sampler", {})
+    text = f"{sampler.get('name')}, {sampler.get('num_steps')} steps"
+    if sampling.get("guide"):
+        text += f", guidance {sampler.get('guidance'):g}"
+    if sampler.get("interval"):
+        low, high = sampler["interval"]
+        text += f" for sigma in ({low:g}, {high:g}]"
+    return text

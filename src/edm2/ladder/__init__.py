@@ -1,0 +1,1 @@
+"""The experiment that compares configurations A to G, and its page."""

@@ -1,0 +1,309 @@
+"""`report.html` of one training run, or of several side by side."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edm2.ema import reconstruct_many
+from edm2.ema.storage.snapshots import read_manifest
+from edm2.evaluation.noise_errors import errors_by_noise, noise_density
+from edm2.generate import ImageGenerator
+from edm2.generate.lengths import generators
+from edm2.progress import Progress, time_text
+from edm2.report import Page, image_grid, loss_curve, uncertainty_curve
+from edm2.report.ema_figures import reconstruction_figure, tracked_figure
+from edm2.report.magnitudes import KINDS, Records, add_magnitudes, magnitude_curve
+from edm2.train.build import open_run_data
+from edm2.train.run_folder import (
+    CONFIG_FILE,
+    LOG_FILE,
+    MAGNITUDES_FILE,
+    SNAPSHOTS,
+    flat_settings,
+    read_config,
+    read_log,
+)
+from edm2.tuning.page import add_knobs, add_ranking, add_result
+from edm2.tuning.result import read_tuned
+
+_NOISE_IMAGES = 256
+_MOMENTS, _SEEDS_SHOWN, _STEPS = 6, 10, 16
+_LENGTHS = (0.03, 0.05, 0.10, 0.20)
+_LOGGED = ("num_images", "images_per_second", "seconds", "learning_rate", "nonfinite_steps")
+
+
+class _Run:
+    """What a run's folder holds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = folder.name or str(folder.resolve())
+        self.settings: dict[str, Any] = read_config(folder)["settings"]
+        self.log = read_log(folder)
+        if not self.log:
+            raise ValueError(f"{folder} has no line in its log yet: train on before asking for a report")
+        self.magnitudes = read_log(folder, MAGNITUDES_FILE)
+        self._check()
+        found = (folder / SNAPSHOTS / "manifest.json").exists()
+        self.manifest = read_manifest(folder / SNAPSHOTS) if found else None
+        self.tuned = read_tuned(folder)
+
+    def _check(self) -> None:
+        """Raise ValueError for settings and logs that `edm2 train` does not write."""
+        loss = self.settings.get("loss")
+        good = {CONFIG_FILE: _has_numbers(self.settings, ("num_images",))}
+        good[CONFIG_FILE] &= isinstance(loss, dict) and _has_numbers(loss, ("p_mean", "p_std"))
+        good[LOG_FILE] = all(
+            _has_numbers(record, _LOGGED) and _has_numbers(record, ("loss", "grad_norm"), optional=True)
+            for record in self.log
+        )
+        good[MAGNITUDES_FILE] = all(
+            _has_numbers(record, ("num_images",))
+            and all(isinstance(r := record.get(kind), dict) and _has_numbers(r, r.keys()) for kind in KINDS)
+            for record in self.magnitudes
+        )
+        for name, records in ((LOG_FILE, self.log), (MAGNITUDES_FILE, self.magnitudes)):
+            good[name] = good[name] and _is_one_course(records)
+        damaged = [name for name, is_good in good.items() if not is_good]
+        if damaged:
+            raise ValueError(f"{self.folder / damaged[0]} is damaged: restore it from a copy")
+
+    def generator(self, t: float | None = None) -> ImageGenerator | None:
+        """The longest tracked average at a time (default: the last), or None before the first snapshot."""
+        if self.manifest is None or not self.manifest.snapshots:
+            return None
+        longest = max(s.sigma_rel for s in self.manifest.snapshots)
+        return next(generators(self.folder / SNAPSHOTS, [longest], t))
+
+    def moments(self) -> list[float]:
+        """Up to six times of snapshots, each about twice the one before."""
+        assert self.manifest is not None
+        times = sorted({s.t for s in self.manifest.snapshots})
+        wanted = [times[-1] / 2**k for k in reversed(range(_MOMENTS))]
+        logs = np.log(times)
+        return sorted({times[int(np.abs(logs - math.log(w)).argmin())] for w in wanted})
+
+
+def _has_numbers(values: Mapping[str, Any], names: Iterable[str], *, optional: bool = False) -> bool:
+    return all(
+        type(values.get(name)) in (int, float) or (optional and name in values and values[name] is None)
+        for name in names
+    )
+
+
+def _is_one_course(records: Records) -> bool:
+    """Whether images grow from record to record, and magnitudes are of the same parts throughout."""
+    return all(
+        a["num_images"] < b["num_images"]
+        and all(set(a.get(kind, ())) == set(b.get(kind, ())) for kind in KINDS)
+        for a, b in itertools.pairwise(records)
+    )
+
+
+def write_run_report(
+    runs: Sequence[str | Path], out: str | Path, *, samples: bool = True, quiet: bool = False
+) -> Path:
+    """Write one self-contained page about training runs.
+
+    Args:
+        runs: folders of runs, finished or under way; several are shown side by side.
+        out: the HTML file.
+        samples: whether to run the networks: samples over time, and errors by noise level.
+        quiet: show no progress.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: if a folder is no run or has logged nothing yet; nothing is written then.
+    """
+    opened = [_Run(Path(run)) for run in runs]
+    if not opened:
+        raise ValueError("no run was given: name the folder of at least one")
+    if len({run.name for run in opened}) < len(opened):
+        for run in opened:
+            run.name = str(run.folder)
+    page = Page(
+        f"Training of {', '.join(run.name for run in opened)}",
+        lead="What happened in training, drawn from the files of the run.",
+    )
+    parts: dict[str, Callable[[Page, _Run], None]] = {"EMA profiles": _averages}
+    if samples:
+        parts |= {"Error by noise level": _noise, "Samples over time": _samples}
+    if any(run.tuned for run in opened):
+        parts["Tuning"] = _tuning
+    with Progress("report", (2 + len(parts)) * len(opened), "parts", quiet=quiet) as progress:
+        _overview(page, opened)
+        _each(page, opened, "Training", _training, progress)
+        _magnitudes(page, opened, progress)
+        for heading, draw in parts.items():
+            _each(page, opened, heading, draw, progress)
+    _settings(page, opened)
+    return page.write(out)
+
+
+def _each(
+    page: Page, runs: Sequence[_Run], heading: str, draw: Callable[[Page, _Run], None], progress: Progress
+) -> None:
+    page.section(heading)
+    for run in runs:
+        if len(runs) > 1:
+            page.text(run.name)
+        draw(page, run)
+        progress.advance(1)
+
+
+def _overview(page: Page, runs: Sequence[_Run]) -> None:
+    rows = []
+    for run in runs:
+        last = run.log[-1]
+        rows.append(
+            {
+                "run": run.name,
+                "images": f"{last['num_images']:,} of {run.settings['num_images']:,}",
+                "last loss": "-" if last["loss"] is None else f"{last['loss']:.4f}",
+                "images/s": f"{last['images_per_second']:,.1f}",
+                "last session": time_text(last["seconds"]),
+                "steps not finite": sum(record["nonfinite_steps"] for record in run.log),
+            }
+        )
+    if len(rows) == 1:
+        return page.facts({name: value for name, value in rows[0].items() if name != "run"})
+    page.table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _training(page: Page, run: _Run) -> None:
+    seen = [record for record in run.log if record["loss"] is not None]
+    if not seen:
+        return page.text("No finite loss was logged.")
+    images, loss = [r["num_images"] for r in seen], [r["loss"] for r in seen]
+    rates = [r["learning_rate"] for r in seen]
+    with page.columns():
+        page.figure(
+            loss_curve(images, loss, learning_rate=rates),
+            "Training loss and learning rate" + _below_zero(run),
+            "Curves of the training loss and the learning rate against images",
+        )
+        page.figure(
+            magnitude_curve(images, [{"gradient": r["grad_norm"]} for r in seen], label="gradient norm"),
+            "L2 norm of the whole gradient, on a logarithmic scale",
+            "Curve of the gradient norm against images",
+        )
+
+
+def _below_zero(run: _Run) -> str:
+    # Ref: EDM2 Eq. 21, of which config A has the first term alone.
+    if run.settings.get("architecture") == "A":
+        return ""
+    return "; the loss includes the learned uncertainty u(σ), so that it may fall below 0"
+
+
+def _magnitudes(page: Page, runs: Sequence[_Run], progress: Progress) -> None:
+    page.section("Magnitudes")
+    for run in runs:
+        if not run.magnitudes:
+            of = f"Of {run.name} they were" if len(runs) > 1 else "They were"
+            page.text(f"{of} not recorded: train with --record-magnitudes.")
+    add_magnitudes(page, [(run.name, run.magnitudes) for run in runs if run.magnitudes])
+    progress.advance(len(runs))
+
+
+def _averages(page: Page, run: _Run) -> None:
+    if run.manifest is None or not run.manifest.snapshots:
+        return page.text("No snapshot yet.")
+    results, refused = [], []
+    for length in _LENGTHS:
+        try:
+            results += reconstruct_many(run.folder / SNAPSHOTS, [length], warn_above=math.inf, read=False)
+        except ValueError as error:
+            refused.append([f"{length:g}", str(error)])
+    with page.columns():
+        page.figure(
+            tracked_figure(run.manifest, run.moments()),
+            "Weight that the tracked averages give to each moment, as stored at some times",
+            "Curves of the power-function profiles of the tracked averages against training time",
+        )
+        if results:
+            page.figure(
+                reconstruction_figure(run.manifest, results),
+                "Averages made of all snapshots, and the power functions they aim at",
+                "Curves of wanted and made profiles against training time, and their difference",
+            )
+    rows = [[f"{r.sigma_rel:g}", f"{r.expected_error:.1e}"] for r in results] + refused
+    page.table(["EMA length", "error to expect"], rows, caption="Relative error of the reconstructed weights")
+
+
+def _tuning(page: Page, run: _Run) -> None:
+    if run.tuned is None:
+        return page.text("Not tuned.")
+    add_result(page, run.tuned)
+    add_knobs(page, run.tuned)
+    add_ranking(page, run.tuned)
+
+
+def _noise(page: Page, run: _Run) -> None:
+    generator, settings = run.generator(), run.settings
+    if generator is None:
+        return page.text("No snapshot yet.")
+    try:
+        dataset = open_run_data(run.folder)
+    except (ValueError, OSError) as error:
+        return page.text(f"The training data cannot be opened any more: {error}")
+    chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), _NOISE_IMAGES)).astype(np.int64)
+    labels = dataset.labels(chosen) if dataset.num_classes else None
+    sigma, learned, errors = errors_by_noise(generator, dataset.images(chosen), labels)
+    if not np.isfinite(errors).all():
+        return page.text("The network's outputs are not finite.")
+    density = noise_density(sigma, p_mean=settings["loss"]["p_mean"], p_std=settings["loss"]["p_std"])
+    has_uncertainty = generator.denoiser.logvar_linear is not None
+    page.figure(
+        uncertainty_curve(sigma, learned if has_uncertainty else None, errors, density),
+        f"Weighted squared error (natural logarithm) at each noise level, on {len(chosen)} training images"
+        + (", beside the uncertainty that the network learned" if has_uncertainty else ""),
+        "Curve of the log of the weighted error against noise level",
+    )
+
+
+def _samples(page: Page, run: _Run) -> None:
+    if run.manifest is None or not run.manifest.snapshots:
+        return page.text("No snapshot yet.")
+    rows, moments, classes = [], run.moments(), ""
+    for t in moments:
+        generator = run.generator(t)
+        assert generator is not None
+        classes = _classes(generator)
+        try:
+            rows.append(generator.images(range(_SEEDS_SHOWN), num_steps=_STEPS))
+        except (ValueError, FloatingPointError) as error:
+            return page.text(f"Not drawn: {error}")
+    images = np.concatenate(rows)
+    if images.dtype != np.uint8:
+        return page.text("The model makes no pixels, so there is nothing to look at.")
+    scale = max(1, 48 // images.shape[-1])
+    times = ", ".join(f"{t:,.0f}" for t in moments)
+    page.image(
+        image_grid(images, columns=_SEEDS_SHOWN, scale=scale),
+        f"Seeds 0 to {_SEEDS_SHOWN - 1}, one column each, after {times} images (top to bottom); "
+        f"EMA length {max(s.sigma_rel for s in run.manifest.snapshots):g}, {_STEPS} steps{classes}",
+        "Grid of samples from the same seeds at several moments of the training",
+    )
+
+
+def _classes(generator: ImageGenerator) -> str:
+    if not generator.num_classes:
+        return ""
+    names = generator.class_names or [str(label) for label in range(generator.num_classes)]
+    return f"; classes {', '.join(names[label] for label in generator.labels_for(range(_SEEDS_SHOWN)))}"
+
+
+def _settings(page: Page, runs: Sequence[_Run]) -> None:
+    page.section("Settings")
+    flat = [flat_settings(run.settings) for run in runs]
+    names = list(dict.fromkeys(name for settings in flat for name in settings))
+    rows = [[name, *(json.dumps(settings.get(name)) for settings in flat)] for name in names]
+    page.table(["setting", *(run.name for run in runs)], rows)

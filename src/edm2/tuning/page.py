@@ -1,0 +1,131 @@
+"""The page about a search for the best settings of a run."""
+
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from edm2.report import Page
+from edm2.report.tuning_figures import knob_figure
+from edm2.tuning.result import BASELINE_SIGMA_REL, Knobs, Tried, Tuned
+from edm2.tuning.search import TuningPlan
+
+_SHOWN = 12
+_KNOBS: dict[str, tuple[str, Callable[[Tried], float]]] = {
+    "EMA length": ("EMA length", lambda t: t.knobs.sigma_rel),
+    "guide": ("the guide's EMA length", lambda t: t.knobs.guide_sigma_rel or 0.0),
+    "guidance weight": ("guidance weight", lambda t: t.knobs.guidance),
+    "EMA length with guide": ("EMA length", lambda t: t.knobs.sigma_rel),
+    "interval, upper end": ("upper end of the interval, sigma", lambda t: t.knobs.interval[1]),
+    "interval, lower end": ("lower end of the interval, sigma", lambda t: t.knobs.interval[0]),
+}
+
+
+def write_tuning_report(tuned: Tuned, plan: TuningPlan, out: str | Path, *, title: str) -> Path:
+    """Write the page: result with held-out seeds, a curve for each knob, a ranked table.
+
+    Args:
+        tuned: what the search found.
+        plan: how far it went.
+        out: the HTML file; an older one is replaced.
+        title: of the page.
+
+    Returns:
+        The file.
+    """
+    page = Page(title, lead="One knob after the other, each from the best settings so far.")
+    page.facts(
+        {
+            f"{tuned.metric}, tuned": f"{statistics.fmean(tuned.held_out):.3g}",
+            f"EMA {BASELINE_SIGMA_REL:g}, no guidance": f"{statistics.fmean(tuned.baseline):.3g}",
+            "lower by": _amount(tuned, tuned.improvement),
+        }
+    )
+    page.section(
+        "Result",
+        f"Measured with {plan.repeats} times {plan.final_samples:,} images of seeds that the search never saw, "
+        "the same for both.",
+    )
+    add_result(page, tuned)
+    points = f"Each point: {plan.samples:,} images, {plan.num_steps} steps of {plan.sampler}, the same seeds for all."
+    scatter = None
+    if plan.repeats > 1 and plan.samples == plan.final_samples:
+        scatter = statistics.stdev(tuned.held_out)
+        points += (
+            f" With other seeds the best settings scatter by {scatter:.3g} (standard deviation, the bars)."
+        )
+    page.section("Knob by knob", points)
+    add_knobs(page, tuned, scatter)
+    page.section("Ranking", f"The best of {len(tuned.tried)} settings tried.")
+    add_ranking(page, tuned)
+    return page.write(out)
+
+
+def add_result(page: Page, tuned: Tuned) -> None:
+    """Add the best settings, and their scores with held-out seeds beside those of no tuning."""
+    judged = f"{_capital(tuned.metric)} in features of {tuned.features}"
+    page.text(f"Best settings: {tuned.best.describe()}. {judged}: lower by {improvement_text(tuned)}.")
+    repeats = zip(tuned.held_out, tuned.baseline, tuned.improvements, strict=True)
+    rows: list[list[object]] = [
+        [i, score_text(ours), score_text(theirs), _amount(tuned, lower)]
+        for i, (ours, theirs, lower) in enumerate(repeats, 1)
+    ]
+    page.table(["repeat", "tuned", f"EMA {BASELINE_SIGMA_REL:g}, no guidance", "lower by"], rows)
+
+
+def add_knobs(page: Page, tuned: Tuned, scatter: float | None = None) -> None:
+    """Add a curve for each knob that was searched, with bars for the scatter of a score if it is known."""
+    best = math.inf
+    with page.columns():
+        for stage, (knob, value) in _KNOBS.items():
+            points = [t for t in tuned.tried if t.stage == stage]
+            if points:
+                curves: dict[str, list[tuple[float, float]]] = {}
+                for t in points:
+                    name = _guide_name(t.knobs) if stage == "guide" else ""
+                    curves.setdefault(name, []).append((value(t), t.score))
+                before = best if math.isfinite(best) else None
+                figure = knob_figure(curves, knob=knob, label=tuned.metric, reference=before, scatter=scatter)
+                page.figure(figure, _capital(stage), f"Curve of {tuned.metric} against {knob}")
+                best = min(best, *(t.score for t in points))
+
+
+def add_ranking(page: Page, tuned: Tuned) -> None:
+    """Add a table of the best settings tried."""
+    ranked = sorted(tuned.tried, key=lambda t: t.score)[:_SHOWN]
+    page.table(
+        [tuned.metric, "settings", "found while searching"],
+        [[score_text(t.score), t.knobs.describe(), t.stage] for t in ranked],
+    )
+
+
+def improvement_text(tuned: Tuned) -> str:
+    """The improvement with its confidence and, one a repeat, what it is the mean of; in percent where that means
+    something.
+    """
+    error, text = tuned.improvement_error, _amount(tuned, tuned.improvement)
+    if error is None:
+        return f"{text} in one repeat"
+    low, high = (_amount(tuned, tuned.improvement + e).removesuffix("%") for e in (-error, error))
+    unit = "%" if tuned.is_share else ""
+    each = " ".join(_amount(tuned, value).removesuffix("%") for value in tuned.improvements)
+    return f"{text} (95% confidence {low} to {high}{unit}; repeats {each})"
+
+
+def score_text(score: float) -> str:
+    """A score with enough digits, also for kernel distances, which may be thousandths."""
+    return f"{score:.4f}" if abs(score) >= 0.1 else f"{score:.3g}"
+
+
+def _amount(tuned: Tuned, improvement: float) -> str:
+    return f"{100 * improvement:.1f}%" if tuned.is_share else score_text(improvement)
+
+
+def _guide_name(knobs: Knobs) -> str:
+    if knobs.guide is None:
+        return f"guide of {knobs.guide_images:,.0f} images"
+    return "given model file, drawn at 0" if knobs.guide_sigma_rel is None else "given run"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -1,0 +1,297 @@
+"""Folders of snapshots: what is written, read back, and refused."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from edm2.ema import PowerEMA, reconstruct
+from edm2.ema.storage.snapshots import read_manifest
+
+
+def train(
+    folder: Path, *, run_id: str = "run", steps: int = 40, every: int = 10, **options: object
+) -> PowerEMA:
+    """Random walk of a small model, with snapshots."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    ema = PowerEMA(model, run_id=run_id, clock="steps")
+    for t in range(1, steps + 1):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.01 * torch.randn(p.shape, generator=generator))
+        model[1].num_batches_tracked += 1
+        ema.update(t)
+        if t % every == 0:
+            ema.snapshot(folder, **options)  # type: ignore[arg-type]
+    return ema
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_equal_runs_write_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        train(tmp_path / name, metadata={"model": {"width": 4}})
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert len(contents(tmp_path / "a")) == 9
+
+
+def test_files_are_safetensors_that_say_what_they_are(tmp_path: Path) -> None:
+    ema = train(tmp_path)
+    snapshot = read_manifest(tmp_path).snapshots[-1]
+    with safe_open(tmp_path / snapshot.file, framework="pt") as file:
+        metadata = file.metadata()
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert (metadata["run_id"], metadata["t"], metadata["dtype"]) == ("run", "40", "fp32")
+    for name, tensor in ema.average(snapshot.sigma_rel).items():
+        assert torch.equal(stored[name], tensor)
+    assert stored["1.num_batches_tracked"] == 40
+
+
+def test_stored_average_is_given_back_bit_for_bit(tmp_path: Path) -> None:
+    ema = train(tmp_path)
+    result = reconstruct(tmp_path, sigma_rel=0.1)
+    for name, tensor in ema.average(0.1).items():
+        torch.testing.assert_close(result.tensors[name], tensor, rtol=1e-6, atol=1e-7)
+    assert result.tensors["1.num_batches_tracked"] == 40
+    assert result.t == 40
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("fp32", 1e-7), ("fp16", 3e-4), ("bf16", 3e-3)])
+def test_stored_type_has_the_rounding_that_the_manifest_says(
+    tmp_path: Path, dtype: str, bound: float
+) -> None:
+    ema = train(tmp_path, dtype=dtype)
+    result = reconstruct(tmp_path, sigma_rel=0.1)
+    exact = ema.average(0.1)
+    error = sum((result.tensors[n] - x).square().sum() for n, x in exact.items()) ** 0.5
+    norm = sum(x.square().sum() for x in exact.values()) ** 0.5
+    stated = read_manifest(tmp_path).snapshots[-1].rounding
+    assert error / norm < bound
+    if dtype != "fp32":
+        assert float(error / norm) == pytest.approx(stated, rel=1e-3)
+
+
+def test_resumed_run_writes_its_folder_again_identically(tmp_path: Path) -> None:
+    train(tmp_path / "whole")
+    train(tmp_path / "resumed")
+    train(tmp_path / "resumed")
+    assert contents(tmp_path / "whole") == contents(tmp_path / "resumed")
+
+
+def a_run(steps: int, *, seed: int = 0, state: dict[str, object] | None = None) -> Iterator[PowerEMA]:
+    """A tracker after each step of a random walk from zero, or from a state with its weights."""
+    model = nn.Linear(3, 3)
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    ema = PowerEMA(model, run_id="run")
+    if state is not None:
+        model.load_state_dict(state["model"])  # type: ignore[arg-type]
+        ema.load_state_dict(state["ema"])  # type: ignore[arg-type]
+        yield ema
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(3, 3, generator=generator))
+        ema.update(ema.t + 1)
+        yield ema
+
+
+def test_a_tracker_that_was_not_resumed_deletes_no_snapshot(tmp_path: Path) -> None:
+    for ema in a_run(10):
+        ema.snapshot(tmp_path)
+    ema.snapshot(tmp_path, dtype="fp16")  # its own one may be written anew
+    before = contents(tmp_path)
+    for ema in a_run(10, seed=1):
+        with pytest.raises(
+            ValueError, match=r"of run 'run' from t \d+ to 10, .* load_state_dict; .* another folder"
+        ):
+            ema.snapshot(tmp_path)
+        assert contents(tmp_path) == before
+    for ema in a_run(5):
+        ema.snapshot(tmp_path)  # equal weights give equal files
+        assert contents(tmp_path) == before
+
+
+def test_a_resumed_run_goes_back_to_its_checkpoint(tmp_path: Path) -> None:
+    for ema in a_run(8):
+        ema.snapshot(tmp_path)
+        if ema.t == 4:
+            state = copy.deepcopy({"ema": ema.state_dict(), "model": ema._model.state_dict()})
+    before = contents(tmp_path)
+    (resumed,) = a_run(0, state=state)
+    resumed.snapshot(tmp_path)
+    assert contents(tmp_path) == before, "equal weights keep what came after them"
+    _, other = a_run(1, state=state, seed=1)
+    with pytest.warns(UserWarning, match="went back to t 5 and goes on differently, so 6 snapshots after it"):
+        other.snapshot(tmp_path)
+    assert [s.t for s in read_manifest(tmp_path).snapshots] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert len(contents(tmp_path)) == 11
+
+
+def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, run_id="one")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="holds snapshots of run 'one', this is run 'two'"):
+        train(tmp_path, run_id="two")
+    assert contents(tmp_path) == before
+
+
+def test_other_metadata_is_refused(tmp_path: Path) -> None:
+    ema = train(tmp_path, metadata={"width": 4, "depth": 1})
+    with pytest.raises(ValueError, match=r"differs in \['depth'\]"):
+        ema.snapshot(tmp_path, metadata={"width": 4, "depth": 2})
+    with pytest.raises(ValueError, match="changes when written as JSON"):
+        ema.snapshot(tmp_path, metadata={"shape": (1, 2)})
+    with pytest.raises(ValueError, match="cannot be written as JSON"):
+        ema.snapshot(tmp_path, metadata={"shape": object()})
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    train(tmp_path)
+    path = tmp_path / read_manifest(tmp_path).snapshots[2].file
+    whole = path.read_bytes()
+    for damaged, message in [
+        (whole[:-10], "is damaged: it has"),
+        (whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:], "is damaged: its data"),
+        (whole.replace(b'"run_id":"run"', b'"run_id":"ruN"'), "belongs to run 'ruN'"),
+        (whole.replace(b'"t":"20"', b'"t":"21"'), "is damaged: its header"),
+    ]:
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=message) as caught:
+            reconstruct(tmp_path, sigma_rel=0.13)
+        assert str(path) in str(caught.value)
+    path.unlink()
+    with pytest.raises(ValueError, match="missing"):
+        reconstruct(tmp_path, sigma_rel=0.13)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"sigma_rel": "0.1"}, "sigma_rel, which is a str"),
+        ({"num_bytes": 0.5}, "num_bytes, which is a float"),
+        ({"t": True}, "t, which is a bool"),
+        ({"file": "../x.safetensors"}, "file, which is not in this folder"),
+    ],
+)
+def test_entries_of_another_kind_are_named(tmp_path: Path, change: dict[str, object], told: str) -> None:
+    model = nn.Linear(2, 2)
+    ema = PowerEMA(model)
+    ema.update(1)
+    ema.snapshot(tmp_path)
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    content["snapshots"][0] |= change
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"manifest.json is damaged \(entry {told}\): restore it"):
+        read_manifest(tmp_path)
+    content["snapshots"], content["metadata"] = [], "none"
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"damaged \(entry metadata or aliases, which are no table\)"):
+        read_manifest(tmp_path)
+
+
+def test_damaged_manifests_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no folder of snapshots"):
+        reconstruct(tmp_path, sigma_rel=0.13)
+    ema = train(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for text, message in [
+        ("{", "is damaged"),
+        ("{}", "is not a manifest"),
+        (json.dumps({**content, "snapshots": [{"t": 1}]}), "is damaged"),
+    ]:
+        manifest.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            reconstruct(tmp_path, sigma_rel=0.13)
+    manifest.unlink()
+    with pytest.raises(ValueError, match=r"holds 8 snapshot files .* but no manifest.json"):
+        ema.snapshot(tmp_path)
+
+
+def test_time_beyond_the_last_snapshot_is_refused(tmp_path: Path) -> None:
+    train(tmp_path)
+    with pytest.raises(ValueError, match="t 41 is beyond the last snapshot"):
+        reconstruct(tmp_path, sigma_rel=0.13, t=41)
+
+
+def test_snapshot_needs_a_finite_average(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    ema = PowerEMA(model)
+    with pytest.raises(ValueError, match="before the first update"):
+        ema.snapshot(tmp_path)
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nan
+    ema.update(1)
+    with pytest.raises(FloatingPointError, match="average of 'weight' is not finite"):
+        ema.snapshot(tmp_path)
+
+
+def test_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dtype 'fp8' is not known: choose fp32, bf16 or fp16"):
+        train(tmp_path, dtype="fp8")
+
+
+def test_names_are_clean_and_tied_tensors_are_stored_once(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(4, 3)
+            self.head = nn.Linear(3, 4, bias=False)
+            self.head.weight = self.embed.weight
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.module = inner
+
+    model = Tied()
+    ema = PowerEMA(Wrapper(model), (0.1,))
+    assert ema.names == ["embed.weight"]
+    ema.update(1)
+    (path,) = ema.snapshot(tmp_path)
+    with safe_open(path, framework="pt") as file:
+        assert list(file.keys()) == ["embed.weight"]
+    result = reconstruct(tmp_path, sigma_rel=0.1)
+    Tied().load_state_dict(result.tensors)
+    assert result.tensors["head.weight"] is result.tensors["embed.weight"]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.uint8,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+        torch.int64,
+        torch.bool,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    ],
+)
+def test_buffers_of_any_type_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("codes", torch.tensor([[0, 1, 1], [2, 1, 3]]).to(dtype))
+    model.register_buffer("code", torch.tensor(1).to(dtype))
+    ema = PowerEMA(model)
+    ema.update(1)
+    paths = ema.snapshot(tmp_path)
+    tensors = reconstruct(tmp_path, 0.1).tensors
+    official = load_file(paths[0])
+    for name in ("codes", "code"):
+        for found in (tensors[name], official[name]):
+            assert found.dtype == dtype
+            assert found.tolist() == getattr(model, name).tolist()

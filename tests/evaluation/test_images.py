@@ -1,0 +1,14 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from edm2.evaluation.images import open_images
+
+
+@pytest.mark.parametrize("settings", ["", "{", "[1]", "3", "[" * 10_000])
+def test_settings_of_samples_that_are_damaged(tmp_path, settings):
+    for seed in range(6):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f"{seed:06d}.png")
+    (tmp_path / "samples.json").write_text(settings)
+    with pytest.raises(ValueError, match=r"samples.json is damaged \(.*: sample again"):
+        open_images(str(tmp_path))

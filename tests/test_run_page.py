@@ -1,0 +1,226 @@
+import html
+import json
+import shutil
+import types
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from edm2.evaluation.noise_errors import errors_by_noise
+from edm2.run_page import write_run_report
+from edm2.train import train
+from edm2.train.config import EMAConfig
+from edm2.train.with_config import with_config
+from edm2.tuning.result import Knobs, Tried, Tuned, save_tuned
+
+HOSTILE = "<b onclick=alert(1)>&amp;$x_$"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_digits):
+    """A tiny run on digits, in a folder whose name is HTML."""
+    out = tmp_path_factory.mktemp("runs") / HOSTILE
+    train(tiny_digits(), out, quiet=True)
+    return out
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Draw figures, but do not encode them, which takes half a second each."""
+    monkeypatch.setattr("edm2.report.page.figure_svg", lambda figure: b"<svg/>")
+
+
+def page_of(runs, tmp_path, **options):
+    return write_run_report(runs, tmp_path / "report.html", quiet=True, **options).read_text()
+
+
+def test_magnitudes_come_with_the_log(run):
+    lines = [json.loads(line) for line in (run / "magnitudes.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["num_images"] for line in lines] == [line["num_images"] for line in log] == [16, 32, 48, 64]
+    weights = {n: v for n, v in lines[-1]["weights"].items() if not n.startswith("logvar")}
+    assert all(value == pytest.approx(1.0, abs=1e-3) for value in weights.values())
+    assert all(value > 0 for value in lines[-1]["updates"].values())
+
+
+def test_recording_changes_nothing(run, tmp_path, tiny_digits):
+    model = train(tiny_digits(record_magnitudes=False), tmp_path / "off", quiet=True)
+    assert model.read_bytes() == (run / "model.safetensors").read_bytes()
+    assert not (tmp_path / "off" / "magnitudes.jsonl").exists()
+
+
+def test_page_of_one_run(run, tmp_path):
+    page = page_of([run], tmp_path)
+    for heading in (
+        "Training", "Magnitudes", "EMA profiles", "Error by noise level", "Samples over time", "Settings"
+    ):  # fmt: skip
+        assert f">{heading}</h2>" in page
+    assert ">Tuning</h2>" not in page
+    assert "64 of 64" in page
+    assert page.count("<img") == 2 + 4 + 2 + 1 + 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_names_are_shown_and_never_obeyed(run, tmp_path, tiny_digits):
+    """Of the run, its classes, and the folder and files of its data."""
+    data = tmp_path / HOSTILE
+    for i, name in enumerate((f"0{HOSTILE}", f"1{HOSTILE}")):
+        (data / name).mkdir(parents=True)
+        for j in range(4):
+            image = np.full((8, 8), 60 * i + j, np.uint8)
+            PIL.Image.fromarray(image).save(data / name / f"{j}{HOSTILE}.png")
+    named = tmp_path / f"run {HOSTILE}"
+    train(tiny_digits(data=str(data), num_images=16), named, quiet=True)
+    escaped = html.escape(HOSTILE)
+    pages = [page_of([named], tmp_path), page_of([named, run], tmp_path, samples=False)]
+    assert f"classes 0{escaped}, 1{escaped}" in pages[0]
+    (data / f"0{HOSTILE}" / f"0{HOSTILE}.png").write_bytes(b"cut")
+    pages.append(page_of([named], tmp_path))
+    for page in pages:
+        assert escaped in page
+        assert "<b " not in page
+
+
+@pytest.mark.usefixtures("quick")
+def test_two_runs_side_by_side(run, tmp_path):
+    other = tmp_path / HOSTILE
+    shutil.copytree(run, other)
+    page = page_of([run, other], tmp_path, samples=False)
+    assert "Samples over time" not in page
+    assert page.count("<img") == 2 * (2 + 4 + 2)
+    for folder in (run, other):  # of the same name, so told apart by their paths
+        assert f"Activations of {html.escape(str(folder))}: RMS of block outputs by resolution, on" in page
+    (other / "magnitudes.jsonl").unlink()
+    page = page_of([run, other], tmp_path, samples=False)
+    assert f"Of {html.escape(str(other))} they were not recorded: train with --record-magnitudes" in page
+    assert page.count("<img") == 2 * (2 + 2) + 4
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_without_its_data_or_snapshots(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    config = json.loads((other / "config.json").read_text())
+    config["settings"]["data"] = str(tmp_path / "gone")
+    (other / "config.json").write_text(json.dumps(config))
+    assert "The training data cannot be opened any more" in page_of([other], tmp_path)
+    shutil.rmtree(other / "snapshots")
+    assert page_of([other], tmp_path).count("No snapshot yet.") == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("config.json", '"num_images"', '"number"'),
+        ("config.json", '"p_mean"', '"mean"'),
+        ("log.jsonl", '"learning_rate"', '"rate"'),
+        ("log.jsonl", '"num_images": ', '"num_images": "many", "n": '),
+        ("magnitudes.jsonl", '"weights"', '"heights"'),
+    ],
+)
+def test_files_that_are_damaged(run, tmp_path, file, old, new):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / file).write_text((other / file).read_text().replace(old, new))
+    with pytest.raises(ValueError, match=f"{file} is damaged: restore it from a copy"):
+        page_of([other], tmp_path)
+    assert not list(tmp_path.glob("*.html"))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("log.jsonl", lambda lines: [*lines, lines[-1]]),
+        ("magnitudes.jsonl", lambda lines: [*lines, lines[0]]),
+        ("magnitudes.jsonl", lambda lines: [lines[0].replace("block0", "block9"), *lines[1:]]),
+    ],
+)
+def test_records_that_are_of_no_single_run(run, tmp_path, file, change):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    lines = (other / file).read_text().splitlines(keepends=True)
+    assert len(lines) > 1
+    (other / file).write_text("".join(change(lines)))
+    with pytest.raises(ValueError, match=f"{file} is damaged: restore it from a copy"):
+        page_of([other], tmp_path)
+
+
+@pytest.mark.usefixtures("quick")
+def test_lengths_that_the_snapshots_cannot_give_are_said_to_be_so(tmp_path, tiny_digits):
+    train(tiny_digits(snapshot_images=64, ema=EMAConfig(sigma_rels=(0.05,))), tmp_path / "run", quiet=True)
+    page = page_of([tmp_path / "run"], tmp_path, samples=False)
+    assert page.count("one snapshot only, of sigma_rel 0.05, cannot give") == 3
+    assert "Averages made of all snapshots" in page
+
+
+@pytest.mark.usefixtures("quick")
+def test_config_a_has_a_loss_by_noise_level_and_no_uncertainty(tmp_path, tiny_digits):
+    train(with_config(tiny_digits(), "A"), tmp_path / "run", quiet=True)
+    page = page_of([tmp_path / "run"], tmp_path)
+    assert "Weighted squared error (natural logarithm) at each noise level, on 256 training images<" in page
+    assert "Training loss and learning rate<" in page
+
+
+@pytest.mark.usefixtures("quick")
+def test_models_that_need_more_than_a_seed_have_no_samples(run, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("this model is conditioned on vectors")
+
+    monkeypatch.setattr("edm2.generate.ImageGenerator.images", refuse)
+    assert "Not drawn: this model is conditioned on vectors" in page_of([run], tmp_path)
+
+
+def test_errors_by_noise_of_a_denoiser_that_answers_zero():
+    class Zero:
+        sigma_data = 0.5
+
+        def __call__(self, x, sigma, labels):
+            return torch.zeros_like(x)
+
+        def logvar(self, sigma):
+            return torch.zeros_like(sigma)
+
+    coding = types.SimpleNamespace(encode=lambda images, index, seed: images.float())
+    generator = types.SimpleNamespace(denoiser=Zero(), coding=coding)
+    sigma, learned, errors = errors_by_noise(generator, np.full((3, 1, 2, 2), 2, np.uint8), None)
+    np.testing.assert_allclose(errors, np.log((sigma**2 + 0.25) / (sigma * 0.5) ** 2 * 4), rtol=1e-5)
+    assert not learned.any()
+
+
+@pytest.mark.usefixtures("quick")
+def test_tuning_results_are_drawn(run, tmp_path):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(run, tuned)
+    tried = [
+        Tried(stage="EMA length", knobs=Knobs(sigma_rel=length), score=score)
+        for length, score in ((0.05, 3.25), (0.1, 2.75))
+    ]
+    settings = dict(num_steps=16, sampler="heun", tried=tried, held_out=[2.5, 3.5], baseline=[4.5, 5.5])
+    save_tuned(tuned, Tuned(best=tried[1].knobs, **settings))
+    page = page_of([tuned], tmp_path, samples=False)
+    for text in ("Best settings: EMA 0.1.", ">3.5000<", ">5.5000<", ">EMA length</figcaption>", ">2.7500<"):
+        assert text in page
+    both = page_of([tuned, run], tmp_path, samples=False)
+    assert "<p>Not tuned.</p>" in both
+    path = tuned / "tuning" / "tuned.json"
+    content = json.loads(path.read_text())
+    content["held_out"][0] = "<b>"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tuned.json is damaged .*: run `edm2 tune` again"):
+        page_of([tuned], tmp_path)
+
+
+def test_bad_input_writes_nothing(run, tmp_path):
+    out = tmp_path / "report.html"
+    with pytest.raises(ValueError, match="no run was given"):
+        write_run_report([], out)
+    with pytest.raises(ValueError, match="holds no training run"):
+        write_run_report([run, tmp_path], out)
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / "log.jsonl").write_text("")
+    with pytest.raises(ValueError, match="has no line in its log yet"):
+        write_run_report([other], out)
+    assert not out.exists()
