@@ -171,6 +171,17 @@ def test_names_from_files_cannot_command_the_terminal(
     assert ends(["demo"], capsys) == (2, "edm2: error: no \\x1b[31mred\nsecond line\n")
 
 
+def test_everything_shown_goes_through_one_place() -> None:
+    package = Path(edm2.__file__).parent
+    raw = [
+        f"{path.relative_to(package)}:{number}"
+        for path in package.rglob("*.py")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.match(r"\s*(return )?print\(", line) and path.name != "progress.py"
+    ]
+    assert raw == []  # `show` and `tell` of edm2.progress clean what they print
+
+
 def test_warnings_are_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edm2.commands.info.run", lambda *_: warnings.warn("look here", stacklevel=1))
     with warnings.catch_warnings():
@@ -186,3 +197,32 @@ def test_a_reader_that_has_gone_is_no_traceback() -> None:
     os.close(writer)
     assert done.returncode == 1
     assert done.stderr == b""
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
+def test_work_is_done_without_a_console(
+    closed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (16, 16), (1, 2, 3)).save(tmp_path / "a.png")
+    monkeypatch.setattr(sys, closed, None)  # as Python does where the descriptor is closed
+    main(["data", "convert", str(tmp_path), "--size", "8", "--out", str(tmp_path / "a.zip")])
+    assert (tmp_path / "a.zip").exists()
+    assert getattr(sys, closed).name == os.devnull
+    getattr(sys, closed).close()
+
+
+def test_descriptors_of_closed_streams_are_taken() -> None:
+    """Else the next file that is opened gets number 1, and what a library writes there lands in it."""
+    script = "import os, edm2.cli\nedm2.cli._prepare_streams()\nfor i in range(3): os.fstat(i)"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(["sh", "-c", '"$@" <&- >&- 2>&-', "sh", *command], timeout=60)
+    assert done.returncode == 0
+
+
+def test_output_in_an_encoding_without_the_character() -> None:
+    script = "from edm2.cli import _prepare_streams\n_prepare_streams()\nprint('\u03c3_rel')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment)
+    assert done.stdout.strip() == b"\\u03c3_rel"

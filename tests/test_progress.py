@@ -1,10 +1,11 @@
 """What a user sees of long work."""
 
 import io
+import sys
 
 import pytest
 
-from edm2.progress import Progress, time_text
+from edm2.progress import Progress, clean, show, tell, time_text
 
 
 class Terminal(io.StringIO):
@@ -87,3 +88,72 @@ def test_quiet_on_a_terminal_shows_nothing() -> None:
     with Progress("work", 2, "things", stream=stream, quiet=True) as progress:
         progress.advance()
     assert stream.getvalue() == ""
+
+
+class Gone(io.StringIO):
+    """A stream whose reader has gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+class GoneTerminal(Terminal):
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("stream", [Gone(), GoneTerminal()])
+def test_work_goes_on_when_nobody_reads(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    with Progress("work", 3, "things", interval=0, stream=stream) as progress:
+        for _ in range(3):
+            progress.advance()
+    assert progress.done == 3
+
+
+def test_work_goes_on_with_a_closed_stream() -> None:
+    stream = io.StringIO()
+    stream.close()
+    with Progress("work", 1, "things", interval=0, stream=stream) as progress:
+        progress.advance()
+
+
+def test_work_goes_on_without_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with Progress("work", 1, "things", interval=0) as progress:
+        progress.advance()
+    tell("a remark")
+
+
+def test_a_remark_that_nobody_reads_does_not_stop_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Gone())
+    tell("a remark")
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("plain σ, 3 × 4\nnext line", "plain σ, 3 × 4\nnext line"),
+        ("\x1b[31mred\x07\r", "\\x1b[31mred\\x07\\r"),
+        ("\x9b31m \u202egpj.exe", "\\x9b31m \\u202egpj.exe"),
+        ("name \udcff", "name \\udcff"),
+        (7, "7"),
+    ],
+)
+def test_characters_that_a_terminal_would_obey(text: object, cleaned: str) -> None:
+    assert clean(text) == cleaned
+
+
+def test_names_stay_on_one_line() -> None:
+    assert clean("a\nb: 100 images", keep="") == "a\\nb: 100 images"
+
+
+def test_all_that_is_printed_is_cleaned(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
+    show("\x1b[1mA")
+    tell("\x1b[1mB")
+    with Progress("\x1b[1mC", 1, "things") as progress:
+        progress.advance(name="\x1b[1mD")
+    printed = capsys.readouterr()
+    assert printed.out == "\\x1b[1mA\n"
+    assert "\x1b" not in printed.err
+    assert all(f"\\x1b[1m{letter}" in printed.err for letter in "BCD")

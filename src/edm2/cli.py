@@ -1,7 +1,7 @@
-"""The `edm2` command: reads the words, calls the library, prints the answer.
+"""The `edm2` command: finds the command's module, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done; 1 failed on the way; 2 bad input, nothing was started; 75 stopped by a signal after saving
-a checkpoint, the same command continues (0 under torchrun, which would take 75 for a failure).
+Exit codes: 0 done; 1 failed; 2 wrong input; 75 stopped by a signal after saving a checkpoint: the same command
+continues. Under torchrun, which takes every other code for a failure, a stop ends with 0.
 """
 
 import difflib
@@ -12,6 +12,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
+
+from edm2.progress import show, tell
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
 
@@ -49,7 +51,8 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; ends the process with one of the exit codes above, or returns where it is done."""
+    """Run one command; returns when it is done, else ends the process with one of the exit codes above."""
+    _prepare_streams()
     warnings.showwarning = _show_warning
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
@@ -65,6 +68,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         end("interrupted", EXIT_FAILED)
 
 
+def _prepare_streams() -> None:
+    """Replace the streams that a service, cron or pythonw leaves closed, and let the others write any character."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            # In this order they take the free numbers 0 to 2, which a data file would get otherwise.
+            stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115 - for good
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+        elif name != "stdin" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _run(words: list[str]) -> None:
     name, table = "edm2", COMMANDS
     while True:
@@ -73,7 +89,7 @@ def _run(words: list[str]) -> None:
         if words[0] == "--version":
             from edm2 import __version__
 
-            return print(__version__)
+            return show(__version__)
         word, words = words[0], words[1:]
         if not word or word not in table:
             near = difflib.get_close_matches(word, table, n=2, cutoff=0.4)
@@ -111,21 +127,19 @@ def _mistake(error: ValueError | OSError) -> str:
 
 
 def _print_help(name: str, table: dict[str, Any]) -> None:
-    print(f"usage: {name} COMMAND [options]\n")
+    show(f"usage: {name} COMMAND [options]\n")
     for command, text in table.items():
         if command:
-            print(f"  {command:<12} {text[''] if isinstance(text, dict) else text}")
-    print(f"\n{name} COMMAND --help tells more.")
+            show(f"  {command:<12} {text[''] if isinstance(text, dict) else text}")
+    show(f"\n{name} COMMAND --help tells more.")
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
-    print(f"edm2: warning: {message}", file=sys.stderr)
+    tell(f"edm2: warning: {message}")
 
 
 def end(text: str, code: int) -> NoReturn:
-    """End the process with a line on standard error; the first of torchrun's processes needs no number."""
-    # Names from files come along, and a terminal would obey what is hidden in them.
-    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    """End the process with a message on standard error, which names the process unless it is torchrun's first."""
     rank = os.environ.get("RANK", "0")
-    print(f"edm2: {text}" if rank == "0" else f"edm2: process {rank}: {text}", file=sys.stderr)
+    tell(f"edm2: {text}" if rank == "0" else f"edm2: process {rank}: {text}")
     raise SystemExit(code)

@@ -20,7 +20,7 @@ from edm2.generate.lengths import generators
 from edm2.generate.reconstructed import ema_file_name
 from edm2.metrics import label_agreement, nearest_distances
 from edm2.presets import get_preset
-from edm2.progress import Progress, time_text
+from edm2.progress import Progress, show, time_text
 from edm2.report import Page, figure_png, image_grid, loss_curve, save_png, score_curve, uncertainty_curve
 from edm2.train import TrainConfig, train
 from edm2.train.run_folder import SNAPSHOTS, flat_settings, read_log
@@ -167,7 +167,7 @@ class _Steps:
     def __call__(self, text: str) -> None:
         self.done += 1
         if not self.quiet:
-            print(f"[{self.done}/{self.total}] {text}", flush=True)
+            show(f"[{self.done}/{self.total}] {text}")
 
 
 def _everything(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from edm2.data.prepare.describe import describe
 from edm2.data.prepare.latents import encode_latents
 from edm2.data.prepare.survey import survey
 from edm2.data.sources import open_catalog
+from edm2.progress import show
 from edm2.train.build import pick_device
 
 _SOURCE = Annotated[str, tyro.conf.Positional]
@@ -91,7 +92,7 @@ def info(prog: str, words: Sequence[str]) -> None:
     """`edm2 data info`."""
     chosen = tyro.cli(_Info, prog=prog, args=list(words))
     catalog = open_catalog(chosen.source, split=chosen.split, labels=chosen.labels)
-    print(describe(survey(catalog, sample=chosen.sample, workers=chosen.workers)))
+    show(describe(survey(catalog, sample=chosen.sample, workers=chosen.workers)))
 
 
 def convert(prog: str, words: Sequence[str]) -> None:
@@ -112,7 +113,7 @@ def convert(prog: str, words: Sequence[str]) -> None:
         done = convert_catalog(
             catalog, chosen.out, conversion, skip_damaged=chosen.skip_damaged, workers=chosen.workers
         )
-    print(_outcome(done))
+    show(_outcome(done))
 
 
 def encode(prog: str, words: Sequence[str]) -> None:
@@ -124,10 +125,8 @@ def encode(prog: str, words: Sequence[str]) -> None:
         dataset, chosen.out, autoencoder, batch_size=chosen.batch, pixel_range=chosen.pixel_range
     )
     mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (done.mean, done.std))
-    print(f"{done.path}: {done.num_images:,} images of {2 * len(done.mean)} channels")
-    print(
-        f"train with: --data {done.path} --dataset.coding latents --dataset.mean {mean} --dataset.std {std}"
-    )
+    show(f"{done.path}: {done.num_images:,} images of {2 * len(done.mean)} channels")
+    show(f"train with: --data {done.path} --dataset.coding latents --dataset.mean {mean} --dataset.std {std}")
 
 
 def _outcome(done: Converted) -> str:

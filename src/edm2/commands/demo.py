@@ -8,6 +8,7 @@ import tyro
 
 from edm2.demo import run_demo
 from edm2.generate.reconstructed import ema_file_name
+from edm2.progress import show
 
 
 @dataclass(kw_only=True)
@@ -22,7 +23,7 @@ def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 demo`."""
     chosen = tyro.cli(_Demo, prog=prog, args=list(words))
     measured = run_demo(chosen.out)
-    print(
+    show(
         f"intended class recognised: {100 * measured.agreement:.1f}% "
         f"(real test digits: {100 * measured.accuracy_real:.1f}%)\n"
         f"Frechet distance: {measured.frechet:.3f} at EMA length {measured.best:g} "

@@ -21,6 +21,7 @@ from edm2.generate import reconstruct_models
 from edm2.generate.reconstructed import ema_file_name, snapshots_of
 from edm2.interop.licence import LICENCE, NOTICE_FILE, NOTICE_LINE, write_notice
 from edm2.interop.nvlabs import open_snapshots
+from edm2.progress import show
 from edm2.report.ema_figures import plan_figure, reconstruction_figure
 from edm2.report.style import figure_png
 from edm2.train.memory import size_text
@@ -114,12 +115,12 @@ def list(prog: str, words: Sequence[str]) -> None:
     """`edm2 ema list`."""
     chosen = tyro.cli(_List, prog=prog, args=[*words])
     manifest = read_manifest(_open(chosen.run, chosen.prefix))
-    print(_headline(snapshots_of(chosen.run), manifest))
+    show(_headline(snapshots_of(chosen.run), manifest))
     if manifest.snapshots:
-        print(f"{'time':>16}  {'sigma_rel':>9}  {'type':<4}  {'size':>9}  to weights  file")
+        show(f"{'time':>16}  {'sigma_rel':>9}  {'type':<4}  {'size':>9}  to weights  file")
     for s in manifest.snapshots:
         distance = "unknown" if math.isnan(s.distance) else f"{s.distance:.1%}"
-        print(
+        show(
             f"{s.t:>16,.10g}  {s.sigma_rel:>9g}  {s.dtype:<4}  {size_text(s.num_bytes):>9}  {distance:>10}  {s.file}"
         )
 
@@ -131,7 +132,7 @@ def verify(prog: str, words: Sequence[str]) -> None:
     wrong = [*damaged(folder, manifest)]
     if wrong:
         raise OSError(f"{len(wrong)} of {len(manifest.snapshots)} files:\n  " + "\n  ".join(wrong))
-    print(f"{_headline(folder, manifest)}\nall files are as they were written")
+    show(f"{_headline(folder, manifest)}\nall files are as they were written")
 
 
 def reconstruct(prog: str, words: Sequence[str]) -> None:
@@ -149,10 +150,10 @@ def reconstruct(prog: str, words: Sequence[str]) -> None:
         results = reconstruct_many(source, lengths, chosen.t)
         written = [(_save(p, r), r.expected_error) for p, r in zip(paths, results, strict=True)]
     for path, error in written:
-        print(f"{path}  expected relative error {error:.1e}")
+        show(f"{path}  expected relative error {error:.1e}")
     if metadata.get("info", {}).get("license") == LICENCE:
         write_notice(chosen.out)
-        print(f"{NOTICE_LINE}; see {chosen.out / NOTICE_FILE}")
+        show(f"{NOTICE_LINE}; see {chosen.out / NOTICE_FILE}")
 
 
 def profile(prog: str, words: Sequence[str]) -> None:
@@ -167,14 +168,14 @@ def profile(prog: str, words: Sequence[str]) -> None:
     else:
         lengths = sorted({float(f"{x:.4f}") for x in spread((min(tracks), max(tracks)), 4)})
     results = reconstruct_many(source, lengths, chosen.t, read=False)
-    print(f"{'wanted':<16} {'files':>5}  {'largest coefficient':>19}  amplification  expected relative error")
+    show(f"{'wanted':<16} {'files':>5}  {'largest coefficient':>19}  amplification  expected relative error")
     for result in results:
         largest = max(result.coefficients.values(), key=abs)
-        print(
+        show(
             f"{result.label:<16} {len(result.coefficients):>5}  {largest:>19.3g}  {result.amplification:>13.2f}"
             f"  {result.expected_error:.1e}"
         )
-    print(write_atomic(chosen.out, figure_png(reconstruction_figure(manifest, results))))
+    show(write_atomic(chosen.out, figure_png(reconstruction_figure(manifest, results))))
 
 
 def plan(prog: str, words: Sequence[str]) -> None:
@@ -207,8 +208,8 @@ def plan(prog: str, words: Sequence[str]) -> None:
         )  # fmt: skip
     others = [PLANS["paper"], _RELEASED]
     widths = spread((ends[0], ends[1]), 121)
-    print(_plan_text(found, num_params, widths, mid_run=chosen.mid_run))
-    print(
+    show(_plan_text(found, num_params, widths, mid_run=chosen.mid_run))
+    show(
         "beside it       "
         + "\n                ".join(
             _comparison(x, num_params, widths) for x in others if x.name != found.name
@@ -218,7 +219,7 @@ def plan(prog: str, words: Sequence[str]) -> None:
         fine = spread((ends[0], ends[1]), 601)
         shown = [found, *(other for other in others if other.name != found.name)]
         curves = [(f"{p.name}, {p.num_files} files", p.errors(fine)) for p in shown]
-        print(write_atomic(chosen.out, figure_png(plan_figure(fine, curves))))
+        show(write_atomic(chosen.out, figure_png(plan_figure(fine, curves))))
 
 
 def _open(run: Path, prefix: str | None) -> Path | ForeignSnapshots:

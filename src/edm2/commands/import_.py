@@ -11,6 +11,7 @@ import tyro
 from edm2.interop.convert import Imported, import_named, import_path, import_preset
 from edm2.interop.licence import NOTICE_FILE, NOTICE_LINE
 from edm2.interop.released import SAMPLING_PRESETS, sampling_preset
+from edm2.progress import show
 
 
 @dataclass(kw_only=True)
@@ -39,11 +40,11 @@ def run(prog: str, words: Sequence[str]) -> None:
     if chosen.out is None:
         raise ValueError(f"where to? give --out with a folder for what is made of {chosen.name}")
     for imported in _import(chosen, chosen.name, chosen.out):
-        print(f"found  {imported.found}\nwrote  {imported.path}")
+        show(f"found  {imported.found}\nwrote  {imported.path}")
         if imported.path.suffix == ".json":
-            print(f"next   edm2 sample {shlex.quote(str(imported.path))} --out samples")
+            show(f"next   edm2 sample {shlex.quote(str(imported.path))} --out samples")
     notice = chosen.out / NOTICE_FILE
-    print(f"{NOTICE_LINE}; see {notice}")
+    show(f"{NOTICE_LINE}; see {notice}")
 
 
 def _import(chosen: _Import, name: str, out: Path) -> list[Imported]:
@@ -67,6 +68,6 @@ def _import(chosen: _Import, name: str, out: Path) -> list[Imported]:
 def _print_presets() -> None:
     for preset in SAMPLING_PRESETS.values():
         guide = f"guidance {preset.guidance:.2f} by {preset.guide}" if preset.guide else ""
-        print(
+        show(
             f"{preset.name:<34} {preset.metric:>9} {preset.reported:<6g}  {preset.network!s:<40}  {guide}".rstrip()
         )

@@ -17,6 +17,7 @@ from edm2.interop.released import SAMPLING_PRESETS, sampling_preset
 from edm2.nn import count_flops
 from edm2.nn.configs import CONFIGS
 from edm2.presets import PRESETS, get_preset, image_shape
+from edm2.progress import clean, show
 from edm2.train.run_folder import CONFIG_FILE, LOG_FILE, SNAPSHOTS, read_config, read_log
 
 
@@ -32,13 +33,13 @@ def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 info`."""
     chosen = tyro.cli(_Info, prog=prog, args=list(words))
     if chosen.name is None:
-        print("\n".join(PRESETS))
+        show("\n".join(PRESETS))
     elif chosen.name in PRESETS:
-        print(describe_preset(chosen.name))
+        show(describe_preset(chosen.name))
     elif chosen.name in SAMPLING_PRESETS:
-        print(describe_released(chosen.name))
+        show(describe_released(chosen.name))
     elif Path(chosen.name).exists():
-        print(describe_path(Path(chosen.name)))
+        show(describe_path(Path(chosen.name)))
     else:
         try:
             get_preset(chosen.name)
@@ -94,7 +95,7 @@ def describe_path(path: Path) -> str:
         ("license", "licence"),
     ):
         if info.get(key) is not None:
-            value = f"{info[key]:,}" if isinstance(info[key], int) else _plain(str(info[key]))
+            value = f"{info[key]:,}" if isinstance(info[key], int) else _one_line(info[key])
             lines.append(f"{label:<11} {value}")
     if info.get("expected_error") is not None:
         lines.append(f"expected relative error of the reconstruction: {info['expected_error']:.1e}")
@@ -109,12 +110,11 @@ def _parts_lines(path: Path, parts: Parts) -> list[str]:
         lines.append(
             f"guide       {parts.guide}, weight {sampling.guidance:g} for sigma in ({low:g}, {high:g}]"
         )
-    return lines + [f"result      {_plain(result.metric)} {result.value:g}" for result in parts.results]
+    return lines + [f"result      {_one_line(result.metric)} {result.value:g}" for result in parts.results]
 
 
-def _plain(text: str) -> str:
-    """On one line; it comes out of a file, and a terminal would obey what is hidden in it."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+def _one_line(text: object) -> str:
+    return clean(" ".join(str(text).split()), keep="")
 
 
 def _network_lines(denoiser: Denoiser) -> list[str]:

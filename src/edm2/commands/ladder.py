@@ -11,6 +11,7 @@ import tyro
 from edm2.ladder.experiment import LadderPlan, run_ladder, with_length
 from edm2.ladder.page import table, write_ladder_report
 from edm2.presets import get_preset
+from edm2.progress import show
 
 
 @dataclass(kw_only=True)
@@ -49,5 +50,5 @@ def run(prog: str, words: Sequence[str]) -> None:
     rungs = run_ladder(settings, chosen.plan, chosen.out)
     headers, rows = table(rungs)
     lines: list[list[object]] = [[*headers], ["---"] * len(headers), *rows]
-    print("\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines))
-    print(write_ladder_report(rungs, settings, chosen.plan, chosen.out))
+    show("\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines))
+    show(write_ladder_report(rungs, settings, chosen.plan, chosen.out))

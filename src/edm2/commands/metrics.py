@@ -32,6 +32,7 @@ from edm2.metrics import (
 )
 from edm2.metrics import score as score_measured
 from edm2.metrics.measure import KEPT_FEATURES
+from edm2.progress import show
 from edm2.train.world import World, join_world
 
 # Where two results differ in one of these, their numbers cannot be compared.
@@ -261,13 +262,13 @@ def _score(
 
 
 def _compare_results(a: dict[str, Any], b: dict[str, Any]) -> None:
-    print(f"{'':<28} {'A':>12} {'B':>12}")
+    show(f"{'':<28} {'A':>12} {'B':>12}")
     for name in SCORE_NAMES:
         values = " ".join(_text(result["scores"].get(name)) for result in (a, b))
-        print(f"{name.replace('_', ' '):<28} {values}")
+        show(f"{name.replace('_', ' '):<28} {values}")
     differing = differences(without_numbers(a), without_numbers(b))
     if differing:
-        print(f"made otherwise: {', '.join(differing)}")
+        show(f"made otherwise: {', '.join(differing)}")
     wrong = [name for name in differing if name.startswith(_MUST_AGREE)]
     if wrong:
         warnings.warn(
@@ -279,22 +280,22 @@ def _print_result(result: dict[str, Any], note: str) -> None:
     extractor = result["extractor"]
     for label, images in (("images", result["images"]), ("reference", result["reference"]["images"])):
         count = images.get("num_images")
-        print(f"{label:<10} {images['source']}: {f'{count:,}' if count is not None else 'number not known'}")
+        show(f"{label:<10} {images['source']}: {f'{count:,}' if count is not None else 'number not known'}")
     sha256 = (extractor.get("sha256") or "")[:16] or "(weights not known)"
-    print(f"extractor  {extractor['name']} {sha256}, {extractor['num_features']:,} features")
+    show(f"extractor  {extractor['name']} {sha256}, {extractor['num_features']:,} features")
     scores = {name: result["scores"].get(name) for name in SCORE_NAMES}
     for name, value in scores.items():
-        print(f"{name.replace('_', ' '):<28} {_text(value)}")
+        show(f"{name.replace('_', ' '):<28} {_text(value)}")
     if scores["kernel_distance"] is None:
-        print("- needs the features of single images, which one of the two sets does not keep")
+        show("- needs the features of single images, which one of the two sets does not keep")
     elif scores["kernel_distance_spread"] is None:
-        print("- there is no spread: both sets are so small that every subset is the whole of them")
-    print(note)
+        show("- there is no spread: both sets are so small that every subset is the whole of them")
+    show(note)
 
 
 def _say(world: World, text: str) -> None:
     if world.is_first:
-        print(text, flush=True)
+        show(text)
 
 
 def _text(value: float | None) -> str:

@@ -1,7 +1,6 @@
 """`edm2 sample`."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
 from edm2.diffusion import SamplerName
 from edm2.generate import ImageGenerator, parse_seeds, read_coding, write_samples
 from edm2.hub.pretrained import Parts, find_parts
+from edm2.progress import show, tell
 from edm2.train.world import join_world
 from edm2.tuning.result import FOLDER, GUIDE_FILE, read_tuned
 
@@ -112,7 +112,7 @@ def run(prog: str, words: Sequence[str]) -> None:
         options["interval"] = chosen.interval
     made = _sample(chosen, path, seeds, options)
     if made is not None:
-        print(made)
+        show(made)
 
 
 def _with_saved(chosen: _Sample, path: Path) -> tuple[_Sample, Path]:
@@ -138,7 +138,7 @@ def _shared_settings(parts: Parts) -> dict[str, Any]:
     if parts.guide is not None:
         settings |= dict(guide=parts.guide, guidance=saved.guidance, interval=saved.interval)
         told = f"guidance {saved.guidance:g} by {parts.guide.name}"
-    print(f"edm2: saved settings: {told}; give {parts.model} for others", file=sys.stderr)
+    tell(f"edm2: saved settings: {told}; give {parts.model} for others")
     return settings
 
 
@@ -147,7 +147,7 @@ def _tuned_settings(run: Path) -> dict[str, Any]:
     if found is None:
         return {}
     knobs = found.best
-    print(f"edm2: tuned settings: {knobs.describe()}; --ema chooses others", file=sys.stderr)
+    tell(f"edm2: tuned settings: {knobs.describe()}; --ema chooses others")
     settings: dict[str, Any] = {
         "num_steps": found.num_steps,
         "sampler": found.sampler,

@@ -12,6 +12,7 @@ import tyro
 from edm2.cli import EXIT_STOPPED, end
 from edm2.generate.live_samples import LiveSamples
 from edm2.presets import get_preset
+from edm2.progress import show
 from edm2.train import Stopped, TrainConfig, train
 from edm2.train.dry_run import dry_run
 from edm2.train.loggers import open_trackers
@@ -58,8 +59,8 @@ def run(prog: str, words: Sequence[str]) -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{option} {value} must be at least 1")
     if chosen.dry_run:
-        print(json.dumps(chosen.config.to_json(), indent=1))
-        print(dry_run(chosen.config).describe(chosen.machines))
+        show(json.dumps(chosen.config.to_json(), indent=1))
+        show(dry_run(chosen.config).describe(chosen.machines))
         return
     trackers = open_trackers(chosen.track)
     live = None
@@ -76,7 +77,7 @@ def run(prog: str, words: Sequence[str]) -> None:
             raise SystemExit(code) from None
         end(str(stop), code)
     if is_first:
-        print(f"model:     {model}\nsnapshots: {chosen.out / SNAPSHOTS}\nlog:       {chosen.out / LOG_FILE}")
+        show(f"model:     {model}\nsnapshots: {chosen.out / SNAPSHOTS}\nlog:       {chosen.out / LOG_FILE}")
 
 
 def _value_of(option: str, words: Sequence[str]) -> str | None:

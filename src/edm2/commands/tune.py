@@ -11,6 +11,7 @@ import tyro
 
 from edm2.evaluation.extractors import open_extractor
 from edm2.evaluation.judge import Judge, Metric
+from edm2.progress import show
 from edm2.train.build import open_run_data, pick_device
 from edm2.tuning.page import improvement_text, score_text, write_tuning_report
 from edm2.tuning.result import BASELINE_SIGMA_REL, Tried, save_tuned
@@ -49,29 +50,26 @@ def run(prog: str, words: Sequence[str]) -> None:
     if chosen.plan.guide is not None:
         check_guide(chosen.run, chosen.plan.guide)  # before a classifier is trained
     judge = _judge(chosen, device)
-    print(f"{judge.metric} in features of {judge.features}, lower is better")
+    show(f"{judge.metric} in features of {judge.features}, lower is better")
     done = 0
 
-    def show(tried: Tried, best: Tried) -> None:
+    def on_tried(tried: Tried, best: Tried) -> None:
         nonlocal done
         done += 1
         count = f"{done}/{chosen.plan.most_evaluations}"
         mark = "  <- best so far" if tried == best else ""
-        print(
-            f"{count:>6}  {tried.stage:<21} {score_text(tried.score):>9}  {tried.knobs.describe()}{mark}",
-            flush=True,
-        )
+        show(f"{count:>6}  {tried.stage:<21} {score_text(tried.score):>9}  {tried.knobs.describe()}{mark}")
 
-    found = tune(chosen.run, judge, chosen.plan, device=device, on_tried=show)
+    found = tune(chosen.run, judge, chosen.plan, device=device, on_tried=on_tried)
     folder = save_tuned(chosen.run, found)
     report = write_tuning_report(
         found, chosen.plan, folder / "report.html", title=f"Tuning of {chosen.run.name}"
     )
-    print(f"best: {found.best.describe()}")
-    print(f"{found.metric} with held-out seeds {_mean(found.held_out)}")
-    print(f"with EMA {BASELINE_SIGMA_REL:g} and no guidance  {_mean(found.baseline)}")
-    print(f"lower by {improvement_text(found)}")
-    print(f"report: {report}\nmodel:  {folder / 'model.safetensors'}")
+    show(f"best: {found.best.describe()}")
+    show(f"{found.metric} with held-out seeds {_mean(found.held_out)}")
+    show(f"with EMA {BASELINE_SIGMA_REL:g} and no guidance  {_mean(found.baseline)}")
+    show(f"lower by {improvement_text(found)}")
+    show(f"report: {report}\nmodel:  {folder / 'model.safetensors'}")
 
 
 def _judge(chosen: _Tune, device: torch.device) -> Judge:

@@ -12,6 +12,7 @@ from torch import Tensor
 from edm2.diffusion.denoiser import Denoiser
 from edm2.diffusion.description import build_on_meta, check_info, read_json
 from edm2.files import write_atomic
+from edm2.progress import clean
 
 MODEL_FILE = "model.safetensors"
 _KIND, _VERSION = "edm2.model", "1"
@@ -162,7 +163,7 @@ def _without_values(content: Any, name: str) -> Tensor:
 def _damaged(file: Path, error: Exception) -> ValueError:
     reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
     # Names from the file come along, and a terminal would obey what is hidden in them.
-    plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in reason[:400])
+    plain = clean(reason[:400], keep="")
     return ValueError(
         f"{file}: the tensors do not fit the network that its header describes ({plain}): restore it from a copy"
     )

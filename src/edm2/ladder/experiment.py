@@ -23,6 +23,7 @@ from edm2.files import write_json
 from edm2.generate import ImageGenerator
 from edm2.generate.lengths import generators
 from edm2.nn import CONFIGS
+from edm2.progress import show
 from edm2.train import TrainConfig, train
 from edm2.train.build import open_training_data, pick_device
 from edm2.train.run_folder import MAGNITUDES_FILE, SNAPSHOTS, flat_settings, read_log
@@ -175,7 +176,7 @@ def run_ladder(
         rungs.append(rung)
         _write(out, settings, plan, rungs)
         if not quiet:
-            print(_line(rung), flush=True)
+            show(_line(rung))
     return rungs
 
 
