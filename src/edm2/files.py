@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from edm2.ema.storage.guarded_json import read_json as read_json
+
 
 def write_atomic(path: str | os.PathLike[str], content: bytes, *, durable: bool = True) -> Path:
     """Write a file so that a kill at any moment leaves the old content or the new, never a part.
