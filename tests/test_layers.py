@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "edm2"
 # A part may import parts of a lower floor, and those of its own floor that are named beside it.
 FLOORS = {
-    "files": (0, ()),
+    "files": (0, ("ema",)),
     "progress": (0, ()),
     "ema": (0, ()),
     "nn": (0, ()),
