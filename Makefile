@@ -4,7 +4,7 @@ OUT ?= runs/demo
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test test-integrations lint type bench clean
+.PHONY: help demo test test-integrations lint type docs bench clean
 
 help:
 	@echo 'make demo    train on digits, tune, sample, write $(OUT)/report.html (about four minutes)'
@@ -12,6 +12,7 @@ help:
 	@echo 'make test-integrations   the tests that need other libraries; installs them into .venv'
 	@echo 'make lint    check style and format'
 	@echo 'make type    check types'
+	@echo 'make docs    build the documentation site into build/docs'
 	@echo 'make bench   measure speed on this machine; compiled networks at a small size, since compiling takes minutes'
 	@echo 'make clean   remove .venv and caches; runs/ stays'
 
@@ -30,6 +31,10 @@ lint: .venv/dev
 
 type: .venv/dev
 	$(BIN)/mypy
+
+docs: .venv/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo 'build/docs/index.html'
 
 bench: .venv/core
 	$(BIN)/python benchmarks/train_step.py --no-compile
@@ -52,4 +57,8 @@ clean:
 
 .venv/integrations: .venv/dev
 	$(PIP) -e '.[integrations,data,latent,hub,metrics,log]'
+	@touch $@
+
+.venv/docs: .venv/core
+	$(PIP) -e '.[docs]'
 	@touch $@

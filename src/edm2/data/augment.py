@@ -50,13 +50,12 @@ class Augmentation:
     A network that sees the label keeps its samples, made with the label zero, free of the transformations: they
     do not leak. Each transformation happens with its own chance `probability`, in the order of the label:
 
-    | label | meaning | drawn from |
-    |---|---|---|
-    | 0, 1 | 1 where mirrored left to right; top to bottom | a fair coin |
-    | 2 | a: scaled by `scale**a` | N(0, 1) |
-    | 3, 4 | cos r - 1, sin r: turned by r | r uniform in (-pi, pi) |
-    | 5, 6 | a cos r, a sin r: stretched by `stretch**abs(a)` along r, shrunk as much across | a ~ N(0, 1), r uniform |
-    | 7, 8 | a, b: moved by `translation` x a of the width, x b of the height | N(0, 1) |
+    - 0, 1: 1 where mirrored left to right, and top to bottom; each by a fair coin.
+    - 2: a, scaled by `scale**a`; a ~ N(0, 1).
+    - 3, 4: cos r - 1 and sin r, turned by r; r uniform in (-pi, pi).
+    - 5, 6: a cos r and a sin r, stretched by `stretch**abs(a)` along r and shrunk as much across; a ~ N(0, 1),
+      r uniform.
+    - 7, 8: a and b, moved by `translation` x a of the width and x b of the height; a, b ~ N(0, 1).
 
     Images that are only flipped, or not touched, keep their values exactly. The others are sampled bicubically
     and continued by their mirror image beyond the border. Only for pixels: a flipped latent is not the latent of a
