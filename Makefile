@@ -48,7 +48,7 @@ clean:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "edm2 needs Python >= 3.10; this is %d.%d: try make PYTHON=python3.12" % v[:2])'
 	@echo 'Setting up .venv (PyTorch is large: a few minutes the first time) ...'
 	$(PYTHON) -m venv .venv
-	$(PIP) -e .
+	$(PIP) -e '.[cli]'
 	@touch $@
 
 .venv/dev: .venv/core
@@ -56,7 +56,7 @@ clean:
 	@touch $@
 
 .venv/integrations: .venv/dev
-	$(PIP) -e '.[integrations,data,latent,hub,metrics,log]'
+	$(PIP) -e '.[all]'
 	@touch $@
 
 .venv/docs: .venv/core

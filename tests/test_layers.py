@@ -10,11 +10,12 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "edm2"
 # A part may import parts of a lower floor, and those of its own floor that are named beside it.
 FLOORS = {
+    "extras": (0, ()),
     "files": (0, ("ema",)),
     "progress": (0, ()),
     "ema": (0, ()),
     "nn": (0, ()),
-    "metrics": (0, ("files", "progress")),
+    "metrics": (0, ("extras", "files", "progress")),
     "diffusion": (1, ()),
     "data": (1, ()),
     "train": (2, ()),

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from edm2.extras import advice
 from edm2.progress import show, tell
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
@@ -57,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # at exit it would be too late to notice a reader that has gone
+    except ModuleNotFoundError as error:
+        told = advice(error, "this command")
+        if told is None:
+            raise
+        end(f"error: {told}", EXIT_BAD_INPUT)
     except (ValueError, FileExistsError, NotADirectoryError) as error:
         end(f"error: {_mistake(error)}", EXIT_BAD_INPUT)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough

@@ -57,7 +57,7 @@ def test_encode_without_diffusers(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(SystemExit):
         main(["data", "encode", "digits", "--out", str(tmp_path / "x"), "--vae", "a/b"])
-    assert "pip install 'edm2[latent]'" in capsys.readouterr().err
+    assert "pip install -e '.[latent]'" in capsys.readouterr().err
 
 
 def test_streams_need_a_mode(tmp_path, capsys):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from edm2.data import open_dataset, read_idx, sources
+from edm2.extras import MissingExtra
 
 RNG = np.random.default_rng(0)
 TRAIN = "f91dab138925faf812f85c7aee90696ac5c55e3a8a95b30fedc8f2cb5dccb930"
@@ -175,7 +176,7 @@ def test_hugging_face_without_the_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     for source in ("hf://user/name", tmp_path, tmp_path / "a.parquet"):
-        with pytest.raises(ValueError, match=r"need the package 'datasets' .*pip install 'edm2\[data\]'"):
+        with pytest.raises(MissingExtra, match=r"needs the package 'datasets', .*\.\[data\]"):
             open_dataset(source)
 
 

@@ -60,8 +60,8 @@ def test_without_diffusers_nothing_starts(
         main(["sample", str(model), *QUICK, "--out", str(tmp_path / "s")])
     assert ended.value.code == 2
     told = capsys.readouterr().err
-    assert "latents need the package 'diffusers'" in told
-    assert "pip install 'edm2[latent]', or write the latents themselves: edm2 sample --latents" in told
+    assert "latents needs the package 'diffusers'" in told
+    assert "with its address, or write the latents themselves: edm2 sample --latents" in told
     assert not (tmp_path / "s").exists()
     main(["sample", str(model), *QUICK, "--latents", "--out", str(tmp_path / "s.npz")])
     with np.load(tmp_path / "s.npz", allow_pickle=False) as content:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from edm2.extras import MissingExtra
 from edm2.train.loggers import numbers, open_trackers
 
 
@@ -74,5 +75,5 @@ def test_unknown_or_missing(monkeypatch):
     with pytest.raises(ValueError, match="unknown tracker 'mlflow': choose from tensorboard, wandb, trackio"):
         open_trackers(("mlflow",))
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="wandb is not installed: run `pip install wandb`"):
+    with pytest.raises(MissingExtra, match=r"--track wandb needs .*\.\[log\].*, or leave it out of --track"):
         open_trackers(("wandb",))

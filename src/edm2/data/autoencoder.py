@@ -4,12 +4,13 @@ Ref: SPEC section 7.
 """
 
 import hashlib
-import importlib
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from edm2.extras import need
 
 RELEASED_AUTOENCODER = "stabilityai/sd-vae-ft-mse"
 # What black and white are at the autoencoder's input and output.
@@ -29,14 +30,10 @@ def load_autoencoder(
         instead: what can be done without it, for the end of an error's message.
 
     Raises:
-        ValueError: where `diffusers` is not installed, or cannot load it.
+        MissingExtra: where `diffusers` is not installed.
+        ValueError: where it cannot load the autoencoder.
     """
-    try:
-        kind = importlib.import_module("diffusers").AutoencoderKL
-    except ImportError as error:
-        raise ValueError(
-            f"latents need the package 'diffusers' ({error}): pip install 'edm2[latent]'{instead}"
-        ) from error
+    kind = need("diffusers", "decoding or encoding latents", instead=instead).AutoencoderKL
     options = {"subfolder": "vae"} if (Path(name) / "vae" / "config.json").exists() else {}
     try:
         # Weights in other formats are pickles, which run code when they are loaded.

@@ -1,6 +1,5 @@
 """Data sets of the Hugging Face library `datasets`: saved folders, Arrow and Parquet files, the hub, streams."""
 
-import importlib
 import io
 import os
 import zlib
@@ -13,6 +12,7 @@ import numpy as np
 from edm2.data.dataset import checked_labels
 from edm2.data.files import Catalog
 from edm2.data.storage import file_checksum
+from edm2.extras import need
 
 PREFIX = "hf://"
 _TABLES = (".arrow", ".parquet")
@@ -147,17 +147,8 @@ def _entries(stream: Any, columns: _Columns, start: int) -> Iterator[Entry]:
         yield Entry(f"row {row:09d}{suffix}", _encoded(content[columns.image], columns.is_array), label)
 
 
-def _library() -> Any:
-    try:
-        return importlib.import_module("datasets")
-    except ImportError as error:
-        raise ValueError(
-            f"Hugging Face data sets need the package 'datasets' ({error}): pip install 'edm2[data]'"
-        ) from error
-
-
 def _load(source: str | Path, split: str, *, streaming: bool) -> Any:
-    library = _library()
+    library = need("datasets", f"{source}")
     if str(source).startswith(PREFIX):
         name, _, revision = str(source)[len(PREFIX) :].partition("@")
         name, _, config = name.partition(":")
@@ -230,7 +221,7 @@ def _of_split(files: list[Path], split: str, path: Path) -> list[Path]:
 
 
 def _find_columns(features: Any, source: str) -> _Columns:
-    library = _library()
+    library = need("datasets")
     pictures = [
         name for name, kind in features.items() if isinstance(kind, library.Image) or _is_encoded(kind)
     ]
@@ -263,8 +254,8 @@ def _is_encoded(kind: Any) -> bool:
 def _raw(table: Any, columns: _Columns) -> Any:
     kept = [columns.image] + ([columns.label] if columns.label else [])
     table = table.select_columns(kept)
-    if isinstance(table.features[columns.image], _library().Image):
-        table = table.cast_column(columns.image, _library().Image(decode=False))
+    if isinstance(table.features[columns.image], need("datasets").Image):
+        table = table.cast_column(columns.image, need("datasets").Image(decode=False))
     return table
 
 

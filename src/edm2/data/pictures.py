@@ -6,9 +6,12 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from edm2.data.npy import as_image, image_layout, read_array, read_array_header, stored_kind
+from edm2.extras import needed
+
+with needed("edm2.data"):
+    from PIL import Image, UnidentifiedImageError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ARRAY = "array"

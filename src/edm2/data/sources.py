@@ -15,6 +15,7 @@ from edm2.data.files import Catalog, FileDataset, damage_message, list_files
 from edm2.data.hugging_face import PREFIX, is_hugging_face, list_hugging_face
 from edm2.data.idx import idx_splits, open_idx
 from edm2.data.verify import find_damaged
+from edm2.extras import needed
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_CLASSES = (
@@ -160,7 +161,8 @@ def _unknown(source: str, path: Path) -> str:
 
 def _digits(split: str, labels: bool) -> ImageDataset:
     # Loading scikit-learn takes a second, which no other source should pay.
-    from sklearn.datasets import load_digits
+    with needed("the data set 'digits'"):
+        from sklearn.datasets import load_digits
 
     bunch = load_digits()
     # 0..16 to 0..255: the 17 values stay apart, so nothing is lost.

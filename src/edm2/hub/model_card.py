@@ -92,7 +92,7 @@ def _licence(model: Pretrained) -> str:
 
 def _usage(model: Pretrained, name: str) -> str:
     generator = model.generator
-    extras = "hub,latent" if generator.coding.kind == "latents" else "hub"
+    extras = "cli,hub,latent" if generator.coding.kind == "latents" else "cli,hub"
     given = "num_images=4"
     if generator.num_classes:
         classes = [i % generator.num_classes for i in range(4)]
@@ -109,8 +109,10 @@ def _usage(model: Pretrained, name: str) -> str:
     if generator.coding.kind == "latents":
         decoded = f" Latents are decoded by `{RELEASED_AUTOENCODER}`; for another autoencoder give `vae=`."
     return f"""\
+In a clone of edm2's repository:
+
 ```
-pip install 'edm2[{extras}]'
+pip install -e '.[{extras}]'
 ```
 
 ```python

@@ -12,21 +12,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from edm2.data import LatentDecoder
 from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
+from edm2.extras import needed
 from edm2.generate.generator import check_decoder
 from edm2.hub.model_card import model_card
 from edm2.hub.pretrained import FILES, Pretrained, check_free, open_pretrained, write_pretrained
 
-try:
+with needed("edm2.hub.pipeline"):
     from huggingface_hub import HfApi, ModelCard, ModelHubMixin, snapshot_download
-except ImportError as error:
-    raise ImportError(
-        f"edm2.hub.pipeline needs the package 'huggingface_hub' ({error}): pip install 'edm2[hub]'"
-    ) from error
+    from PIL import Image
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
+from edm2.extras import needed
 from edm2.files import sha256_of
 from edm2.progress import Progress
 
@@ -95,13 +96,9 @@ def _from_hub(name: str, source: str) -> Path:
     repository, _, folder = rest.partition("/")
     if not owner or not repository:
         raise ValueError(f"{source} names no repository of the hub: write {_HUB}OWNER/NAME")
-    try:
+    with needed(source):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise ValueError(
-            f"{source} needs the package 'huggingface_hub' ({error}): pip install 'edm2[hub]'"
-        ) from error
     try:
         return Path(hf_hub_download(f"{owner}/{repository}", name, subfolder=folder or None))
     except (EntryNotFoundError, OSError) as error:

@@ -6,6 +6,8 @@ nor training with the network that makes the Frechet features.
 
 import numpy as np
 
+from edm2.extras import needed
+
 
 def predict_labels(
     train_images: np.ndarray, train_labels: np.ndarray, images: np.ndarray, *, c: float = 10.0
@@ -27,7 +29,8 @@ def predict_labels(
     Raises:
         ValueError: for another type, shapes or numbers that differ, or a single class.
     """
-    from sklearn.svm import SVC
+    with needed("this measure"):
+        from sklearn.svm import SVC
 
     for name, array in (("train_images", train_images), ("images", images)):
         if array.dtype != np.uint8:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
+from edm2.extras import needed
 from edm2.files import sha256_of
 from edm2.metrics.extractors import as_rgb
 
@@ -34,7 +35,8 @@ class DinoV2Features:
         device: where to compute.
 
     Raises:
-        ValueError: if transformers or the weights are missing, or the weights are others.
+        MissingExtra: if transformers is not installed.
+        ValueError: if the weights are missing, or are others.
     """
 
     name = "dinov2"
@@ -43,10 +45,8 @@ class DinoV2Features:
     def __init__(
         self, source: str | Path = DINOV2, *, sha256: str | None = None, device: torch.device | str = "cpu"
     ) -> None:
-        try:
+        with needed("DINOv2"):
             from transformers import Dinov2Model
-        except ImportError:
-            raise ValueError("DINOv2 needs the transformers package: pip install 'edm2[metrics]'") from None
         folder = _find(source)
         self.sha256 = sha256_of(folder / _WEIGHTS)
         if sha256 is not None and sha256.lower() != self.sha256:

@@ -5,9 +5,12 @@ import os
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 
+from edm2.extras import needed
 from edm2.files import write_atomic
+
+with needed("edm2.report"):
+    import PIL.Image
 
 
 def image_grid(images: np.ndarray, *, columns: int, scale: int = 1, padding: int = 1) -> PIL.Image.Image:

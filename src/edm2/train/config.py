@@ -10,10 +10,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from edm2.ema import sigma_rel_to_gamma
 from edm2.ema.maths.plans import named_plan
+from edm2.extras import needed
+
+with needed("edm2.train"):
+    import tyro
 
 _NAME = tyro.conf.arg
 

@@ -3,11 +3,13 @@
 The run's own JSON lines are always written; these are for watching along.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
+
+from edm2.extras import need
+
+_WITHOUT = ", or leave it out of --track: the run's log.jsonl is written in any case"
 
 
 class Tracker(Protocol):
@@ -34,7 +36,7 @@ class TensorBoard:
     """Event files in the run's folder `tensorboard`."""
 
     def __init__(self) -> None:
-        self._module = _require("torch.utils.tensorboard", "tensorboard")
+        self._module = need("torch.utils.tensorboard", "--track tensorboard", instead=_WITHOUT)
         self._writer: Any = None
 
     def start(self, run: Path, run_id: str, settings: Mapping[str, Any], num_images: int) -> None:
@@ -56,7 +58,7 @@ class _Hosted:
     """wandb, and trackio, which took over its functions."""
 
     def __init__(self, package: str) -> None:
-        self._module = _require(package, package)
+        self._module = need(package, f"--track {package}", instead=_WITHOUT)
 
     def start(self, run: Path, run_id: str, settings: Mapping[str, Any], num_images: int) -> None:
         """See `Tracker.start`."""
@@ -101,7 +103,8 @@ def open_trackers(names: tuple[str, ...]) -> list[Tracker]:
     """Make the trackers of some names, so that a missing package is noticed before the run starts.
 
     Raises:
-        ValueError: for an unknown name, or a package that is not installed.
+        ValueError: for an unknown name.
+        MissingExtra: for a package that is not installed.
     """
     unknown = [name for name in names if name not in TRACKERS]
     if unknown:
@@ -112,13 +115,3 @@ def open_trackers(names: tuple[str, ...]) -> list[Tracker]:
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
     """The values of a log's record that a tracker can draw."""
     return {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
-
-
-def _require(module: str, package: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(
-            f"{package} is not installed: run `pip install {package}`, or leave it out of --track; the run's "
-            "log.jsonl is written in any case"
-        ) from error

@@ -11,6 +11,7 @@ from edm2.data import ArrayDataset, open_dataset
 from edm2.data.autoencoder import load_autoencoder
 from edm2.data.prepare import latents
 from edm2.data.prepare.latents import encode_latents
+from edm2.extras import MissingExtra
 
 RNG = np.random.default_rng(0)
 DATA = ArrayDataset(
@@ -109,7 +110,5 @@ def test_latents_that_are_not_finite(tmp_path):
 
 def test_without_diffusers(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(
-        ValueError, match=r"latents need the package 'diffusers' .*pip install 'edm2\[latent\]'"
-    ):
+    with pytest.raises(MissingExtra, match=r"latents needs the package 'diffusers', .*\.\[latent\]"):
         load_autoencoder("x", torch.device("cpu"))

@@ -7,6 +7,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 Image = pytest.importorskip("PIL.Image")
 
+from edm2.extras import MissingExtra  # noqa: E402 - needs transformers
 from edm2.metrics import DinoV2Features, describe_extractor  # noqa: E402 - needs transformers
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 3, 40, 30), dtype=np.uint8)
@@ -98,5 +99,5 @@ def test_errors(tmp_path, folder, monkeypatch):
 
 def test_without_transformers(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"pip install 'edm2\[metrics\]'"):
+    with pytest.raises(MissingExtra, match=r"DINOv2 needs the package 'transformers', .*\.\[metrics\]"):
         DinoV2Features()
