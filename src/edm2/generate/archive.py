@@ -1,7 +1,6 @@
 """Samples packed into one file: a ZIP in the layout of data sets, or an NPZ."""
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edm2.files import sync_folder
+from edm2.files import replacing
 
 SETTINGS_FILE = "samples.json"
 ARCHIVES = (".zip", ".npz")
@@ -101,20 +100,11 @@ def _array_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 @contextmanager
 def _writing(path: Path) -> Iterator[Callable[[str, Any], None]]:
     """An uncompressed archive that appears under its name when it is whole."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            with zipfile.ZipFile(file, "w") as content:
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as content:
 
-                def put(name: str, parts: Any) -> None:
-                    with content.open(zipfile.ZipInfo(name, _DATE), "w", force_zip64=True) as member:
-                        for part in parts:
-                            member.write(part)
+        def put(name: str, parts: Any) -> None:
+            with content.open(zipfile.ZipInfo(name, _DATE), "w", force_zip64=True) as member:
+                for part in parts:
+                    member.write(part)
 
-                yield put
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        sync_folder(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
+        yield put

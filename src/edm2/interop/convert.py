@@ -1,8 +1,6 @@
 """From official files to safetensors, with their licence beside them."""
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -16,7 +14,7 @@ from edm2.diffusion import read_model_header, save_model
 from edm2.ema.storage.encoding import Track
 from edm2.ema.storage.snapshots import ForeignSnapshots, Snapshot, read_manifest, write, write_manifest
 from edm2.ema.storage.weighted_sums import read_tensors
-from edm2.files import sha256_of, write_atomic, write_json
+from edm2.files import replacing_folder, sha256_of, write_atomic, write_json
 from edm2.interop.fetch import check_there, fetch
 from edm2.interop.licence import LICENCE, NOTICE_LINE, write_notice
 from edm2.interop.model_info import model_info
@@ -258,24 +256,21 @@ def _import_snapshots(folder: Path, out: Path, prefix: str | None) -> Imported:
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} exists already and is not empty: choose another --out or move it away")
     source = open_snapshots(folder, prefix=prefix)
-    # Written aside, so that a kill never leaves a folder that looks whole.
-    aside = out.resolve().with_name(f".{out.resolve().name}.importing")
-    shutil.rmtree(aside, ignore_errors=True)
     snapshots = source.manifest.snapshots
-    for t, group in groupby(snapshots, key=lambda s: s.t):
-        at_once = list(group)
-        tracks = (_track(source, snapshot) for snapshot in at_once)
-        write(
-            aside,
-            source.manifest.run,
-            t=t,
-            layout=source.manifest.layout,
-            tracks=tracks,
-            dtype=at_once[0].dtype,
-        )
-    _keep_rounding(aside, snapshots)
-    write_notice(aside)
-    os.rename(aside, out)
+    with replacing_folder(out.resolve(), flush=False) as aside:
+        for t, group in groupby(snapshots, key=lambda s: s.t):
+            at_once = list(group)
+            tracks = (_track(source, snapshot) for snapshot in at_once)
+            write(
+                aside,
+                source.manifest.run,
+                t=t,
+                layout=source.manifest.layout,
+                tracks=tracks,
+                dtype=at_once[0].dtype,
+            )
+        _keep_rounding(aside, snapshots)
+        write_notice(aside)
     times, widths = len({s.t for s in snapshots}), sorted({s.sigma_rel for s in snapshots})
     lengths = ", ".join(f"{width:g}" for width in widths)
     return Imported(path=out, found=f"{len(snapshots)} snapshots of {times} times, EMA lengths {lengths}")

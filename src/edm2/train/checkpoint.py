@@ -15,7 +15,7 @@ import safetensors.torch
 from torch import Tensor
 
 from edm2.ema.storage.tensorfile import TensorSpec, write_tensors
-from edm2.files import sha256_of, sync_folder, write_json
+from edm2.files import reason, remedy, remove_folder, replacing_folder, sha256_of, write_json
 
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -52,28 +52,23 @@ def save_checkpoint(
         OSError: if it could not be written; older checkpoints are untouched then.
     """
     final = folder / f"{num_images:012d}"
-    aside = folder / f".{final.name}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_strays(folder)
-        aside.mkdir()
-        files = {}
-        for name, tensors in groups.items():
-            file = f"{name}.safetensors"
-            files[file] = _write_tensors(aside / file, tensors)
-        write_json(aside / _STATE, state)
-        files[_STATE] = {"num_bytes": (aside / _STATE).stat().st_size, "sha256": sha256_of(aside / _STATE)}
-        write_json(aside / _MANIFEST, {"num_images": num_images, "role": role, "files": files})
-        if final.exists():
-            _remove(final)
-        os.replace(aside, final)
-        sync_folder(folder)
+        with replacing_folder(final, flush=False) as aside:
+            files = {}
+            for name, tensors in groups.items():
+                file = f"{name}.safetensors"
+                files[file] = _write_tensors(aside / file, tensors)
+            write_json(aside / _STATE, state)
+            files[_STATE] = {
+                "num_bytes": (aside / _STATE).stat().st_size,
+                "sha256": sha256_of(aside / _STATE),
+            }
+            write_json(aside / _MANIFEST, {"num_images": num_images, "role": role, "files": files})
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
             error.errno,
-            f"could not write checkpoint {final} ({error.strerror}): older checkpoints are untouched; make room and "
-            "run the same command again",
+            f"could not write checkpoint {final} ({reason(error)}): older checkpoints are untouched; {remedy(error)} "
+            "and run the same command again",
         ) from error
     prune(folder, keep=keep)
     return final
@@ -96,7 +91,7 @@ def prune(folder: Path, *, keep: int) -> None:
     wanted = {*names[-1:], *in_turn[-keep:], *(n for n in names if roles[n] == "milestone")}
     for name in names:
         if name not in wanted:
-            _remove(folder / name)
+            remove_folder(folder / name)
 
 
 def find_newest(folder: Path, *, run_id: str) -> Path | None:
@@ -182,13 +177,6 @@ def _role(checkpoint: Path) -> Role:
     except (OSError, ValueError, KeyError, TypeError):
         return "regular"
     return role if role in ("passing", "milestone") else "regular"
-
-
-def _remove(checkpoint: Path) -> None:
-    # Renamed first: a kill half-way must not leave a part of a checkpoint under a checkpoint's name.
-    stray = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
-    os.replace(checkpoint, stray)
-    shutil.rmtree(stray, ignore_errors=True)
 
 
 def _remove_strays(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from edm2.diffusion import MODEL_FILE
 from edm2.ema.storage.locking import folder_lock
-from edm2.files import write_atomic, write_json
+from edm2.files import reason, remedy, write_atomic, write_json
 
 CONFIG_FILE = "config.json"
 LOG_FILE = "log.jsonl"
@@ -149,8 +149,8 @@ def append_log(out: Path, record: dict[str, Any], name: str = LOG_FILE) -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"could not write {out / name} ({error.strerror}): checkpoints are untouched; make room and run the same "
-            "command again",
+            f"could not write {out / name} ({reason(error)}): checkpoints are untouched; {remedy(error)} and run the "
+            "same command again",
         ) from error
 
 

@@ -12,7 +12,7 @@ from edm2.ema.storage.guarded_json import read_json
 
 def test_ordinary_json_is_read_as_json_reads_it(tmp_path: Path) -> None:
     value = {
-        "a": [1, -2.5, 1e-300, True, None, {"b": "é \" [[[ \\"}],
+        "a": [1, -2.5, 1e-300, True, None, {"b": 'é " [[[ \\'}],
         "largest": 2**64 - 1,
         "s": "[" * 1000,
     }

@@ -6,7 +6,6 @@ depend on the number of workers or on interruptions.
 
 import io
 import json
-import os
 import shutil
 import warnings
 import zipfile
@@ -18,7 +17,7 @@ from typing import Any
 
 from edm2.data.dataset import Skipped
 from edm2.data.labels import LABEL_FILE
-from edm2.files import sync_folder, write_atomic, write_json
+from edm2.files import replacing, replacing_folder, write_atomic, write_json
 
 _REPORT = "report.json"
 _SETTINGS = "settings.json"
@@ -144,31 +143,21 @@ class ChunkFolder:
         return len(labels), skipped, _added(report["sums"] for report in reports)
 
     def _pack_zip(self, archives: Sequence[Path], label_file: bytes) -> None:
-        aside = self.folder / "packed.zip"
-        with open(aside, "wb") as file:
-            with zipfile.ZipFile(file, "w") as target:
-                for archive in archives:
-                    with _opened(archive) as source:
-                        for name in _images(source):
-                            target.writestr(_entry(name), source.read(name))
-                target.writestr(_entry(LABEL_FILE), label_file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, self.dest)
-        sync_folder(self.dest.parent)
+        with replacing(self.dest) as file, zipfile.ZipFile(file, "w") as target:
+            for archive in archives:
+                with _opened(archive) as source:
+                    for name in _images(source):
+                        target.writestr(_entry(name), source.read(name))
+            target.writestr(_entry(LABEL_FILE), label_file)
 
     def _pack_folder(self, archives: Sequence[Path], label_file: bytes) -> None:
-        aside = self.folder / "packed"
-        shutil.rmtree(aside, ignore_errors=True)
-        for archive in archives:
-            with _opened(archive) as source:
-                for name in _images(source):
-                    (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                    (aside / name).write_bytes(source.read(name))
-        (aside / LABEL_FILE).write_bytes(label_file)
-        os.sync()
-        os.replace(aside, self.dest)
-        sync_folder(self.dest.parent)
+        with replacing_folder(self.dest) as aside:
+            for archive in archives:
+                with _opened(archive) as source:
+                    for name in _images(source):
+                        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                        (aside / name).write_bytes(source.read(name))
+            (aside / LABEL_FILE).write_bytes(label_file)
 
 
 def write_chunk(path: Path, chunk: Chunk) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -60,7 +61,14 @@ def arithmetic_rounding(updates: int, sigma_rel: float) -> float:
     return float(2.0**-24.5 * math.sqrt(max(remembered, 0.5)))
 
 
-def write_track(path: Path, track: Track, *, dtype: str, metadata: dict[str, str]) -> tuple[FileSums, Facts]:
+def write_track(
+    path: Path,
+    track: Track,
+    *,
+    dtype: str,
+    metadata: dict[str, str],
+    name: Callable[[FileSums], str] | None = None,
+) -> tuple[FileSums, Facts]:
     """Write one average to a file.
 
     Args:
@@ -68,6 +76,7 @@ def write_track(path: Path, track: Track, *, dtype: str, metadata: dict[str, str
         track: The average.
         dtype: fp32, bf16 or fp16.
         metadata: Strings for the header; scales are added.
+        name: See `write_tensors`.
 
     Returns:
         Checksums, and norm, rounding and distance of the average.
@@ -98,9 +107,8 @@ def write_track(path: Path, track: Track, *, dtype: str, metadata: dict[str, str
 
     specs = [TensorSpec(name=n, dtype=stored, shape=tuple(x.shape)) for n, x in track.averaged.items()]
     specs += [TensorSpec(name=n, dtype=x.dtype, shape=tuple(x.shape)) for n, x in track.copied.items()]
-    sums = write_tensors(
-        path, specs, encoded, {**metadata, "dtype": dtype, "copied": json.dumps(sorted(track.copied))}
-    )
+    metadata = {**metadata, "dtype": dtype, "copied": json.dumps(sorted(track.copied))}
+    sums = write_tensors(path, specs, encoded, metadata, name=name)
     norm = math.sqrt(squares["norm"])
     own_rounding = math.sqrt(squares["rounding"]) / norm if norm else 0.0
     return sums, {

@@ -1,4 +1,4 @@
-"""One writer at a time in a folder, and folders flushed to the disk."""
+"""One writer at a time in a folder."""
 
 import errno
 import os
@@ -42,16 +42,5 @@ def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
                 stacklevel=3,
             )
         yield
-    finally:
-        os.close(handle)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's names to the disk, so that a rename survives a power cut."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)

@@ -1,9 +1,7 @@
 """A folder of self-describing snapshots: safetensors files and a manifest, whole after any kill."""
 
-import errno
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,12 +13,13 @@ from typing import Any
 from edm2.ema.maths.profiles import sigma_rel_to_gamma
 from edm2.ema.storage import tensorfile
 from edm2.ema.storage.encoding import Track, write_track
-from edm2.ema.storage.locking import folder_lock, sync_folder
+from edm2.ema.storage.locking import folder_lock
+from edm2.ema.storage.replacing import make_folder, reason, remedy, replacing
 from edm2.ema.storage.thinning import times_to_keep
 
 MANIFEST = "manifest.json"
 _FORMAT, _VERSION = "edm2.ema", 1
-_TEMPORARY = re.compile(r"\.writing-.*\.tmp|\.manifest\.json\.tmp")
+_TEMPORARY = re.compile(r"\.writing-.*\.tmp|\.manifest\.json(\.\d+)?\.tmp")
 _DATA = re.compile(r"t[\d.e+-]+_s[\d.]+_[0-9a-f]{8}\.safetensors")
 
 
@@ -180,17 +179,16 @@ def write(
     """
     _check_json(run.metadata)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with folder_lock(folder):
             return _write(
                 folder, run, t=t, layout=layout, tracks=tracks, dtype=dtype, keep=keep, own_until=own_until
             )
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise OSError(
             error.errno,
-            f"could not write a snapshot ({error.strerror or error}): the folder holds what it held before;"
-            f" {'make room' if full else 'put that right'} and call snapshot() again",
+            f"could not write a snapshot ({reason(error)}): the folder holds what it held before;"
+            f" {remedy(error)} and call snapshot() again",
             str(folder),
         ) from error
 
@@ -247,12 +245,14 @@ def _start_folder(folder: Path, run: RunInfo, layout: str) -> None:
 def _write_one(folder: Path, run: RunInfo, *, t: float, track: Track, dtype: str) -> Snapshot:
     gamma = sigma_rel_to_gamma(track.sigma_rel)
     header = {"run_id": run.run_id, "clock": run.clock, "t": repr(t), "gamma": repr(gamma)}
-    aside = folder / f".writing-{track.sigma_rel!r}.tmp"
-    sums, facts = write_track(aside, track, dtype=dtype, metadata={"format": _FORMAT, **header})
-    file = f"t{_time_text(t)}_s{track.sigma_rel:.4f}_{sums.sha256[:8]}.safetensors"
-    os.replace(aside, folder / file)
+
+    def name(sums: tensorfile.FileSums) -> str:
+        return f"t{_time_text(t)}_s{track.sigma_rel:.4f}_{sums.sha256[:8]}.safetensors"
+
+    aside = folder / f"writing-{track.sigma_rel!r}"
+    sums, facts = write_track(aside, track, dtype=dtype, metadata={"format": _FORMAT, **header}, name=name)
     return Snapshot(
-        file=file, t=t, sigma_rel=track.sigma_rel, gamma=gamma, dtype=dtype, **asdict(sums), **facts
+        file=name(sums), t=t, sigma_rel=track.sigma_rel, gamma=gamma, dtype=dtype, **asdict(sums), **facts
     )  # fmt: skip
 
 
@@ -337,15 +337,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "layout": manifest.layout,
         "snapshots": [asdict(s) for s in entries],
     }
-    sync_folder(folder)
-    aside = folder / f".{MANIFEST}.tmp"
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, folder / MANIFEST)
-    sync_folder(folder)
+    with replacing(folder / MANIFEST) as file:
+        file.write((json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 def remove_strays(folder: Path, run: RunInfo, known: Sequence[Snapshot]) -> None:

@@ -6,7 +6,6 @@ The format is a JSON header and raw bytes, so both are done here, and the packag
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from edm2.ema.storage.replacing import replacing
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -76,15 +77,21 @@ def file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
 
 
 def write_tensors(
-    path: Path, specs: Iterable[TensorSpec], get: Callable[[str], Tensor], metadata: Mapping[str, str]
+    path: Path,
+    specs: Iterable[TensorSpec],
+    get: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    *,
+    name: Callable[[FileSums], str] | None = None,
 ) -> FileSums:
-    """Write a file tensor by tensor and flush it to the disk.
+    """Write a file tensor by tensor, whole or not at all.
 
     Args:
-        path: File to write, overwritten.
+        path: File to write or replace.
         specs: What it holds.
         get: Gives a tensor by name, on the CPU, in its spec's type and shape; called in file order.
         metadata: Strings for the header.
+        name: Gives the file's final name, in the same folder, from its checksums; default: that of path.
 
     Returns:
         Size and checksums.
@@ -95,7 +102,7 @@ def write_tensors(
     order = file_order(specs)
     header = _header(order, metadata)
     sha, data_sum = hashlib.sha256(header), 0
-    with open(path, "wb") as file:
+    with replacing(path, name=None if name is None else lambda: name(sums)) as file:
         file.write(header)
         for spec in order:
             tensor = get(spec.name).contiguous()
@@ -104,15 +111,13 @@ def write_tensors(
             file.write(data.data)
             sha.update(data.data)
             data_sum += word_sum(data)
-        size = file.tell()
-        file.flush()
-        os.fsync(file.fileno())
-    return FileSums(
-        num_bytes=size,
-        sha256=sha.hexdigest(),
-        header_sha256=hashlib.sha256(header).hexdigest(),
-        data_sum=sum_text(data_sum),
-    )
+        sums = FileSums(
+            num_bytes=file.tell(),
+            sha256=sha.hexdigest(),
+            header_sha256=hashlib.sha256(header).hexdigest(),
+            data_sum=sum_text(data_sum),
+        )
+    return sums
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
@@ -132,15 +137,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """
     if path.exists():
         raise FileExistsError(f"{path} exists already: choose another name or move it away")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
     specs = [TensorSpec(name=n, dtype=x.dtype, shape=tuple(x.shape)) for n, x in tensors.items()]
-    try:
-        write_tensors(aside, specs, tensors.__getitem__, metadata)
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    write_tensors(path, specs, tensors.__getitem__, metadata)
     return path
 
 
@@ -221,12 +219,3 @@ def _raw_header(file: BinaryIO, path: Path) -> bytes:
             f"{path} is not a whole safetensors file (its header is cut short): restore it from a copy"
         )
     return raw
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, read in pieces."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(4 << 20):
-            sha.update(piece)
-    return sha.hexdigest()

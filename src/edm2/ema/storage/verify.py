@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from edm2.ema.storage.replacing import sha256_of
 from edm2.ema.storage.snapshots import Manifest, open_snapshot
-from edm2.ema.storage.tensorfile import file_sha256
 
 
 def damaged(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -20,7 +20,7 @@ def damaged(folder: Path, manifest: Manifest) -> Iterator[str]:
     for snapshot in manifest.snapshots:
         try:
             path = open_snapshot(folder, manifest.run, snapshot).path
-            if file_sha256(path) != snapshot.sha256:
+            if sha256_of(path) != snapshot.sha256:
                 yield f"{path} is damaged: its sha256 is not the one written; restore it from a copy"
         except (ValueError, OSError) as error:
             yield str(error)
