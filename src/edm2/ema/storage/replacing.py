@@ -142,9 +142,10 @@ def _explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if not _is_about(error, path):
             raise
-        raise OSError(
-            error.errno, f"could not write {path} ({reason(error)}): what it held is untouched"
-        ) from error
+        text = f"could not write {path} ({reason(error)}): what it held is untouched"
+        if error.errno in _FULL:
+            text += "; make room and try again"
+        raise OSError(error.errno, text) from error
 
 
 def _is_about(error: OSError, path: Path) -> bool:
