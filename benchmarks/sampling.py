@@ -30,17 +30,14 @@ class Sample:
         noise: torch.Tensor,
         num_steps: int,
         sampler: str = "heun",
-        **guidance: object,
     ) -> None:
-        self.network, self.noise, self.num_steps = network, noise, num_steps
+        self.network, self.noise, self.sigmas = network, noise, time_steps(num_steps)
         self.labels = torch.arange(len(noise), device=noise.device) % 10
-        self.sampler, self.guidance = SAMPLERS[sampler], guidance
+        self.sampler = SAMPLERS[sampler]
         self.out = noise
 
     def __call__(self) -> None:
-        self.out = self.sampler(
-            self.network, self.noise, self.labels, num_steps=self.num_steps, **self.guidance
-        )
+        self.out = self.sampler(self.network, self.noise, self.sigmas, self.labels)
 
     def difference(self, reference: torch.Tensor) -> str:
         """Root mean square difference of the images, relative to their standard deviation."""
@@ -109,16 +106,12 @@ def compare_samplers(arguments: argparse.Namespace, noise: torch.Tensor, flops: 
     levels = time_steps(steps).tolist()
     interval = levels[2 * steps // 3], levels[steps // 3]
     guide = SamplingNetwork(_denoiser(arguments, fast=True, weak=True))
-    guided = {
+    ways = {
         "no guide": Sample(network, last, steps),
-        "guide of the same size": Sample(network, last, steps, guide=guide, guidance=1.5),
-        "... in a third of the levels": Sample(
-            network, last, steps, guide=guide, guidance=1.5, interval=interval
-        ),
+        "guide of the same size": Sample(guided(network, guide, 1.5), last, steps),
+        "... in a third of the levels": Sample(guided(network, guide, 1.5, interval), last, steps),
     }
-    _report(
-        "guidance", arguments, guided, dict.fromkeys(guided, 2 * steps - 1), flops, "guide of the same size"
-    )
+    _report("guidance", arguments, ways, dict.fromkeys(ways, 2 * steps - 1), flops, "guide of the same size")
 
 
 def compare_together(arguments: argparse.Namespace, noise: torch.Tensor, flops: float) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edm2.diffusion import draw_sigma, edm2_loss, sample_heun
+from edm2.diffusion import draw_sigma, edm2_loss, guided, sample_heun, time_steps
 from edm2.ema import PowerEMA
 from edm2.nn import MPConv, MPFourier, keyed_normal, keyed_uniform, mp_silu, mp_sum
 from edm2.report import figure_png
@@ -214,13 +214,13 @@ def run(
     noise = keyed_normal(index, (2, 1, 1), seed=2)
     labels = torch.full((num_points,), label)
     ways = {
-        "no guidance": {},
-        "classifier-free, w = 3": dict(guide=unconditional, guidance=3.0),
-        "autoguidance, w = 2": dict(guide=weak, guidance=2.0),
+        "no guidance": main,
+        "classifier-free, w = 3": guided(main, unconditional, 3.0),
+        "autoguidance, w = 2": guided(main, weak, 2.0),
     }
     points = {"true points": real}
-    for name, options in ways.items():
-        points[name] = sample_heun(main, noise, labels, sigma_max=5.0, **options).flatten(1)
+    for name, denoiser in ways.items():
+        points[name] = sample_heun(denoiser, noise, time_steps(sigma_max=5.0), labels).flatten(1)
     judged = {name: judge(tree, p, label=label, floor=floor) for name, p in points.items()}
     notes = {name: f"outliers {o:.1%}, mass reached {m:.1%}" for name, (o, m) in judged.items()}
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """`edm2 sample`."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,13 @@ import tyro
 from edm2.data import LatentDecoder
 from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
 from edm2.diffusion import SamplerName
-from edm2.generate import ImageGenerator, parse_seeds, read_coding, write_samples
+from edm2.generate import ImageGenerator, SamplerOptions, parse_seeds, read_coding, write_samples
 from edm2.hub.pretrained import Parts, find_parts
 from edm2.progress import show, tell
 from edm2.train.world import join_world
 from edm2.tuning.result import FOLDER, GUIDE_FILE, read_tuned
 
-_NUM_STEPS, _SAMPLER = 32, "heun"
+_OPTIONS = [field.name for field in dataclasses.fields(SamplerOptions)]
 
 
 @dataclass(kw_only=True)
@@ -60,10 +61,10 @@ class _Sample:
     interval: tuple[float, float] | None = None
     """Noise levels between which guidance acts. Default: all."""
     sampler: SamplerName | None = None
-    """Heun runs the network twice on each noise level but the last, the others once. Default: heun, or that with
-    which the run was tuned."""
+    """heun runs the network twice at each noise level but the last, the others once; dpmpp-2m-sde adds noise.
+    Default: heun, or the sampler that the run was tuned with."""
     num_steps: int | None = None
-    """Noise levels. Default: 32, or those that the run was tuned with."""
+    """Number of noise levels. Default: 32, or the number that the run was tuned with."""
     sigma_min: float = 0.002
     """Lowest noise level."""
     sigma_max: float = 80.0
@@ -71,7 +72,15 @@ class _Sample:
     rho: float = 7.0
     """Exponent of the schedule."""
     s_churn: float = 0.0
-    """Strength of added noise, with heun; 0 is deterministic."""
+    """Strength of the noise that the sampler heun adds; 0 is deterministic."""
+    s_min: float = 0.0
+    """Lowest noise level at which --s-churn adds noise."""
+    s_max: float = math.inf
+    """Highest noise level at which --s-churn adds noise."""
+    s_noise: float = 1.0
+    """Scale of the noise that heun (with --s-churn) and dpmpp-2m-sde add."""
+    clip_denoised: bool = False
+    """Clamp the denoised images of every step to the range of pixels."""
     vae: str | None = None
     """AutoencoderKL that makes pictures of a latent model's latents: a name on the hub, or its folder.
     Default: stabilityai/sd-vae-ft-mse."""
@@ -102,14 +111,9 @@ def run(prog: str, words: Sequence[str]) -> None:
     assert path is not None
     chosen, path = _with_saved(chosen, path)
     seeds = parse_seeds(chosen.seeds)
-    options: dict[str, Any] = {
-        name: getattr(chosen, name)
-        for name in ("sampler", "num_steps", "sigma_min", "sigma_max", "rho", "guidance")
-    }
-    if chosen.s_churn:
-        options["s_churn"] = chosen.s_churn
-    if chosen.interval is not None:
-        options["interval"] = chosen.interval
+    options = {name: getattr(chosen, name) for name in _OPTIONS}
+    if chosen.interval is None:
+        del options["interval"]
     made = _sample(chosen, path, seeds, options)
     if made is not None:
         show(made)
@@ -126,7 +130,8 @@ def _with_saved(chosen: _Sample, path: Path) -> tuple[_Sample, Path]:
         saved, path = _shared_settings(parts) if free else {}, parts.model
     own = {"num_steps": chosen.num_steps, "sampler": chosen.sampler}
     guidance = 1.0 if chosen.guidance is None else chosen.guidance
-    changes = {"num_steps": _NUM_STEPS, "sampler": _SAMPLER, "guidance": guidance, **saved}
+    standard = {"num_steps": SamplerOptions.num_steps, "sampler": SamplerOptions.sampler}
+    changes = {**standard, "guidance": guidance, **saved}
     changes |= {name: value for name, value in own.items() if value is not None}
     return dataclasses.replace(chosen, **changes), path
 

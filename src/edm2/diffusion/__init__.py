@@ -1,19 +1,34 @@
-"""Denoiser, noise, loss, samplers and guidance (EDM2 Sec. 2 and 3, EDM Alg. 2)."""
+"""Denoisers, their loss, samplers and model files (EDM2 Sec. 2-3; EDM, arXiv 2206.00364).
+
+`Denoiser` puts any network behind EDM's preconditioning, `edm2_loss` trains it, and the samplers turn noise into
+images with any callable `denoiser(x, sigma, labels)`.
+"""
 
 from edm2.diffusion.denoiser import Denoiser
-from edm2.diffusion.guidance import DenoiserFn, WithoutLabels, guided
+from edm2.diffusion.guidance import DenoiserFn, WithoutLabels, clipped, guided
 from edm2.diffusion.loss import draw_sigma, edm2_loss
 from edm2.diffusion.model_file import MODEL_FILE, load_model, read_model, read_model_header, save_model
-from edm2.diffusion.sampling import sample_heun, time_steps
-from edm2.diffusion.solvers import SAMPLERS, SamplerName, find_sampler, sample_dpmpp_2m, sample_euler
+from edm2.diffusion.samplers import (
+    SAMPLERS,
+    Churn,
+    SamplerName,
+    find_sampler,
+    sample_dpmpp_2m,
+    sample_dpmpp_2m_sde,
+    sample_euler,
+    sample_heun,
+    time_steps,
+)
 
 __all__ = [
     "MODEL_FILE",
     "SAMPLERS",
+    "Churn",
     "Denoiser",
     "DenoiserFn",
     "SamplerName",
     "WithoutLabels",
+    "clipped",
     "draw_sigma",
     "edm2_loss",
     "find_sampler",
@@ -22,6 +37,7 @@ __all__ = [
     "read_model",
     "read_model_header",
     "sample_dpmpp_2m",
+    "sample_dpmpp_2m_sde",
     "sample_euler",
     "sample_heun",
     "save_model",

@@ -120,7 +120,7 @@ class Denoiser(nn.Module):
                 indices out of range (checked on the CPU only: elsewhere the check would wait for the device).
         """
         x = x.to(torch.float32)
-        sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1)
+        sigma = sigma.to(x.device, torch.float32, non_blocking=x.is_cuda).reshape(-1, 1, 1, 1)
         variance = sigma.square() + self.sigma_data**2
         c_skip = self.sigma_data**2 / variance
         c_out = sigma * self.sigma_data * variance.rsqrt()

@@ -1,10 +1,12 @@
-"""Guidance: steering one denoiser away from another.
+"""Denoisers made of other denoisers: guidance and clipping.
 
-Ref: EDM2 Eq. 11; autoguidance (arXiv 2406.02507); limited interval (arXiv 2404.07724); SPEC section 6.
+A denoiser is any callable `denoiser(x, sigma, labels)`. What is made here is one too, so that samplers need not know
+of it.
+
+Ref: EDM2 Eq. 11; autoguidance (arXiv 2406.02507); guidance in a limited interval (arXiv 2404.07724).
 """
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,19 +18,20 @@ class DenoiserFn(Protocol):
     """Any denoiser: an `edm2.diffusion.Denoiser`, another network, or a closed form."""
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None, /) -> Tensor:
-        """Noisy `[B, C, H, W]`, sigma scalar, labels -> the expected clean images, `[B, C, H, W]`."""
+        """Noisy `[B, C, H, W]`, scalar noise level, labels -> the expected clean images, `[B, C, H, W]`."""
 
 
 class WithoutLabels:
-    """A conditional network without its label, as a guide of itself: classifier-free guidance by one network.
+    """A conditional network without its label: the guide of classifier-free guidance by a single network.
 
-    Of use for a network that was trained with labels missing now and then. It is evaluated together with the main
-    network where that is faster: in one batch of twice the size for a single image on the CPU, and for any batch
-    elsewhere. Two networks are always evaluated one after the other: stacked by `torch.vmap` they take longer.
+    It suits networks that were trained with some labels missing. Network and guide are evaluated in one batch of
+    twice the size where that is faster: for a single image on the CPU, for any batch elsewhere. (Two different
+    networks are evaluated one after the other; stacked by `torch.vmap` they take longer.)
 
     Args:
-        network: called with labels None, and with `[B, label_dim]` floats, where a row of zeros is a missing label.
-        label_dim: number of classes, or length of a label vector.
+        network: Denoiser that accepts labels None, and `[B, label_dim]` floats of which a row of zeros is a missing
+            label.
+        label_dim: Number of classes, or length of a label vector.
     """
 
     def __init__(self, network: DenoiserFn, label_dim: int) -> None:
@@ -38,14 +41,14 @@ class WithoutLabels:
         """Evaluate without labels.
 
         Raises:
-            ValueError: if there are none to leave out.
+            ValueError: If the images have no labels to leave out.
         """
         if labels is None:
-            raise ValueError("a guide without labels has no effect where the images have none: give labels")
+            raise ValueError("a guide without labels has no effect on images without labels: give labels")
         return self.network(x, sigma, None)
 
     def both(self, x: Tensor, sigma: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Evaluate with and without labels, together."""
+        """Evaluate with and without labels, in one batch."""
         known = labels if labels.is_floating_point() else one_hot(labels, self.label_dim).float()
         with_labels, without = self.network(
             torch.cat([x, x]), sigma, torch.cat([known, torch.zeros_like(known)])
@@ -53,71 +56,67 @@ class WithoutLabels:
         return with_labels, without
 
 
-def guided(denoiser: DenoiserFn, guide: DenoiserFn | None, guidance: float) -> DenoiserFn:
-    """Extrapolate from a guide to the main denoiser: `D_guide + w (D_main - D_guide)`.
+def guided(
+    denoiser: DenoiserFn,
+    guide: DenoiserFn | None,
+    weight: float,
+    interval: tuple[float, float] = (0.0, math.inf),
+) -> DenoiserFn:
+    """Extrapolate from a guide to a denoiser: `D_guide + weight (D - D_guide)`.
 
     Args:
-        denoiser: the main network.
-        guide: an unconditional network, or the same `WithoutLabels` (classifier-free guidance); a weaker one
-            (autoguidance); or None.
-        guidance: w; 1 leaves the main network alone, and the guide is not run.
+        denoiser: The main network.
+        guide: An unconditional network, or `WithoutLabels` of the main one (classifier-free guidance), or a weaker
+            network (autoguidance).
+        weight: 1 returns the denoiser itself, and the guide may be None.
+        interval: Noise levels (low, high] at which the guide acts; elsewhere it is not evaluated. A limited interval
+            needs a scalar sigma; where that lies on the CPU, comparing it does not wait for a GPU.
+
+    Returns:
+        A denoiser.
 
     Raises:
-        ValueError: for a guidance weight other than 1 without a guide, or one that is not finite.
+        ValueError: If the weight needs a guide, or the interval is empty.
 
-    Ref: EDM2 Eq. 11; arXiv 2406.02507 Eq. 3.
+    Ref: EDM2 Eq. 11; arXiv 2406.02507 Eq. 3; arXiv 2404.07724 Eq. 5.
     """
-    if not math.isfinite(guidance):
-        raise ValueError(f"guidance {guidance} must be finite")
-    if guidance == 1:
+    low, high = interval
+    if not 0 <= low < high:
+        raise ValueError(f"guidance interval ({low:g}, {high:g}] is empty: 0 <= low < high must hold")
+    if weight == 1:
         return denoiser
     if guide is None:
-        raise ValueError(f"guidance {guidance} needs a guide: pass guide=..., or guidance=1 for none")
+        raise ValueError(f"guidance {weight} needs a guide: give one, or use weight 1 for no guidance")
+    is_limited = interval != (0.0, math.inf)
 
     def guided_denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None, /) -> Tensor:
+        # Ends that are levels of the schedule count as such: both sides are rounded to sigma's precision.
+        if is_limited and not (low < sigma and sigma <= high):
+            return denoiser(x, sigma, labels)
         # On the CPU larger batches leave the cache, and one of twice the size took up to a fifth longer than two.
         small = len(x) == 1 or x.device.type != "cpu"
         if small and labels is not None and isinstance(guide, WithoutLabels) and guide.network is denoiser:
             main, reference = guide.both(x, sigma, labels)
         else:
             main, reference = denoiser(x, sigma, labels), guide(x, sigma, labels)
-        return reference + guidance * (main - reference)
+        return reference + weight * (main - reference)
 
     return guided_denoiser
 
 
-def guided_by_level(
-    denoiser: DenoiserFn,
-    guide: DenoiserFn | None,
-    guidance: float,
-    interval: tuple[float, float],
-    levels: Sequence[float],
-) -> Callable[[float], DenoiserFn]:
-    """The denoiser to use at each noise level, chosen without asking the device for a value.
+def clipped(denoiser: DenoiserFn, low: Tensor | float, high: Tensor | float) -> DenoiserFn:
+    """Clamp what a denoiser returns to the range that clean images have.
 
     Args:
-        denoiser: as in `guided`.
-        guide: as in `guided`.
-        guidance: as in `guided`.
-        interval: guidance acts for sigma in (low, high]; elsewhere the guide is not run.
-        levels: noise levels of the schedule.
+        denoiser: Any denoiser, such as a guided one, whose output may leave the range.
+        low: Lowest value, a number or a tensor that broadcasts to `[B, C, H, W]`.
+        high: Highest value, likewise.
 
-    Raises:
-        ValueError: as in `guided`; for an interval that is empty, holds no level, or limits nothing.
-
-    Ref: arXiv 2404.07724 Eq. 5.
+    Returns:
+        A denoiser.
     """
-    inside = guided(denoiser, guide, guidance)
-    low, high = interval
-    if not 0 <= low < high:
-        raise ValueError(f"interval ({low:g}, {high:g}] of guidance: 0 <= low < high must hold")
-    if guidance == 1 and (low, high) != (0, math.inf):
-        raise ValueError(
-            f"interval ({low:g}, {high:g}] of guidance, but guidance 1 is none: give a weight and a guide"
-        )
-    if not any(low < level <= high for level in levels):
-        raise ValueError(
-            f"interval ({low:g}, {high:g}] of guidance holds none of the schedule's noise levels, {min(levels):g} to "
-            f"{max(levels):g}: choose one that does"
-        )
-    return lambda level: inside if low < level <= high else denoiser
+
+    def clipped_denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None, /) -> Tensor:
+        return torch.clamp(denoiser(x, sigma, labels), low, high)  # type: ignore[arg-type]
+
+    return clipped_denoiser

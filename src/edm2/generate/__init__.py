@@ -3,10 +3,12 @@
 from edm2.generate.generator import ImageGenerator, read_coding
 from edm2.generate.output import read_images, write_samples
 from edm2.generate.reconstructed import reconstruct_denoiser, reconstruct_models, snapshots_of
+from edm2.generate.sampler_options import SamplerOptions
 from edm2.generate.seeds import parse_seeds
 
 __all__ = [
     "ImageGenerator",
+    "SamplerOptions",
     "parse_seeds",
     "read_coding",
     "read_images",

@@ -1,6 +1,7 @@
 """From a saved model to images: every image depends on its own seed alone."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,14 +12,16 @@ import torch
 from torch import Tensor
 
 from edm2.data import LatentDecoder
-from edm2.diffusion import Denoiser, DenoiserFn, WithoutLabels, find_sampler, load_model
+from edm2.diffusion import Denoiser, DenoiserFn, WithoutLabels, load_model
 from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.generate.reconstructed import read_info, reconstruct_denoiser
+from edm2.generate.sampler_options import SamplerOptions
 from edm2.nn import faster_channels_last, keyed_normal, use_channels_last
 from edm2.train.coding import Coding
 
 _PRECISIONS = ("float32", "bfloat16", "float16")
-_CHURN_STREAM = 1  # of the image's keyed random numbers; 0 is its starting noise
+# First of the image's streams of keyed random numbers for noise that a sampler adds; 0 is its starting noise.
+_NOISE_STREAM = 2
 
 
 class ImageGenerator:
@@ -190,19 +193,19 @@ class ImageGenerator:
         *,
         conditions: np.ndarray | Tensor | None = None,
         guide: "ImageGenerator | DenoiserFn | None" = None,
-        sampler: str | Callable[..., Tensor] = "heun",
         **options: Any,
     ) -> Tensor:
-        """Sample in network units; see `images`.
+        """Sample in network units, all seeds in one batch; see `images`.
 
         Returns:
             `[N, C, H, W]` float32.
         """
+        chosen = SamplerOptions(**options)
         self._refresh()
         if isinstance(guide, ImageGenerator):
             self.check_guide(guide)
             guide._refresh()
-        return self._sample(seeds, labels, conditions, guide, sampler, options)
+        return self._sample(seeds, labels, conditions, guide, chosen)
 
     def images(
         self,
@@ -221,7 +224,7 @@ class ImageGenerator:
                 a model that is conditioned on vectors.
             batch_size: images at a time.
             on_batch: called with the number of images after each batch.
-            **options: conditions, guide, sampler (see `edm2.diffusion.SAMPLERS`), and the sampler's own.
+            **options: conditions and guide, as in `latents`, and the fields of `SamplerOptions`.
 
         Returns:
             `[N, C, H, W]` uint8 for pixels and decoded latents; float32 in the data's units for float data, and
@@ -270,8 +273,7 @@ class ImageGenerator:
         labels: Sequence[int] | np.ndarray | None,
         conditions: np.ndarray | Tensor | None,
         guide: "ImageGenerator | DenoiserFn | None",
-        sampler: str | Callable[..., Tensor],
-        options: dict[str, Any],
+        options: SamplerOptions,
     ) -> Tensor:
         device = next(self.denoiser.parameters()).device
         index = torch.tensor(list(seeds), dtype=torch.int64, device=device)
@@ -284,22 +286,33 @@ class ImageGenerator:
         if given is not None:
             given = given.float() if self.takes_vectors else given.long()
         condition = None if conditions is None else torch.as_tensor(conditions, device=device).float()
-        if isinstance(sampler, str):
-            sampler = find_sampler(sampler)
 
-        calls = 0
+        streams = itertools.count(_NOISE_STREAM)
 
         def randn_like(x: Tensor) -> Tensor:
-            nonlocal calls
-            calls += 1
-            return keyed_normal(index, shape, stream=_CHURN_STREAM + calls).to(x.dtype)
+            return keyed_normal(index, shape, stream=next(streams)).to(x.dtype)
 
-        if options.get("s_churn", 0) > 0:
-            options = {**options, "randn_like": randn_like}
         second = guide._bind(condition) if isinstance(guide, ImageGenerator) else guide
         if isinstance(guide, WithoutLabels) and guide.network is self.denoiser:
             second = WithoutLabels(self._bind(condition), guide.label_dim)
-        return sampler(self._bind(condition), keyed_normal(index, shape), given, guide=second, **options)
+        return options.sample(
+            self._bind(condition),
+            keyed_normal(index, shape),
+            given,
+            guide=second,
+            bounds=self._pixel_range(device) if options.clip_denoised else None,
+            randn_like=randn_like,
+        )
+
+    def _pixel_range(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Lowest and highest value of pixels in network units, `[1, C, 1, 1]` each; None for floats and latents."""
+        if self.coding.kind != "pixels":
+            return None
+        ends = torch.tensor([0, 255], dtype=torch.uint8, device=device)
+        low, high = self.coding.values.encode(
+            ends[:, None, None, None].expand(2, self.coding.num_channels, 1, 1)
+        )
+        return low[None], high[None]
 
 
 def read_coding(path: str | Path, sigma_rel: float | None = None) -> Coding:

@@ -1,7 +1,6 @@
 """Writing samples: a folder of numbered files, or one archive, with the settings they were made with."""
 
 import hashlib
-import inspect
 import json
 import warnings
 from collections.abc import Sequence
@@ -15,10 +14,11 @@ import torch
 from PIL import Image
 
 import edm2
-from edm2.diffusion import find_sampler
+from edm2.diffusion import guided
 from edm2.files import write_atomic, write_json
 from edm2.generate.archive import ARCHIVES, SETTINGS_FILE, read_settings, write_npz, write_zip
 from edm2.generate.generator import ImageGenerator
+from edm2.generate.sampler_options import SamplerOptions
 from edm2.progress import Progress
 from edm2.report import image_grid, save_png
 from edm2.train.world import World
@@ -36,7 +36,6 @@ def write_samples(
     labels: int | np.ndarray | None = None,
     conditions: np.ndarray | None = None,
     guide: ImageGenerator | None = None,
-    sampler: str = "heun",
     batch_size: int = 250,
     grid: int = 400,
     quiet: bool = False,
@@ -56,12 +55,11 @@ def write_samples(
             default: seed modulo the number of classes.
         conditions: `[N, cond_channels, H, W]`, chosen like the rows of labels.
         guide: model to guide with.
-        sampler: name in `edm2.diffusion.SAMPLERS`.
         batch_size: images at a time.
         grid: most images on the grid; 0 for no grid.
         quiet: show no progress.
         world: the processes that share the work; default: this one alone.
-        **options: options of the sampler.
+        **options: fields of `SamplerOptions`.
 
     Returns:
         The grid's file for a folder of pictures; else `out`.
@@ -86,7 +84,9 @@ def write_samples(
     if guide is not None:
         generator.check_guide(guide)
     world = World(rank=0, size=1, device=torch.device("cpu")) if world is None else world
-    settings = _settings(generator, guide, labels, conditions, sampler, options)
+    chosen_options = SamplerOptions(**options)
+    guided(generator.denoiser, None if guide is None else guide.denoiser, chosen_options.guidance)
+    settings = _settings(generator, guide, labels, conditions, chosen_options)
     packed = out.suffix.lower() in ARCHIVES
     if packed and out.exists():
         _check_same(out, read_settings(out), {**settings, "seeds": _digest(np.asarray(seeds))})
@@ -98,7 +98,6 @@ def write_samples(
     todo = _missing(files, warn=world.is_first)
     world.any(False)  # all have seen what is to be done before the first file is added
     todo = todo[world.rank :: world.size]
-    extra = {"guide": guide, "sampler": sampler, **options}
     done = len(seeds) - len(todo) if world.size == 1 else 0
     total = len(seeds) if world.size == 1 else len(todo)
     with Progress("sampling", total, "images", done=done, quiet=quiet or not world.is_first) as progress:
@@ -110,7 +109,8 @@ def write_samples(
                 None if rows is None else rows[part],
                 conditions=None if conditions is None else conditions[np.array(chosen) % len(conditions)],
                 batch_size=batch_size,
-                **extra,
+                guide=guide,
+                **options,
             )
             with ThreadPoolExecutor(_WRITERS) as pool:
                 list(pool.map(_write_image, [files[i] for i in part], images))
@@ -139,37 +139,17 @@ def _settings(
     guide: ImageGenerator | None,
     labels: int | np.ndarray | None,
     conditions: np.ndarray | None,
-    sampler: str,
-    options: dict[str, Any],
+    options: SamplerOptions,
 ) -> dict[str, Any]:
-    known = inspect.signature(find_sampler(sampler)).parameters
-    unknown = sorted(options.keys() - known.keys())
-    if unknown:
-        raise ValueError(
-            f"the sampler {sampler} has no {unknown[0]}: leave it out, or choose another sampler"
-        )
-    _try(sampler, guide is not None, options)
-    basic = ("num_steps", "sigma_min", "sigma_max", "rho", "guidance")
     settings = {
         "model": generator.identity(),
         "guide": None if guide is None else guide.identity(),
         "labels": "seed modulo classes" if labels is None else _named(labels),
         "conditions": None if conditions is None else _digest(conditions),
-        "sampler": {"name": sampler, **{key: known[key].default for key in basic}, **options},
+        "sampler": options.to_json(),
     }
     made_with = {"edm2": edm2.__version__, "torch": torch.__version__}
     return json.loads(json.dumps({**settings, _MADE_WITH: made_with}))
-
-
-def _try(sampler: str, has_guide: bool, options: dict[str, Any]) -> None:
-    """Let the sampler check its options on one value, before anything is written."""
-
-    def nothing(x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None, /) -> torch.Tensor:
-        return x
-
-    churn: dict[str, Any] = {"randn_like": torch.zeros_like} if options.get("s_churn") else {}
-    guide = nothing if has_guide else None
-    find_sampler(sampler)(nothing, torch.zeros(1, 1, 1, 1), guide=guide, **options, **churn)
 
 
 def _named(labels: int | np.ndarray) -> dict[str, Any]:

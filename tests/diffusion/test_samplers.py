@@ -8,14 +8,17 @@ import torch
 
 from edm2.diffusion import (
     SAMPLERS,
+    Churn,
     Denoiser,
     SamplerName,
     WithoutLabels,
+    clipped,
     draw_sigma,
     edm2_loss,
     find_sampler,
     guided,
     sample_dpmpp_2m,
+    sample_dpmpp_2m_sde,
     sample_euler,
     sample_heun,
     time_steps,
@@ -47,15 +50,16 @@ def test_heun_equals_golden(golden, tiny, guide, relative_error):
         rng = np.random.default_rng(31 + 100 + len(calls))
         return torch.from_numpy(rng.standard_normal(x.shape).astype(np.float32))
 
-    plain = sample_heun(tiny, noise, labels, num_steps=8)
+    sigmas = time_steps(8)
+    plain = sample_heun(tiny, noise, sigmas, labels)
     assert relative_error(plain, data["plain_8"]) < 1e-4
-    out = sample_heun(tiny, noise, labels, num_steps=32, dtype=torch.float64)
+    out = sample_heun(tiny, noise, time_steps(32), labels, dtype=torch.float64)
     assert out.dtype == torch.float64
     assert relative_error(out, data["plain_32_fp64"]) < 1e-4
-    out = sample_heun(tiny, noise, labels, num_steps=8, guide=guide, guidance=1.7)
+    out = sample_heun(guided(tiny, guide, 1.7), noise, sigmas, labels)
     assert relative_error(out, data["guided_8_w1.7"]) < 1e-4
-    churn = dict(s_churn=10, s_min=0.05, s_max=50, s_noise=1.003)
-    out = sample_heun(tiny, noise, labels, num_steps=8, randn_like=randn_like, **churn)
+    churn = Churn(10, 0.05, 50, 1.003, randn_like)
+    out = sample_heun(tiny, noise, sigmas, labels, churn=churn)
     assert relative_error(out, data["churn_8"]) < 1e-4
     assert len(calls) == int(data["churn_noise_calls"])
 
@@ -75,10 +79,10 @@ def test_order_of_convergence_to_the_exact_solution(name, order):
     noise = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = exact_solution(noise, 0.3, 0.5, 80)
     # The last step, to 0, is an Euler step: a tiny sigma_min keeps its error out of the picture.
-    settings = dict(sigma_min=1e-8, rho=9, dtype=torch.float64)
     errors = []
     for num_steps in (80, 160, 320):
-        out = SAMPLERS[name](gaussian_denoiser(0.3, 0.5), noise, num_steps=num_steps, **settings)
+        sigmas = time_steps(num_steps, sigma_min=1e-8, rho=9)
+        out = SAMPLERS[name](gaussian_denoiser(0.3, 0.5), noise, sigmas, dtype=torch.float64)
         errors.append(float((out - exact).abs().max()))
     assert errors[-1] < 0.02
     for coarse, fine in itertools.pairwise(errors):
@@ -88,9 +92,8 @@ def test_order_of_convergence_to_the_exact_solution(name, order):
 def test_euler_equals_hand_computation():
     noise = torch.tensor([[[[0.3]]]], dtype=torch.float64)
     # D(x) = x / 2, so dx/dsigma = x / (2 sigma): the levels are 4, 1, 0.
-    out = sample_euler(
-        lambda x, s, c: x / 2, noise, num_steps=2, sigma_min=1.0, sigma_max=4.0, dtype=torch.float64
-    )
+    sigmas = torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64)
+    out = sample_euler(lambda x, s, c: x / 2, noise, sigmas, dtype=torch.float64)
     x = 4 * 0.3
     x = x + (1 - 4) * (x / 2) / 4
     assert float(out) == pytest.approx(x + (0 - 1) * (x / 2) / 1, rel=1e-12)
@@ -104,10 +107,9 @@ def test_multistep_equals_hand_computation():
         seen.append(float(x))
         return x / 2
 
-    out = sample_dpmpp_2m(
-        denoiser, noise, num_steps=3, sigma_min=1.0, sigma_max=9.0, rho=1, dtype=torch.float64
-    )
-    # Levels 9, 5, 1, 0. First and last step take the denoised images as constant, the second extrapolates them.
+    sigmas = torch.tensor([9.0, 5.0, 1.0, 0.0], dtype=torch.float64)
+    out = sample_dpmpp_2m(denoiser, noise, sigmas, dtype=torch.float64)
+    # First and last step take the denoised images as constant, the second extrapolates them.
     x0 = 9 * 0.3
     x1 = 5 / 9 * x0 + (1 - 5 / 9) * x0 / 2
     slope = (x1 / 2 - x0 / 2) / math.log(9 / 5)
@@ -116,27 +118,97 @@ def test_multistep_equals_hand_computation():
     assert float(out) == pytest.approx(x2 / 2, rel=1e-12)
 
 
-def test_guidance_acts_in_its_interval_alone():
-    for name, evaluations in {"heun": 15, "euler": 8, "dpmpp-2m": 8}.items():
-        seen = {"main": [], "guide": []}
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_guidance_acts_in_its_interval_alone(name):
+    seen = {"main": [], "guide": []}
 
-        def counted(who, seen=seen):
-            def denoiser(x, sigma, labels):
-                seen[who].append(float(sigma))
-                return torch.zeros_like(x)
+    def counted(who):
+        def denoiser(x, sigma, labels):
+            assert sigma.device.type == "cpu"
+            assert sigma.ndim == 0
+            seen[who].append(float(sigma))
+            return torch.zeros_like(x)
 
-            return denoiser
+        return denoiser
 
-        options = dict(guide=counted("guide"), guidance=2.0, interval=(0.1, 10.0), num_steps=8)
-        SAMPLERS[name](counted("main"), torch.zeros(1, 1, 1, 1), **options)
-        assert len(seen["main"]) == evaluations
-        assert seen["guide"] == [s for s in seen["main"] if 0.1 < s <= 10.0]
-        assert 0 < len(seen["guide"]) < evaluations
+    # Ends that are levels: the upper one belongs to the interval, the lower one does not, whatever the precision.
+    levels = time_steps(8).tolist()
+    network = guided(counted("main"), counted("guide"), 2.0, (levels[5], levels[2]))
+    SAMPLERS[name](network, torch.zeros(1, 1, 1, 1), time_steps(8))
+    assert len(seen["main"]) == (15 if name == "heun" else 8)
+    inside = [s for s in seen["main"] if levels[5] + 1e-6 < s <= levels[2] + 1e-3]
+    assert seen["guide"] == inside
+    assert len(inside) == (6 if name == "heun" else 3)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_callback_sees_every_step(name):
+    seen = []
+    SAMPLERS[name](
+        lambda x, s, c: x / 4,
+        torch.ones(1, 1, 1, 1),
+        time_steps(3),
+        callback=lambda i, sigma, x, denoised: seen.append(
+            (i, float(sigma), bool((denoised == x / 4).all()))
+        ),
+    )
+    assert [i for i, _, _ in seen] == [0, 1, 2]
+    assert [sigma for _, sigma, _ in seen] == pytest.approx(time_steps(3)[:-1].tolist())
+    assert all(fits for _, _, fits in seen)
+
+
+def test_sde_without_noise_is_the_ode():
+    noise = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(5))
+    denoiser = gaussian_denoiser(0.3, 0.5)
+    out = sample_dpmpp_2m_sde(denoiser, noise, time_steps(8), eta=0.0, randn_like=None)
+    assert torch.equal(out, sample_dpmpp_2m(denoiser, noise, time_steps(8)))
+
+
+def test_sde_step_equals_hand_computation():
+    """Where the data is one point c, a step from s to t has mean c + (t/s)^2 (x - c), variance t^2 (1 - (t/s)^2)."""
+    seen, noise = [], torch.tensor([[[[0.3]]]], dtype=torch.float64)
+
+    def denoiser(x, sigma, labels):
+        seen.append(float(x))
+        return torch.full_like(x, 0.7)
+
+    sigmas = torch.tensor([9.0, 5.0, 1.0, 0.0], dtype=torch.float64)
+    out = sample_dpmpp_2m_sde(
+        denoiser, noise, sigmas, s_noise=1.1, randn_like=torch.ones_like, dtype=torch.float64
+    )
+    x = 9 * 0.3
+    for x_seen, s, t in zip(seen, (9, 5, 1), (5, 1, 0), strict=True):
+        assert x_seen == pytest.approx(x)
+        x = 0.7 + (t / s) ** 2 * (x - 0.7) + 1.1 * t * math.sqrt(1 - (t / s) ** 2)
+    assert float(out) == pytest.approx(0.7)
+
+
+def test_sde_keeps_the_distribution():
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(4000, 1, 1, 1, generator=generator, dtype=torch.float64)
+    out = sample_dpmpp_2m_sde(
+        gaussian_denoiser(0.2, 0.5),
+        noise,
+        time_steps(64),
+        randn_like=lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype),
+        dtype=torch.float64,
+    )
+    assert float(out.mean()) == pytest.approx(0.2, abs=0.03)
+    assert float(out.std()) == pytest.approx(0.5, abs=0.02)
+    assert abs(float(torch.corrcoef(torch.stack([noise.flatten(), out.flatten()]))[0, 1])) < 0.1
+
+
+def test_clipped_denoiser():
+    low, high = torch.tensor([-1.0, -0.5])[:, None, None], torch.tensor([0.5, 1.0])[:, None, None]
+    out = clipped(lambda x, s, c: 3 * x, low, high)(torch.ones(1, 2, 1, 1), torch.ones(()), None)
+    assert out.flatten().tolist() == [0.5, 1.0]
+    out = clipped(lambda x, s, c: 3 * x, -1.0, 1.0)(-torch.ones(1, 2, 1, 1), torch.ones(()), None)
+    assert out.flatten().tolist() == [-1.0, -1.0]
 
 
 def test_default_schedule_solves_a_gaussian_to_two_percent():
     noise = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(1))
-    out = sample_heun(gaussian_denoiser(0.0, 0.5), noise)
+    out = sample_heun(gaussian_denoiser(0.0, 0.5), noise, time_steps())
     assert torch.allclose(out, exact_solution(noise, 0.0, 0.5, 80), rtol=2e-2, atol=1e-6)
 
 
@@ -146,10 +218,9 @@ def test_churn_keeps_the_distribution():
     out = sample_heun(
         gaussian_denoiser(0.2, 0.5),
         noise,
-        num_steps=64,
-        s_churn=20,
+        time_steps(64),
+        churn=Churn(20, randn_like=lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)),
         dtype=torch.float64,
-        randn_like=lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype),
     )
     assert float(out.mean()) == pytest.approx(0.2, abs=0.03)
     assert float(out.std()) == pytest.approx(0.5, abs=0.02)
@@ -167,9 +238,9 @@ def test_number_of_evaluations_and_what_the_guide_costs():
         return denoiser
 
     noise = torch.zeros(1, 1, 2, 2)
-    sample_heun(counted("main"), noise, guide=counted("guide"))
+    sample_heun(guided(counted("main"), counted("guide"), 1.0), noise, time_steps())
     assert calls == {"main": 63, "guide": 0}
-    sample_heun(counted("main"), noise, guide=counted("guide"), guidance=1.5, num_steps=4)
+    sample_heun(guided(counted("main"), counted("guide"), 1.5), noise, time_steps(4))
     assert calls == {"main": 70, "guide": 7}
 
 
@@ -189,29 +260,28 @@ def test_a_network_guides_itself_without_labels_in_one_evaluation_where_that_is_
         return tiny(x, sigma, labels)
 
     noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(3))
-    options = dict(guidance=1.7, interval=(0.1, 10.0), num_steps=4)
+    sigmas, settings = time_steps(4), (1.7, (0.1, 10.0))
     for labels in (torch.tensor([3, 1]), torch.randn(2, tiny.label_dim)):
-        separate = sample_heun(tiny, noise, labels, guide=lambda x, s, c: tiny(x, s, None), **options)
-        one = WithoutLabels(network, tiny.label_dim)
+        apart = guided(tiny, lambda x, s, c: tiny(x, s, None), *settings)
+        separate = sample_heun(apart, noise, sigmas, labels)
+        one = guided(network, WithoutLabels(network, tiny.label_dim), *settings)
         sizes.clear()
-        joint = [
-            sample_heun(network, noise[i : i + 1], labels[i : i + 1], guide=one, **options) for i in (0, 1)
-        ]
+        joint = [sample_heun(one, noise[i : i + 1], sigmas, labels[i : i + 1]) for i in (0, 1)]
         assert relative_error(torch.cat(joint), separate) < 1e-5
         # Of the levels 80, 9.7, 0.47 and 0.002 two lie inside, the guide's share of 4 + 3 evaluations being 2 + 2.
         assert sizes == [1, 2, 2, 2, 2, 1, 1] * 2
         sizes.clear()
-        larger = sample_heun(network, noise, labels, guide=one, **options)
+        larger = sample_heun(one, noise, sigmas, labels)
         assert relative_error(larger, separate) < 1e-5
         assert sizes == [2] * 11
-    assert relative_error(sample_heun(tiny, noise, labels, num_steps=4), separate) > 0.1
+    assert relative_error(sample_heun(tiny, noise, sigmas, labels), separate) > 0.1
 
 
 def test_a_guide_without_labels_is_not_joined_to_another_network(tiny):
     x, labels = torch.ones(1, *SHAPE), torch.tensor([3])
     main = guided(lambda *_: torch.zeros(1), WithoutLabels(tiny, tiny.label_dim), 2.0)
     assert torch.equal(main(x, torch.tensor(1.0), labels), -tiny(x, torch.tensor(1.0), None))
-    with pytest.raises(ValueError, match="a guide without labels has no effect where the images have none"):
+    with pytest.raises(ValueError, match="a guide without labels has no effect on images without labels"):
         main(x, torch.tensor(1.0), None)
 
 
@@ -228,7 +298,9 @@ def test_schedule_ends_and_defaults():
 def test_samplers_go_by_their_names():
     assert {*SAMPLERS} == {*typing.get_args(SamplerName)}
     assert find_sampler("euler") is sample_euler
-    with pytest.raises(ValueError, match="unknown sampler 'rk4': there are heun, euler, dpmpp-2m"):
+    with pytest.raises(
+        ValueError, match="unknown sampler 'rk4': there are heun, euler, dpmpp-2m, dpmpp-2m-sde"
+    ):
         find_sampler("rk4")
 
 
@@ -238,20 +310,19 @@ def test_samplers_go_by_their_names():
         (dict(num_steps=0), "num_steps 0 must be at least 1"),
         (dict(sigma_min=2.0, sigma_max=1.0), "0 < sigma_min < sigma_max must hold"),
         (dict(rho=-1.0), "rho -1.0 must be positive"),
-        (dict(s_churn=1.0), "s_churn 1.0 adds noise: pass randn_like"),
-        (dict(guidance=1.5), "guidance 1.5 needs a guide"),
-        (dict(guidance=2.0, guide=gaussian_denoiser(0, 1), interval=(3.0, 1.0)), "0 <= low < high must hold"),
-        (
-            dict(guidance=2.0, guide=gaussian_denoiser(0, 1), interval=(90.0, 100.0)),
-            r"interval \(90, 100\] of guidance holds none of the schedule's noise levels, 0.002 to 80",
-        ),
-        (dict(interval=(0.1, 1.0)), r"interval \(0.1, 1\] of guidance, but guidance 1 is none"),
-        (dict(guidance=math.nan), "guidance nan must be finite"),
     ],
 )
-def test_bad_sampler_options(options, message):
+def test_bad_schedules(options, message):
     with pytest.raises(ValueError, match=message):
-        sample_heun(gaussian_denoiser(0, 1), torch.zeros(1, 1, 1, 1), **options)
+        time_steps(**options)
+
+
+def test_bad_guidance():
+    denoiser = gaussian_denoiser(0, 1)
+    with pytest.raises(ValueError, match=r"guidance 1\.5 needs a guide"):
+        guided(denoiser, None, 1.5)
+    with pytest.raises(ValueError, match=r"interval \(3, 1\] is empty: 0 <= low < high must hold"):
+        guided(denoiser, denoiser, 2.0, (3.0, 1.0))
 
 
 class Uncertain:

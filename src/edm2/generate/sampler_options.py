@@ -1,0 +1,141 @@
+"""How images are sampled: sampler, schedule, guidance, added noise and clipping, as one checked set of options."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from edm2.diffusion import Churn, DenoiserFn, clipped, find_sampler, guided, time_steps
+
+_SDE = "dpmpp-2m-sde"
+_ALWAYS_TOLD = ("num_steps", "sigma_min", "sigma_max", "rho", "guidance")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerOptions:
+    """Options of `ImageGenerator.images`, `write_samples` and `edm2 sample`.
+
+    Attributes:
+        sampler: Name in `edm2.diffusion.SAMPLERS`, or a function called as
+            `sampler(denoiser, noise, sigmas, labels)`.
+        num_steps: Number of noise levels.
+        sigma_min: Lowest noise level above 0.
+        sigma_max: Highest noise level.
+        rho: Exponent of the schedule.
+        guidance: Guidance weight; 1 for none.
+        interval: Noise levels (low, high] at which guidance acts.
+        s_churn: Strength of the noise that `heun` adds; 0 is deterministic.
+        s_min: Lowest noise level at which `heun` adds noise.
+        s_max: Highest noise level at which `heun` adds noise.
+        s_noise: Scale of the noise that `heun` and `dpmpp-2m-sde` add.
+        clip_denoised: Clamp the denoised images of every step to the range of pixels.
+
+    Raises:
+        ValueError: If a value is out of range, or has no effect with the others.
+    """
+
+    sampler: str | Callable[..., Tensor] = "heun"
+    num_steps: int = 32
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    guidance: float = 1.0
+    interval: tuple[float, float] = (0.0, math.inf)
+    s_churn: float = 0.0
+    s_min: float = 0.0
+    s_max: float = math.inf
+    s_noise: float = 1.0
+    clip_denoised: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sampler, str):
+            find_sampler(self.sampler)
+        levels = self.sigmas()[:-1].tolist()
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance {self.guidance} must be finite")
+        low, high = self.interval
+        if self.interval != (0.0, math.inf):
+            told = f"guidance interval ({low:g}, {high:g}]"
+            if self.guidance == 1:
+                raise ValueError(f"{told} has no effect with guidance 1: give a weight and a guide")
+            if not 0 <= low < high:
+                raise ValueError(f"{told} is empty: 0 <= low < high must hold")
+            if not any(low < level <= high for level in levels):
+                raise ValueError(
+                    f"{told} holds none of the schedule's noise levels, {levels[-1]:g} to {levels[0]:g}: choose one "
+                    "that does"
+                )
+        self._check_noise()
+
+    def _check_noise(self) -> None:
+        if not 0 <= self.s_churn < math.inf:
+            raise ValueError(f"s_churn {self.s_churn} must be at least 0 and finite; 0 adds no noise")
+        if self.s_churn and self.sampler != "heun":
+            raise ValueError(
+                f"the sampler {self.sampler} has no s_churn: leave it out, or choose the sampler heun"
+            )
+        if not 0 <= self.s_min < self.s_max:
+            raise ValueError(f"s_min {self.s_min:g} and s_max {self.s_max:g}: 0 <= s_min < s_max must hold")
+        if not 0 <= self.s_noise < math.inf:
+            raise ValueError(f"s_noise {self.s_noise} must be at least 0 and finite")
+        limits = (self.s_min, self.s_max) != (0.0, math.inf)
+        if not self.s_churn and (limits or (self.s_noise != 1 and self.sampler != _SDE)):
+            raise ValueError(
+                f"s_min {self.s_min:g}, s_max {self.s_max:g} and s_noise {self.s_noise:g} have no effect without "
+                "s_churn: give it a value above 0, or leave them out"
+            )
+
+    def sigmas(self) -> Tensor:
+        """The schedule, see `edm2.diffusion.time_steps`."""
+        return time_steps(self.num_steps, self.sigma_min, self.sigma_max, self.rho)
+
+    def sample(
+        self,
+        denoiser: DenoiserFn,
+        noise: Tensor,
+        labels: Tensor | None = None,
+        *,
+        guide: DenoiserFn | None = None,
+        bounds: tuple[Tensor, Tensor] | None = None,
+        randn_like: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Run the sampler.
+
+        Args:
+            denoiser: Main network.
+            noise: `[B, C, H, W]` unit normal.
+            labels: Passed to denoiser and guide.
+            guide: Network to guide with.
+            bounds: Lowest and highest value of clean images; needed with `clip_denoised`.
+            randn_like: Draws unit noise of the shape of its argument.
+
+        Returns:
+            `[B, C, H, W]` float32.
+
+        Raises:
+            ValueError: If guidance lacks a guide, or images to be clipped have no range.
+        """
+        network = guided(denoiser, guide, self.guidance, self.interval)
+        if self.clip_denoised:
+            if bounds is None:
+                raise ValueError("clip_denoised is for models of pixels, whose range is known: leave it out")
+            network = clipped(network, *bounds)
+        run = find_sampler(self.sampler) if isinstance(self.sampler, str) else self.sampler
+        extra: dict[str, Any] = {}
+        if self.s_churn:
+            extra["churn"] = Churn(self.s_churn, self.s_min, self.s_max, self.s_noise, randn_like)
+        elif self.sampler == _SDE:
+            extra = {"s_noise": self.s_noise, "randn_like": randn_like}
+        return run(network, noise, self.sigmas(), labels, **extra)
+
+    def to_json(self) -> dict[str, Any]:
+        """What the record of samples says: the main options, and the others where they are not the defaults."""
+        told = {"name": self.sampler}
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if field.name in _ALWAYS_TOLD or value != field.default:
+                told[field.name] = value
+        return told

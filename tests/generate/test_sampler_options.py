@@ -1,0 +1,103 @@
+"""Sampler options mean what they say, and options without an effect are refused."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from small import latent_coding, small_denoiser, small_generator
+from torch import Tensor
+
+from edm2.diffusion import sample_heun, time_steps
+from edm2.generate import ImageGenerator, SamplerOptions
+
+
+def constant(x: Tensor, sigma: Tensor, labels: Tensor | None, /) -> Tensor:
+    return torch.full_like(x, 3.0)
+
+
+def test_noise_reaches_the_sampler_that_takes_it() -> None:
+    noise, given = torch.zeros(1, 1, 1, 1), []
+
+    def randn_like(x: Tensor) -> Tensor:
+        given.append(x)
+        return torch.ones_like(x)
+
+    def counted(**options: Any) -> int:
+        given.clear()
+        SamplerOptions(num_steps=8, **options).sample(constant, noise, randn_like=randn_like)
+        return len(given)
+
+    levels = time_steps(8)[:-1]
+    assert counted() == counted(sampler="euler") == counted(sampler="dpmpp-2m") == 0
+    assert counted(s_churn=1.0) == 8
+    assert counted(s_churn=1.0, s_min=0.1, s_max=10.0) == int(((levels >= 0.1) & (levels <= 10)).sum())
+    assert counted(sampler="dpmpp-2m-sde") == 7
+    louder = SamplerOptions(num_steps=2, s_churn=1.0, s_noise=2.0)
+    seen: list[float] = []
+
+    def watched(x: Tensor, sigma: Tensor, labels: Tensor | None, /) -> Tensor:
+        seen.append(float(x))
+        return torch.zeros_like(x)
+
+    louder.sample(watched, noise, randn_like=torch.ones_like)
+    assert seen[0] == pytest.approx(2 * 80 * math.sqrt((math.sqrt(2)) ** 2 - 1))
+
+
+def test_denoised_images_are_clipped_to_the_range_of_pixels() -> None:
+    generator = small_generator()
+    low, high = (
+        generator.decode(torch.full((1, 1, 8, 8), -9.0)),
+        generator.decode(torch.full((1, 1, 8, 8), 9.0)),
+    )
+    assert (low.min(), high.max()) == (0, 255)
+    seen: list[Tensor] = []
+
+    def sampler(denoiser: Any, noise: Tensor, sigmas: Tensor, labels: Tensor | None) -> Tensor:
+        def kept(x: Tensor, sigma: Tensor, labels: Tensor | None, /) -> Tensor:
+            seen.append(denoiser(x, sigma, labels))
+            return seen[-1]
+
+        return sample_heun(kept, 4 * noise, sigmas, labels)
+
+    for clip in (False, True):
+        seen.clear()
+        generator.latents([0], sampler=sampler, num_steps=4, clip_denoised=clip)
+        assert (float(torch.cat(seen).abs().max()) > 1.001) is not clip
+
+
+def test_latents_are_not_clipped() -> None:
+    generator = ImageGenerator(small_denoiser(channels=2), latent_coding())
+    with pytest.raises(ValueError, match="clip_denoised is for models of pixels, whose range is known"):
+        generator.latents([0], clip_denoised=True)
+
+
+def test_record_holds_what_is_not_the_default() -> None:
+    main = dict(name="heun", num_steps=4, sigma_min=0.002, sigma_max=80.0, rho=7.0, guidance=1.0)
+    assert SamplerOptions(num_steps=4).to_json() == main
+    assert SamplerOptions(num_steps=4, s_churn=2.0).to_json() == {**main, "s_churn": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_steps=0), "num_steps 0 must be at least 1"),
+        (dict(sampler="rk4"), "unknown sampler 'rk4': there are heun, euler, dpmpp-2m, dpmpp-2m-sde"),
+        (dict(guidance=math.nan), "guidance nan must be finite"),
+        (dict(guidance=2.0, interval=(3.0, 1.0)), r"interval \(3, 1\] is empty: 0 <= low < high must hold"),
+        (
+            dict(guidance=2.0, interval=(90.0, 100.0)),
+            r"interval \(90, 100\] holds none of the schedule's noise levels, 0.002 to 80: choose one",
+        ),
+        (dict(interval=(0.1, 1.0)), r"interval \(0.1, 1\] has no effect with guidance 1"),
+        (dict(s_churn=-1.0), "s_churn -1.0 must be at least 0 and finite; 0 adds no noise"),
+        (dict(s_churn=1.0, sampler="euler"), "the sampler euler has no s_churn: leave it out, or choose"),
+        (dict(s_churn=1.0, s_min=2.0, s_max=1.0), "s_min 2 and s_max 1: 0 <= s_min < s_max must hold"),
+        (dict(s_churn=1.0, s_noise=-1.0), "s_noise -1.0 must be at least 0 and finite"),
+        (dict(s_min=1.0), "s_min 1, s_max inf and s_noise 1 have no effect without s_churn"),
+        (dict(s_noise=1.1), "have no effect without s_churn: give it a value above 0"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplerOptions(**options)
