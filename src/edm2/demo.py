@@ -23,7 +23,8 @@ from edm2.presets import get_preset
 from edm2.progress import Progress, show, time_text
 from edm2.report import Page, figure_png, image_grid, loss_curve, save_png, score_curve, uncertainty_curve
 from edm2.train import TrainConfig, train
-from edm2.train.run_folder import SNAPSHOTS, flat_settings, read_log
+from edm2.train.logs import read_log
+from edm2.train.run_folder import SNAPSHOTS, flat_settings
 
 SWEEP = (0.05, 0.07, 0.09, 0.11, 0.13, 0.16, 0.20, 0.25)
 _SWEEP_SEED, _SWEEP_IMAGES, _SWEEP_STEPS = 1_000_000, 300, 16

@@ -19,22 +19,14 @@ from edm2.report import Page, image_grid, loss_curve, uncertainty_curve
 from edm2.report.ema_figures import reconstruction_figure, tracked_figure
 from edm2.report.magnitudes import KINDS, Records, add_magnitudes, magnitude_curve
 from edm2.train.build import open_run_data
-from edm2.train.run_folder import (
-    CONFIG_FILE,
-    LOG_FILE,
-    MAGNITUDES_FILE,
-    SNAPSHOTS,
-    flat_settings,
-    read_config,
-    read_log,
-)
+from edm2.train.logs import LOG_FILE, MAGNITUDES_FILE, read_log
+from edm2.train.run_folder import CONFIG_FILE, SNAPSHOTS, flat_settings, read_config
 from edm2.tuning.page import add_knobs, add_ranking, add_result
 from edm2.tuning.result import read_tuned
 
 _NOISE_IMAGES = 256
 _MOMENTS, _SEEDS_SHOWN, _STEPS = 6, 10, 16
 _LENGTHS = (0.03, 0.05, 0.10, 0.20)
-_LOGGED = ("num_images", "images_per_second", "seconds", "learning_rate", "nonfinite_steps")
 
 
 class _Run:
@@ -58,17 +50,8 @@ class _Run:
         loss = self.settings.get("loss")
         good = {CONFIG_FILE: _has_numbers(self.settings, ("num_images",))}
         good[CONFIG_FILE] &= isinstance(loss, dict) and _has_numbers(loss, ("p_mean", "p_std"))
-        good[LOG_FILE] = all(
-            _has_numbers(record, _LOGGED) and _has_numbers(record, ("loss", "grad_norm"), optional=True)
-            for record in self.log
-        )
-        good[MAGNITUDES_FILE] = all(
-            _has_numbers(record, ("num_images",))
-            and all(isinstance(r := record.get(kind), dict) and _has_numbers(r, r.keys()) for kind in KINDS)
-            for record in self.magnitudes
-        )
         for name, records in ((LOG_FILE, self.log), (MAGNITUDES_FILE, self.magnitudes)):
-            good[name] = good[name] and _is_one_course(records)
+            good[name] = _is_one_course(records)
         damaged = [name for name, is_good in good.items() if not is_good]
         if damaged:
             raise ValueError(f"{self.folder / damaged[0]} is damaged: restore it from a copy")

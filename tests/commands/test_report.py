@@ -42,7 +42,7 @@ def test_samples_and_trackers_from_the_command_line(tmp_path, capsys):
     main(["train", *TINY, "--images", "64", "--sample-images", "32", "--out", str(out)])
     assert len(list((out / "progress").glob("*.png"))) == 2
     with pytest.raises(SystemExit) as stop:
-        main(["train", *TINY, "--track", "mlflow", "--out", str(tmp_path / "other")])
+        main(["train", *TINY, "--log-to", "mlflow", "--out", str(tmp_path / "other")])
     assert stop.value.code == 2
-    assert "unknown tracker 'mlflow'" in capsys.readouterr().err
+    assert "unknown logger 'mlflow'" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_run import files_of, log_of
 
-from edm2.train.run_folder import MAGNITUDES_FILE
+from edm2.train.logs import MAGNITUDES_FILE
 
 WORKER = Path(__file__).with_name("kill_worker.py")
 

@@ -1,15 +1,18 @@
 """A run's folder takes only what belongs to the run."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_run import files_of, tiny_config, tiny_data, tiny_network
 
-from edm2.train import OptimizerConfig, train
+from edm2.train import OptimizerConfig, Trainer, train
 from edm2.train.build import open_training_data, pick_device
-from edm2.train.run_folder import append_log, claim, hold, read_config, read_log, rewind_log
+from edm2.train.logs import append_log, read_log
+from edm2.train.run_folder import claim, hold, read_config
 
 
 @pytest.fixture(scope="module")
@@ -100,23 +103,6 @@ def test_checkpoints_without_their_settings_are_no_run(tmp_path: Path) -> None:
         claim(tmp_path, {}, {}, "r")
 
 
-def test_log_ends_where_a_kill_cut_it(tmp_path: Path) -> None:
-    for n in (1, 2, 3):
-        append_log(tmp_path, {"num_images": n})
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"num_images": 4, "lo')
-    assert [record["num_images"] for record in read_log(tmp_path)] == [1, 2, 3]
-    rewind_log(tmp_path, 2)
-    assert (tmp_path / "log.jsonl").read_text() == '{"num_images": 1}\n{"num_images": 2}\n'
-    assert read_log(tmp_path, "missing.jsonl") == []
-
-
-def test_log_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").mkdir()
-    with pytest.raises(OSError, match=r"could not write .*log.jsonl .*: checkpoints are untouched"):
-        append_log(tmp_path, {})
-
-
 def test_settings_are_plain_json(finished: Path) -> None:
     content = json.loads((finished / "config.json").read_text())
     assert content["identity"]["network"]["model_channels"] == 8
@@ -136,3 +122,27 @@ def test_device_that_is_not_there(name: str) -> None:
 def test_devices_that_are_there() -> None:
     assert pick_device("cpu").type == "cpu"
     assert pick_device("auto").type in ("cpu", "cuda")
+
+
+def test_snapshots_lost_before_the_end_are_named(tmp_path: Path) -> None:
+    out, config = tmp_path / "run", tiny_config()
+    train(dataclasses.replace(config, num_images=80), out, dataset=tiny_data(), quiet=True)
+    (lost,) = (out / "snapshots").glob("*80_s0.0500*")
+    lost.unlink()
+    with (
+        pytest.warns(UserWarning, match=f"{lost.name} is .*missing.*; the run goes on without"),
+        pytest.raises(
+            OSError, match=rf"training is done and .*model.safetensors is written, but .*{lost.name}"
+        ),
+    ):
+        train(config, out, dataset=tiny_data(), quiet=True)
+    assert (out / "model.safetensors").exists()
+
+
+def test_a_folder_of_snapshots_that_vanishes_while_the_run_goes_on(tmp_path: Path) -> None:
+    def vanish(trainer: Trainer) -> None:
+        if trainer.num_images == 96:
+            shutil.rmtree(tmp_path / "snapshots")
+
+    with pytest.raises(OSError, match=r"the snapshot of 80 images with EMA length 0\.05 is missing"):
+        train(tiny_config(), tmp_path, dataset=tiny_data(), quiet=True, on_step=vanish)

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_run import files_of, log_of
+from tiny_run import files_of, log_of, tiny_config, tiny_data
 
 from edm2.commands.train import run
+from edm2.train import Stopped, Trainer
 from edm2.train.signals import stop_requests
+from edm2.train.world import World
 
 OPTIONS = [
     "--preset", "digits", "--images", "480", "--batch", "4", "--snapshot-images", "240",
@@ -158,3 +160,13 @@ def test_torchrun_may_pass_on_what_was_received_already(monkeypatch: pytest.Monk
         now[0] += 6
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_processes_whose_launcher_was_killed_save_and_stop(tmp_path: Path) -> None:
+    orphan = World(rank=0, size=1, device=torch.device("cpu"), launcher=-1)
+    assert not World(rank=0, size=1, device=torch.device("cpu"), launcher=os.getppid()).is_orphan
+    trainer = Trainer(tiny_config(), tiny_data(), tmp_path / "run", world=orphan)
+    with pytest.raises(
+        Stopped, match="stopped at 8 of 160 images, checkpoint written; the same command continues"
+    ):
+        trainer.run(quiet=True)

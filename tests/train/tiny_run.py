@@ -9,7 +9,7 @@ import numpy as np
 
 from edm2.data import ArrayDataset
 from edm2.train import EMAConfig, NetworkConfig, OptimizerConfig, TrainConfig
-from edm2.train.run_folder import LOG_FILE, read_log
+from edm2.train.logs import LOG_FILE, read_log
 
 CHANGING = {"seconds", "images_per_second"}  # what the log says about the machine and the day
 

@@ -18,7 +18,8 @@ from edm2.nn import count_flops
 from edm2.nn.configs import CONFIGS
 from edm2.presets import PRESETS, get_preset, image_shape
 from edm2.progress import clean, show
-from edm2.train.run_folder import CONFIG_FILE, LOG_FILE, SNAPSHOTS, read_config, read_log
+from edm2.train.logs import LOG_FILE, read_log
+from edm2.train.run_folder import CONFIG_FILE, SNAPSHOTS, read_config
 
 
 @dataclass(kw_only=True)

@@ -15,8 +15,9 @@ from edm2.presets import get_preset
 from edm2.progress import show
 from edm2.train import Stopped, TrainConfig, train
 from edm2.train.dry_run import dry_run
-from edm2.train.loggers import open_trackers
-from edm2.train.run_folder import LOG_FILE, SNAPSHOTS
+from edm2.train.loggers import open_loggers
+from edm2.train.logs import LOG_FILE
+from edm2.train.run_folder import SNAPSHOTS
 from edm2.train.signals import under_torchrun
 from edm2.train.with_config import with_config
 
@@ -41,8 +42,8 @@ class _Train:
     """Training images between grids of samples from fixed seeds, in the run's folder `progress`. Default: none."""
     sample_sigma_rel: float | None = None
     """EMA length of these samples. Default: the longest tracked one."""
-    track: tuple[str, ...] = ()
-    """Also log to tensorboard, wandb or trackio, one or several."""
+    log_to: tuple[str, ...] = ()
+    """Also log to tensorboard, wandb or trackio; several may be given."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
@@ -62,14 +63,14 @@ def run(prog: str, words: Sequence[str]) -> None:
         show(json.dumps(chosen.config.to_json(), indent=1))
         show(dry_run(chosen.config).describe(chosen.machines))
         return
-    trackers = open_trackers(chosen.track)
+    loggers = open_loggers(chosen.log_to)
     live = None
     if chosen.sample_images is not None:
         live = LiveSamples(every=chosen.sample_images, sigma_rel=chosen.sample_sigma_rel)
         live.check(chosen.config.ema.sigma_rels)
     is_first = os.environ.get("RANK", "0") == "0"  # set by torchrun; the first process speaks for all
     try:
-        model = train(chosen.config, chosen.out, preset=chosen.preset, on_step=live, trackers=trackers)
+        model = train(chosen.config, chosen.out, preset=chosen.preset, on_step=live, loggers=loggers)
     except Stopped as stop:
         # torchrun takes any other code for a failure, and would start all processes again.
         code = 0 if under_torchrun() else EXIT_STOPPED

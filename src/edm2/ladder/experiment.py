@@ -26,7 +26,8 @@ from edm2.nn import CONFIGS
 from edm2.progress import show
 from edm2.train import TrainConfig, train
 from edm2.train.build import open_training_data, pick_device
-from edm2.train.run_folder import MAGNITUDES_FILE, SNAPSHOTS, flat_settings, read_log
+from edm2.train.logs import MAGNITUDES_FILE, read_log
+from edm2.train.run_folder import SNAPSHOTS, flat_settings
 from edm2.train.with_config import with_config
 
 # Seeds of samples: the search for rate and length never sees those that the result is measured with.

@@ -14,7 +14,7 @@ from edm2.report import Page
 from edm2.report.ladder_figures import growth_figure, ladder_figure, length_curves
 from edm2.report.magnitudes import add_magnitudes
 from edm2.train import TrainConfig
-from edm2.train.run_folder import MAGNITUDES_FILE, read_log
+from edm2.train.logs import MAGNITUDES_FILE, read_log
 
 PAPER_FID = {"A": 8.00, "B": 7.24, "C": 6.96, "D": 3.75, "E": 3.02, "F": 2.71, "G": 2.56}
 """ImageNet-512, size S, from the paper's Table 1."""

@@ -1,4 +1,4 @@
-"""Experiment trackers: TensorBoard, Weights & Biases, trackio, or anything with the same three methods.
+"""Experiment loggers: TensorBoard, Weights & Biases, trackio, or anything with the same three methods.
 
 The run's own JSON lines are always written; these are for watching along.
 """
@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from edm2.extras import need
 
-_WITHOUT = ", or leave it out of --track: the run's log.jsonl is written in any case"
+_WITHOUT = ", or leave it out of --log-to: the run's log.jsonl is written in any case"
 
 
-class Tracker(Protocol):
+class Logger(Protocol):
     """What a run tells of itself while it trains."""
 
     def start(self, run: Path, run_id: str, settings: Mapping[str, Any], num_images: int) -> None:
@@ -36,21 +36,21 @@ class TensorBoard:
     """Event files in the run's folder `tensorboard`."""
 
     def __init__(self) -> None:
-        self._module = need("torch.utils.tensorboard", "--track tensorboard", instead=_WITHOUT)
+        self._module = need("torch.utils.tensorboard", "--log-to tensorboard", instead=_WITHOUT)
         self._writer: Any = None
 
     def start(self, run: Path, run_id: str, settings: Mapping[str, Any], num_images: int) -> None:
-        """See `Tracker.start`."""
+        """See `Logger.start`."""
         # Purging hides what an interrupted session logged after its last checkpoint.
         self._writer = self._module.SummaryWriter(str(run / "tensorboard"), purge_step=num_images + 1)
 
     def log(self, num_images: int, values: Mapping[str, float]) -> None:
-        """See `Tracker.log`."""
+        """See `Logger.log`."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, global_step=num_images)
 
     def finish(self) -> None:
-        """See `Tracker.finish`."""
+        """See `Logger.finish`."""
         self._writer.close()
 
 
@@ -58,21 +58,21 @@ class _Hosted:
     """wandb, and trackio, which took over its functions."""
 
     def __init__(self, package: str) -> None:
-        self._module = need(package, f"--track {package}", instead=_WITHOUT)
+        self._module = need(package, f"--log-to {package}", instead=_WITHOUT)
 
     def start(self, run: Path, run_id: str, settings: Mapping[str, Any], num_images: int) -> None:
-        """See `Tracker.start`."""
+        """See `Logger.start`."""
         self._module.init(**self._identity(run, run_id), config=dict(settings), resume="allow")
 
     def _identity(self, run: Path, run_id: str) -> dict[str, Any]:
         raise NotImplementedError
 
     def log(self, num_images: int, values: Mapping[str, float]) -> None:
-        """See `Tracker.log`."""
+        """See `Logger.log`."""
         self._module.log(dict(values), step=num_images)
 
     def finish(self) -> None:
-        """See `Tracker.finish`."""
+        """See `Logger.finish`."""
         self._module.finish()
 
 
@@ -96,22 +96,22 @@ class Trackio(_Hosted):
         return {"project": "edm2", "name": f"{run.name}-{run_id}"}
 
 
-TRACKERS: dict[str, Callable[[], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+LOGGERS: dict[str, Callable[[], Logger]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
 
 
-def open_trackers(names: tuple[str, ...]) -> list[Tracker]:
-    """Make the trackers of some names, so that a missing package is noticed before the run starts.
+def open_loggers(names: tuple[str, ...]) -> list[Logger]:
+    """Make the loggers of some names, so that a missing package is noticed before the run starts.
 
     Raises:
         ValueError: for an unknown name.
         MissingExtra: for a package that is not installed.
     """
-    unknown = [name for name in names if name not in TRACKERS]
+    unknown = [name for name in names if name not in LOGGERS]
     if unknown:
-        raise ValueError(f"unknown tracker {unknown[0]!r}: choose from {', '.join(TRACKERS)}")
-    return [TRACKERS[name]() for name in names]
+        raise ValueError(f"unknown logger {unknown[0]!r}: choose from {', '.join(LOGGERS)}")
+    return [LOGGERS[name]() for name in names]
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """The values of a log's record that a tracker can draw."""
+    """The values of a log's record that a logger can draw."""
     return {name: float(value) for name, value in record.items() if isinstance(value, int | float)}

@@ -8,6 +8,7 @@ Ref: EDM2 Sec. 2-3, App. B; SPEC sections 3-5.
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -26,7 +27,8 @@ from edm2.train.build import build_denoiser, ema_device, git_state, open_trainin
 from edm2.train.checkpoint import Role, find_newest, newest, prune, read_checkpoint
 from edm2.train.coding import Coding, make_coding
 from edm2.train.config import TrainConfig
-from edm2.train.loggers import Tracker, numbers
+from edm2.train.loggers import Logger, numbers
+from edm2.train.logs import LOG_FILE, MAGNITUDES_FILE, append_log, rewind_log
 from edm2.train.memory import size_text, used_bytes
 from edm2.train.parallel import whole
 from edm2.train.saver import Saver
@@ -45,7 +47,7 @@ def train(
     preset: str = "",
     quiet: bool = False,
     on_step: Callable[["Trainer"], None] | None = None,
-    trackers: Sequence[Tracker] = (),
+    loggers: Sequence[Logger] = (),
 ) -> Path:
     """Train, or continue the run that the folder holds; under torchrun, on all its processes together.
 
@@ -56,7 +58,7 @@ def train(
         preset: name that the settings come from, noted in the files.
         quiet: show no progress.
         on_step: called after every step, for callers who want to look inside.
-        trackers: told whatever is logged, see `edm2.train.loggers`.
+        loggers: told whatever is logged, see `edm2.train.loggers`.
 
     Returns:
         The final model's file: the longest tracked average at the end of the run.
@@ -69,7 +71,7 @@ def train(
     """
     with join_world(config.device) as world:
         # A function of its own, so that nothing holds the process group when it is left.
-        return _train(config, Path(out), world, dataset, preset, quiet, on_step, trackers)
+        return _train(config, Path(out), world, dataset, preset, quiet, on_step, loggers)
 
 
 def _train(
@@ -80,22 +82,22 @@ def _train(
     preset: str,
     quiet: bool,
     on_step: "Callable[[Trainer], None] | None",
-    trackers: Sequence[Tracker],
+    loggers: Sequence[Logger],
 ) -> Path:
     with ExitStack() as held:
         world.on_first(lambda: held.enter_context(run_folder.hold(out)))
         dataset = open_training_data(config) if dataset is None else dataset
         trainer = Trainer(config, dataset, out, preset=preset, world=world)
         trainer.resume()
-        trainer.trackers = trackers if world.is_first else ()
-        for tracker in trainer.trackers:
-            tracker.start(trainer.out, trainer.run_id, config.to_json(), trainer.num_images)
+        trainer.loggers = loggers if world.is_first else ()
+        for logger in trainer.loggers:
+            logger.start(trainer.out, trainer.run_id, config.to_json(), trainer.num_images)
         try:
             trainer.run(quiet=quiet, on_step=on_step)
         finally:
             trainer.close()
-            for tracker in trainer.trackers:
-                tracker.finish()
+            for logger in trainer.loggers:
+                logger.finish()
         return trainer.finish()
 
 
@@ -115,13 +117,13 @@ class Trainer:
         ema: the averages; None on all processes but the first, unless the network is sharded.
         num_images: images seen.
         run_id: name of the run.
-        trackers: told whatever is logged.
+        loggers: told whatever is logged.
 
     Raises:
         ValueError: as in `train`.
     """
 
-    trackers: Sequence[Tracker] = ()
+    loggers: Sequence[Logger] = ()
 
     def __init__(
         self,
@@ -168,6 +170,7 @@ class Trainer:
         self._due: Role | None = None
         self._stop = False
         self._tally = Tally(self.device)
+        self._snapshot_times: list[int] = []
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint, if there is one.
@@ -191,9 +194,12 @@ class Trainer:
             scatter(tensors, state["ema"], self.denoiser, self.optimizer, self.ema)
             self.num_images = number
             self._tally.load_json(state["tally"])
+            self._snapshot_times = state["snapshots"]
         if self.world.is_first:
-            for name in (run_folder.LOG_FILE, run_folder.MAGNITUDES_FILE):
-                run_folder.rewind_log(self.out, self.num_images, name)
+            for name in (LOG_FILE, MAGNITUDES_FILE):
+                rewind_log(self.out, self.num_images, name)
+            if not self._is_last(self.num_images) and (problems := self._lost_snapshots()):
+                warnings.warn(f"{'; '.join(problems)}; the run goes on without", stacklevel=2)
 
     def run(self, *, quiet: bool = False, on_step: Callable[["Trainer"], None] | None = None) -> None:
         """Train until `config.num_images`, saving on the way and at the end.
@@ -243,8 +249,11 @@ class Trainer:
 
     def _stop_if_asked(self, signalled: bool) -> None:
         config = self.config
+        # Without torchrun nothing would restart or end these processes; the same command continues.
         late = config.max_hours is not None and time.monotonic() - self._start > config.max_hours * 3600
-        if not self.world.any(self._stop or signalled or late) or self._is_last(self.num_images):
+        if not self.world.any(self._stop or signalled or late or self.world.is_orphan) or self._is_last(
+            self.num_images
+        ):
             return
         saved = "checkpoint written"
         if bad := self._tally.bad_in_a_row:
@@ -280,9 +289,7 @@ class Trainer:
             self._check_finite()
         if recorder is not None:
             found = dataclasses.asdict(recorder.read())
-            run_folder.append_log(
-                self.out, {"num_images": self.num_images, **found}, run_folder.MAGNITUDES_FILE
-            )
+            append_log(self.out, {"num_images": self.num_images, **found}, MAGNITUDES_FILE)
 
     def _check_finite(self) -> None:
         bad, config = self._tally.bad_in_a_row, self.config
@@ -311,9 +318,9 @@ class Trainer:
             "learning_rate": self._stepper.learning_rate,
         }
         if self.world.is_first:
-            run_folder.append_log(self.out, {**record, **timing})
-        for tracker in self.trackers:
-            tracker.log(self.num_images, numbers({**record, **timing}))
+            append_log(self.out, {**record, **timing})
+        for logger in self.loggers:
+            logger.log(self.num_images, numbers({**record, **timing}))
         shown = {"loss": sums["loss"], "nonfinite_steps": sums["nonfinite_steps"]}
         memory = size_text(used_bytes(self.device))
         return {name: value for name, value in shown.items() if value} | {"memory": memory}
@@ -327,6 +334,10 @@ class Trainer:
         described = (folder / MANIFEST).exists()
         description = {"network": self.denoiser.config, "info": self.info}
         self.ema.snapshot(folder, metadata=None if described else description, dtype=self.config.ema.dtype)
+        self._snapshot_times.append(self.num_images)
+
+    def _lost_snapshots(self) -> list[str]:
+        return run_folder.find_lost_snapshots(self.out, self._snapshot_times, self.config.ema.sigma_rels)
 
     def close(self) -> None:
         """End what reads images in the background; a later step starts it anew."""
@@ -354,6 +365,7 @@ class Trainer:
             "run_id": self.run_id,
             "ema": average,
             "tally": self._tally.to_json(),
+            "snapshots": list(self._snapshot_times),
             "settings": self._settings,
             "versions": versions(),
             "git": git_state(),
@@ -367,7 +379,14 @@ class Trainer:
         return "milestone" if every and crossed and number % every == 0 else "regular"
 
     def finish(self) -> Path:
-        """Write the longest tracked average as the run's model, and return its file."""
+        """Write the longest tracked average as the run's model.
+
+        Returns:
+            The model's file.
+
+        Raises:
+            OSError: If snapshots were lost while the run went on; the model is written all the same.
+        """
         longest = max(self.config.ema.sigma_rels)
         tensors = {name: whole(value) for name, value in self.denoiser.state_dict().items()}
         tensors |= {} if self.ema is None else self.ema.average(longest)
@@ -375,6 +394,12 @@ class Trainer:
 
         def write() -> None:
             save_model(self.out, self.denoiser.config, tensors, info, overwrite=True)
+            if problems := self._lost_snapshots():
+                raise OSError(
+                    f"training is done and {self.out / MODEL_FILE} is written, but snapshots are lost, which other EMA "
+                    f"lengths are made from: {'; '.join(problems)}. Restore them from a copy, then run the same "
+                    "command again"
+                )
 
         self.world.on_first(write)
         return self.out / MODEL_FILE

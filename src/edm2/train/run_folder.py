@@ -1,19 +1,18 @@
 """The folder of a training run: its settings, its log, and whether it may be written to."""
 
 import contextlib
+import itertools
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from edm2.diffusion import MODEL_FILE
 from edm2.ema.storage.locking import folder_lock
-from edm2.files import reason, remedy, write_atomic, write_json
+from edm2.ema.storage.snapshots import open_snapshot, read_manifest
+from edm2.files import write_json
 
 CONFIG_FILE = "config.json"
-LOG_FILE = "log.jsonl"
-MAGNITUDES_FILE = "magnitudes.jsonl"
 SNAPSHOTS = "snapshots"
 CHECKPOINTS = "checkpoints"
 
@@ -88,6 +87,37 @@ def check_not_lost(out: Path) -> None:
         )
 
 
+def find_lost_snapshots(out: Path, times: Sequence[int], sigma_rels: Sequence[float]) -> list[str]:
+    """Compare the run's snapshots with those that it took; sizes and headers are read, not the contents.
+
+    Args:
+        out: Folder of the run.
+        times: Images seen at each snapshot that was taken.
+        sigma_rels: Lengths of the averages that were stored each time.
+
+    Returns:
+        What is missing or damaged, a sentence for each file; nothing where all is well.
+    """
+    folder = out / SNAPSHOTS
+    if not times:
+        return []
+    try:
+        manifest = read_manifest(folder)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    stored = {(s.t, s.sigma_rel): s for s in manifest.snapshots}
+    problems = []
+    for t, sigma_rel in itertools.product(times, sigma_rels):
+        if (t, sigma_rel) not in stored:
+            problems.append(f"the snapshot of {t} images with EMA length {sigma_rel:g} is missing")
+            continue
+        try:
+            open_snapshot(folder, manifest.run, stored[t, sigma_rel])
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    return problems
+
+
 def read_config(out: Path) -> dict[str, Any]:
     """What `claim` wrote.
 
@@ -110,48 +140,6 @@ def read_config(out: Path) -> dict[str, Any]:
             f"{path} is damaged ({error}): restore it from a copy, or choose another --out"
         ) from error
     return content
-
-
-def read_log(out: Path, name: str = LOG_FILE) -> list[dict[str, Any]]:
-    """A log's records, in order; a last line that was cut short by a kill is left out."""
-    path = out / name
-    records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-            if not isinstance(record, dict):
-                break
-            records.append(record)
-    return records
-
-
-def rewind_log(out: Path, num_images: int, name: str = LOG_FILE) -> None:
-    """Drop the records of images after `num_images`, which will be trained again."""
-    if (out / name).exists():
-        kept = [record for record in read_log(out, name) if record["num_images"] <= num_images]
-        write_atomic(out / name, "".join(json.dumps(record) + "\n" for record in kept).encode())
-
-
-def append_log(out: Path, record: dict[str, Any], name: str = LOG_FILE) -> None:
-    """Add a record to a log, safely on the disk before what follows it.
-
-    Raises:
-        OSError: where it cannot be written.
-    """
-    try:
-        with open(out / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"could not write {out / name} ({reason(error)}): checkpoints are untouched; {remedy(error)} and run the "
-            "same command again",
-        ) from error
 
 
 def _remove_if_empty(folder: Path) -> None:

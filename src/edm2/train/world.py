@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from edm2.train.build import pick_device
+from edm2.train.signals import under_torchrun
 
 
 class FirstFailed(RuntimeError):
@@ -31,16 +32,23 @@ class World:
         rank: number of this process, from 0.
         size: number of processes.
         device: where it computes.
+        launcher: process that started this one and watches it, under torchrun.
     """
 
     rank: int
     size: int
     device: torch.device
+    launcher: int | None = None
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes files and shows progress."""
         return self.rank == 0
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether torchrun is gone, as after a kill, while its processes run on."""
+        return self.launcher is not None and os.getppid() != self.launcher
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum of a tensor over all processes, in place."""
@@ -108,8 +116,9 @@ def join_world(device: str) -> Iterator[World]:
         device: as in `pick_device`; with several processes `auto` and `cuda` take the GPU of the local rank.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    launcher = os.getppid() if under_torchrun() else None
     if size == 1:
-        yield World(rank=0, size=1, device=pick_device(device))
+        yield World(rank=0, size=1, device=pick_device(device), launcher=launcher)
         return
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -126,7 +135,7 @@ def join_world(device: str) -> Iterator[World]:
         with warnings.catch_warnings():
             if rank > 0:  # the first one says it for all
                 warnings.simplefilter("ignore")
-            yield World(rank=rank, size=size, device=chosen)
+            yield World(rank=rank, size=size, device=chosen, launcher=launcher)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
         raise

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from edm2.train.loggers import open_trackers
+from edm2.train.loggers import open_loggers
 
 
 def test_tensorboard_events_are_read_back(tmp_path):
@@ -15,11 +15,11 @@ def test_tensorboard_events_are_read_back(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for seen, values in ((0, (1.0, 2.0, 3.0)), (32, (20.0, 30.0))):
-        (tracker,) = open_trackers(("tensorboard",))
-        tracker.start(tmp_path, "abc", {}, seen)
+        (logger,) = open_loggers(("tensorboard",))
+        logger.start(tmp_path, "abc", {}, seen)
         for i, value in enumerate(values):
-            tracker.log(seen + 32 * (i + 1), {"loss": value})
-        tracker.finish()
+            logger.log(seen + 32 * (i + 1), {"loss": value})
+        logger.finish()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(32, 1.0), (64, 20.0), (96, 30.0)]
@@ -27,14 +27,14 @@ def test_tensorboard_events_are_read_back(tmp_path):
 
 _TRACKIO = """
 import json, pathlib, sys
-from edm2.train.loggers import open_trackers
+from edm2.train.loggers import open_loggers
 from trackio.sqlite_storage import SQLiteStorage
 for seen, values in ((0, (1.0, 2.0)), (64, (3.0,))):
-    (tracker,) = open_trackers(("trackio",))
-    tracker.start(pathlib.Path("a-run"), "abc", {"seed": 7}, seen)
+    (logger,) = open_loggers(("trackio",))
+    logger.start(pathlib.Path("a-run"), "abc", {"seed": 7}, seen)
     for i, value in enumerate(values):
-        tracker.log(seen + 32 * (i + 1), {"loss": value})
-    tracker.finish()
+        logger.log(seen + 32 * (i + 1), {"loss": value})
+    logger.finish()
 (name,) = SQLiteStorage.get_runs("edm2")
 print("found", json.dumps([name, SQLiteStorage.get_logs("edm2", name), SQLiteStorage.get_run_config("edm2", name)]))
 """
@@ -56,8 +56,8 @@ def test_trackio_continues_one_run(tmp_path):
 def test_wandb_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    (tracker,) = open_trackers(("wandb",))
-    tracker.start(tmp_path, "abc", {"seed": 1}, 0)
-    tracker.log(32, {"loss": 0.5})
-    tracker.finish()
+    (logger,) = open_loggers(("wandb",))
+    logger.start(tmp_path, "abc", {"seed": 1}, 0)
+    logger.log(32, {"loss": 0.5})
+    logger.finish()
     assert list(tmp_path.rglob("run-abc.wandb"))
