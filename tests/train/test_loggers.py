@@ -4,12 +4,8 @@ from pathlib import Path
 
 import pytest
 
-<<<<<<< HEAD
 from edm2.extras import MissingExtra
-from edm2.train.loggers import numbers, open_trackers
-=======
 from edm2.train.loggers import numbers, open_loggers
->>>>>>> 2576b7d (Logs lose at most the damaged line and name it; lost snapshots are told at the start and the end of a session)
 
 
 class Recorded(types.ModuleType):
@@ -79,10 +75,7 @@ def test_unknown_or_missing(monkeypatch):
     with pytest.raises(ValueError, match="unknown logger 'mlflow': choose from tensorboard, wandb, trackio"):
         open_loggers(("mlflow",))
     monkeypatch.setitem(sys.modules, "wandb", None)
-<<<<<<< HEAD
-    with pytest.raises(MissingExtra, match=r"--track wandb needs .*\.\[log\].*, or leave it out of --track"):
-        open_trackers(("wandb",))
-=======
-    with pytest.raises(ValueError, match="wandb is not installed: run `pip install wandb`"):
+    with pytest.raises(
+        MissingExtra, match=r"--log-to wandb needs .*\.\[log\].*, or leave it out of --log-to"
+    ):
         open_loggers(("wandb",))
->>>>>>> 2576b7d (Logs lose at most the damaged line and name it; lost snapshots are told at the start and the end of a session)
