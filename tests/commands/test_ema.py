@@ -136,7 +136,7 @@ def test_profile_picture_shows_a_few_at_most() -> None:
     times = np.linspace(0, 1, 50)
     one = Profiles(label="a", wanted=times, made=times**2)
     assert figure_png(profile_figure(times, [one], clock="steps"))[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="8 profiles: a picture shows 1 to 7"):
+    with pytest.raises(ValueError, match="8 EMA lengths: a figure shows 1 to 7"):
         profile_figure(times, [one] * 8, clock="steps")
 
 

@@ -10,7 +10,7 @@ from edm2.ladder import experiment as ladder_experiment
 from edm2.ladder.experiment import LadderPlan, growth, run_ladder, spread, with_length
 from edm2.ladder.page import table, write_ladder_report
 from edm2.presets import get_preset
-from edm2.report.ladder_figures import growth_figure, ladder_figure, length_curves
+from edm2.report.ladder_figures import growth_figure, ladder_figure
 from edm2.train.signals import Stopped
 from edm2.train.with_config import with_config
 
@@ -219,7 +219,7 @@ def test_report(done, settings):
     # Of two rates and two lengths each is the first or the last.
     for rung in rungs:
         assert (
-            "ln σ of B to G has mean -0.4 and standard deviation 1; dropout: each configuration&#x27;s own"
+            "ln σ of B to G has mean -0.4 and standard deviation 1; dropout: each configuration&#39;s own"
             in page
         )
         assert f"{rung.config}: the best rate factor, 1, lies at an end of those tried." in page
@@ -243,10 +243,6 @@ def test_diverged_runs_are_named_in_the_figure():
     assert [text.get_text() for text in figure.axes[0].texts] == ["also 53.2", "1 diverged"]
     assert figure.axes[0].get_ylim()[1] < 20
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a run", "median"]
-    with pytest.raises(ValueError, match="no value is finite"):
-        ladder_figure({"A": [math.inf]}, {"A": 8.0})
-    with pytest.raises(ValueError, match="leave out those that diverged"):
-        length_curves([0.05, 0.1], {"A": [math.inf, 2.0]})
 
 
 def test_everything_diverged(tmp_path, settings):

@@ -39,5 +39,5 @@ def test_a_stored_average_is_its_own_reconstruction():
     wanted, made = top.lines
     np.testing.assert_allclose(made.get_ydata(), wanted.get_ydata(), atol=1e-12)
     assert np.abs(bottom.lines[0].get_ydata()).max() < 1e-9
-    with pytest.raises(ValueError, match="0 profiles: a picture shows 1 to 7"):
+    with pytest.raises(ValueError, match="0 EMA lengths: a figure shows 1 to 7"):
         reconstruction_figure(manifest(), [])

@@ -89,12 +89,3 @@ def test_zero_and_infinite_values_are_gaps():
     figure = magnitude_curve([1, 2, 3], [{"a": 0.0}, {"a": np.inf}, {"a": 2.0}], label="RMS")
     assert np.isnan(lines(figure)["a"].get_ydata()[:2]).all()
     assert figure_svg(magnitude_curve([1], [{"a": 0.0}], label="RMS"))
-
-
-def test_bad_input():
-    with pytest.raises(ValueError, match="0 moments and 0 records"):
-        magnitude_curve([], [], label="RMS")
-    with pytest.raises(ValueError, match="2 moments and 1 records"):
-        magnitude_curve([1, 2], [{"a": 1.0}], label="RMS")
-    with pytest.raises(ValueError, match="the records name different blocks"):
-        magnitude_curve([1, 2], [{"a": 1.0}, {"b": 1.0}], label="RMS")

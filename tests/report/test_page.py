@@ -187,27 +187,25 @@ def test_css_and_figures_share_their_colours():
             assert colours[role] == roles[role]
 
 
+def test_a_row_with_a_missing_cell_is_refused():
+    with pytest.raises(ValueError, match="shorter"):
+        Page("title").table(["a", "b"], [[1, 2], [1]])
+
+
 @pytest.mark.parametrize(
-    ("build", "message"),
+    "build",
     [
-        (lambda page: Page(" "), "title of a page is empty"),
-        (lambda page: page.figure(b"GIF89a...", "", "alt"), r"begins with b'GIF89a\.\.': give .* PNG or SVG"),
-        (lambda page: page.image(PIL.Image.new("L", (1, 1)), "", " "), "alt is empty: say in words"),
-        (
-            lambda page: page.image(PIL.Image.new("L", (1, 1)), "", "alt", scale=0),
-            "scale is 0; it must be at",
-        ),
-        (lambda page: page.table([], []), "at least one header"),
-        (lambda page: page.table(["a", "b"], [[1, 2], [1]]), r"row 1 has 1 cells for 2 headers: \[1\]"),
-        (lambda page: page.facts({}), "no facts to show"),
+        lambda page: Page(" "),
+        lambda page: page.figure(b"GIF89a...", "", "alt"),
+        lambda page: page.image(PIL.Image.new("L", (1, 1)), "", " "),
     ],
 )
-def test_wrong_input_is_refused(build, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_only_we_can_get_wrong(build):
+    with pytest.raises(AssertionError):
         build(Page("title"))
 
 
 def test_a_section_inside_columns_is_refused():
     page = Page("title")
-    with pytest.raises(ValueError, match="section 'inner' begins inside columns"), page.columns():
+    with pytest.raises(AssertionError, match="begins inside columns"), page.columns():
         page.section("inner")

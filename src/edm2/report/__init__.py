@@ -1,4 +1,11 @@
-"""Pictures of a run, and the self-contained page that shows them.
+"""The drawing kit: figures, grids of images, and the self-contained page that shows them.
+
+Modules:
+    page: `Page`, one HTML file that opens offline.
+    style: The look of all figures, and their encoding to PNG and SVG.
+    figures: Loss, uncertainty and score against EMA length.
+    ema_figures, tuning_figures, ladder_figures, magnitudes: Figures of one subject each.
+    grids: Images on a grid, and PNG files.
 
 matplotlib is imported when the first figure is drawn, and never through pyplot.
 """

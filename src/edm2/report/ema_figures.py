@@ -1,4 +1,4 @@
-"""Pictures of averages: profiles in training time, tracked, wanted and made, and the errors of plans."""
+"""Figures of averages: their profiles over training time, and the errors of plans."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Profiles:
     Attributes:
         label: What was wanted, in words.
         wanted: Weight per unit of time at each time.
-        made: The same of the combination of snapshots.
+        made: The same for the combination of snapshots.
     """
 
     label: str
@@ -53,12 +53,14 @@ def profile_figure(times: ArrayLike, profiles: Sequence[Profiles], *, clock: str
         The figure.
 
     Raises:
-        ValueError: None, or more than can be told apart.
+        ValueError: There are none, or more than a reader can tell apart.
 
     Ref: EDM2 Sec. 3.2.
     """
     if not 1 <= len(profiles) <= MOST_PROFILES:
-        raise ValueError(f"{len(profiles)} profiles: a picture shows 1 to {MOST_PROFILES} of them")
+        raise ValueError(
+            f"{len(profiles)} EMA lengths: a figure shows 1 to {MOST_PROFILES}; give fewer, or draw several figures"
+        )
     figure, (top, bottom) = new_figure(rows=(1.0, 0.45), height=HEIGHT * 1.35)
     peak = max(float(np.max(p.wanted)) for p in profiles)
     for profile, colour in zip(profiles, SERIES, strict=False):
@@ -85,7 +87,7 @@ def reconstruction_figure(manifest: Manifest, results: Sequence[Reconstruction])
         The figure.
 
     Raises:
-        ValueError: None, or more than can be told apart.
+        ValueError: There are none, or more than a reader can tell apart.
     """
     start = manifest.run.start
     end = results[0].t if results else start
@@ -137,7 +139,7 @@ def plan_figure(sigma_rels: ArrayLike, errors: Sequence[tuple[str, ArrayLike]]) 
 
     Args:
         sigma_rels: Wanted lengths, increasing.
-        errors: Name of each plan with its relative errors at those lengths; the first one is drawn boldest.
+        errors: Name of each plan with its relative errors at those lengths; the first is drawn boldest.
 
     Returns:
         The figure.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from edm2.report.style import FAINT, FONT_SIZE, HEIGHT, LIGHT, SERIES, add_legend, new_figure
+from edm2.report.style import FAINT, FONT_SIZE, HEIGHT, LIGHT, SERIES, add_legend, length_axis, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,12 +37,8 @@ def loss_curve(
 
     Returns:
         The figure.
-
-    Raises:
-        ValueError: Empty, non-finite, not increasing, or of different lengths.
     """
-    seen = _increasing("num_images", num_images)
-    values = _series("loss", loss, like=("num_images", seen))
+    seen, values = _floats(num_images), _floats(loss)
     mean = _running_mean(values)
     rows = (1.0,) if learning_rate is None else (1.0, 0.28)
     figure, axes = new_figure(rows=rows, height=HEIGHT if learning_rate is None else HEIGHT * 1.2)
@@ -54,8 +50,7 @@ def loss_curve(
     _limit_to_bulk(top, values, mean)
     add_legend(top)
     if learning_rate is not None:
-        rate = _series("learning_rate", learning_rate, like=("num_images", seen))
-        axes[1].plot(*_thin(seen, rate), color=SERIES[1], linewidth=1.5)
+        axes[1].plot(*_thin(seen, _floats(learning_rate)), color=SERIES[1], linewidth=1.5)
         axes[1].set_ylim(bottom=0.0)
         axes[1].set_ylabel("learning\nrate")
         axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -83,27 +78,20 @@ def uncertainty_curve(
     Returns:
         The figure.
 
-    Raises:
-        ValueError: Empty, non-finite, sigma not positive and increasing, or different lengths.
-
     Ref: EDM2 Eq. 21.
     """
-    levels = _increasing("sigma", sigma)
-    if levels[0] <= 0:
-        raise ValueError(f"sigma has {levels[0]:g}; noise levels must be positive: leave out zero")
+    levels = _floats(sigma)
     figure, (ax,) = new_figure()
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if uncertainty is not None:
-        learned = _series("uncertainty", uncertainty, like=("sigma", levels))
-        ax.plot(levels, learned, color=SERIES[0], linewidth=1.9, label="learned u(σ)", zorder=3)
+        ax.plot(levels, _floats(uncertainty), color=SERIES[0], linewidth=1.9, label="learned u(σ)", zorder=3)
     if measured is not None:
-        error = _series("measured", measured, like=("sigma", levels))
         ring: dict[str, Any] = dict(linestyle="none", marker="o", markersize=4.5, markeredgewidth=1.4)
         ring.update(color=SERIES[1], markerfacecolor=LIGHT["paper"], zorder=4)
-        ax.plot(levels, error, label="measured log error", **ring)
+        ax.plot(levels, _floats(measured), label="measured log error", **ring)
     if density is not None:
-        _shade(ax, levels, _series("density", density, like=("sigma", levels)))
+        _shade(ax, levels, _floats(density))
     ax.set_xlabel("noise level σ")
     ax.set_ylabel("log variance")
     add_legend(ax)
@@ -111,8 +99,6 @@ def uncertainty_curve(
 
 
 def _shade(ax: Axes, levels: Floats, density: Floats) -> None:
-    if density.min() < 0 or density.max() == 0:
-        raise ValueError("density must be non-negative and positive somewhere: give values, not logarithms")
     from matplotlib.transforms import blended_transform_factory
 
     # Height in parts of the axes: its unit would tell the reader nothing, its place does.
@@ -146,76 +132,37 @@ def score_curve(
     Returns:
         The figure.
 
-    Raises:
-        ValueError: Empty, non-finite, not increasing, different lengths, or `best` not among them.
-
     Ref: EDM2 Sec. 3.3.
     """
-    lengths = _increasing("sigma_rel", sigma_rel)
-    values = _series("scores", scores, like=("sigma_rel", lengths))
-    (where,) = np.nonzero(np.isclose(lengths, best, rtol=1e-9, atol=0.0))
-    if not len(where):
-        known = ", ".join(f"{length:g}" for length in lengths)
-        raise ValueError(f"best is {best:g}, which is not one of sigma_rel ({known})")
+    lengths, values = _floats(sigma_rel), _floats(scores)
     figure, (ax,) = new_figure()
-    drawn = values if reference is None else np.append(values, _series("reference", [reference]))
+    drawn = values if reference is None else np.append(values, reference)
     if drawn.min() > 0 and drawn.max() > LOG_FROM_RATIO * drawn.min():
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.plot(100 * lengths, values, color=SERIES[0], linewidth=1.7, marker="o", markersize=3.2, zorder=3)
-    x, y = 100 * lengths[where[0]], values[where[0]]
+    where = int(np.argmin(abs(lengths - best)))
+    x, y = 100 * lengths[where], values[where]
     ring: dict[str, Any] = dict(linestyle="none", marker="o", markersize=10, markeredgewidth=1.7)
-    ax.plot(
-        [x],
-        [y],
-        color=SERIES[1],
-        markerfacecolor="none",
-        zorder=4,
-        label=f"best: {y:.3g} at {x:.3g}%",
-        **ring,
-    )
+    ring.update(color=SERIES[1], markerfacecolor="none", zorder=4, label=f"best: {y:.3g} at {x:.3g}%")
+    ax.plot([x], [y], **ring)
     if reference is not None:
         name = f"real images: {reference:.3g}"
         ax.axhline(reference, color=SERIES[2], linestyle=(0, (5, 3)), linewidth=1.4, label=name, zorder=2)
-    _mark_tracked(ax, tracked)
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
-    ax.set_xlabel("EMA length σ_rel, share of training")
+    if len(tracked):
+        places, bottom = 100 * _floats(tracked), ax.get_xaxis_transform()
+        mark: dict[str, Any] = dict(
+            linestyle="none", marker="^", markersize=7, color=LIGHT["muted"], zorder=5
+        )
+        ax.plot(places, np.full_like(places, 0.03), transform=bottom, label="tracked", **mark)
+    length_axis(ax)
     ax.set_ylabel(label, parse_math=False)
     add_legend(ax)
     return figure
 
 
-def _mark_tracked(ax: Axes, tracked: Sequence[float]) -> None:
-    if not len(tracked):
-        return
-    places = 100 * _series("tracked", tracked)
-    mark: dict[str, Any] = dict(linestyle="none", marker="^", markersize=7, color=LIGHT["muted"], zorder=5)
-    at_bottom = ax.get_xaxis_transform()
-    ax.plot(places, np.full_like(places, 0.03), transform=at_bottom, label="tracked", **mark)
-
-
-def _series(name: str, values: ArrayLike, *, like: tuple[str, Floats] | None = None) -> Floats:
-    series = np.asarray(values, np.float64)
-    if series.ndim != 1 or not series.size:
-        raise ValueError(f"{name} has shape {series.shape}; give a sequence of at least one number")
-    if like is not None and len(series) != len(like[1]):
-        raise ValueError(
-            f"{name} has {len(series)} values, {like[0]} has {len(like[1])}: give one value for each"
-        )
-    wrong = np.flatnonzero(~np.isfinite(series))
-    if len(wrong):
-        raise ValueError(f"{name}[{wrong[0]}] is {series[wrong[0]]}; leave out what is not finite")
-    return series
-
-
-def _increasing(name: str, values: ArrayLike) -> Floats:
-    series = _series(name, values)
-    falls = np.flatnonzero(np.diff(series) <= 0)
-    if len(falls):
-        first = falls[0]
-        pair = f"{series[first]:g} before {series[first + 1]:g}"
-        raise ValueError(f"{name} must increase, but has {pair} at index {first}: sort it, without repeats")
-    return series
+def _floats(values: ArrayLike) -> Floats:
+    return np.asarray(values, np.float64).reshape(-1)
 
 
 def _running_mean(values: Floats) -> Floats:

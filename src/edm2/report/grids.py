@@ -17,12 +17,12 @@ def image_grid(images: np.ndarray, *, columns: int, scale: int = 1, padding: int
     """Lay images out row by row.
 
     One channel is drawn grey, three as RGB, four as RGBA. Any other number has no colours of its own: each
-    image becomes a strip of its channels, side by side in grey. The gaps, and the cells that a last row
-    lacks, are transparent, so that a grid stands on a light or dark page alike.
+    image becomes a strip of its channels, side by side in grey. The gaps and the empty cells of the last row
+    are transparent, so that a grid suits light and dark pages.
 
     Args:
         images: uint8 [N, C, H, W].
-        columns: Images a row, at least 1; fewer images than that make one shorter row.
+        columns: Images per row, at least 1; fewer images make one shorter row.
         scale: Width of a pixel of the images in the grid, at least 1.
         padding: Gap between neighbours, in pixels of the images; there is none at the border.
 
@@ -30,16 +30,13 @@ def image_grid(images: np.ndarray, *, columns: int, scale: int = 1, padding: int
         A picture of mode LA or RGBA, `scale * (cols * (W + padding) - padding)` wide and likewise high.
 
     Raises:
-        ValueError: No images, or another shape, dtype, number of columns, scale or padding.
+        ValueError: The images are not uint8, or not [N, C, H, W] with at least one image.
     """
     images = np.asarray(images)
-    if images.dtype != np.uint8:
-        raise ValueError(f"images are {images.dtype}, not uint8: give pixel values from 0 to 255")
-    if images.ndim != 4 or 0 in images.shape:
-        raise ValueError(f"images have shape {images.shape}; give at least one, as [N, C, H, W]")
-    for name, value, least in (("columns", columns, 1), ("scale", scale, 1), ("padding", padding, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+        raise ValueError(
+            f"images are {images.dtype} {images.shape}: give at least one, as uint8 [N, C, H, W] from 0 to 255"
+        )
     tiles = _with_opacity(images)
     count, height, width, depth = tiles.shape
     columns = min(columns, count)

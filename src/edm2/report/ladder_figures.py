@@ -1,4 +1,4 @@
-"""The ladder's pictures: distance by configuration, and by EMA length."""
+"""Figures of the ladder: distance by configuration, distance by EMA length, and growth of magnitudes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from edm2.report.figures import count_images
 from edm2.report.magnitudes import log_scale
-from edm2.report.style import LIGHT, SERIES, add_legend, new_figure
+from edm2.report.style import LIGHT, SERIES, add_legend, length_axis, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,21 +23,16 @@ def ladder_figure(values: Mapping[str, Sequence[float]], published: Mapping[str,
     """Distance of every run by configuration, above the published ones.
 
     Args:
-        values: configuration -> one value a seed; those far above the others, or not finite, are named at the top
-            edge.
-        published: configuration -> published value, drawn below on an axis of its own.
+        values: Configuration to one value per seed, at least one of them finite. Values far above the others, or
+            not finite, are named at the top edge.
+        published: Configuration to published value, drawn below on an axis of its own.
 
     Returns:
         The figure.
-
-    Raises:
-        ValueError: if nothing is finite.
     """
     letters = list(values)
     finite = {c: [v for v in runs if math.isfinite(v)] for c, runs in values.items()}
-    if not any(finite.values()):
-        raise ValueError("no value is finite: there is nothing to draw")
-    # One run gone wrong shall not press the others into a line.
+    # One run gone wrong must not press the others into a line.
     top = _MOST_ABOVE * max(float(np.median(runs)) for runs in finite.values() if runs)
     figure, (ours, paper) = new_figure(rows=(1.6, 1.0), height=4.2)
     shown = [v for runs in finite.values() for v in runs if v <= top]
@@ -68,36 +63,24 @@ def ladder_figure(values: Mapping[str, Sequence[float]], published: Mapping[str,
 
 
 def length_curves(sigma_rels: Sequence[float], scores: Mapping[str, Sequence[float]]) -> Figure:
-    """Distance against EMA length, a curve each configuration.
+    """Distance against EMA length, one curve per configuration.
 
     Args:
-        sigma_rels: relative EMA lengths.
-        scores: configuration -> score at each length.
+        sigma_rels: Relative EMA lengths.
+        scores: Configuration to finite scores, one at each length.
 
     Returns:
         The figure.
-
-    Raises:
-        ValueError: if there is none, or one of them is not finite.
     """
-    if not scores or not np.isfinite(list(scores.values())).all():
-        raise ValueError("scores must be finite, of one configuration or more: leave out those that diverged")
     figure, (ax,) = new_figure()
     ax.set_yscale("log")
     order = np.argsort(sigma_rels)
     for i, (letter, curve) in enumerate(scores.items()):
-        ax.plot(
-            100 * np.asarray(sigma_rels)[order],
-            np.asarray(curve)[order],
-            "o-",
-            markersize=3,
-            color=SERIES[i % len(SERIES)],
-            label=letter,
-        )
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+        x, y = 100 * np.asarray(sigma_rels)[order], np.asarray(curve)[order]
+        ax.plot(x, y, "o-", markersize=3, color=SERIES[i % len(SERIES)], label=letter)
+    length_axis(ax)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    ax.set_xlabel("EMA length σ_rel, share of training")
     ax.set_ylabel("Frechet distance")
     add_legend(ax)
     return figure
@@ -107,12 +90,12 @@ def growth_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float], S
     """How activations and weights of each configuration grow in training, on logarithmic axes.
 
     Args:
-        curves: configuration -> images seen, activations and weights, both relative to their start.
+        curves: Configuration to images seen, activations and weights, both relative to their start.
 
     Returns:
         The figure.
 
-    Ref: EDM2 Fig. 3, one curve a configuration.
+    Ref: EDM2 Fig. 3, one curve per configuration.
     """
     figure, axes = new_figure(rows=(1.0, 1.0), height=4.2)
     for i, (letter, (images, *both)) in enumerate(curves.items()):

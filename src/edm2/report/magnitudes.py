@@ -1,4 +1,4 @@
-"""How magnitudes move over training: one curve a resolution, or one a layer.
+"""How magnitudes move over training: one curve per resolution, or one per layer.
 
 Ref: EDM2 Fig. 3.
 """
@@ -23,7 +23,7 @@ KINDS = {
     "activations": ("Activations", "RMS of block outputs"),
     "weights": ("Weights", "RMS of weights"),
     "gradients": ("Gradients", "RMS of gradients"),
-    "updates": ("Updates", "relative change a step"),
+    "updates": ("Updates", "relative change per step"),
 }
 Records = Sequence[Mapping[str, Any]]
 
@@ -37,11 +37,11 @@ def by_resolution(values: Mapping[str, float]) -> dict[str, float]:
     """Root mean square over the blocks of each resolution of a U-Net, encoder and decoder apart.
 
     Args:
-        values: by name of block or weight.
+        values: Magnitude by name of block or weight.
 
     Returns:
-        By `encoder 32x32` and so on, in the order of the network; names without a resolution stay as they
-        are if no name has one, and are left out otherwise.
+        Magnitude by `encoder 32x32` and so on, in the order of the network. Names without a resolution are left
+        out, unless no name has one: then `values` itself.
     """
     squares: dict[str, list[float]] = {}
     for name, value in values.items():
@@ -57,7 +57,7 @@ def limits_of(records: Iterable[Mapping[str, float]]) -> tuple[float, float] | N
     """The lowest and the highest value that a logarithmic axis can show, of one run or several to compare.
 
     Args:
-        records: magnitudes by name.
+        records: Magnitudes by name.
 
     Returns:
         What `magnitude_curve` takes as `limits`; None where no value is above 0 and finite.
@@ -75,26 +75,19 @@ def magnitude_curve(
 ) -> Figure:
     """Curves of magnitudes against images seen, on a logarithmic axis.
 
-    Encoder levels are drawn solid and decoder levels dashed, a colour each resolution. Where there are more
+    Encoder levels are drawn solid and decoder levels dashed, one colour per resolution. Where there are more
     names than a reader can tell apart, the median and the range are drawn instead.
 
     Args:
-        num_images: training images seen, increasing.
-        values: magnitudes by name at each of those moments; the same names every time.
-        label: name of the vertical axis.
-        limits: lowest and highest value that the axis must show; default: those of `values`.
+        num_images: Training images seen, increasing.
+        values: Magnitudes by name at each of those moments; the same names every time.
+        label: Name of the vertical axis.
+        limits: Lowest and highest value that the axis must show; default: those of `values`.
 
     Returns:
         The figure.
-
-    Raises:
-        ValueError: if nothing was given, or lengths or names differ.
     """
-    if not len(num_images) or len(num_images) != len(values):
-        raise ValueError(f"{len(num_images)} moments and {len(values)} records: give one record a moment")
     names = list(values[0])
-    if any(list(record) != names for record in values) or not names:
-        raise ValueError("the records name different blocks: draw runs of different networks apart")
     table = np.array([[record[name] for name in names] for record in values], dtype=np.float64)
     # Nothing can be drawn at zero or infinity on a logarithmic axis.
     table[~np.isfinite(table) | (table <= 0)] = np.nan
@@ -136,12 +129,12 @@ def log_scale(ax: Axes, low: float, high: float) -> None:
 def add_magnitudes(
     page: Page, runs: Sequence[tuple[str, Records]], *, kinds: Sequence[str] = tuple(KINDS)
 ) -> None:
-    """Add curves of magnitudes by resolution; those of several runs side by side, on axes to compare.
+    """Add curves of magnitudes by resolution; those of several runs side by side, on comparable axes.
 
     Args:
-        page: where.
-        runs: name and lines of `magnitudes.jsonl` of each.
-        kinds: activations, weights, gradients, updates.
+        page: Page to add to.
+        runs: Name and lines of `magnitudes.jsonl` of each run.
+        kinds: Keys of `KINDS`.
 
     Ref: EDM2 Fig. 3.
     """

@@ -91,12 +91,22 @@ def add_legend(ax: Axes) -> None:
         text.set_parse_math(False)
 
 
+def length_axis(ax: Axes) -> None:
+    """Label a horizontal axis of relative EMA lengths in percent, written as in the paper.
+
+    Args:
+        ax: Axes whose horizontal values are percentages.
+    """
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    ax.set_xlabel("EMA length σ_rel, share of training")
+
+
 def figure_png(figure: Figure, *, dpi: int = 160) -> bytes:
     """Encode a figure as PNG in its light colours; the same figure gives the same bytes.
 
     Args:
         figure: Any matplotlib figure.
-        dpi: Pixels an inch.
+        dpi: Pixels per inch.
 
     Returns:
         The bytes of the PNG file.

@@ -1,4 +1,4 @@
-"""A search drawn knob by knob."""
+"""Figure of a search: score against one knob."""
 
 from __future__ import annotations
 
@@ -22,20 +22,15 @@ def knob_figure(
     """Score against one knob.
 
     Args:
-        curves: name of a series -> pairs of knob and score, in any order. A nameless series has no legend.
-        knob: name of the horizontal axis.
-        label: name of the vertical axis.
-        reference: score before this knob was moved, drawn as a line.
-        scatter: standard deviation of a score, drawn as a bar at each.
+        curves: Name of a series to pairs of knob and score, in any order. A nameless series has no legend.
+        knob: Name of the horizontal axis.
+        label: Name of the vertical axis.
+        reference: Score before this knob was moved, drawn as a line.
+        scatter: Standard deviation of a score, drawn as a bar at each point.
 
     Returns:
         The figure.
-
-    Raises:
-        ValueError: if there is nothing to draw.
     """
-    if not any(curves.values()):
-        raise ValueError(f"there are no scores by {knob} to draw")
     figure, (ax,) = new_figure()
     for i, (name, pairs) in enumerate(curves.items()):
         x, y = zip(*sorted(pairs), strict=True)
