@@ -240,7 +240,7 @@ def test_a_list_that_is_referred_to_often_is_walked_once(tmp_path: Path) -> None
 
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing.pkl"):
-        with pytest.raises(ValueError, match=r"is no file: give the \.pkl file itself"):
+        with pytest.raises(ValueError, match=r"is not a file: give the \.pkl file itself"):
             read_pickle(path)
 
 

@@ -205,10 +205,10 @@ class Rebuilt:
         (0, (2,), (4,), "a tensor that reaches beyond its storage"),
         (-1, (2,), (1,), "a tensor whose shape, stride and start do not fit each other"),
         (0, (2,), (), "a tensor whose shape, stride and start do not fit each other"),
-        (0, (-2,), (1,), "a tensor's shape that is no tuple of up to 8 sizes"),
-        (0, (2,), (-1,), "a tensor's stride that is no tuple"),
-        (0, (1,) * 9, (1,) * 9, "a tensor's shape that is no tuple"),
-        (0, (1 << 60,), (1,), "a tensor's shape that is no tuple"),
+        (0, (-2,), (1,), "a tensor's shape that is not a tuple of up to 8 sizes"),
+        (0, (2,), (-1,), "a tensor's stride that is not a tuple"),
+        (0, (1,) * 9, (1,) * 9, "a tensor's shape that is not a tuple"),
+        (0, (1 << 60,), (1,), "a tensor's shape that is not a tuple"),
     ],
 )
 def test_tensors_stay_inside_their_storage(

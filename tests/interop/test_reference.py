@@ -97,7 +97,7 @@ def test_hostile_archives_are_refused(
     tmp_path: Path, moments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "stats.npz"
-    with pytest.raises(ValueError, match=r"is no file: give the \.npz file itself"):
+    with pytest.raises(ValueError, match=r"is not a file: give the \.npz file itself"):
         read_reference_statistics(path)
     np.savez(path, mu=np.array([{}]), sigma=moments["sigma"])
     with pytest.raises(ValueError, match="it holds no whole archive of numbers"):

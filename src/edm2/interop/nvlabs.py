@@ -1,6 +1,6 @@
 """Files in the format of the authors' release: network pickles, snapshots and reference statistics.
 
-Nothing in them is run; see `edm2.interop.pickle_machine`. Ref: SPEC sections 9 and 10.
+Nothing in them is run; see `edm2.interop.pickle_reader`.
 """
 
 import logging

@@ -1,18 +1,20 @@
 """Opens a pickle from elsewhere as data: nothing in it is run, whatever it holds."""
 
 import mmap
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from edm2.interop.pickle_machine import Budget, Machine, Refused, check_depth
-from edm2.interop.pickle_values import network_makers
+from edm2.interop.pickle_reader import Budget, Buildable, Refused, Unpickler
+from edm2.interop.pickle_values import NETWORK_NAMES
 
 _LARGEST = 16 << 30
 _LONGEST_TEXT = 400
+_DEEPEST = 100
 
 
 def read_pickle(path: str | Path) -> Any:
-    """Read a pickle's structure; see `edm2.interop.pickle_machine`.
+    """Read a pickle's structure; see `edm2.interop.pickle_reader`.
 
     Tensors and arrays stay in the file, mapped into memory, until they are read.
 
@@ -23,23 +25,22 @@ def read_pickle(path: str | Path) -> Any:
         Python containers and numbers, and `Record`, `StoredTensor` and `StoredArray` in them.
 
     Raises:
-        ValueError: if it holds anything that is not on the list of what is read, or is no whole pickle.
+        ValueError: If the file holds anything that is not on the list of what is read, or is not a whole pickle.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is no file: give the .pkl file itself")
+        raise ValueError(f"{path} is not a file: give the .pkl file itself")
     size = path.stat().st_size
     try:
         if not 0 < size <= _LARGEST:
             raise Refused(f"a size of {size} bytes, outside 1 to {_LARGEST}")
         with open(path, "rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        budget = Budget(tensor_bytes=size)
-        machine = Machine(data, network_makers(budget), budget)
-        result = machine.run()
-        if machine.position != size:
-            raise Refused(f"{size - machine.position} bytes after its end")
-        check_depth(result, budget.depth)
+        unpickler = Unpickler(data, NETWORK_NAMES, Budget(tensor_bytes=size))
+        result = unpickler.run()
+        if unpickler.file.position != size:
+            raise Refused(f"{size - unpickler.file.position} bytes after its end")
+        _height(result, 0, {})
     except Refused as met:
         raise refusal(path, met) from None
     return result
@@ -50,6 +51,35 @@ def refusal(path: str | Path, met: Refused | str) -> ValueError:
     # Names from the file come along, and a terminal would obey what is hidden in them.
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(met)[:_LONGEST_TEXT])
     return ValueError(
-        f"{path} was not read: it holds {text}. Nothing in it was run. It is damaged or no file of the official "
+        f"{path} was not read: it holds {text}. Nothing in it was run. It is damaged or not a file of the official "
         "release: get it again from where it was published; to read one of your own, save its tensors as safetensors"
     )
+
+
+def _height(value: Any, depth: int, known: dict[int, int]) -> int:
+    """How deep the containers in a value nest, which for one that contains itself has no end.
+
+    Args:
+        value: what `Unpickler.run` gave.
+        depth: number of containers around it.
+        known: heights by identity, so that values that are referred to often are walked once.
+
+    Raises:
+        Refused: if the nesting is deeper than anything needs.
+    """
+    children = _children(value)
+    if not children:
+        return 0
+    if id(value) not in known and depth <= _DEEPEST:
+        known[id(value)] = 1 + max(_height(child, depth + 1, known) for child in children)
+    if depth + known.get(id(value), 0) > _DEEPEST:
+        raise Refused(f"containers nested deeper than {_DEEPEST}")
+    return known[id(value)]
+
+
+def _children(value: Any) -> Collection[Any]:
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, Buildable):
+        return vars(value).values()
+    return value.values() if isinstance(value, dict) else ()

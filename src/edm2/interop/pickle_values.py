@@ -2,34 +2,31 @@
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from edm2.interop.pickle_machine import TOO_MUCH_TEXT, Blob, Budget, Buildable, Global, Machine, Refused
+from edm2.interop.pickle_reader import Blob, Budget, Buildable, Refused, Unpickler
 
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
-_STORAGES = {
-    Global("torch", f"{name}Storage"): dtype
-    for name, dtype in {
-        "Half": torch.float16, "BFloat16": torch.bfloat16, "Float": torch.float32, "Double": torch.float64,
-        "Char": torch.int8, "Byte": torch.uint8, "Short": torch.int16, "Int": torch.int32,
-        "Long": torch.int64, "Bool": torch.bool,
-    }.items()
+_DTYPES = {
+    "Half": torch.float16, "BFloat16": torch.bfloat16, "Float": torch.float32, "Double": torch.float64,
+    "Char": torch.int8, "Byte": torch.uint8, "Short": torch.int16, "Int": torch.int32,
+    "Long": torch.int64, "Bool": torch.bool,
 }  # fmt: skip
-_ARRAY_TYPE = re.compile(r"[fiu][1248]|b1")
+_ARRAY_TYPE = re.compile(r"[fiu][248]|[iu]1|b1")
 _MAX_DIMS = 8
+_NDARRAY = "numpy.ndarray"
 
 
 class Record(Buildable):
-    """An object of some class, as the description of its state; the class itself does not exist here.
+    """An object of some class, as a description of its state; the class itself does not exist here.
 
     Attributes:
-        class_name: its class, a name only.
+        class_name: name of its class.
         state: its attributes by name.
     """
 
@@ -37,9 +34,9 @@ class Record(Buildable):
         self.class_name, self.state = class_name, state or {}
 
     def build(self, state: Any) -> None:
-        """Take the state: attributes by name."""
+        """Take the attributes by name."""
         if type(state) is not dict:
-            raise Refused(f"a {self.class_name} whose state is no dict")
+            raise Refused(f"a {self.class_name} whose state is not a dict")
         self.state = state
 
 
@@ -69,28 +66,14 @@ class StoredTensor:
     @property
     def contiguous(self) -> bool:
         """Whether its elements follow each other in row-major order."""
-        step = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size != 1 and stride != step:
-                return False
-            step *= size
-        return True
+        return torch.empty_strided(self.shape, self.stride, device="meta").is_contiguous()
 
     def read(self) -> Tensor:
-        """The tensor, contiguous, in its stored type."""
+        """Copy the tensor from the file: contiguous, in its stored type."""
         if not len(self.data):
             return torch.empty(self.shape, dtype=self.dtype)
         flat = torch.from_numpy(np.frombuffer(self.data, np.uint8).copy()).view(self.dtype)
         return flat.as_strided(self.shape, self.stride).contiguous()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Storage:
-    """Elements of one type in the file."""
-
-    dtype: torch.dtype
-    numel: int
-    blob: Blob
 
 
 class _ArrayType(Buildable):
@@ -132,71 +115,19 @@ class StoredArray(Buildable):
             raise Refused("an array of something other than numbers")
         if math.prod(sizes) * kind.dtype.itemsize != len(data.data):
             raise Refused("an array whose shape does not fit its bytes")
-        self._budget.spend("tensor_bytes", len(data.data), _TOO_MUCH)
+        self._budget.spend("tensor_bytes", len(data.data))
         self.array = np.frombuffer(data.data, kind.dtype).reshape(sizes, order=order)
 
 
-_TOO_MUCH = "tensors that claim more bytes than the file has"
+def _container(budget: Budget) -> dict[Any, Any]:
+    return {}
 
 
-def network_makers(budget: Budget) -> dict[Global, Callable[..., Any]]:
-    """Names that official network pickles use, and what is made of them.
-
-    Args:
-        budget: what the file may still cost.
-
-    Returns:
-        Name -> function of the pickled call's arguments.
-    """
-
-    def array(kind: Any, *_: Any) -> StoredArray:
-        if kind != Global("numpy", "ndarray"):
-            raise Refused("an array of an unknown class")
-        return StoredArray(budget)
-
-    def array_from_buffer(data: Any, kind: Any, shape: Any, order: Any) -> StoredArray:
-        made = StoredArray(budget)
-        made.fill(data, kind, shape, order)
-        return made
-
-    def number(kind: Any, data: Any) -> int | float | bool:
-        made = array_from_buffer(data, kind, (), "C").array.item()
-        assert isinstance(made, int | float)
-        return made
-
-    makers: dict[Global, Callable[..., Any]] = {
-        Global("collections", "OrderedDict"): lambda: {},
-        Global("dnnlib.util", "EasyDict"): lambda: {},
-        Global("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object,
-        Global("torch.storage", "_load_from_bytes"): lambda data: _storage(data, budget),
-        Global("torch._utils", "_rebuild_tensor_v2"): lambda *args: _tensor(budget, *args),
-        Global("torch._utils", "_rebuild_parameter"): _parameter,
-        Global("torch", "Size"): lambda sizes: _sizes(sizes, "a size"),
-        Global("torch", "device"): lambda *name: "device",
-        Global("numpy", "ndarray"): lambda *_: _refuse("an array made in place"),
-        Global("numpy", "dtype"): _array_type,
-        Global("_codecs", "encode"): lambda text, encoding: _latin1(budget, text, encoding),
-    }
-    for kind in ("ModuleDict", "ModuleList", "Sequential"):
-        makers[Global("torch.nn.modules.container", kind)] = _maker_of(kind)
-    for dtype in ("float16", "bfloat16", "float32", "float64"):
-        makers[Global("torch", dtype)] = lambda *_: _refuse("a call of a type")
-    for core in ("numpy.core", "numpy._core"):
-        makers[Global(f"{core}.multiarray", "_reconstruct")] = array
-        makers[Global(f"{core}.multiarray", "scalar")] = number
-        makers[Global(f"{core}.numeric", "_frombuffer")] = array_from_buffer
-    return makers
+def _record_of(class_name: str) -> Any:
+    return lambda budget: Record(class_name)
 
 
-def _maker_of(kind: str) -> Callable[[], Record]:
-    return lambda: Record(kind)
-
-
-def _refuse(what: str) -> Any:
-    raise Refused(what)
-
-
-def _persistent_object(meta: Any) -> Record:
+def _persistent_object(budget: Budget, meta: Any) -> Record:
     """An object whose pickle carries the source of its class; the source is dropped unread."""
     if type(meta) is not dict or not isinstance(meta.get("class_name"), str):
         raise Refused("a persistent object without the name of its class")
@@ -205,10 +136,85 @@ def _persistent_object(meta: Any) -> Record:
     return Record(meta["class_name"], meta["state"])
 
 
-def _parameter(tensor: Any, requires_grad: Any, hooks: Any) -> StoredTensor:
-    if not isinstance(tensor, StoredTensor):
-        raise Refused("a parameter that is no tensor")
-    return tensor
+def _sizes(value: Any, what: str) -> tuple[int, ...]:
+    good = type(value) is tuple and len(value) <= _MAX_DIMS
+    if not good or not all(type(size) is int and 0 <= size < 1 << 48 for size in value):
+        raise Refused(f"{what} that is not a tuple of up to {_MAX_DIMS} sizes")
+    return tuple(value)
+
+
+def _array(budget: Budget, kind: Any, *_: Any) -> StoredArray:
+    if kind != _NDARRAY:
+        raise Refused("an array of an unknown class")
+    return StoredArray(budget)
+
+
+def _array_from_buffer(budget: Budget, data: Any, kind: Any, shape: Any, order: Any) -> StoredArray:
+    made = StoredArray(budget)
+    made.fill(data, kind, shape, order)
+    return made
+
+
+def _number(budget: Budget, kind: Any, data: Any) -> Any:
+    return _array_from_buffer(budget, data, kind, (), "C").array.item()
+
+
+def _array_type(budget: Budget, code: Any, *_: Any) -> _ArrayType:
+    if not isinstance(code, str) or not _ARRAY_TYPE.fullmatch(code):
+        raise Refused(f"an array of type {str(code)[:20]!r}; only numbers are read")
+    return _ArrayType(code)
+
+
+def _latin1(budget: Budget, text: Any, encoding: Any) -> Blob:
+    """Bytes as old pickles spell them."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise Refused("text in an unknown encoding")
+    budget.spend("text", len(text))  # once more for every time it is encoded
+    return Blob(memoryview(text.encode("latin1")), -1)
+
+
+class _Storage(NamedTuple):
+    """Elements of one type: how many there should be, and where in the file they lie."""
+
+    dtype: torch.dtype
+    key: str
+    numel: int
+    blob: Blob = Blob(memoryview(b""), -1)
+
+
+class _StorageUnpickler(Unpickler):
+    """Reads the pickles inside a storage, where one persistent id describes it."""
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """Understand `("storage", type, key, device, number of elements, None)`; the device does not matter."""
+        _, dtype, key, _, numel, view = pid
+        known = isinstance(dtype, torch.dtype) and isinstance(key, str) and view is None
+        if not known or type(numel) is not int or numel < 0:
+            raise Refused("a storage with an unknown description")
+        return _Storage(dtype, key, numel)
+
+
+def _storage(budget: Budget, data: Any) -> _Storage:
+    """Elements in the older format of `torch.save`: five small pickles, a count, and the bytes.
+
+    `torch.load(weights_only=True)` would copy them, allocate what the count says before it looks at the bytes, and
+    accept archives as well.
+    """
+    if not isinstance(data, Blob) or data.offset < 0:
+        raise Refused("a storage that is not bytes")
+    reader = _StorageUnpickler(data.data, _STORAGE_NAMES, budget, offset=data.offset)
+    if (reader.run(), reader.run()) != (_LEGACY_MAGIC, _LEGACY_VERSION):
+        raise Refused("a storage in another format than torch.save's")
+    system, described, keys = reader.run(), reader.run(), reader.run()
+    if type(system) is not dict or system.get("little_endian") is not True:
+        raise Refused("a storage of a big-endian machine")
+    if not isinstance(described, _Storage) or keys != [described.key]:
+        raise Refused("a storage without a description")
+    count = int.from_bytes(reader.file.read(8), "little")
+    elements = reader.file.rest()
+    if count != described.numel or len(elements.data) != count * described.dtype.itemsize:
+        raise Refused("a storage whose size is not what it says")
+    return described._replace(blob=elements)
 
 
 def _tensor(budget: Budget, storage: Any, start: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
@@ -218,97 +224,51 @@ def _tensor(budget: Budget, storage: Any, start: Any, shape: Any, stride: Any, *
     if type(start) is not int or start < 0 or len(sizes) != len(steps):
         raise Refused("a tensor whose shape, stride and start do not fit each other")
     numel = math.prod(sizes)
-    last = (
-        start + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
-        if numel
-        else start - 1
-    )
+    last = start - 1
+    if numel:
+        last = start + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
     if numel > storage.numel or last >= storage.numel:
         raise Refused("a tensor that reaches beyond its storage")
     first = start * storage.dtype.itemsize
     data = storage.blob.data[first:]
     # Not its own elements only: reading it copies all that its storage has from there on.
-    budget.spend("tensor_bytes", len(data), _TOO_MUCH)
+    budget.spend("tensor_bytes", len(data))
     return StoredTensor(
-        dtype=storage.dtype,
-        shape=sizes,
-        stride=steps,
-        file_offset=storage.blob.offset + first,
-        data=data,
+        dtype=storage.dtype, shape=sizes, stride=steps, file_offset=storage.blob.offset + first, data=data
     )
 
 
-def _sizes(value: Any, what: str) -> tuple[int, ...]:
-    good = type(value) is tuple and len(value) <= _MAX_DIMS
-    if not good or not all(type(size) is int and 0 <= size < 1 << 48 for size in value):
-        raise Refused(f"{what} that is no tuple of up to {_MAX_DIMS} sizes")
-    return tuple(value)
+def _parameter(budget: Budget, tensor: Any, requires_grad: Any, hooks: Any) -> StoredTensor:
+    if not isinstance(tensor, StoredTensor):
+        raise Refused("a parameter that is not a tensor")
+    return tensor
 
 
-def _array_type(code: Any, *_: Any) -> _ArrayType:
-    if not isinstance(code, str) or not _ARRAY_TYPE.fullmatch(code) or code == "f1":
-        raise Refused(f"an array of type {str(code)[:20]!r}; only numbers are read")
-    return _ArrayType(code)
-
-
-def _latin1(budget: Budget, text: Any, encoding: Any) -> Blob:
-    """Bytes as old pickles spell them."""
-    if not isinstance(text, str) or encoding != "latin1":
-        raise Refused("text in an unknown encoding")
-    budget.spend("text", len(text), TOO_MUCH_TEXT)  # once more for every time it is encoded
-    try:
-        return Blob(memoryview(text.encode("latin1")), -1)
-    except UnicodeEncodeError:
-        raise Refused("bytes that are no bytes") from None
-
-
-def _storage(data: Any, budget: Budget) -> _Storage:
-    """Elements in the older format of `torch.save`: five small pickles, a count, and the bytes."""
-    if not isinstance(data, Blob) or data.offset < 0:
-        raise Refused("a storage that is no bytes")
-    machine = Machine(data.data, {}, budget, offset=data.offset)
-    if machine.run() != _LEGACY_MAGIC:
-        raise Refused("a storage in another format than torch.save's")
-    if machine.run() != _LEGACY_VERSION:
-        raise Refused("a storage of another version of torch.save's format")
-    system = machine.run()
-    if type(system) is not dict or system.get("little_endian") is not True:
-        raise Refused("a storage of a big-endian machine")
-    machine.makers = dict.fromkeys(_STORAGES, lambda *_: _refuse("a storage made in place"))
-    machine.persistent = _described
-    described = machine.run()
-    if type(described) is not _Described:
-        raise Refused("a storage without a description")
-    machine.makers, machine.persistent = {}, None
-    if machine.run() != [described.key]:
-        raise Refused("a storage of several parts")
-    count, elements = data.data[machine.position :][:8], data.data[machine.position :][8:]
-    size = described.numel * described.dtype.itemsize
-    if int.from_bytes(count, "little") != described.numel or len(elements) != size:
-        raise Refused("a storage whose size is not what it says")
-    return _Storage(
-        dtype=described.dtype,
-        numel=described.numel,
-        blob=Blob(elements, data.offset + machine.position + 8),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Described:
-    """What a storage's persistent id says of it."""
-
-    dtype: torch.dtype
-    key: str
-    numel: int
-
-
-def _described(identity: Any) -> _Described:
-    """Understand `("storage", type, key, device, number of elements, None)`; the device does not matter."""
-    if type(identity) is not tuple or len(identity) != 6 or identity[0] != "storage":
-        raise Refused("a reference to something outside the file")
-    _, kind, key, _, numel, view = identity
-    if not isinstance(kind, Global) or not isinstance(key, str) or view is not None:
-        raise Refused("a storage with an unknown description")
-    if type(numel) is not int or numel < 0:
-        raise Refused("a storage whose size is no number")
-    return _Described(dtype=_STORAGES[kind], key=key, numel=numel)
+_STORAGE_NAMES = {("torch", f"{name}Storage"): dtype for name, dtype in _DTYPES.items()}
+# What official network pickles name, and what is made of it: functions of the pickled call's arguments, or values.
+NETWORK_NAMES: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _container,
+    ("dnnlib.util", "EasyDict"): _container,
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object,
+    ("torch.storage", "_load_from_bytes"): _storage,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch", "Size"): lambda budget, sizes: _sizes(sizes, "a size"),
+    ("torch", "device"): lambda budget, *name: "device",
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "dtype"): _array_type,
+    ("_codecs", "encode"): _latin1,
+    **{
+        ("torch", str(dtype).removeprefix("torch.")): dtype
+        for dtype in _DTYPES.values()
+        if dtype.is_floating_point
+    },
+    **{
+        ("torch.nn.modules.container", kind): _record_of(kind)
+        for kind in ("ModuleDict", "ModuleList", "Sequential")
+    },
+}
+for _core in ("numpy.core", "numpy._core"):
+    NETWORK_NAMES[f"{_core}.multiarray", "_reconstruct"] = _array
+    NETWORK_NAMES[f"{_core}.multiarray", "scalar"] = _number
+    NETWORK_NAMES[f"{_core}.numeric", "_frombuffer"] = _array_from_buffer

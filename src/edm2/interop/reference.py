@@ -113,7 +113,7 @@ def _read_imported(path: Path) -> dict[str, ReferenceStatistics]:
 
 def _read_npz(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path} is no file: give the .npz file itself")
+        raise ValueError(f"{path} is not a file: give the .npz file itself")
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
