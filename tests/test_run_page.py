@@ -233,7 +233,7 @@ def test_bad_input_writes_nothing(run, tmp_path):
     out = tmp_path / "report.html"
     with pytest.raises(ValueError, match="no run was given"):
         write_run_report([], out)
-    with pytest.raises(ValueError, match="holds no training run"):
+    with pytest.raises(ValueError, match="is not a training run"):
         write_run_report([run, tmp_path], out)
     other = tmp_path / "other"
     shutil.copytree(run, other)

@@ -26,7 +26,7 @@ def test_report_of_nothing(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         main(["report", str(tmp_path)])
     assert stop.value.code == 2
-    assert "holds no training run" in capsys.readouterr().err
+    assert "is not a training run" in capsys.readouterr().err
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):

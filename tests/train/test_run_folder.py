@@ -50,7 +50,7 @@ def test_what_does_not_change_the_result_may_change(finished: Path) -> None:
 
 
 def test_folder_without_a_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no training run \(no config.json\): give the --out"):
+    with pytest.raises(ValueError, match=r"is not a training run: config\.json is missing"):
         read_config(tmp_path)
 
 
@@ -130,7 +130,7 @@ def test_snapshots_lost_before_the_end_are_named(tmp_path: Path) -> None:
     (lost,) = (out / "snapshots").glob("*80_s0.0500*")
     lost.unlink()
     with (
-        pytest.warns(UserWarning, match=f"{lost.name} is .*missing.*; the run goes on without"),
+        pytest.warns(UserWarning, match=f"{lost.name} is .*missing.*; the run continues without them"),
         pytest.raises(
             OSError, match=rf"training is done and .*model.safetensors is written, but .*{lost.name}"
         ),

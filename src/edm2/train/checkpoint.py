@@ -1,4 +1,4 @@
-"""Checkpoints: folders of safetensors and JSON with a manifest, whole or not there.
+"""Checkpoints: folders of safetensors and JSON with a manifest; a checkpoint is complete or absent.
 
 checkpoints/000000012800/{model,optimizer,ema}.safetensors, state.json, manifest.json
 """
@@ -33,23 +33,22 @@ def save_checkpoint(
     keep: int,
     role: Role = "regular",
 ) -> Path:
-    """Write a checkpoint aside, flush it, rename it into place, then drop those that are no longer wanted.
+    """Write a checkpoint atomically, then delete unwanted ones.
 
     Args:
-        folder: where the run's checkpoints lie.
-        num_images: images seen, the checkpoint's name.
-        groups: file name without suffix -> tensors by name.
+        folder: Folder of the run's checkpoints.
+        num_images: Images seen, which name the checkpoint.
+        groups: File name without suffix -> tensors by name.
         state: JSON values.
-        keep: number of checkpoints to keep, the newest.
-        role: passing: written out of turn, as when a run is stopped; the next checkpoint takes its place, so
-            that a run that was stopped leaves the same checkpoints as one that never was. milestone: never
-            dropped.
+        keep: Number of newest checkpoints to keep.
+        role: "passing" for a checkpoint out of turn, as when a run is stopped: the next one replaces it, so that
+            an interrupted run leaves the same checkpoints as an uninterrupted one. "milestone": never deleted.
 
     Returns:
-        The checkpoint's folder.
+        Folder of the checkpoint.
 
     Raises:
-        OSError: if it could not be written; older checkpoints are untouched then.
+        OSError: If it cannot be written; older checkpoints are untouched.
     """
     final = folder / f"{num_images:012d}"
     try:
@@ -75,12 +74,12 @@ def save_checkpoint(
 
 
 def prune(folder: Path, *, keep: int) -> None:
-    """Drop what interrupted writes left, and checkpoints that are no longer wanted.
+    """Delete leftovers of interrupted writes, and unwanted checkpoints.
 
     Args:
-        folder: where the run's checkpoints lie.
-        keep: number of regular ones to keep, the newest; milestones stay, passing ones only while they are
-            the newest.
+        folder: Folder of the run's checkpoints.
+        keep: Number of newest regular checkpoints to keep. Milestones stay; a passing one stays while it is the
+            newest.
     """
     if not folder.exists():
         return
@@ -95,17 +94,17 @@ def prune(folder: Path, *, keep: int) -> None:
 
 
 def find_newest(folder: Path, *, run_id: str) -> Path | None:
-    """Find the newest whole checkpoint; damaged ones that are passed over are named, and renamed to stay.
+    """Find the newest intact checkpoint. Newer damaged ones are named in a warning and kept as `.damaged`.
 
     Args:
-        folder: where the run's checkpoints lie.
-        run_id: of the run; a checkpoint of another one counts as damaged.
+        folder: Folder of the run's checkpoints.
+        run_id: Name of the run; a checkpoint of another run counts as damaged.
 
     Returns:
-        The checkpoint; None where there is none at all.
+        The checkpoint; None if there are none.
 
     Raises:
-        ValueError: if there are checkpoints and all are damaged.
+        ValueError: If there are checkpoints and all are damaged.
     """
     names = _names(folder)
     problems: list[str] = []
@@ -115,7 +114,9 @@ def find_newest(folder: Path, *, run_id: str) -> Path | None:
             for damaged in [n for n in names if n > name]:
                 os.replace(folder / damaged, _free_name(folder, damaged))
             for text in problems:
-                warnings.warn(f"{text}; it is kept as .damaged, the run goes on from {name}", stacklevel=2)
+                warnings.warn(
+                    f"{text}; it is kept as .damaged, and the run continues from {name}", stacklevel=2
+                )
             return folder / name
         problems.append(problem)
     lost = sorted(p.name for p in folder.glob("*.damaged*"))
@@ -128,19 +129,19 @@ def find_newest(folder: Path, *, run_id: str) -> Path | None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint, whole or not; None where there is none."""
+    """Return the newest checkpoint, intact or not; None if there are none."""
     names = _names(folder)
     return folder / names[-1] if names else None
 
 
 def read_checkpoint(checkpoint: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Tensors by file and name, and the state."""
+    """Read a checkpoint's tensors, by file and name, and its state."""
     groups = {p.stem: safetensors.torch.load_file(p) for p in sorted(checkpoint.glob("*.safetensors"))}
     return groups, json.loads((checkpoint / _STATE).read_text())
 
 
 def verify(checkpoint: Path, *, run_id: str) -> str | None:
-    """What is wrong with a checkpoint of a run, in words; None where it is whole."""
+    """Return what is wrong with a checkpoint, as a sentence; None if it is intact."""
     try:
         files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
         if _STATE not in files:

@@ -1,4 +1,4 @@
-"""What a run would take, from a few of its steps."""
+"""The cost of a run, estimated from a few of its steps."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ from edm2.train.memory import peak_bytes, size_text
 _FLOAT_BYTES = 4
 _STORED_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _WARMUP_STEPS = 2
-# An image needs a forward and a backward pass, which costs twice as much.
+# A forward pass, and a backward pass that costs twice as much.
 _PASSES = 3
 
 
@@ -30,14 +30,14 @@ class DryRun:
     """Cost of a run.
 
     Attributes:
-        num_images: length of the run.
-        num_params: parameters.
-        flops: multiply-accumulates of one forward pass, an image.
-        state_bytes: weights, gradients, Adam's moments and averages, with the window of a long run.
-        peak_bytes: most memory seen in the measured steps: of the process on a CPU, of tensors on a GPU.
-        snapshot_bytes: all snapshots of the run together.
-        checkpoint_bytes: the checkpoints that are kept.
-        images_per_second: speed in the measured steps.
+        num_images: Length of the run.
+        num_params: Number of parameters.
+        flops: Multiply-accumulates of a forward pass, per image.
+        state_bytes: Weights, gradients, moments of Adam and averages, including the buffers of a long run.
+        peak_bytes: Peak memory in the measured steps: of the process on a CPU, of tensors on a GPU.
+        snapshot_bytes: All snapshots of the run.
+        checkpoint_bytes: Checkpoints that are kept.
+        images_per_second: Speed in the measured steps.
     """
 
     num_images: int
@@ -51,14 +51,14 @@ class DryRun:
 
     @property
     def seconds(self) -> float:
-        """Time of the run on one such machine."""
+        """Time of the run on one such machine, in seconds."""
         return self.num_images / self.images_per_second
 
     def describe(self, machines: int = 1) -> str:
-        """Lines for the reader.
+        """Describe the cost in a few lines.
 
         Args:
-            machines: number of machines to estimate for, at least 1. Communication is not counted.
+            machines: Number of machines to estimate for, at least 1. Communication is not counted.
         """
         if machines < 1:
             raise ValueError(f"machines {machines} must be at least 1")
@@ -82,21 +82,21 @@ class DryRun:
 
 
 def dry_run(config: TrainConfig, *, steps: int = 5, dataset: ImageDataset | None = None) -> DryRun:
-    """Measure a few steps of a run in a temporary folder; nothing is kept.
+    """Measure a few steps of a run in a temporary folder, and keep nothing.
 
     Args:
-        config: all settings.
-        steps: measured steps, at least 1, after two for warming up.
-        dataset: training images; default: those that the configuration names.
+        config: All settings.
+        steps: Measured steps, at least 1, after two warm-up steps.
+        dataset: Training images. Default: the data that the configuration names.
 
     Raises:
-        ValueError: for bad settings or data, as in `edm2.train.train`.
+        ValueError: If settings or data are invalid, as in `edm2.train.train`.
     """
     if steps < 1:
         raise ValueError(f"steps {steps} must be at least 1")
     dataset = open_training_data(config) if dataset is None else dataset
     with tempfile.TemporaryDirectory() as folder:
-        # A run may be shorter than what is measured of it.
+        # A run may be shorter than the measurement.
         longer = max(config.num_images, (_WARMUP_STEPS + steps) * config.batch_size)
         settings = dataclasses.replace(config, num_images=longer)
         trainer = Trainer(settings, dataset, Path(folder) / "run")

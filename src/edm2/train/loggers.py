@@ -1,6 +1,6 @@
 """Experiment loggers: TensorBoard, Weights & Biases, trackio, or anything with the same three methods.
 
-The run's own JSON lines are always written; these are for watching along.
+The run's own JSON lines are always written; loggers come in addition.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,27 +13,27 @@ _WITHOUT = ", or leave it out of --log-to: the run's log.jsonl is written in any
 
 
 class Logger(Protocol):
-    """What a run tells of itself while it trains."""
+    """Receives the log records of a run while it trains."""
 
     def start(self, run: Path, run_id: str, settings: Mapping[str, Any], num_images: int) -> None:
-        """Begin or continue.
+        """Start or continue a run.
 
         Args:
-            run: folder of the run.
-            run_id: the run's name, the same when it is continued.
-            settings: all settings.
-            num_images: images seen; what was logged beyond them will be logged again.
+            run: Folder of the run.
+            run_id: Name of the run, the same when it continues.
+            settings: All settings.
+            num_images: Images seen; records beyond them will be logged again.
         """
 
     def log(self, num_images: int, values: Mapping[str, float]) -> None:
-        """Write values of one moment down."""
+        """Log the values of one moment."""
 
     def finish(self) -> None:
         """Flush and close."""
 
 
 class TensorBoard:
-    """Event files in the run's folder `tensorboard`."""
+    """Writes event files into the folder `tensorboard` of the run."""
 
     def __init__(self) -> None:
         self._module = need("torch.utils.tensorboard", "--log-to tensorboard", instead=_WITHOUT)
@@ -41,7 +41,7 @@ class TensorBoard:
 
     def start(self, run: Path, run_id: str, settings: Mapping[str, Any], num_images: int) -> None:
         """See `Logger.start`."""
-        # Purging hides what an interrupted session logged after its last checkpoint.
+        # Purging hides records that an interrupted session logged after its last checkpoint.
         self._writer = self._module.SummaryWriter(str(run / "tensorboard"), purge_step=num_images + 1)
 
     def log(self, num_images: int, values: Mapping[str, float]) -> None:
@@ -55,7 +55,7 @@ class TensorBoard:
 
 
 class _Hosted:
-    """wandb, and trackio, which took over its functions."""
+    """wandb, and trackio, which has the same functions."""
 
     def __init__(self, package: str) -> None:
         self._module = need(package, f"--log-to {package}", instead=_WITHOUT)
@@ -100,11 +100,11 @@ LOGGERS: dict[str, Callable[[], Logger]] = {"tensorboard": TensorBoard, "wandb":
 
 
 def open_loggers(names: tuple[str, ...]) -> list[Logger]:
-    """Make the loggers of some names, so that a missing package is noticed before the run starts.
+    """Open loggers by name, so that a missing package is noticed before the run starts.
 
     Raises:
-        ValueError: for an unknown name.
-        MissingExtra: for a package that is not installed.
+        ValueError: If a name is unknown.
+        MissingExtra: If a package is not installed.
     """
     unknown = [name for name in names if name not in LOGGERS]
     if unknown:
@@ -113,5 +113,5 @@ def open_loggers(names: tuple[str, ...]) -> list[Logger]:
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """The values of a log's record that a logger can draw."""
+    """Return the numeric values of a log record."""
     return {name: float(value) for name, value in record.items() if isinstance(value, int | float)}

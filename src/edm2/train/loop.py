@@ -1,9 +1,9 @@
 """The training loop.
 
 Everything random is a function of (seed, position of the image in the run), so a run that is stopped and
-continued is the run that was never stopped, bit for bit.
+continued gives the same bits as one that was never stopped.
 
-Ref: EDM2 Sec. 2-3, App. B; SPEC sections 3-5.
+Ref: EDM2 Sec. 2-3, App. B.
 """
 
 import dataclasses
@@ -49,28 +49,28 @@ def train(
     on_step: Callable[["Trainer"], None] | None = None,
     loggers: Sequence[Logger] = (),
 ) -> Path:
-    """Train, or continue the run that the folder holds; under torchrun, on all its processes together.
+    """Train a model, or continue the run in the folder; under torchrun, on all of its processes.
 
     Args:
-        config: all settings.
-        out: folder of the run; seen by all processes.
-        dataset: training images; default: those that the configuration names.
-        preset: name that the settings come from, noted in the files.
-        quiet: show no progress.
-        on_step: called after every step, for callers who want to look inside.
-        loggers: told whatever is logged, see `edm2.train.loggers`.
+        config: All settings.
+        out: Folder of the run, visible to all processes.
+        dataset: Training images. Default: the data that the configuration names.
+        preset: Name of the preset behind the settings, stored for reference.
+        quiet: Do not show progress.
+        on_step: Called with the trainer after every step.
+        loggers: Receive every log record; see `edm2.train.loggers`.
 
     Returns:
-        The final model's file: the longest tracked average at the end of the run.
+        File of the final model: the longest tracked average at the end of the run.
 
     Raises:
-        ValueError: for bad settings or data, a folder that holds another run, or damaged checkpoints.
-        FloatingPointError: if losses or gradients stay non-finite.
-        OSError: if something could not be written; older checkpoints are untouched.
-        Stopped: after SIGINT, SIGTERM, `max_hours` or `Trainer.request_stop`, once a checkpoint is written.
+        ValueError: If settings or data are invalid, the folder holds another run, or no checkpoint can be read.
+        FloatingPointError: If losses or gradients stay non-finite.
+        OSError: If a file cannot be written; older checkpoints are untouched. If snapshots were lost.
+        Stopped: After SIGINT, SIGTERM, `max_hours` or `Trainer.request_stop`, once a checkpoint is written.
     """
     with join_world(config.device) as world:
-        # A function of its own, so that nothing holds the process group when it is left.
+        # A separate function, so that nothing refers to the process group once it returns.
         return _train(config, Path(out), world, dataset, preset, quiet, on_step, loggers)
 
 
@@ -102,25 +102,25 @@ def _train(
 
 
 class Trainer:
-    """A run's state: network, optimiser, averages and position; `run` moves it forward.
+    """State of a run: network, optimiser, averages and position. `run` trains.
 
     Args:
-        config: all settings.
-        dataset: training images.
-        out: folder of the run, seen by all processes; claimed at once.
-        preset: name that the settings come from.
-        world: the processes that share the work; default: this one alone.
+        config: All settings.
+        dataset: Training images.
+        out: Folder of the run, visible to all processes; the constructor claims it.
+        preset: Name of the preset behind the settings.
+        world: Processes that share the work. Default: this one alone.
 
     Attributes:
-        denoiser: the network in training mode.
-        optimizer: its optimiser.
-        ema: the averages; None on all processes but the first, unless the network is sharded.
-        num_images: images seen.
-        run_id: name of the run.
+        denoiser: The network in training mode.
+        optimizer: Its optimiser.
+        ema: The averages; None on all processes but the first, unless the network is sharded.
+        num_images: Images seen.
+        run_id: Name of the run.
         loggers: told whatever is logged.
 
     Raises:
-        ValueError: as in `train`.
+        ValueError: As in `train`.
     """
 
     loggers: Sequence[Logger] = ()
@@ -173,10 +173,10 @@ class Trainer:
         self._snapshot_times: list[int] = []
 
     def resume(self) -> None:
-        """Take up the newest whole checkpoint, if there is one.
+        """Load the newest intact checkpoint, if there is one.
 
         Raises:
-            ValueError: if the run had checkpoints and none can be used.
+            ValueError: If the run had checkpoints and none is usable.
         """
         folder = self.out / run_folder.CHECKPOINTS
 
@@ -199,19 +199,19 @@ class Trainer:
             for name in (LOG_FILE, MAGNITUDES_FILE):
                 rewind_log(self.out, self.num_images, name)
             if not self._is_last(self.num_images) and (problems := self._lost_snapshots()):
-                warnings.warn(f"{'; '.join(problems)}; the run goes on without", stacklevel=2)
+                warnings.warn(f"{'; '.join(problems)}; the run continues without them", stacklevel=2)
 
     def run(self, *, quiet: bool = False, on_step: Callable[["Trainer"], None] | None = None) -> None:
-        """Train until `config.num_images`, saving on the way and at the end.
+        """Train until `config.num_images`; save on the way and at the end.
 
         Args:
-            quiet: show no progress.
-            on_step: called after every step.
+            quiet: Do not show progress.
+            on_step: Called with the trainer after every step.
 
         Raises:
-            FloatingPointError: if losses or gradients stay non-finite.
-            OSError: if something could not be written; older checkpoints are untouched.
-            Stopped: when asked to stop, once a checkpoint is written.
+            FloatingPointError: If losses or gradients stay non-finite.
+            OSError: If a file cannot be written; older checkpoints are untouched. If snapshots were lost.
+            Stopped: When asked to stop, once a checkpoint is written.
         """
         config = self.config
         end = config.num_steps * config.batch_size
@@ -243,7 +243,7 @@ class Trainer:
     def _checkpoint_if_due(self) -> None:
         if self.is_due(self.config.checkpoint_images):
             self._due = self._role()
-        # While steps go wrong, none takes the place of one from before; the end of the run is kept as it is.
+        # While steps are non-finite, no checkpoint replaces an older one; the end of the run is saved in any case.
         if self._due is not None and (self._is_last(self.num_images) or not self._tally.bad_in_a_row):
             self.checkpoint(role=self._due)
 
@@ -257,9 +257,7 @@ class Trainer:
             return
         saved = "checkpoint written"
         if bad := self._tally.bad_in_a_row:
-            saved = (
-                f"not saved, because loss or gradients were NaN or infinite in the last {bad} of its steps"
-            )
+            saved = f"not saved, because loss or gradients were NaN or infinite in the last {bad} steps"
         elif self._saved != self.num_images:
             self.checkpoint(role="passing")
         self._saver.wait()
@@ -269,11 +267,11 @@ class Trainer:
         )
 
     def step(self, *, record: bool = False) -> None:
-        """One optimiser step on the next `batch_size` images.
+        """Take one optimiser step on the next `batch_size` images.
 
         Args:
-            record: note the norms of weights and update, and write the step's magnitudes down, if the configuration
-                wants them.
+            record: Measure the norms of weights and update, and record the magnitudes of this step if the
+                configuration says so.
         """
         self._stepper.prepare(self.num_images)
         recorder = self._recorder if record else None
@@ -284,7 +282,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.num_images)
         self._tally.add(loss, norm)
-        # Elsewhere than on the CPU this would wait for the device: there it is asked when a line is logged.
+        # On other devices this would synchronise; there the check runs when a line is logged.
         if self.device.type == "cpu":
             self._check_finite()
         if recorder is not None:
@@ -326,11 +324,11 @@ class Trainer:
         return {name: value for name, value in shown.items() if value} | {"memory": memory}
 
     def snapshot(self) -> None:
-        """Add the averages to the run's snapshots."""
+        """Store the averages in the run's snapshot folder."""
         if self.ema is None:
             return
         folder = self.out / run_folder.SNAPSHOTS
-        # Written once: data may be moved, and the preset renamed, while a run goes on.
+        # Written once: data may move, and the preset may be renamed, during a run.
         described = (folder / MANIFEST).exists()
         description = {"network": self.denoiser.config, "info": self.info}
         self.ema.snapshot(folder, metadata=None if described else description, dtype=self.config.ema.dtype)
@@ -340,21 +338,21 @@ class Trainer:
         return run_folder.find_lost_snapshots(self.out, self._snapshot_times, self.config.ema.sigma_rels)
 
     def close(self) -> None:
-        """End what reads images in the background; a later step starts it anew."""
+        """Stop the background readers; a later step starts them again."""
         self._stepper.close()
 
     def request_stop(self) -> None:
-        """Stop after this step, as a signal would."""
+        """Stop after this step, as after a signal."""
         self._stop = True
 
     def checkpoint(self, *, role: Role = "regular") -> None:
-        """Copy everything that is needed to go on, on any number of processes, and begin to write it.
+        """Copy the whole state and start writing it. Any number of processes can resume from it.
 
         Args:
-            role: see `save_checkpoint`.
+            role: See `save_checkpoint`.
 
         Raises:
-            OSError: if the checkpoint before could not be written.
+            OSError: If the previous checkpoint could not be written.
         """
         self._saved, self._due = self.num_images, None
         tensors, average = gather(self.denoiser, self.optimizer, self.ema, keep=self.world.is_first)
@@ -405,8 +403,11 @@ class Trainer:
         return self.out / MODEL_FILE
 
     def is_due(self, interval: int, num_images: int | None = None) -> bool:
-        """Whether the step that ends at `num_images`, or the last one taken, passes a multiple of the interval or
-        ends the run.
+        """Return whether a step passes a multiple of the interval or ends the run.
+
+        Args:
+            interval: In images.
+            num_images: Images seen at the end of the step. Default: of the last one.
         """
         num_images = self.num_images if num_images is None else num_images
         batch = self.config.batch_size

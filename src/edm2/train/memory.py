@@ -1,4 +1,4 @@
-"""How much memory a run takes."""
+"""Memory use of a run."""
 
 import os
 import resource
@@ -8,9 +8,9 @@ import torch
 
 
 def used_bytes(device: torch.device) -> int:
-    """Memory worth watching: of the process now on a CPU, the most that tensors took so far on a GPU.
+    """Return the memory to watch: of the process now on a CPU, the peak of tensors on a GPU.
 
-    Where the system does not tell what a process has now (outside Linux), the most that it had.
+    Outside Linux, where the system does not tell the current use, it is the peak of the process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -22,7 +22,7 @@ def used_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory so far: of the process on a CPU, of tensors on a GPU."""
+    """Return the peak memory so far: of the process on a CPU, of tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -30,7 +30,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def size_text(num_bytes: float) -> str:
-    """Bytes for people: `1.5 GB`."""
+    """Format a number of bytes: `1.5 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if num_bytes < 999.5:
             return f"{num_bytes:.3g} {unit}"

@@ -11,11 +11,11 @@ from edm2.ema.tracking.tensors import is_sharded, local
 
 @torch.no_grad()
 def total_norm(tensors: Sequence[Tensor], parts: Sequence[Tensor] | None = None) -> Tensor:
-    """L2 norm of many tensors as of one; a collective call where some are sharded.
+    """Compute the joint L2 norm of many tensors; a collective call if some are sharded.
 
     Args:
-        tensors: weights, or their gradients.
-        parts: what to take the norm of instead, this process's part of a value for each tensor.
+        tensors: Weights, or their gradients.
+        parts: Values to use instead, this process's part of one for each tensor.
 
     Returns:
         A scalar tensor.
@@ -31,10 +31,10 @@ def total_norm(tensors: Sequence[Tensor], parts: Sequence[Tensor] | None = None)
 
 
 class UpdateNorm:
-    """Measures one update: how long all weights together are, and how far they move.
+    """Measures one update: the joint norm of all weights, and of their change.
 
     Args:
-        weights: the parameters, before the update; they are copied.
+        weights: The parameters before the update; they are copied.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
@@ -43,6 +43,6 @@ class UpdateNorm:
 
     @torch.no_grad()
     def measure(self) -> Tensor:
-        """Norm of the weights before the update, then of their change, `[2]`; call it after the update."""
+        """Return the norms of the weights before the update and of their change, `[2]`; call it after the update."""
         changes = torch._foreach_sub([local(w.detach()) for w in self._weights], self._before)
         return torch.stack([total_norm(self._weights, self._before), total_norm(self._weights, changes)])

@@ -1,4 +1,4 @@
-"""A network on several processes: copies that exchange gradients (DDP), or parts of one (FSDP2)."""
+"""A network on several processes: replicated (DDP) or sharded (FSDP2)."""
 
 import inspect
 import warnings
@@ -16,14 +16,14 @@ from edm2.train.world import World
 
 
 def shard(denoiser: Denoiser, world: World) -> None:
-    """Spread the network's weights over all processes with FSDP2, block by block, in place.
+    """Shard the network over all processes with FSDP2, block by block, in place.
 
-    Scalars and the small uncertainty head stay whole on every process.
+    Scalars and the small uncertainty head are replicated.
 
     Raises:
-        ValueError: with a torch that is too old.
+        ValueError: If torch is too old.
     """
-    # Takes a second to import, which runs on one process should not pay.
+    # Importing this takes a second, which a run on one process should not pay.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -35,13 +35,13 @@ def shard(denoiser: Denoiser, world: World) -> None:
     scalars = {p for p in denoiser.parameters() if p.ndim == 0}
     for block in blocks_of(denoiser):
         fully_shard(block, mesh=mesh, ignored_params=scalars)
-    # By default the outermost part would stay gathered after a pass that no backward pass follows, as in sampling,
-    # and would go on with those values whatever is written to its shards.
+    # By default the outermost module would stay gathered after a forward pass without a backward pass, as in
+    # sampling, and would ignore later writes to its shards.
     fully_shard(denoiser.unet, mesh=mesh, ignored_params=scalars, reshard_after_forward=True)
 
 
 def replicate(denoiser: Denoiser, world: World) -> Any:
-    """The network with DistributedDataParallel around it."""
+    """Wrap the network in DistributedDataParallel."""
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     with warnings.catch_warnings():
         # torch 2.13 has a new name for broadcast_buffers, which older ones do not know.
@@ -54,13 +54,13 @@ def replicate(denoiser: Denoiser, world: World) -> Any:
 
 
 def blocks_of(denoiser: Denoiser) -> list[nn.Module]:
-    """The network's blocks: its parts that have parts."""
+    """Return the blocks of the network: its modules that have submodules."""
     parts = [*denoiser.unet.enc.values(), *denoiser.unet.dec.values()]
     return [part for part in parts if any(True for _ in part.children())]
 
 
 def exchange_gradients(forward: Any, wanted: bool) -> AbstractContextManager[None]:
-    """Context for one forward and backward pass: whether processes exchange gradients at its end."""
+    """Return a context for one forward and backward pass, with or without exchange of gradients."""
     if isinstance(forward, nn.parallel.DistributedDataParallel):
         return nullcontext() if wanted else forward.no_sync()
     unet: Any = forward.unet
@@ -71,7 +71,7 @@ def exchange_gradients(forward: Any, wanted: bool) -> AbstractContextManager[Non
 
 @torch.no_grad()
 def average_whole_gradients(gradients: Sequence[Tensor], world: World) -> None:
-    """Average, over all processes, the gradients that sharding leaves whole; FSDP2 averages the others."""
+    """Average the gradients of replicated parameters over all processes; FSDP2 averages the others."""
     rest = [g for g in gradients if not is_sharded(g)]
     if world.size == 1 or len(rest) == len(gradients):
         return
@@ -82,13 +82,13 @@ def average_whole_gradients(gradients: Sequence[Tensor], world: World) -> None:
 
 
 def whole(tensor: Any) -> Tensor:
-    """All of a tensor; a collective call where it is sharded."""
+    """Return the full tensor; a collective call if it is sharded."""
     found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return found
 
 
 def copy_whole(target: Any, value: Tensor) -> None:
-    """Copy a whole tensor into one that may be sharded; each process takes its part."""
+    """Copy a full tensor into one that may be sharded; each process takes its part."""
     value = value.to(target.device)
     if is_sharded(target):
         from torch.distributed.tensor import distribute_tensor

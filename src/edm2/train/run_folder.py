@@ -1,4 +1,4 @@
-"""The folder of a training run: its settings, its log, and whether it may be written to."""
+"""The folder of a training run: its settings, its snapshots, and who may write to it."""
 
 import contextlib
 import itertools
@@ -19,10 +19,10 @@ CHECKPOINTS = "checkpoints"
 
 @contextlib.contextmanager
 def hold(out: Path) -> Iterator[None]:
-    """Keep other processes from training into the folder, which is made where missing.
+    """Keep other processes from training into the folder; create it if missing.
 
     Raises:
-        ValueError: if another process does so now.
+        ValueError: If another process is training into it.
     """
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
@@ -39,16 +39,16 @@ def hold(out: Path) -> Iterator[None]:
 
 
 def claim(out: Path, settings: dict[str, Any], identity: dict[str, Any], run_id: str) -> None:
-    """Make the folder this run's, or make sure that it already is.
+    """Make the folder this run's own, or check that it already is.
 
     Args:
-        out: folder of the run; made where missing.
-        settings: all settings, for the reader.
-        identity: those that must not change between sessions.
-        run_id: from identity and data.
+        out: Folder of the run; created if missing.
+        settings: All settings, for the reader.
+        identity: Settings that must not change between sessions.
+        run_id: Derived from identity and data.
 
     Raises:
-        ValueError: if the folder holds another run or other files; nothing is changed then.
+        ValueError: If the folder holds another run or other files; nothing is changed.
     """
     path = out / CONFIG_FILE
     if path.exists():
@@ -66,29 +66,29 @@ def claim(out: Path, settings: dict[str, Any], identity: dict[str, Any], run_id:
             raise ValueError(
                 f"{out} is not empty and holds no run ({', '.join(foreign[:4])}): choose another --out"
             )
-        # A run has this folder from its first moment on, so that its loss is noticed.
+        # A run has this folder from the start, so that its loss is noticed.
         (out / CHECKPOINTS).mkdir(parents=True)
     write_json(path, {"run_id": run_id, "identity": identity, "settings": settings})
 
 
 def check_not_lost(out: Path) -> None:
-    """Refuse a run without any checkpoint that is finished, or whose folder of checkpoints is gone.
+    """Refuse a run whose checkpoints are gone.
 
-    An empty folder of checkpoints is that of a run that was killed before its first one: it starts from the beginning.
+    An empty checkpoint folder belongs to a run that was killed before its first checkpoint: it starts again.
 
     Raises:
-        ValueError: if checkpoints were taken away.
+        ValueError: If the run is finished but has no checkpoint, or its checkpoint folder is missing.
     """
     done = (out / MODEL_FILE).exists()
     if done or not (out / CHECKPOINTS).is_dir():
         raise ValueError(
             f"{out} holds a {'finished ' if done else ''}run whose checkpoints are gone: put {out / CHECKPOINTS} back "
-            f"from a copy, choose another --out, or to train anew from the beginning, delete {out}"
+            f"from a copy, choose another --out, or delete {out} to train from the beginning"
         )
 
 
 def find_lost_snapshots(out: Path, times: Sequence[int], sigma_rels: Sequence[float]) -> list[str]:
-    """Compare the run's snapshots with those that it took; sizes and headers are read, not the contents.
+    """Find snapshots that the run took and that are missing or damaged. Checks sizes and headers, not contents.
 
     Args:
         out: Folder of the run.
@@ -96,7 +96,7 @@ def find_lost_snapshots(out: Path, times: Sequence[int], sigma_rels: Sequence[fl
         sigma_rels: Lengths of the averages that were stored each time.
 
     Returns:
-        What is missing or damaged, a sentence for each file; nothing where all is well.
+        One sentence for each missing or damaged file.
     """
     folder = out / SNAPSHOTS
     if not times:
@@ -119,10 +119,10 @@ def find_lost_snapshots(out: Path, times: Sequence[int], sigma_rels: Sequence[fl
 
 
 def read_config(out: Path) -> dict[str, Any]:
-    """What `claim` wrote.
+    """Read the settings that `claim` wrote.
 
     Raises:
-        ValueError: if there is none or it cannot be read.
+        ValueError: If they are missing or damaged.
     """
     path = out / CONFIG_FILE
     try:
@@ -133,7 +133,7 @@ def read_config(out: Path) -> dict[str, Any]:
                 raise TypeError(f"{key} of another kind")
     except FileNotFoundError:
         raise ValueError(
-            f"{out} holds no training run (no {CONFIG_FILE}): give the --out of `edm2 train`"
+            f"{out} is not a training run: {CONFIG_FILE} is missing. Give the folder that was the --out of `edm2 train`"
         ) from None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
@@ -158,7 +158,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def flat_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without nesting: `network.dropout` for the one inside the other."""
+    """Flatten nested settings: `network.dropout` for `dropout` in `network`."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Checkpoints written in a thread beside the training."""
+"""Checkpoints written in a background thread."""
 
 import threading
 from pathlib import Path
@@ -8,13 +8,13 @@ from edm2.train.checkpoint import Role, Tensors, save_checkpoint
 
 
 class Saver:
-    """Writes one checkpoint at a time; a context manager that waits for it at the end.
+    """Writes one checkpoint at a time. As a context manager, it waits for the last one at the end.
 
-    A kill leaves the checkpoint whole or not there, as `save_checkpoint` does: only the rename makes it one.
+    A kill leaves a checkpoint complete or absent, as with `save_checkpoint`.
 
     Args:
-        folder: where the run's checkpoints lie.
-        keep: number of checkpoints to keep, the newest.
+        folder: Folder of the run's checkpoints.
+        keep: Number of newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, *, keep: int) -> None:
@@ -23,39 +23,39 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, num_images: int, tensors: Tensors, state: dict[str, Any], *, role: Role) -> None:
-        """Begin to write; waits for the one before.
+        """Start writing a checkpoint, after waiting for the previous one.
 
         Args:
-            num_images: images seen, the checkpoint's name.
-            tensors: copies that nobody changes any more.
+            num_images: Images seen, which name the checkpoint.
+            tensors: Copies that nothing else modifies.
             state: JSON values.
-            role: as in `save_checkpoint`.
+            role: As in `save_checkpoint`.
 
         Raises:
-            OSError: if the one before could not be written.
+            OSError: If the previous checkpoint could not be written.
         """
         self.wait()
-        # A daemon: a second signal ends the process at once, and an unfinished checkpoint is none.
+        # A daemon: a second signal ends the process at once, and an unfinished checkpoint does not count.
         self._thread = threading.Thread(
             target=self._write, args=(num_images, tensors, state, role), name="edm2-saver", daemon=True
         )
         self._thread.start()
 
     def check(self) -> None:
-        """Raise what went wrong in the thread, if anything has so far.
+        """Raise the error of the last write, if there was one.
 
         Raises:
-            OSError: if the last checkpoint could not be written.
+            OSError: If the last checkpoint could not be written.
         """
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is on the disk.
+        """Wait until the last checkpoint is on disk.
 
         Raises:
-            OSError: if it could not be written.
+            OSError: If it could not be written.
         """
         thread, self._thread = self._thread, None
         if thread is not None:
@@ -65,7 +65,7 @@ class Saver:
     def _write(self, num_images: int, tensors: Tensors, state: dict[str, Any], role: Role) -> None:
         try:
             save_checkpoint(self._folder, num_images, tensors, state, keep=self._keep, role=role)
-        except BaseException as error:  # handed to the training thread, which decides
+        except BaseException as error:  # re-raised in the training thread
             self._error = error
 
     def __enter__(self) -> "Saver":
@@ -74,6 +74,6 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             return self.wait()
-        # Another error is on its way, which matters more than one of the thread; Ctrl-C again does not wait.
+        # The error in flight matters more than one of the thread. A second Ctrl-C does not wait.
         if self._thread is not None and kind is not KeyboardInterrupt:
             self._thread.join()

@@ -1,6 +1,6 @@
 """The learning-rate schedule.
 
-Ref: EDM2 Eq. 67 and Sec. 2.3; SPEC section 4.
+Ref: EDM2 Eq. 67 and Sec. 2.3.
 """
 
 import math
@@ -9,17 +9,17 @@ import math
 def learning_rate(
     num_images: float, *, batch_size: int, ref_lr: float, ref_batches: float, rampup_mimg: float
 ) -> float:
-    """Linear ramp-up, then a constant rate, then decay with the inverse square root of time.
+    """Compute the learning rate: linear ramp-up, constant rate, then inverse square root decay.
 
     Args:
-        num_images: images seen before the step.
-        batch_size: images a step.
-        ref_lr: the constant rate.
-        ref_batches: steps after which the rate decays; 0 for no decay.
-        rampup_mimg: length of the ramp-up, in millions of images; 0 for none.
+        num_images: Images seen before the step.
+        batch_size: Images per step.
+        ref_lr: The constant rate.
+        ref_batches: Steps after which the rate decays; 0 for no decay.
+        rampup_mimg: Length of the ramp-up in millions of images; 0 for none.
 
     Returns:
-        The rate for the step that starts at `num_images`.
+        Rate for the step that starts at `num_images`.
     """
     lr = ref_lr
     if ref_batches > 0:

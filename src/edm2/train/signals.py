@@ -1,4 +1,4 @@
-"""Stopping in good order when the system or the user asks for it."""
+"""A clean stop when the system or the user asks for one."""
 
 import os
 import signal
@@ -7,24 +7,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# torchrun passes a signal on to processes that srun, or a shell, may have sent it to already.
+# torchrun forwards signals to processes that may have received them already, from srun or a shell.
 _ECHO_SECONDS = 5.0
 
 
 class Stopped(Exception):
-    """The run was asked to stop by a signal; it saved a checkpoint first."""
+    """The run was asked to stop and has saved a checkpoint."""
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun started this process and watches how it ends."""
+    """Return whether torchrun started this process and watches its exit code."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a request to stop after the step; the second one acts at once.
+    """Turn the first SIGINT or SIGTERM into a request to stop after the current step; the second acts at once.
 
-    Under torchrun a signal often comes twice, so that there the second one counts after some seconds only.
+    Under torchrun a signal often arrives twice, so the second one counts only after a few seconds.
     """
     received: list[float] = []
     echo = _ECHO_SECONDS if under_torchrun() else 0.0
@@ -47,7 +47,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     try:
         for number in previous:
             signal.signal(number, handle)
-    except ValueError:  # not the main thread: signals stay with whoever owns it
+    except ValueError:  # not the main thread: leave its signal handlers alone
         previous = {}
     try:
         yield lambda: bool(received)

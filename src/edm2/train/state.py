@@ -1,4 +1,4 @@
-"""The state of a run as whole tensors by name, whatever number of processes holds it."""
+"""The state of a run as full tensors by name, independent of the number of processes."""
 
 from typing import Any
 
@@ -15,17 +15,17 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def gather(
     model: nn.Module, optimizer: torch.optim.Optimizer, ema: PowerEMA | None, *, keep: bool
 ) -> tuple[Tensors, dict[str, Any]]:
-    """Copy the state to the host's memory; a collective call where tensors are sharded.
+    """Copy the state to host memory; a collective call if tensors are sharded.
 
     Args:
-        model: the network.
-        optimizer: Adam, after a step at least.
-        ema: the averages, where this process has them.
-        keep: whether this process wants the tensors, or only takes part in gathering them.
+        model: The network.
+        optimizer: Adam, after at least one step.
+        ema: The averages, if this process has them.
+        keep: Whether this process keeps the tensors, or only takes part in gathering them.
 
     Returns:
-        Copies of the tensors of `model`, `optimizer` (as `exp_avg.NAME` and so on) and `ema`, and the averages'
-        JSON values.
+        Copies of the tensors of `model`, `optimizer` (named `exp_avg.NAME` and so on) and `ema`, and the JSON
+        values of the averages.
     """
     average = {} if ema is None else ema.state_dict()
     groups: dict[str, dict[str, Tensor]] = {
@@ -55,7 +55,7 @@ def scatter(
     optimizer: torch.optim.Optimizer,
     ema: PowerEMA | None,
 ) -> None:
-    """Put back what `gather` gave, in place, each process taking its part."""
+    """Load the result of `gather` in place; each process takes its part."""
     for name, target in model.state_dict().items():
         copy_whole(target, tensors["model"][name])
     for name, p in model.named_parameters():

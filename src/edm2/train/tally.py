@@ -1,4 +1,4 @@
-"""What a run adds up between two lines of its log, and the steps that went wrong."""
+"""Sums between two lines of the log, and a count of non-finite steps."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class Tally:
-    """Sums of loss and gradient norm over the steps where both are finite; kept on the device.
+    """Sums loss and gradient norm over the steps in which both are finite, on the device.
 
     Args:
-        device: where losses come from.
+        device: Device of the losses.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -19,7 +19,7 @@ class Tally:
         self._bad_in_a_row = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
-        """Count a step, without waiting for the device."""
+        """Count a step without synchronising with the device."""
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         zero = torch.zeros_like(self._bad_in_a_row)
         self._sums += torch.stack(
@@ -34,11 +34,11 @@ class Tally:
 
     @property
     def bad_in_a_row(self) -> int:
-        """Steps up to the last one that were not finite; waits for the device."""
+        """Number of non-finite steps in a row, up to the last one; synchronises with the device."""
         return int(self._bad_in_a_row)
 
     def take(self) -> dict[str, Any]:
-        """Means since the last call, None where no step was finite, and the number of those that were not."""
+        """Return the means since the last call, None if no step was finite, and the number of non-finite steps."""
         loss, norm, good, bad = self._sums.tolist()
         self._sums.zero_()
         return {
@@ -48,10 +48,10 @@ class Tally:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the state as JSON values."""
         return {"sums": self._sums.tolist(), "bad_in_a_row": self.bad_in_a_row}
 
     def load_json(self, content: dict[str, Any]) -> None:
-        """Take up what `to_json` gave."""
+        """Load the result of `to_json`."""
         self._sums.copy_(torch.tensor(content["sums"], dtype=torch.float64))
         self._bad_in_a_row.fill_(content["bad_in_a_row"])

@@ -1,6 +1,6 @@
-"""The processes of a run: one, or as many as torchrun started.
+"""The processes of a run: one, or all that torchrun started.
 
-Everything distributed is PyTorch's own: process groups, DistributedDataParallel, fully_shard (FSDP2).
+All distributed work is PyTorch's own: process groups, DistributedDataParallel, fully_shard (FSDP2).
 """
 
 import gc
@@ -21,18 +21,18 @@ from edm2.train.signals import under_torchrun
 
 
 class FirstFailed(RuntimeError):
-    """Raised on the other processes when the first one could not go on; its own error says why."""
+    """Raised on the other processes when the first one failed; its own error gives the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among the run's processes.
+    """This process and its place among the processes of a run.
 
     Attributes:
-        rank: number of this process, from 0.
-        size: number of processes.
-        device: where it computes.
-        launcher: process that started this one and watches it, under torchrun.
+        rank: Index of this process, from 0.
+        size: Number of processes.
+        device: Device of this process.
+        launcher: Process id of torchrun, which started this process; None without it.
     """
 
     rank: int
@@ -42,22 +42,22 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and shows progress."""
+        """Whether this is the process that writes files and shows progress."""
         return self.rank == 0
 
     @property
     def is_orphan(self) -> bool:
-        """Whether torchrun is gone, as after a kill, while its processes run on."""
+        """Whether torchrun was killed while this process kept running."""
         return self.launcher is not None and os.getppid() != self.launcher
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum of a tensor over all processes, in place."""
+        """Sum a tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; the same answer in all."""
+        """Return on all processes whether the flag is set on any of them."""
         if self.size == 1:
             return flag
         shared = torch.tensor(int(flag))
@@ -65,10 +65,10 @@ class World:
         return bool(shared)
 
     def on_first(self, function: Callable[[], int | None]) -> int | None:
-        """Run a function on the first process while the others wait, and tell all what it gave.
+        """Run a function on the first process while the others wait; return its result on all.
 
         Raises:
-            FirstFailed: on the other processes, where the function raised on the first.
+            FirstFailed: On the other processes, if the function raised on the first.
         """
         if self.size == 1:
             return function()
@@ -78,7 +78,7 @@ class World:
             try:
                 value = function()
                 has_value, answer = int(value is not None), value or 0
-            except Exception as caught:  # the others wait for this process, so the error is raised after them
+            except Exception as caught:  # raised below, after the others have been told
                 failed, error = 1, caught
         outcome = torch.tensor([failed, has_value, answer])
         dist.broadcast(outcome, 0)
@@ -86,14 +86,14 @@ class World:
             raise error
         failed, has_value, answer = outcome.tolist()
         if failed:
-            raise FirstFailed("the first process could not go on: its own error says why")
+            raise FirstFailed("the first process failed: its own error gives the reason")
         return answer if has_value else None
 
     def share(self, batch_size: int, microbatch: int | None) -> int:
-        """Images of each batch that a process takes.
+        """Return the number of images of each batch that a process takes.
 
         Raises:
-            ValueError: if the batch, or the share, cannot be cut evenly.
+            ValueError: If the batch, or the share, cannot be divided evenly.
         """
         share, rest = divmod(batch_size, self.size)
         if rest:
@@ -110,10 +110,10 @@ class World:
 
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
-    """Join the processes that torchrun started, or be the only one.
+    """Join the processes that torchrun started, or run alone.
 
     Args:
-        device: as in `pick_device`; with several processes `auto` and `cuda` take the GPU of the local rank.
+        device: As in `pick_device`; with several processes `auto` and `cuda` choose the GPU of the local rank.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     launcher = os.getppid() if under_torchrun() else None
@@ -125,22 +125,22 @@ def join_world(device: str) -> Iterator[World]:
     chosen = pick_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    # torchrun may keep its store when it restarts processes, with the addresses of those that died.
+    # After a restart torchrun may reuse its store, which still holds the addresses of dead processes.
     store, rank, size = next(rendezvous("env://"))
     store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    # CPU tensors go through gloo on every machine, so that small decisions never wait for the GPU.
+    # CPU tensors always use gloo, so that small decisions never wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         with warnings.catch_warnings():
-            if rank > 0:  # the first one says it for all
+            if rank > 0:  # the first process warns for all
                 warnings.simplefilter("ignore")
             yield World(rank=rank, size=size, device=chosen, launcher=launcher)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
-        # What still holds the group, such as DDP's hooks, must let go first: its end waits for threads that need
-        # the interpreter's lock.
+        # Objects that refer to the group, such as the hooks of DDP, must go first: destroying the group waits for
+        # threads that need the interpreter's lock.
         gc.collect()
         dist.destroy_process_group()
