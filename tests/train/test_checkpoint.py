@@ -58,7 +58,7 @@ def test_damaged_file_of_the_newest(
     copy: Path, finished: Path, file: str, harm: Callable[[Path], None]
 ) -> None:
     harm(copy / "checkpoints" / _NEWEST / file)
-    with pytest.warns(UserWarning, match=f"{_NEWEST} is damaged: {file} is .*goes on from {_OLDER}"):
+    with pytest.warns(UserWarning, match=f"{_NEWEST} is damaged: {file} is .*continues from {_OLDER}"):
         run(copy)
     files = files_of(copy)
     assert (copy / "checkpoints" / f"{_NEWEST}.damaged").is_dir()
