@@ -1,5 +1,6 @@
 import hashlib
 import json
+import multiprocessing
 import os
 import zipfile
 from pathlib import Path
@@ -10,7 +11,7 @@ from PIL import Image
 
 from edm2.data import open_dataset
 from edm2.data.prepare import convert as convert_module
-from edm2.data.prepare.chunks import ChunkFolder, image_name
+from edm2.data.prepare.chunks import begin, image_name
 from edm2.data.prepare.convert import Conversion, convert, convert_stream
 from edm2.data.prepare.resize import crop_centre, stretch
 from edm2.data.sources import open_catalog
@@ -100,13 +101,13 @@ def test_the_bytes_do_not_depend_on_workers_or_interruptions(folder, tmp_path, m
 
 
 def test_part_of_other_work_is_refused(folder, tmp_path):
-    ChunkFolder(tmp_path / "out.zip", {"size": [8, 8]})
-    with pytest.raises(
-        ValueError, match=r"out.zip.partial holds part of other work \(.*source was None, is .*delete it"
-    ):
+    with begin(tmp_path / "out.zip", {"size": [8, 8]}):
+        pass
+    told = r"out.zip.partial holds unfinished work with other settings \(.*source was None, is .*delete it"
+    with pytest.raises(ValueError, match=told):
         run(folder, tmp_path / "out.zip", size=(8, 8))
     (tmp_path / "out.zip.partial" / "settings.json").write_text("")
-    with pytest.raises(ValueError, match=r"settings.json is damaged .*delete .*out.zip.partial, or give"):
+    with pytest.raises(ValueError, match=r"settings.json is damaged .*delete .*out.zip.partial, or choose"):
         run(folder, tmp_path / "out.zip", size=(8, 8))
 
 
@@ -147,7 +148,8 @@ def test_images_that_changed_since_are_not_mixed_in(tmp_path, monkeypatch, sourc
     cut_off(make(0), tmp_path / "out.zip", monkeypatch)
     path = make(1)
     with pytest.raises(
-        ValueError, match=r"holds part of other work \(fingerprint of the images was \w+, is \w+"
+        ValueError,
+        match=r"holds unfinished work with other settings \(fingerprint of the images was \w+, is \w+",
     ):
         run(path, tmp_path / "out.zip", size=(8, 8))
     run(make(0), tmp_path / "out.zip", size=(8, 8))
@@ -201,10 +203,75 @@ def test_work_that_skipped_damage_does_not_go_on_unasked(folder, tmp_path, monke
 
 def test_a_destination_that_exists_is_left_alone(folder, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="out exists already: give another --out, or delete it"):
+    with pytest.raises(ValueError, match="out exists already: choose another --out, or delete it"):
         run(folder, tmp_path / "out", size=(8, 8))
     with pytest.raises(ValueError, match=r"out.tar must be a folder or end in .zip"):
         run(folder, tmp_path / "out.tar", size=(8, 8))
+
+
+@pytest.mark.parametrize("dest", ["out", "out.zip"])
+def test_the_same_command_again_finds_the_work_done(folder, tmp_path, dest):
+    done = run(folder, tmp_path / dest, size=(8, 8))
+    before = sorted(tmp_path.rglob("*"))
+    assert run(folder, tmp_path / dest, size=(8, 8)) == done
+    # As a kill after the last renaming leaves it.
+    for left in ([], ["settings.json"], ["settings.json", "000000.zip"]):
+        (tmp_path / f"{dest}.partial").mkdir()
+        for name in left:
+            (tmp_path / f"{dest}.partial" / name).write_bytes(b"x")
+        assert run(folder, tmp_path / dest, size=(8, 8)) == done
+        assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(ValueError, match=f"{dest} exists already: choose another --out, or delete it"):
+        run(folder, tmp_path / dest, size=(8, 4))
+
+
+def test_finished_work_that_skipped_damage_is_not_taken_for_whole(folder, tmp_path):
+    path = folder / "b" / "3.png"
+    path.write_bytes(path.read_bytes()[:70])
+    done = run(folder, tmp_path / "out", 1, True, size=(8, 8))
+    assert run(folder, tmp_path / "out", 1, True, size=(8, 8)) == done
+    with pytest.raises(ValueError, match=r"image 'b/3.png' in .*mixed is damaged"):
+        run(folder, tmp_path / "out", size=(8, 8))
+
+
+def test_two_processes_never_make_one_output(folder, tmp_path):
+    with begin(tmp_path / "out.zip", {}):
+        told = r"another process is writing .*out.zip: wait until it is done, or choose another --out"
+        with pytest.raises(ValueError, match=told):
+            run(folder, tmp_path / "out.zip", size=(8, 8))
+    with pytest.raises(ValueError, match="holds unfinished work with other settings"):
+        run(folder, tmp_path / "out.zip", size=(8, 8))
+
+
+def convert_or_say_why(source, dest, queue):
+    try:
+        queue.put(
+            convert(open_catalog(source), dest, Conversion(size=(8, 8)), workers=1, quiet=True).num_images
+        )
+    except ValueError as error:
+        queue.put(str(error))
+
+
+def test_overlapping_processes_end_with_one_whole_output(folder, tmp_path):
+    run(folder, tmp_path / "alone.zip", size=(8, 8))
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    for number in range(5):
+        dest = tmp_path / f"{number}.zip"
+        pair = [context.Process(target=convert_or_say_why, args=(folder, dest, queue)) for _ in range(3)]
+        for process in pair:
+            process.start()
+        found = [queue.get(timeout=60) for _ in pair]
+        for process in pair:
+            process.join()
+        assert 7 in found
+        assert all(answer == 7 or answer.startswith("another process is writing") for answer in found)
+        assert dest.read_bytes() == (tmp_path / "alone.zip").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "mixed",
+        "alone.zip",
+        *(f"{n}.zip" for n in range(5)),
+    }
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -230,9 +297,14 @@ def test_nothing_left(tmp_path):
         run(tmp_path / "in", tmp_path / "out", 1, True)
 
 
+def begin_and_pack_nothing(dest):
+    with begin(dest, {}) as folder:
+        folder.pack(0, ())
+
+
 def test_a_stream_without_images_makes_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"no image is left: 0 were damaged$"):
-        ChunkFolder(tmp_path / "out", {}).pack(0, ())
+        begin_and_pack_nothing(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

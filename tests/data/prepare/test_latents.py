@@ -74,9 +74,10 @@ def test_work_that_was_cut_off_goes_on(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         encode_latents(DATA, tmp_path / "cut.zip", Dies(), quiet=True)
-    with pytest.raises(ValueError, match=r"holds part of other work \(autoencoder was"):
+    with pytest.raises(ValueError, match=r"holds unfinished work with other settings \(autoencoder was"):
         encode_latents(DATA, tmp_path / "cut.zip", Halves(2.0), quiet=True)
-    encode_latents(DATA, tmp_path / "cut.zip", Halves(), quiet=True)
+    done = encode_latents(DATA, tmp_path / "cut.zip", Halves(), quiet=True)
+    assert encode_latents(DATA, tmp_path / "cut.zip", Halves(), quiet=True) == done
     assert (tmp_path / "cut.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
 
 

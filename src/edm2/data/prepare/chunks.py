@@ -4,23 +4,25 @@ While work goes on, `DEST.partial` holds one ZIP a chunk. DEST appears when it i
 depend on the number of workers or on interruptions.
 """
 
+import hashlib
 import io
 import json
 import shutil
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edm2.data.dataset import Skipped
 from edm2.data.labels import LABEL_FILE
-from edm2.files import replacing, replacing_folder, write_atomic, write_json
+from edm2.files import claimed, read_json, replacing, replacing_folder, write_atomic, write_json
 
 _REPORT = "report.json"
 _SETTINGS = "settings.json"
+_NOTE = "made_by_edm2"  # in the label file: how the data set was made
 # The earliest date that a ZIP can hold: real ones would make equal contents differ.
 _DATE = (1980, 1, 1, 0, 0, 0)
 
@@ -48,42 +50,86 @@ def image_name(number: int, suffix: str) -> str:
     return f"{digits[:5]}/img{digits}{suffix}"
 
 
+class Made(NamedTuple):
+    """A data set that is whole.
+
+    Attributes:
+        path: Folder or ZIP.
+        num_images: Number of images in it.
+        skipped: Images that were left out.
+        sums: Sums over all chunks.
+    """
+
+    path: Path
+    num_images: int
+    skipped: list[Skipped]
+    sums: dict[str, Any]
+
+
 class ChunkFolder:
-    """The chunks of one piece of work.
+    """The chunks of one piece of work; `begin` makes it.
 
     Args:
-        dest: folder or `.zip` to be made.
-        settings: what determines the result; work that was done under others is refused.
-
-    Raises:
-        ValueError: where dest exists, or other work on it was begun.
+        dest: Folder or `.zip` to be made.
+        settings: What determines the result, as JSON values.
     """
 
     def __init__(self, dest: Path, settings: dict[str, Any]) -> None:
-        if dest.exists():
-            raise ValueError(f"{dest} exists already: give another --out, or delete it")
-        if dest.suffix and dest.suffix.lower() != ".zip":
-            raise ValueError(f"{dest} must be a folder or end in .zip")
-        self.dest, self.folder = dest, dest.with_name(dest.name + ".partial")
-        settings = json.loads(json.dumps(settings))
+        self.dest, self.folder = dest, dest.with_name(f"{dest.name}.partial")
+        self.settings = json.loads(json.dumps(settings))
+
+    def claim(self) -> None:
+        """Note the settings, or check that work begun here had the same.
+
+        Raises:
+            ValueError: If work of other settings was begun.
+        """
         kept = self.folder / _SETTINGS
-        if kept.exists():
-            try:
-                before = dict(json.loads(kept.read_text()))
-            except (ValueError, TypeError) as error:
-                raise ValueError(
-                    f"{kept} is damaged ({error}): delete {self.folder}, or give another --out"
-                ) from error
-            changed = sorted(key for key in settings | before if before.get(key) != settings.get(key))
-            if changed:
-                shown = ", ".join(
-                    f"{key} was {before.get(key)!s:.40}, is {settings.get(key)!s:.40}" for key in changed
-                )
-                raise ValueError(
-                    f"{self.folder} holds part of other work ({shown}): delete it, or give another --out"
-                )
-        else:
-            write_json(kept, settings)
+        if not kept.exists():
+            write_json(kept, self.settings)
+            return
+        try:
+            before = dict(read_json(kept))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{kept} is damaged ({error}): delete {self.folder}, or choose another --out"
+            ) from error
+        changed = sorted(key for key in self.settings | before if before.get(key) != self.settings.get(key))
+        if changed:
+            shown = ", ".join(
+                f"{key} was {before.get(key)!s:.40}, is {self.settings.get(key)!s:.40}" for key in changed
+            )
+            raise ValueError(
+                f"{self.folder} holds unfinished work with other settings ({shown}): delete it, or choose another --out"
+            )
+
+    def finished(self) -> Made | None:
+        """The data set, if work with these settings finished before; what was left of the work is removed.
+
+        Raises:
+            ValueError: If anything else lies at the destination.
+        """
+        if not self.dest.exists():
+            return None
+        try:
+            noted = _label_file(self.dest)[_NOTE]
+            if noted["settings"] != self._digest():
+                raise ValueError("it was made with other settings")
+            made = Made(
+                self.dest, noted["images"], [Skipped(*pair) for pair in noted["skipped"]], noted["sums"]
+            )
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile):
+            with suppress(OSError):  # as `begin` made it when another process had just finished
+                self.folder.rmdir()
+            raise ValueError(f"{self.dest} exists already: choose another --out, or delete it") from None
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        return made
+
+    def _digest(self) -> str:
+        # Not of the source's path, so that equal sources give equal bytes wherever they lie.
+        settings = {key: value for key, value in self.settings.items() if key != "source"}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def path(self, number: int) -> Path:
         """File of a chunk."""
@@ -111,18 +157,15 @@ class ChunkFolder:
         with _opened(self.path(number)) as archive:
             return json.loads(archive.read(_REPORT))
 
-    def pack(self, count: int, class_names: Sequence[str]) -> tuple[int, list[Skipped], dict[str, Any]]:
+    def pack(self, count: int, class_names: Sequence[str]) -> Made:
         """Put the chunks together at `dest`, and remove them.
 
         Args:
-            count: number of chunks.
-            class_names: noted beside the labels.
-
-        Returns:
-            Number of images, those left out, and the sums over all chunks.
+            count: Number of chunks.
+            class_names: Noted beside the labels.
 
         Raises:
-            ValueError: where no image is left.
+            ValueError: If no image is left.
         """
         reports = [self.report(number) for number in range(count)]
         labels = [pair for report in reports for pair in report["labels"]]
@@ -130,9 +173,14 @@ class ChunkFolder:
         if not labels:
             first = f", the first {skipped[0].name!r}" if skipped else ""
             raise ValueError(f"no image is left: {len(skipped)} were damaged{first}")
+        made = Made(self.dest, len(labels), skipped, _added(report["sums"] for report in reports))
         content: dict[str, Any] = {"labels": labels if labels[0][1] >= 0 else None}
         if class_names:
             content["class_names"] = list(class_names)
+        # By this the same command knows, when it is given again, that the work is done.
+        content[_NOTE] = {
+            "settings": self._digest(), "images": len(labels), "skipped": skipped, "sums": made.sums,
+        }  # fmt: skip
         label_file = (json.dumps(content, indent=None, separators=(",", ":")) + "\n").encode()
         archives = [self.path(number) for number in range(count)]
         if self.dest.suffix:
@@ -140,7 +188,7 @@ class ChunkFolder:
         else:
             self._pack_folder(archives, label_file)
         shutil.rmtree(self.folder)
-        return len(labels), skipped, _added(report["sums"] for report in reports)
+        return made
 
     def _pack_zip(self, archives: Sequence[Path], label_file: bytes) -> None:
         with replacing(self.dest) as file, zipfile.ZipFile(file, "w") as target:
@@ -175,6 +223,37 @@ def chunk_bytes(chunk: Chunk) -> bytes:
             archive.writestr(_entry(name), data)
         archive.writestr(_entry(_REPORT), json.dumps(report))
     return content.getvalue()
+
+
+@contextmanager
+def begin(dest: Path, settings: dict[str, Any]) -> Iterator[ChunkFolder]:
+    """Begin or continue work that makes a data set, and hold it against other processes.
+
+    Args:
+        dest: Folder or `.zip` to be made.
+        settings: What determines the result, as JSON values.
+
+    Raises:
+        ValueError: If dest is something else, other work on it was begun, or another process is at it.
+    """
+    if dest.suffix and dest.suffix.lower() != ".zip":
+        raise ValueError(f"{dest} must be a folder or end in .zip")
+    folder = ChunkFolder(dest, settings)
+    if dest.exists() and not folder.folder.exists():
+        yield folder
+        return
+    with claimed(folder.folder, dest):
+        if not dest.exists():
+            folder.claim()
+        yield folder
+
+
+def _label_file(dest: Path) -> Any:
+    # Not by `read_json`: the labels of a million images exceed its bounds, and the file is the user's own.
+    if dest.is_dir():
+        return json.loads((dest / LABEL_FILE).read_bytes())
+    with zipfile.ZipFile(dest) as archive:
+        return json.loads(archive.read(LABEL_FILE))
 
 
 @contextmanager

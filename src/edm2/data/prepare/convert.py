@@ -3,12 +3,12 @@
 import io
 import os
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -17,7 +17,7 @@ from edm2.data.dataset import Skipped
 from edm2.data.files import Catalog, damage_message, read_headers
 from edm2.data.hugging_face import Entry, stream_hugging_face
 from edm2.data.pictures import ARRAY, UNREADABLE, common_mode, decode
-from edm2.data.prepare.chunks import Chunk, ChunkFolder, chunk_bytes, image_name, write_chunk
+from edm2.data.prepare.chunks import Chunk, ChunkFolder, Made, begin, chunk_bytes, image_name, write_chunk
 from edm2.data.prepare.resize import crop_centre, stretch
 from edm2.data.workers import process_pool, result_of
 from edm2.progress import Progress
@@ -104,12 +104,14 @@ def convert(
         "mode": mode,
     }
     size = [conversion.size, conversion.method]
-    folder = ChunkFolder(Path(dest), {**settings, "size": size, "chunk": CHUNK_IMAGES})
-    job = _Job(folder, conversion, _MODES.get(mode), skip_damaged, catalog)
-    starts = range(0, len(catalog.names), CHUNK_IMAGES)
-    tasks = ((i, range(s, min(s + CHUNK_IMAGES, len(catalog.names)))) for i, s in enumerate(starts))
-    _run(job, iter(tasks), len(catalog.names), workers, quiet)
-    return _packed(job, len(starts), catalog.class_names)
+    with begin(Path(dest), {**settings, "size": size, "chunk": CHUNK_IMAGES}) as folder:
+        job = _Job(folder, conversion, _MODES.get(mode), skip_damaged, catalog)
+        if made := folder.finished():
+            return _outcome(job, made)
+        starts = range(0, len(catalog.names), CHUNK_IMAGES)
+        tasks = ((i, range(s, min(s + CHUNK_IMAGES, len(catalog.names)))) for i, s in enumerate(starts))
+        _run(job, iter(tasks), len(catalog.names), workers, quiet)
+        return _packed(job, len(starts), catalog.class_names)
 
 
 def convert_stream(
@@ -138,19 +140,20 @@ def convert_stream(
     """
     if conversion.mode == "auto":
         raise ValueError("a stream cannot be looked through for its common mode: give gray, rgb or rgba")
-    settings = {"source": f"stream of {source}, {split}", **asdict(conversion), "chunk": CHUNK_IMAGES}
-    folder = ChunkFolder(Path(dest), settings)
-    first = 0
-    while folder.is_done(first):
-        first += 1
-    stream = stream_hugging_face(source, split=split, start=max(first - 1, 0) * CHUNK_IMAGES)
-    job = _Job(folder, conversion, _MODES[conversion.mode], skip_damaged, None)
-    if first:
-        _check_same_stream(job, first - 1, stream.entries)
-    last = _run(
-        job, _entry_tasks(stream.entries, first), stream.num_images, workers, quiet, done=first * CHUNK_IMAGES
-    )
-    return _packed(job, max(first, last + 1), stream.class_names)
+    settings = {"stream": f"{source}, {split}", **asdict(conversion), "chunk": CHUNK_IMAGES}
+    with begin(Path(dest), settings) as folder:
+        job = _Job(folder, conversion, _MODES[conversion.mode], skip_damaged, None)
+        if made := folder.finished():
+            return _outcome(job, made)
+        first = 0
+        while folder.is_done(first):
+            first += 1
+        stream = stream_hugging_face(source, split=split, start=max(first - 1, 0) * CHUNK_IMAGES)
+        if first:
+            _check_same_stream(job, first - 1, stream.entries)
+        tasks = _entry_tasks(stream.entries, first)
+        last = _run(job, tasks, stream.num_images, workers, quiet, done=first * CHUNK_IMAGES)
+        return _packed(job, max(first, last + 1), stream.class_names)
 
 
 def _check_same_stream(job: "_Job", number: int, entries: Iterator[Entry]) -> None:
@@ -323,13 +326,20 @@ def _checked_mode(catalog: Catalog, conversion: Conversion, skip_damaged: bool) 
     return next((ours for ours, mode in _MODES.items() if mode == common), "auto")
 
 
-def _packed(job: _Job, count: int, class_names: Any) -> Converted:
-    folder = job.folder
+def _packed(job: _Job, count: int, class_names: Sequence[str]) -> Converted:
     if not job.skip_damaged:
         # Work that was begun with skip_damaged and goes on without.
         for number in range(count):
-            damaged = [Skipped(*pair) for pair in folder.report(number)["skipped"]]
-            if damaged:
-                raise ValueError(damage_message(damaged, job.where))
-    num_images, skipped, sums = folder.pack(count, class_names)
-    return Converted(folder.dest, num_images, skipped, sums["enlarged"])
+            _refuse_skipped(job, [Skipped(*pair) for pair in job.folder.report(number)["skipped"]])
+    return _outcome(job, job.folder.pack(count, class_names))
+
+
+def _outcome(job: _Job, made: Made) -> Converted:
+    if not job.skip_damaged:
+        _refuse_skipped(job, made.skipped)
+    return Converted(made.path, made.num_images, made.skipped, made.sums["enlarged"])
+
+
+def _refuse_skipped(job: _Job, skipped: list[Skipped]) -> None:
+    if skipped:
+        raise ValueError(damage_message(skipped, job.where))

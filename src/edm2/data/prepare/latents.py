@@ -12,7 +12,7 @@ import torch
 
 from edm2.data.autoencoder import PixelRange, autoencoder_digest, check_pixel_range, encode_images
 from edm2.data.dataset import ImageDataset
-from edm2.data.prepare.chunks import Chunk, ChunkFolder, image_name, write_chunk
+from edm2.data.prepare.chunks import Chunk, begin, image_name, write_chunk
 from edm2.progress import Progress
 
 _CHUNK_IMAGES = 256
@@ -69,19 +69,21 @@ def encode_latents(
         "batch_size": batch_size,
         "chunk": _CHUNK_IMAGES,
     }
-    folder = ChunkFolder(Path(dest), settings)
-    starts = range(0, len(dataset), _CHUNK_IMAGES)
-    with Progress("encoding", len(dataset), "images", quiet=quiet) as progress:
-        for number, start in enumerate(starts):
-            rows = np.arange(start, min(start + _CHUNK_IMAGES, len(dataset)))
-            if not folder.is_done(number):
-                write_chunk(
-                    folder.path(number), _encode_chunk(dataset, autoencoder, rows, batch_size, pixel_range)
-                )
-            progress.advance(len(rows))
-    count, _, sums = folder.pack(len(starts), dataset.class_names)
-    mean, square = np.array(sums["mean"]) / sums["values"], np.array(sums["square"]) / sums["values"]
-    return Encoded(folder.dest, count, tuple(mean.tolist()), tuple(np.sqrt(square - mean**2).tolist()))
+    with begin(Path(dest), settings) as folder:
+        made = folder.finished()
+        if made is None:
+            starts = range(0, len(dataset), _CHUNK_IMAGES)
+            with Progress("encoding", len(dataset), "images", quiet=quiet) as progress:
+                for number, start in enumerate(starts):
+                    rows = np.arange(start, min(start + _CHUNK_IMAGES, len(dataset)))
+                    if not folder.is_done(number):
+                        chunk = _encode_chunk(dataset, autoencoder, rows, batch_size, pixel_range)
+                        write_chunk(folder.path(number), chunk)
+                    progress.advance(len(rows))
+            made = folder.pack(len(starts), dataset.class_names)
+    mean, square = (np.array(made.sums[key]) / made.sums["values"] for key in ("mean", "square"))
+    std = np.sqrt(square - mean**2)
+    return Encoded(made.path, made.num_images, tuple(mean.tolist()), tuple(std.tolist()))
 
 
 def _encode_chunk(

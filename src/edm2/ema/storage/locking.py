@@ -21,6 +21,7 @@ def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
     Raises:
         BlockingIOError: If another writer holds it, and this one shall not wait.
+        FileNotFoundError: If the folder is missing, or was removed by the writer that held it.
 
     On Windows and, with a warning, on network file systems without such locks, the caller must be the only writer.
     """
@@ -41,6 +42,9 @@ def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
                 "process writes there",
                 stacklevel=3,
             )
+        # The holder may have removed the folder before it let go.
+        if not os.path.samestat(os.fstat(handle), os.stat(folder)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         yield
     finally:
         os.close(handle)
