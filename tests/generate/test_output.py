@@ -18,6 +18,7 @@ from small import latent_coding, small_generator, small_model
 
 from edm2.cli import main
 from edm2.data import open_dataset
+from edm2.files import claimed
 from edm2.generate import ImageGenerator, parse_seeds, read_images, write_samples
 
 
@@ -128,9 +129,48 @@ def test_samples_made_otherwise_are_not_touched(tmp_path: Path, changes: dict[st
     assert content_of(tmp_path / "a") == before
 
 
+def test_a_temporary_file_of_a_killed_process_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / ".samples.json.tmp").write_text("{")
+    write(tmp_path, "0")
+    for left in (".000001.png.tmp", ".grid.png.tmp"):
+        (tmp_path / left).write_bytes(b"half")
+    write(tmp_path, "0-1")
+    assert content_of(tmp_path).keys() == {"000000.png", "000001.png", "grid.png", "samples.json"}
+
+
+@pytest.mark.parametrize("name", ["a", "a.zip", "a.npz"])
+def test_two_processes_never_write_one_output(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / (name if name == "a" else f"{name}.parts")
+    with (
+        claimed(folder, tmp_path / name),
+        pytest.raises(
+            ValueError, match=f"another process is writing .*{name}: wait until it is done, or choose"
+        ),
+    ):
+        write(tmp_path / name)
+    write(tmp_path / name)
+    assert (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.npz"])
+@pytest.mark.parametrize("left", [[], ["samples.json"], ["000001.png", "samples.json"]])
+def test_a_kill_after_the_archive_was_whole_leaves_nothing(
+    tmp_path: Path, name: str, left: list[str]
+) -> None:
+    write(tmp_path / name, "0-1")
+    before = content_of(tmp_path)
+    (tmp_path / f"{name}.parts").mkdir()
+    for file in left:
+        (tmp_path / f"{name}.parts" / file).write_bytes(b"x")
+    write(tmp_path / name, "0-1")
+    assert content_of(tmp_path) == before
+
+
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty and holds no samples of edm2: choose another --out"):
+    with pytest.raises(
+        ValueError, match="is not empty and does not hold samples of edm2: choose another --out"
+    ):
         write(tmp_path)
     assert content_of(tmp_path).keys() == {"mine.txt"}
     for text in ("{", "[]", "[" * 100_000):
@@ -202,12 +242,12 @@ def test_endings_in_capitals(tmp_path: Path, name: str) -> None:
 
 def test_archive_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "s.zip").write_bytes(b"not a zip")
-    with pytest.raises(ValueError, match=r"s\.zip exists and holds no samples of edm2"):
+    with pytest.raises(ValueError, match=r"s\.zip exists and does not hold samples of edm2"):
         write(tmp_path / "s.zip")
     assert (tmp_path / "s.zip").read_bytes() == b"not a zip"
     with zipfile.ZipFile(tmp_path / "t.zip", "w") as content:
         content.writestr("samples.json", "[]")
-    with pytest.raises(ValueError, match=r"t\.zip exists and holds no samples of edm2"):
+    with pytest.raises(ValueError, match=r"t\.zip exists and does not hold samples of edm2"):
         write(tmp_path / "t.zip")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edm2.files import replacing
+from edm2.files import read_json, replacing
 
 SETTINGS_FILE = "samples.json"
 ARCHIVES = (".zip", ".npz")
@@ -21,17 +21,17 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The settings and seeds that an archive of samples was made with.
 
     Raises:
-        ValueError: if the file holds no samples of edm2.
+        ValueError: If the file does not hold samples of edm2.
     """
     try:
         with zipfile.ZipFile(path) as content:
-            settings = json.loads(content.read(SETTINGS_FILE))
+            settings = read_json(content.read(SETTINGS_FILE))
         if isinstance(settings, dict):
             return settings
-        raise ValueError("no table")
-    except (OSError, KeyError, ValueError, RecursionError, zipfile.BadZipFile):
+        raise ValueError("not a table")
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
         raise ValueError(
-            f"{path} exists and holds no samples of edm2: choose another --out or move it away"
+            f"{path} exists and does not hold samples of edm2: choose another --out or move it away"
         ) from None
 
 

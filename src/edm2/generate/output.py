@@ -2,30 +2,28 @@
 
 import hashlib
 import json
-import warnings
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 import edm2
 from edm2.diffusion import guided
-from edm2.files import write_atomic, write_json
+from edm2.files import claimed, read_json, write_json
 from edm2.generate.archive import ARCHIVES, SETTINGS_FILE, read_settings, write_npz, write_zip
 from edm2.generate.generator import ImageGenerator
+from edm2.generate.image_files import PNG_CHANNELS, missing_files, read_image, read_images, write_image
 from edm2.generate.sampler_options import SamplerOptions
 from edm2.progress import Progress
 from edm2.report import image_grid, save_png
 from edm2.train.world import World
 
-_PNG_MODES = (1, 3, 4)  # channels that a PNG holds: grey, RGB, RGBA
+_GRID = "grid.png"
 _WRITERS = 8  # each waits for the disk; together they wait a tenth of the time
-_MADE_WITH = "made_with"  # noted, but no part of what must agree to continue
+_MADE_WITH = "made_with"  # noted, but need not agree to continue
 
 
 def write_samples(
@@ -88,40 +86,63 @@ def write_samples(
     guided(generator.denoiser, None if guide is None else guide.denoiser, chosen_options.guidance)
     settings = _settings(generator, guide, labels, conditions, chosen_options)
     packed = out.suffix.lower() in ARCHIVES
+    folder = out.with_name(f"{out.name}.parts") if packed else out
+    suffix = "png" if generator.pixel_channels in PNG_CHANNELS else "npy"
+    files = [folder / f"{seed:06d}.{suffix}" for seed in seeds]
+    work = _Work(generator, guide, seeds, rows, conditions, options, files)
     if packed and out.exists():
         _check_same(out, read_settings(out), {**settings, "seeds": _digest(np.asarray(seeds))})
+        if folder.exists():  # left by a kill after the archive was whole
+            world.on_first(lambda: _remove_parts(out, files))
         return out
-    folder = out.with_name(f"{out.name}.parts") if packed else out
-    world.on_first(lambda: _claim(folder, settings))
-    pixels = generator.pixel_channels in _PNG_MODES
-    files = [folder / f"{seed:06d}.{'png' if pixels else 'npy'}" for seed in seeds]
-    todo = _missing(files, warn=world.is_first)
+    with ExitStack() as stack:
+        world.on_first(lambda: _claim(stack, folder, out, settings))
+        _sample(work, world, batch_size, quiet)
+        world.any(False)
+        if packed:
+            world.on_first(lambda: _pack(work, out, settings))
+        elif grid and suffix == "png":
+            world.on_first(lambda: _save_grid(files[:grid], folder / _GRID, generator.num_classes))
+            return folder / _GRID
+    return out
+
+
+class _Work(NamedTuple):
+    generator: ImageGenerator
+    guide: ImageGenerator | None
+    seeds: list[int]
+    rows: np.ndarray | None
+    conditions: np.ndarray | None
+    options: dict[str, Any]
+    files: list[Path]
+
+
+def _sample(work: _Work, world: World, batch_size: int, quiet: bool) -> None:
+    """Write this process's share of the files that are missing or damaged."""
+    todo = missing_files(work.files, warn=world.is_first)
     world.any(False)  # all have seen what is to be done before the first file is added
     todo = todo[world.rank :: world.size]
-    done = len(seeds) - len(todo) if world.size == 1 else 0
-    total = len(seeds) if world.size == 1 else len(todo)
-    with Progress("sampling", total, "images", done=done, quiet=quiet or not world.is_first) as progress:
+    total = len(work.seeds) if world.size == 1 else len(todo)
+    conditions = work.conditions
+    with (
+        Progress(
+            "sampling", total, "images", done=total - len(todo), quiet=quiet or not world.is_first
+        ) as progress,
+        ThreadPoolExecutor(_WRITERS) as pool,
+    ):
         for start in range(0, len(todo), batch_size):
             part = todo[start : start + batch_size]
-            chosen = [seeds[i] for i in part]
-            images = generator.images(
+            chosen = [work.seeds[i] for i in part]
+            images = work.generator.images(
                 chosen,
-                None if rows is None else rows[part],
+                None if work.rows is None else work.rows[part],
                 conditions=None if conditions is None else conditions[np.array(chosen) % len(conditions)],
                 batch_size=batch_size,
-                guide=guide,
-                **options,
+                guide=work.guide,
+                **work.options,
             )
-            with ThreadPoolExecutor(_WRITERS) as pool:
-                list(pool.map(_write_image, [files[i] for i in part], images))
+            list(pool.map(write_image, [work.files[i] for i in part], images))
             progress.advance(len(part))
-    world.any(False)
-    if packed:
-        world.on_first(lambda: _pack(out, settings, files, seeds, rows))
-    shown = files[:grid] if pixels and not packed else []
-    if shown:
-        world.on_first(lambda: _save_grid(shown, folder / "grid.png", generator.num_classes))
-    return folder / "grid.png" if shown else out
 
 
 def _rows_of(
@@ -160,18 +181,20 @@ def _digest(array: np.ndarray) -> str:
     return hashlib.sha256(f"{array.shape}{array.dtype}".encode() + array.tobytes()).hexdigest()[:16]
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
+def _claim(stack: ExitStack, folder: Path, out: Path, settings: dict[str, Any]) -> None:
+    """Hold the folder until the stack ends, and note the settings or check that they are the same."""
+    stack.enter_context(claimed(folder, out))
     path = folder / SETTINGS_FILE
     if path.exists():
         try:
-            old = json.loads(path.read_text())
+            old = read_json(path)
             if not isinstance(old, dict):
-                raise ValueError("it holds no table of settings")
-        except (ValueError, RecursionError) as error:
+                raise ValueError("it does not hold a table of settings")
+        except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
         _check_same(folder, old, settings)
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no samples of edm2: choose another --out")
+    elif any(not entry.name.startswith(f".{SETTINGS_FILE}") for entry in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and does not hold samples of edm2: choose another --out")
     else:
         write_json(path, settings)
 
@@ -196,19 +219,26 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _pack(
-    out: Path, settings: dict[str, Any], files: list[Path], seeds: list[int], rows: np.ndarray | None
-) -> None:
-    settings = {**settings, "seeds": _digest(np.asarray(seeds))}
+def _pack(work: _Work, out: Path, settings: dict[str, Any]) -> None:
+    settings = {**settings, "seeds": _digest(np.asarray(work.seeds))}
     if out.suffix.lower() == ".zip":
-        write_zip(out, settings, files, seeds, rows)
+        write_zip(out, settings, work.files, work.seeds, work.rows)
     else:
-        write_npz(out, settings, (_read(file) for file in files), seeds, rows)
+        write_npz(out, settings, (read_image(file) for file in work.files), work.seeds, work.rows)
+    _remove_files(work.files)
+
+
+def _remove_parts(out: Path, files: list[Path]) -> None:
+    with claimed(files[0].parent, out):
+        _remove_files(files)
+
+
+def _remove_files(files: list[Path]) -> None:
     folder = files[0].parent
     for file in files:
-        file.unlink()
+        file.unlink(missing_ok=True)
     if not any(path.name != SETTINGS_FILE for path in folder.iterdir()):  # else it holds other seeds
-        (folder / SETTINGS_FILE).unlink()
+        (folder / SETTINGS_FILE).unlink(missing_ok=True)
         folder.rmdir()
 
 
@@ -216,57 +246,6 @@ def _save_grid(files: list[Path], path: Path, classes: int) -> None:
     shown = read_images(files)
     columns = classes if 4 <= classes <= 32 else max(1, round(len(shown) ** 0.5))
     save_png(image_grid(shown, columns=min(columns, len(shown)), scale=_zoom(shown.shape[-1])), path)
-
-
-def _missing(files: Sequence[Path], *, warn: bool) -> list[int]:
-    """Which files are not there, or not whole: as other programs and full disks leave them."""
-    missing, damaged = [], []
-    for i, file in enumerate(files):
-        if not file.exists():
-            missing.append(i)
-        elif not _is_whole(file):
-            damaged.append(i)
-    if damaged and warn:
-        warnings.warn(
-            f"{len(damaged)} files are damaged and made again, such as {files[damaged[0]]}", stacklevel=3
-        )
-    return sorted(missing + damaged)
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        if path.suffix == ".npy":
-            np.load(path, allow_pickle=False)
-            return True
-        with Image.open(path) as image:
-            image.verify()  # checksums of all parts, which takes less than decoding them
-    # Pillow's error of a broken PNG is a SyntaxError.
-    except (OSError, ValueError, EOFError, SyntaxError):
-        return False
-    return True
-
-
-def _write_image(path: Path, image: np.ndarray) -> None:
-    content = BytesIO()
-    if path.suffix == ".png":
-        array = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-        Image.fromarray(np.ascontiguousarray(array)).save(content, format="PNG")
-    else:
-        np.save(content, image, allow_pickle=False)
-    write_atomic(path, content.getvalue())
-
-
-def read_images(paths: Sequence[Path]) -> np.ndarray:
-    """PNG files of one size as an array, `[N, C, H, W]` uint8."""
-    return np.stack([_read(path) for path in paths])
-
-
-def _read(path: Path) -> np.ndarray:
-    if path.suffix == ".npy":
-        return np.load(path, allow_pickle=False)
-    with Image.open(path) as image:
-        array = np.asarray(image)
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def _zoom(side: int) -> int:

@@ -1,0 +1,76 @@
+"""One file a sample: PNG for pictures, `.npy` for other data."""
+
+import warnings
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from edm2.files import write_atomic
+
+PNG_CHANNELS = (1, 3, 4)
+"""Channels that a PNG holds: gray, RGB, RGBA."""
+
+
+def missing_files(files: Sequence[Path], *, warn: bool) -> list[int]:
+    """Which files are missing or damaged, as other programs and full disks leave them.
+
+    Args:
+        files: What to look at.
+        warn: Whether to say that some are damaged.
+
+    Returns:
+        Their positions, in order.
+    """
+    missing, damaged = [], []
+    for i, file in enumerate(files):
+        if not file.exists():
+            missing.append(i)
+        elif not _is_whole(file):
+            damaged.append(i)
+    if damaged and warn:
+        warnings.warn(
+            f"{len(damaged)} files are damaged and made again, such as {files[damaged[0]]}", stacklevel=4
+        )
+    return sorted(missing + damaged)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        if path.suffix == ".npy":
+            np.load(path, allow_pickle=False)
+            return True
+        with Image.open(path) as image:
+            image.verify()  # checksums of all parts, which takes less than decoding them
+    # Pillow reports a broken PNG as a SyntaxError.
+    except (OSError, ValueError, EOFError, SyntaxError):
+        return False
+    return True
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write an image `[C, H, W]` to a file whose suffix says how."""
+    content = BytesIO()
+    if path.suffix == ".png":
+        array = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+        Image.fromarray(np.ascontiguousarray(array)).save(content, format="PNG")
+    else:
+        np.save(content, image, allow_pickle=False)
+    write_atomic(path, content.getvalue())
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An image as `[C, H, W]`."""
+    if path.suffix == ".npy":
+        array: np.ndarray = np.load(path, allow_pickle=False)
+        return array
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def read_images(paths: Sequence[Path]) -> np.ndarray:
+    """PNG files of one size as an array, `[N, C, H, W]` uint8."""
+    return np.stack([read_image(path) for path in paths])
