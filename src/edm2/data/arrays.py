@@ -44,7 +44,7 @@ class NpyDataset(ImageDataset):
 
     def __init__(self, path: Path, *, labels: bool = True) -> None:
         self._path = path
-        self._array: Any = None
+        self._array: np.ndarray | None = None
         with _refusing(f"{path} is no array of images", "make it with numpy.save"):
             array = self._open()
             if array.ndim not in (3, 4) or 0 in array.shape:

@@ -129,7 +129,7 @@ class LatentDecoder:
 
     def _decode(self, latents: Tensor) -> Tensor:
         x = latents.to(device=self.autoencoder.device, dtype=self.autoencoder.dtype)
-        pixels = self.autoencoder.decode(x).sample.float()
+        pixels: Tensor = self.autoencoder.decode(x).sample.float()
         if self.pixel_range == "minus-one-one":
             pixels = (pixels + 1) / 2
         return (pixels.clamp(0, 1) * 255).to(torch.uint8)

@@ -97,7 +97,8 @@ class ImageDataset(ABC):
         """
         if self._labels is None:
             raise ValueError(f"data set {self.name!r} has no labels: ask only where num_classes is above 0")
-        return self._labels[self._checked(indices)]
+        chosen: np.ndarray = self._labels[self._checked(indices)]
+        return chosen
 
     def image_name(self, index: int) -> str:
         """What messages call an image."""
@@ -170,7 +171,8 @@ class ArrayDataset(ImageDataset):
         self.fingerprint = digest.hexdigest()
 
     def _read(self, indices: np.ndarray) -> np.ndarray:
-        return self._images[indices]
+        chosen: np.ndarray = self._images[indices]
+        return chosen
 
 
 class PaddedDataset(ImageDataset):

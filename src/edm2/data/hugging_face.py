@@ -266,7 +266,7 @@ def _encoded(value: Any, is_array: bool) -> bytes:
         return file.getvalue()
     if isinstance(value, dict) and value["bytes"] is None and value["path"] is not None:
         return Path(value["path"]).read_bytes()
-    data = value["bytes"] if isinstance(value, dict) else value
+    data: bytes | None = value["bytes"] if isinstance(value, dict) else value
     if data is None:
         raise ValueError("the row holds no image")
     return data

@@ -10,7 +10,7 @@ import numpy as np
 
 from edm2.data import FileDataset, ImageDataset, open_dataset
 from edm2.data.files import list_files
-from edm2.generate.output import SETTINGS_FILE
+from edm2.generate.archive import SETTINGS_FILE
 from edm2.progress import Progress
 
 MIN_IMAGES = 6  # five nearest neighbours, and the image itself

@@ -42,4 +42,5 @@ def errors_by_noise(
 
 def noise_density(sigmas: np.ndarray, *, p_mean: float, p_std: float) -> np.ndarray:
     """Density of the training noise over ln(sigma), up to a factor."""
-    return np.exp(-0.5 * ((np.log(sigmas) - p_mean) / p_std) ** 2)
+    density: np.ndarray = np.exp(-0.5 * ((np.log(sigmas) - p_mean) / p_std) ** 2)
+    return density

@@ -264,7 +264,8 @@ class ImageGenerator:
     def _bind(self, condition: Tensor | None) -> DenoiserFn:
         network: Any = self.denoiser if self._fixed is None else self._fixed
         if condition is None or not _condition(self.denoiser):
-            return network
+            plain: DenoiserFn = network
+            return plain
         return lambda x, sigma, labels, /: network(x, sigma, labels, condition=condition)
 
     def _sample(

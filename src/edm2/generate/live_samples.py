@@ -86,4 +86,5 @@ class LiveSamples:
 def _stretched(images: np.ndarray) -> np.ndarray:
     low = images.min(axis=(0, 2, 3), keepdims=True)
     high = images.max(axis=(0, 2, 3), keepdims=True)
-    return np.round(255 * (images - low) / np.maximum(high - low, 1e-12)).astype(np.uint8)
+    stretched: np.ndarray = 255 * (images - low) / np.maximum(high - low, 1e-12)
+    return np.round(stretched).astype(np.uint8)

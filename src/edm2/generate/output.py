@@ -149,7 +149,7 @@ def _rows_of(
     generator: ImageGenerator, labels: int | np.ndarray | None, seeds: list[int]
 ) -> np.ndarray | None:
     if isinstance(labels, np.ndarray):
-        return labels[np.asarray(seeds) % len(labels)]
+        return np.take(labels, np.asarray(seeds) % len(labels), axis=0)
     if labels is not None:
         return np.full(len(seeds), labels, np.int64)
     return generator.labels_for(seeds) if generator.num_classes else None
@@ -170,7 +170,8 @@ def _settings(
         "sampler": options.to_json(),
     }
     made_with = {"edm2": edm2.__version__, "torch": torch.__version__}
-    return json.loads(json.dumps({**settings, _MADE_WITH: made_with}))
+    record: dict[str, Any] = json.loads(json.dumps({**settings, _MADE_WITH: made_with}))
+    return record
 
 
 def _named(labels: int | np.ndarray) -> dict[str, Any]:

@@ -218,7 +218,8 @@ def _settings(settings: TrainConfig, plan: LadderPlan) -> dict[str, Any]:
     """
     judged = {k: v for k, v in dataclasses.asdict(plan).items() if k not in ("configs", "seeds")}
     trained = {"num_images": settings.num_images, **settings.identity()}
-    return json.loads(json.dumps({"plan": judged, "training": trained}))
+    together: dict[str, Any] = json.loads(json.dumps({"plan": judged, "training": trained}))
+    return together
 
 
 def _check_folder(out: Path, settings: TrainConfig, plan: LadderPlan) -> None:
@@ -276,7 +277,7 @@ def _trained(
     cache = run / "judged.json"
     if cache.exists():
         try:
-            known = json.loads(cache.read_text())
+            known: dict[str, Any] = json.loads(cache.read_text())
             same = known.pop("key") == key
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{cache} is damaged ({error}): delete it to judge this run again") from error

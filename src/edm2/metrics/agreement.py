@@ -47,7 +47,7 @@ def predict_labels(
         return np.empty(0, np.int64)
     judge = SVC(C=c, gamma="scale")
     judge.fit(train_images.reshape(len(train_images), -1) / 255.0, train_labels)
-    return judge.predict(images.reshape(len(images), -1) / 255.0).astype(np.int64)
+    return np.asarray(judge.predict(images.reshape(len(images), -1) / 255.0), np.int64)
 
 
 def label_agreement(

@@ -268,7 +268,10 @@ class _Network(nn.Module):
 
 def _conv(in_channels: int, out_channels: int, *, stride: int) -> nn.Module:
     # skip_init leaves the global random state alone.
-    return nn.utils.skip_init(nn.Conv2d, in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+    conv: nn.Module = nn.utils.skip_init(
+        nn.Conv2d, in_channels, out_channels, 3, stride=stride, padding=1, bias=False
+    )
+    return conv
 
 
 def _scaled(images: Tensor) -> Tensor:

@@ -82,7 +82,8 @@ class DinoV2Features:
             rgb.float(), (_SIDE, _SIDE), mode="bicubic", align_corners=False, antialias=True
         )
         mean, std = (torch.tensor(v, device=self._device)[:, None, None] for v in (_MEAN, _STD))
-        return self._network(pixel_values=(resized / 255 - mean) / std).last_hidden_state[:, 0].cpu()
+        found: Tensor = self._network(pixel_values=(resized / 255 - mean) / std).last_hidden_state
+        return found[:, 0].cpu()
 
 
 def _find(source: str | Path) -> Path:

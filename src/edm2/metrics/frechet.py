@@ -147,7 +147,7 @@ class FeatureStatistics:
         """`[D]` float64."""
         if self.num_images < 1:
             raise ValueError("a mean needs at least 1 image: update the statistics first")
-        return self._mean.copy()
+        return np.array(self._mean)
 
     @property
     def cov(self) -> np.ndarray:
@@ -208,4 +208,5 @@ def _root(cov: np.ndarray) -> np.ndarray:
     # eight digits larger, would not be negligible.
     values, vectors = np.linalg.eigh(cov)
     keep = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
-    return vectors[:, keep] * np.sqrt(values[keep])
+    root: np.ndarray = vectors[:, keep] * np.sqrt(values[keep])
+    return root

@@ -93,7 +93,8 @@ class InceptionFeatures:
         rgb = as_rgb(images, self.name).to(self._device)
         if not len(rgb):
             return torch.empty(0, self.num_features)
-        return self._network(rgb, **self._options).float().cpu()
+        found: Tensor = self._network(rgb, **self._options)
+        return found.float().cpu()
 
     @torch.no_grad()
     def _count(self, path: Path) -> int:

@@ -102,14 +102,16 @@ def _squared_radii(features: np.ndarray, k: int, block: int) -> np.ndarray:
             np.fill_diagonal(squared, np.inf)
         found = np.concatenate([nearest[rows], squared], axis=1)
         nearest[rows] = np.partition(found, k - 1, axis=1)[:, :k]
-    return nearest.max(axis=1)
+    radii: np.ndarray = nearest.max(axis=1)
+    return radii
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     # In float64 because the square is expanded: float32 would lose small distances of large features.
     a, b = a.astype(np.float64), b.astype(np.float64)
-    squared = np.square(a).sum(axis=1)[:, None] - 2 * (a @ b.T) + np.square(b).sum(axis=1)
-    return np.maximum(squared, 0, out=squared)
+    squared: np.ndarray = np.square(a).sum(axis=1)[:, None] - 2 * (a @ b.T) + np.square(b).sum(axis=1)
+    np.maximum(squared, 0, out=squared)
+    return squared
 
 
 def _check(k: int, *sets: np.ndarray) -> None:

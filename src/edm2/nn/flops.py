@@ -58,7 +58,7 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
 class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total: int = 0
 
     def __torch_dispatch__(

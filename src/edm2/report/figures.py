@@ -171,7 +171,8 @@ def _running_mean(values: Floats) -> Floats:
     total = np.concatenate([[0.0], np.cumsum(values)])
     place = np.arange(len(values))
     start, stop = np.maximum(place - half, 0), np.minimum(place + half + 1, len(values))
-    return (total[stop] - total[start]) / (stop - start)
+    mean: Floats = (total[stop] - total[start]) / (stop - start)
+    return mean
 
 
 def _thin(x: Floats, y: Floats) -> tuple[Floats, Floats]:

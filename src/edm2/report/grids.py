@@ -53,7 +53,7 @@ def _with_opacity(images: np.ndarray) -> np.ndarray:
     """[N, C, H, W] to [N, H, W', 2 or 4], the last channel being opacity."""
     count, channels, height, _ = images.shape
     if channels == 4:
-        return images.transpose(0, 2, 3, 1)
+        return np.moveaxis(images, 1, -1)
     if channels == 3:
         tiles = images.transpose(0, 2, 3, 1)
     else:

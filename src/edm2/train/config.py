@@ -242,7 +242,8 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return settings
 
     def identity(self) -> dict[str, Any]:
         """The settings that make a run this run; the others may change when it is continued."""

@@ -23,7 +23,8 @@ def total_norm(tensors: Sequence[Tensor], parts: Sequence[Tensor] | None = None)
     norms = torch.stack(torch._foreach_norm([local(t) for t in tensors] if parts is None else list(parts)))
     spread = [is_sharded(t) for t in tensors]
     if not any(spread):
-        return torch.linalg.vector_norm(norms)
+        whole: Tensor = torch.linalg.vector_norm(norms)
+        return whole
     sharded = torch.tensor(spread, device=norms.device)
     square = torch.where(sharded, norms, 0).square().sum()
     dist.all_reduce(square)

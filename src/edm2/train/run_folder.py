@@ -126,7 +126,7 @@ def read_config(out: Path) -> dict[str, Any]:
     """
     path = out / CONFIG_FILE
     try:
-        content = json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_text())
         kinds = {"run_id": str, "identity": dict, "settings": dict}
         for key, kind in kinds.items():
             if not isinstance(content[key], kind):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from edm2.train.build import pick_device
@@ -127,7 +128,7 @@ def join_world(device: str) -> Iterator[World]:
         torch.cuda.set_device(chosen)
     # After a restart torchrun may reuse its store, which still holds the addresses of dead processes.
     store, rank, size = next(rendezvous("env://"))
-    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # CPU tensors always use gloo, so that small decisions never wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)

@@ -155,7 +155,8 @@ class ChunkFolder:
             ValueError: for a chunk that is damaged.
         """
         with _opened(self.path(number)) as archive:
-            return json.loads(archive.read(_REPORT))
+            report: dict[str, Any] = json.loads(archive.read(_REPORT))
+            return report
 
     def pack(self, count: int, class_names: Sequence[str]) -> Made:
         """Put the chunks together at `dest`, and remove them.

@@ -1,6 +1,7 @@
 """A survey in words."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from edm2.data.files import SKIP
@@ -108,7 +109,7 @@ def _constant(mean: tuple[float, ...], std: tuple[float, ...]) -> list[int]:
     return [i for i, (m, s) in enumerate(zip(mean, std, strict=True)) if s <= 1e-6 * abs(m)]
 
 
-def _counted(counts: Counter[Any], words: Any) -> str:
+def _counted(counts: Counter[Any], words: Callable[[Any], str]) -> str:
     shown = [f"{words(key)}: {count:,}" for key, count in counts.most_common(4)]
     if len(counts) == 1:
         return words(next(iter(counts)))

@@ -42,6 +42,8 @@ def _scaled(image: np.ndarray, size: tuple[int, int], method: Image.Resampling, 
     extent = (size[1], size[0])
     if alpha:
         # Pillow weighs colours by their opacity, so that those of transparent parts do not bleed.
-        return np.asarray(Image.fromarray(image.transpose(1, 2, 0)).resize(extent, method)).transpose(2, 0, 1)
+        return np.moveaxis(
+            np.asarray(Image.fromarray(image.transpose(1, 2, 0)).resize(extent, method)), -1, 0
+        )
     # Channel by channel, because Pillow knows no images of five bands or of several float bands.
     return np.stack([np.asarray(Image.fromarray(channel).resize(extent, method)) for channel in image])
