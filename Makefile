@@ -10,7 +10,7 @@ help:
 	@echo 'make demo    train on digits, tune, sample, write $(OUT)/report.html (about four minutes)'
 	@echo 'make test    run the tests'
 	@echo 'make test-integrations   the tests that need other libraries; installs them into .venv'
-	@echo 'make lint    check style and format'
+	@echo 'make lint    check style, format and spelling'
 	@echo 'make type    check types'
 	@echo 'make docs    build the documentation site into build/docs'
 	@echo 'make bench   measure speed on this machine; compiled networks at a small size, since compiling takes minutes'
@@ -28,6 +28,7 @@ test-integrations: .venv/integrations
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell src tests docs benchmarks examples *.md
 
 type: .venv/dev
 	$(BIN)/mypy

@@ -11,7 +11,7 @@ _BROKEN = (OSError, ValueError)
 
 
 def clean(text: object, *, keep: str = "\n") -> str:
-    """Replace characters that a terminal would obey or cannot show by their escapes.
+    r"""Replace characters that a terminal would obey or cannot show by their escapes.
 
     File names, class names and texts from files can hold such characters.
 
@@ -20,7 +20,7 @@ def clean(text: object, *, keep: str = "\n") -> str:
         keep: Characters that stay although they are not printable.
 
     Returns:
-        The text, with an escape such as `\\x1b` for each character that is not printable.
+        The text, with an escape such as `\x1b` for each character that is not printable.
     """
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
 

@@ -32,6 +32,8 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
     Args:
         function: a module or function; on the meta device it costs no arithmetic and no memory.
+        *args: its arguments.
+        **kwargs: its keyword arguments.
 
     Returns:
         Operations in the convention above, weight normalisation included.

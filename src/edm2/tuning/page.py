@@ -100,9 +100,7 @@ def add_ranking(page: Page, tuned: Tuned) -> None:
 
 
 def improvement_text(tuned: Tuned) -> str:
-    """The improvement with its confidence and, one a repeat, what it is the mean of; in percent where that means
-    something.
-    """
+    """The improvement with its confidence and the values of the repeats, in percent where that means something."""
     error, text = tuned.improvement_error, _amount(tuned, tuned.improvement)
     if error is None:
         return f"{text} in one repeat"
