@@ -66,7 +66,7 @@ def test_damaged_settings_of_a_run(tmp_path: Path, change: str) -> None:
     with pytest.raises(ValueError, match=rf"config.json or log.jsonl beside it is damaged \('{change}'\)"):
         describe_path(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**content, "settings": []}))
-    with pytest.raises(ValueError, match=r"config.json is damaged \(settings of another kind\)"):
+    with pytest.raises(ValueError, match=r"config.json is damaged \(settings is not a dict\)"):
         describe_path(tmp_path)
 
 
