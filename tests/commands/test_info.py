@@ -8,7 +8,7 @@ import pytest
 
 from edm2.commands.info import describe_path, describe_preset, describe_released
 from edm2.diffusion import Denoiser, save_model
-from edm2.hub.sharing import save_pretrained
+from edm2.hub import save_pretrained
 from edm2.presets import digits
 from edm2.train import Stopped, train
 from edm2.train.loop import Trainer
