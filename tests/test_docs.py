@@ -1,13 +1,17 @@
-"""What README and docs mention exists: names, files, commands and their options."""
+"""What README and docs mention exists: names, arguments, files, commands and their options."""
 
+import ast
 import contextlib
 import functools
 import importlib
+import inspect
 import io
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from edm2.cli import COMMANDS, main
@@ -17,32 +21,35 @@ DOCS = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+every_page = pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-def exists(dotted: str) -> bool:
-    """Whether a module, a name in it, or a field of a class there is called so."""
+def find(dotted: str) -> Any:
+    """The object of a dotted name; a field of a dataclass stands for itself; None where there is none.
+
+    Raises:
+        ImportError: If it needs a package that is not installed here.
+    """
     parts = dotted.split(".")
     for i in range(len(parts), 0, -1):
         try:
-            found = importlib.import_module(".".join(parts[:i]))
+            found: Any = importlib.import_module(".".join(parts[:i]))
         except ModuleNotFoundError as error:
             if error.name is not None and error.name.startswith("edm2"):
                 continue
             raise
         for part in parts[i:]:
             if part in getattr(found, "__dataclass_fields__", {}):
-                return True
-            if not hasattr(found, part):
-                return False
-            found = getattr(found, part)
-        return True
-    return False
+                return found.__dataclass_fields__[part]
+            found = getattr(found, part, None)
+        return found
+    return None
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+@every_page
 def test_names_exist(path: Path) -> None:
     text = path.read_text()
     names = set(re.findall(r"(?<![\w/.])edm2(?:\.[A-Za-z_]\w*)+", text))
@@ -50,17 +57,71 @@ def test_names_exist(path: Path) -> None:
         names |= {f"{module}.{name}" for name in re.findall(r"\w+", imported)}
     missing = []
     for name in sorted(names):
-        try:
-            missing += [] if exists(name) else [name]
-        except ImportError:  # of a package that is not installed here, and not ours
-            continue
+        with contextlib.suppress(ImportError):  # of a package that is not installed here
+            missing += [name] if find(name) is None else []
     assert missing == []
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
-def test_links_lead_to_files(path: Path) -> None:
-    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text())
-    assert [to for to in links if "://" not in to and not (path.parent / to).exists()] == []
+def wrong_arguments(code: str, imported: dict[str, str]) -> list[str]:
+    """Keyword arguments that functions of edm2 do not take.
+
+    Args:
+        code: A block of Python; imports in it are added to `imported`.
+        imported: Name in the code -> dotted name.
+    """
+    wrong = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("edm2"):
+            imported |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Call):
+            first, _, rest = ast.unparse(node.func).partition(".")
+            dotted = ".".join(filter(None, [imported.get(first, first), rest]))
+            if not dotted.startswith("edm2."):
+                continue
+            with contextlib.suppress(ImportError, ValueError, TypeError):
+                takes = inspect.signature(find(dotted)).parameters
+                if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+                    wrong += [f"{dotted}({k.arg}=)" for k in node.keywords if k.arg not in (None, *takes)]
+    return wrong
+
+
+@every_page
+def test_python_fits_the_signatures(path: Path) -> None:
+    imported: dict[str, str] = {}
+    blocks = [body for kind, body in BLOCK.findall(path.read_text()) if kind == "python"]
+    assert [x for block in blocks for x in wrong_arguments(block, imported)] == []
+
+
+def anchors(path: Path) -> set[str]:
+    """What links to headings of a page end in."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@every_page
+def test_links_lead_to_files_and_headings(path: Path) -> None:
+    text = BLOCK.sub("", path.read_text())
+    for to in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in to:
+            continue
+        name, _, anchor = to.partition("#")
+        page = path.parent / name if name else path
+        assert page.exists(), to
+        assert not anchor or anchor in anchors(page), to
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    named = set(re.findall(r"^([\w/]+)$", index, re.MULTILINE))
+    pages = {str(p.relative_to(ROOT / "docs"))[:-3] for p in (ROOT / "docs").rglob("*.md")}
+    assert named == pages - {"index"}
+
+
+def test_every_command_is_in_the_reference() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text()
+    for name, inner in COMMANDS.items():
+        for word in filter(None, inner) if isinstance(inner, dict) else [""]:
+            assert re.search(rf"^```{{command-help}} {name} ?{word}\b", text, re.MULTILINE), (name, word)
 
 
 @functools.cache
@@ -83,14 +144,18 @@ def commands_in(text: str) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+@every_page
 def test_commands_and_options_exist(path: Path) -> None:
-    for words in commands_in(path.read_text()):
-        if words[0] not in COMMANDS:
-            assert words[0].startswith("-"), words
+    text = path.read_text()
+    inline = [shlex.split(words)[1:] for words in re.findall(r"`(edm2 [\w \-.,:/]+)`", text)]
+    for words in [*commands_in(text), *inline]:
+        if not words or words[0] not in COMMANDS:
+            assert not words or words[0].startswith("-") or words[0].isupper(), words
             continue
         inner = isinstance(COMMANDS[words[0]], dict)
         name = words[: 2 if inner else 1]
+        if len(name) < 1 + inner or name[-1] == "...":
+            continue
         if inner:
             assert name[1] in COMMANDS[name[0]], words
         options = {word.split("=")[0] for word in words if word.startswith("--")}
@@ -98,9 +163,34 @@ def test_commands_and_options_exist(path: Path) -> None:
 
 
 def test_a_mistake_in_the_docs_would_be_seen() -> None:
-    assert exists("edm2.ema.PowerEMA")
-    assert not exists("edm2.ema.PowerEMAs")
-    assert not exists("edm2.emas")
+    assert find("edm2.ema.PowerEMA") is not None
+    assert find("edm2.ema.PowerEMAs") is None
+    assert find("edm2.emas") is None
     assert len(commands_in(DOCS[0].read_text())) >= 8
     assert "--sigma-rel" in help_of("ema", "reconstruct")
     assert "--sigma-rels" not in help_of("ema", "reconstruct")
+    code = "from edm2.ema import PowerEMA\nPowerEMA(model, sigma_rels=(0.1,), widths=(0.1,))"
+    assert wrong_arguments(code, {}) == ["edm2.ema.PowerEMA(widths=)"]
+    assert wrong_arguments("import edm2.ema\nedm2.ema.PowerEMA(model, widths=1)", {}) != []
+
+
+def width(decay: float, updates: int) -> float | None:
+    """Width of an average of constant decay, relative to the run; None if the first weights hold over 1%."""
+    age = np.arange(updates + 1)
+    share = np.append((1 - decay) * decay ** age[:-1], decay**updates)
+    mean = (share * age).sum()
+    return None if share[-1] > 0.01 else float(np.sqrt((share * (age - mean) ** 2).sum()) / updates)
+
+
+def test_table_of_decays() -> None:
+    text = (ROOT / "docs" / "ema.md").read_text()
+    head = re.search(r"^\| decay .*$", text, re.MULTILINE)
+    assert head is not None
+    lengths = [int(n.replace(",", "")) for n in re.findall(r"N = ([\d,]+)", head[0])]
+    rows = re.findall(r"^\| (0\.9\d+) \| ([\d,]+) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 7
+    for decay, averaged, cells in rows:
+        assert round(1 / (1 - float(decay))) == int(averaged.replace(",", ""))
+        for n, cell in zip(lengths, cells.split(" | "), strict=True):
+            wanted = width(float(decay), n)
+            assert cell == "-" if wanted is None else float(cell) == pytest.approx(wanted, rel=5e-3)

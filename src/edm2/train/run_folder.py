@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from edm2.diffusion import MODEL_FILE
 from edm2.ema.storage.locking import folder_lock
 from edm2.ema.storage.snapshots import open_snapshot, read_manifest
-from edm2.files import read_sealed, write_sealed
+from edm2.files import write_json
 
 CONFIG_FILE = "config.json"
 SNAPSHOTS = "snapshots"
@@ -67,7 +68,7 @@ def claim(out: Path, settings: dict[str, Any], identity: dict[str, Any], run_id:
             )
         # A run has this folder from the start, so that its loss is noticed.
         (out / CHECKPOINTS).mkdir(parents=True)
-    write_sealed(path, {"run_id": run_id, "identity": identity, "settings": settings})
+    write_json(path, {"run_id": run_id, "identity": identity, "settings": settings})
 
 
 def check_not_lost(out: Path) -> None:
@@ -125,16 +126,16 @@ def read_config(out: Path) -> dict[str, Any]:
     """
     path = out / CONFIG_FILE
     try:
-        content = read_sealed(path)
+        content: dict[str, Any] = json.loads(path.read_text())
         kinds = {"run_id": str, "identity": dict, "settings": dict}
         for key, kind in kinds.items():
             if not isinstance(content[key], kind):
-                raise TypeError(f"{key} is not a {kind.__name__}")
+                raise TypeError(f"{key} of another kind")
     except FileNotFoundError:
         raise ValueError(
             f"{out} is not a training run: {CONFIG_FILE} is missing. Give the folder that was the --out of `edm2 train`"
         ) from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): restore it from a copy, or choose another --out"
         ) from error
