@@ -251,7 +251,7 @@ def test_no_images(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n"])
 def test_a_file_that_is_no_image_is_named_at_opening(folder, content):
     (folder / NAMES[3]).write_bytes(content)
-    with pytest.raises(ValueError, match=f"image '{NAMES[3]}' in .* is damaged or not supported"):
+    with pytest.raises(ValueError, match=f"image '{NAMES[3]}' in .* cannot be read"):
         open_dataset(folder)
 
 
@@ -259,7 +259,7 @@ def test_a_truncated_image_is_named_at_reading(folder):
     whole = (folder / NAMES[3]).read_bytes()
     (folder / NAMES[3]).write_bytes(whole[: len(whole) // 2])
     data = open_dataset(folder)
-    with pytest.raises(ValueError, match=f"image '{NAMES[3]}' in .* is damaged"):
+    with pytest.raises(ValueError, match=f"image '{NAMES[3]}' in .* cannot be read"):
         data.images(np.arange(6))
 
 
@@ -278,7 +278,7 @@ def test_a_flipped_bit_in_a_zip_is_found(folder, tmp_path, compression):
     content[at] ^= 1
     path.write_bytes(content)
     data = open_dataset(path)
-    with pytest.raises(ValueError, match=f"image '{NAMES[0]}' in .*images.zip is damaged"):
+    with pytest.raises(ValueError, match=f"image '{NAMES[0]}' in .*images.zip cannot be read"):
         data.images(np.arange(6))
 
 
@@ -409,11 +409,12 @@ def test_damaged_images_are_skipped_where_that_is_wanted(folder):
     whole = (folder / NAMES[3]).read_bytes()
     (folder / NAMES[3]).write_bytes(whole[: len(whole) // 2])
     (folder / NAMES[4]).write_bytes(b"x")
-    match = rf"image '{NAMES[4]}' .*cannot identify.* or have it left out: --skip-damaged"
+    match = rf"image '{NAMES[4]}' .*cannot identify.* or leave it out with --skip-damaged"
     with pytest.raises(ValueError, match=match):
         open_dataset(folder)
     with pytest.warns(
-        UserWarning, match=rf"skipped 2 of the 6 images of .*, which are damaged: the first is '{NAMES[4]}'"
+        UserWarning,
+        match=rf"skipped 2 of the 6 images of .*, which cannot be read: the first is '{NAMES[4]}'",
     ):
         data = open_dataset(folder, skip_damaged=True, pad_to=8)
     assert [skipped.name for skipped in data.skipped] == [NAMES[4], NAMES[3]]
@@ -443,11 +444,11 @@ def test_the_fingerprint_follows_what_was_skipped(folder):
 
 def test_nothing_left(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"every one of the 1 images of .* is damaged"):
+    with pytest.raises(ValueError, match=r"none of the 1 images of .* can be read"):
         open_dataset(tmp_path, skip_damaged=True)
     Image.fromarray(PIXELS[0]).save(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:80])
-    with pytest.raises(ValueError, match=r"every one of the 1 images of .* is damaged"):
+    with pytest.raises(ValueError, match=r"none of the 1 images of .* can be read"):
         open_dataset(tmp_path, skip_damaged=True)
 
 
@@ -500,7 +501,9 @@ def test_label_files_that_cannot_be_read(folder, text, message):
 
 def test_a_label_file_in_the_wrong_place(tmp_path):
     write_folder(tmp_path / "inner")
-    with pytest.raises(ValueError, match=r"lies at 'inner/dataset.json': it must lie at the top"):
+    with pytest.raises(
+        ValueError, match=r"is 'inner/dataset.json', but must lie at the top: open .*inner instead"
+    ):
         open_dataset(tmp_path)
 
 
@@ -516,3 +519,54 @@ def test_folders_that_are_splits_are_not_classes(tmp_path):
     write_folder(tmp_path, labels="none", names=[f"{'train' if i else 'test'}/{i}.png" for i in range(6)])
     with pytest.raises(ValueError, match="are test, train: these look like splits, not classes"):
         open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "JFIF", "pjpeg"])
+def test_other_names_of_jpeg_are_read(tmp_path, suffix):
+    Image.fromarray(PIXELS[0]).save(tmp_path / f"a.{suffix}", format="JPEG")
+    assert open_dataset(tmp_path).image_shape == (3, 7, 5)
+
+
+def test_pictures_in_other_formats_are_counted(folder, tmp_path):
+    for name in ("a.heic", "b.HEIC", "c.ppm", "notes.txt"):
+        (folder / name).write_bytes(b"x")
+    told = (
+        r"images has 3 pictures in formats that are not read \(.heic 2, .ppm 1\): convert them to PNG or JPEG to "
+        "include them"
+    )
+    for source in (folder, write_zip(folder, tmp_path / "a.zip")):
+        with pytest.warns(UserWarning, match=told.replace("images", source.name)):
+            assert len(open_dataset(source)) == 6
+
+
+def test_a_folder_inside_a_zip(tmp_path):
+    names = [f"photos/{'ab'[i % 2]}/{i}.png" for i in range(6)]
+    path = write_zip(write_folder(tmp_path / "x", labels="none", names=names), tmp_path / "x.zip")
+    with pytest.warns(UserWarning, match=r"one class: open .*x.zip/photos if its subfolders are the classes"):
+        assert open_dataset(path).num_classes == 1
+    data = open_dataset(path / "photos")
+    assert (data.name, data.class_names, len(data)) == ("photos", ("a", "b"), 6)
+    assert np.array_equal(data.images(np.array([0])), PIXELS[:1].transpose(0, 3, 1, 2))
+    assert data.fingerprint == open_dataset(tmp_path / "x" / "photos").fingerprint
+    with pytest.raises(ValueError, match=r"x.zip/other holds no images \(0 files"):
+        open_dataset(path / "other")
+
+
+def test_a_zip_of_splits_says_what_to_open(tmp_path):
+    names = [f"train/{'ab'[i % 2]}/{i}.png" for i in range(6)]
+    path = write_zip(write_folder(tmp_path / "x", labels="none", names=names), tmp_path / "x.zip")
+    with pytest.raises(
+        ValueError, match=r"look like splits, not classes; open one of them, such as .*x.zip/train"
+    ):
+        open_dataset(path)
+    assert open_dataset(path / "train").class_names == ("a", "b")
+
+
+def test_a_label_file_inside_a_folder_of_a_zip(folder, tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.*")):
+            archive.write(file, f"inner/{file.relative_to(folder).as_posix()}")
+    with pytest.raises(ValueError, match=r"must lie at the top: open .*a.zip/inner instead"):
+        open_dataset(path)
+    assert open_dataset(path / "inner").num_classes == 4

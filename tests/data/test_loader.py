@@ -95,7 +95,7 @@ def test_an_error_in_a_worker_names_the_file_and_ends_the_workers(folder, worker
     before = threading.active_count()
     batches = Batches(data, 4, seed=0, workers=workers)
     assert [next(batches).position for _ in range(2)] == [0, 4]
-    with pytest.raises(ValueError, match=f"image '{bad.name}' in .* is damaged"):
+    with pytest.raises(ValueError, match=f"image '{bad.name}' in .* cannot be read"):
         next(batches)
     assert threading.active_count() == before
     with pytest.raises(ValueError, match="these batches are closed"):

@@ -198,7 +198,7 @@ def test_headers_at_the_end_of_a_file_need_all_of_it(tmp_path, kind):
 def test_a_tiff_of_several_large_pages_is_a_damaged_image(tmp_path):
     pages = [Image.fromarray(RNG.integers(0, 256, (64, 80, 3), dtype=np.uint8)) for _ in range(2)]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
-    with pytest.raises(ValueError, match=r"image 'a.tif' in .* is damaged or not supported \(it has 2 pages"):
+    with pytest.raises(ValueError, match=r"image 'a.tif' in .* cannot be read \(it has 2 pages"):
         open_dataset(tmp_path)
 
 
@@ -322,5 +322,24 @@ def test_whatever_pillow_raises_names_the_image(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(Image.Image, "load", raises)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", raises)
     words = "there is not enough memory for it" if kind is MemoryError else f"{kind.__name__}: .*why"
-    with pytest.raises(ValueError, match=rf"image 'a.png' in .* is damaged or not supported \({words}"):
+    with pytest.raises(ValueError, match=rf"image 'a.png' in .* cannot be read \({words}"):
         data.images(np.array([0]))
+
+
+def test_a_picture_with_too_many_pixels_is_not_called_damaged(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "a.png")
+    told = (
+        r"image 'a.png' in .* cannot be read \(it has more than 178 million pixels, the limit .*: scale it down or cut "
+        "it into tiles first, or in Python raise PIL.Image.MAX_IMAGE_PIXELS"
+    )
+    with pytest.raises(ValueError, match=told):
+        open_dataset(tmp_path)
+
+
+def test_pillows_limit_is_the_users(monkeypatch):
+    data = encoded(Image.fromarray(PIXELS))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match="more than 0 million pixels"):
+        decode("a.png", data)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert decode("a.png", data).shape == (3, 7, 5)

@@ -1,6 +1,6 @@
 """The autoencoder between pictures and latents: diffusers' `AutoencoderKL`, with the scale of its pixels.
 
-Ref: SPEC section 7.
+Ref: docs/data.md.
 """
 
 import hashlib
@@ -114,7 +114,7 @@ class LatentDecoder:
     def __call__(self, latents: Tensor) -> Tensor:
         """Latents in the autoencoder's own units, `[B, c, h, w]`, to `[B, C, H, W]` uint8.
 
-        Ref: SPEC section 7 (clamped to [0, 1], then truncated).
+        Ref: docs/data.md.
         """
         decoded = [self._decode(part) for part in latents.split(self.batch_size)]
         return torch.cat(decoded).to(latents.device)

@@ -231,7 +231,7 @@ class WithoutDamaged(ImageDataset):
         self._dataset = dataset
         self._rows = np.setdiff1d(np.arange(len(dataset)), list(damaged))
         if not len(self._rows):
-            raise ValueError(f"every one of the {len(dataset)} images of {dataset.name!r} is damaged")
+            raise ValueError(f"none of the {len(dataset)} images of {dataset.name!r} can be read")
         digest = hashlib.sha256(f"without {dataset.fingerprint}".encode())
         digest.update(self._rows.astype("<i8").data)
         super().__init__(

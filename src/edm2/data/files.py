@@ -3,8 +3,9 @@
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from edm2.data.dataset import ImageDataset, Skipped
 from edm2.data.labels import LABEL_FILE, read_labels
 from edm2.data.pictures import (
     ARRAY,
+    OTHER_PICTURES,
     PICTURES,
     UNREADABLE,
     Header,
@@ -22,7 +24,7 @@ from edm2.data.pictures import (
     needs_whole,
     read_header,
 )
-from edm2.data.storage import FolderStorage, Storage, ZipStorage
+from edm2.data.storage import FolderStorage, Storage, ZipStorage, zip_of
 
 _HEAD_BYTES = 4096
 # How to leave damaged images out; the option has a name in each command and in Python.
@@ -39,6 +41,7 @@ class Catalog(NamedTuple):
         class_names: one a class, where they are known.
         where: the source as messages name it.
         name: short, for logs and reports.
+        passed_over: suffix -> number of files that are neither images nor labels.
     """
 
     storage: Storage
@@ -47,6 +50,7 @@ class Catalog(NamedTuple):
     class_names: Sequence[str]
     where: str
     name: str
+    passed_over: Mapping[str, int] = MappingProxyType({})
 
     @property
     def sizes(self) -> list[int]:
@@ -95,13 +99,15 @@ class FileDataset(ImageDataset):
 
     def __init__(self, catalog: Catalog, *, skip_damaged: bool = False) -> None:
         self._storage, self._where = catalog.storage, catalog.where
+        warn_passed_over(catalog)
         headers, damaged = read_headers(catalog)
         if damaged and not skip_damaged:
             raise ValueError(damage_message(damaged, self._where))
         rows = [row for row, name in enumerate(catalog.names) if name in headers]
         if not rows:
             raise ValueError(
-                f"every one of the {len(catalog.names)} images of {self._where} is damaged or not supported"
+                f"none of the {len(catalog.names)} images of {self._where} can be read, the first because "
+                f"{damaged[0].reason}"
             )
         self._names = [catalog.names[row] for row in rows]
         self._mode, shape = _common_shape(headers, self._where)
@@ -143,13 +149,14 @@ def list_files(source: Path, *, labels: bool = True) -> Catalog:
     top folders are the classes.
 
     Args:
-        source: folder or ZIP.
+        source: folder, ZIP, or a folder inside a ZIP, `data.zip/photos`.
         labels: False leaves labels out.
 
     Raises:
         ValueError: no images, or labels that do not fit.
     """
-    storage: Storage = FolderStorage(source) if source.is_dir() else ZipStorage(source)
+    archive = zip_of(source)
+    storage: Storage = FolderStorage(source) if archive is None else ZipStorage(*archive)
     names = [name for name in storage.names if is_image(name)]
     if not names:
         raise ValueError(
@@ -160,7 +167,29 @@ def list_files(source: Path, *, labels: bool = True) -> Catalog:
     if strange is not None:
         raise ValueError(f"the file name {strange!r} in {source} is not UTF-8: rename it")
     values, class_names = read_labels(storage, names, source=source) if labels else (None, ())
-    return Catalog(storage, names, values, class_names, str(source), source.resolve().stem)
+    others = Counter(_suffix(name) for name in storage.names if not is_image(name) and name != LABEL_FILE)
+    return Catalog(storage, names, values, class_names, str(source), source.resolve().stem, others)
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower() or "no suffix"
+
+
+def unread_pictures(catalog: Catalog) -> str | None:
+    """How many files are pictures by their suffix, but are not read; None if there are none."""
+    counts = {suffix: n for suffix, n in catalog.passed_over.items() if suffix in OTHER_PICTURES}
+    if not counts:
+        return None
+    shown = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(counts.items()))
+    return f"{sum(counts.values()):,} pictures in formats that are not read ({shown})"
+
+
+def warn_passed_over(catalog: Catalog) -> None:
+    """Warn of pictures that are left out because of their format."""
+    if found := unread_pictures(catalog):
+        warnings.warn(
+            f"{catalog.where} has {found}: convert them to PNG or JPEG to include them", stacklevel=4
+        )
 
 
 def read_headers(catalog: Catalog) -> tuple[dict[str, Header], list[Skipped]]:
@@ -180,8 +209,8 @@ def damage_message(damaged: Sequence[Skipped], where: str) -> str:
     name, reason = damaged[0]
     others = "" if len(damaged) == 1 else f", and {len(damaged) - 1} more"
     return (
-        f"image {name!r} in {where} is damaged or not supported ({reason}){others}: "
-        f"replace it, take it (and its line in {LABEL_FILE}) out, or have it left out: {SKIP}"
+        f"image {name!r} in {where} cannot be read ({reason}){others}: "
+        f"replace it, remove it (and its line in {LABEL_FILE}), or leave it out with {SKIP}"
     )
 
 

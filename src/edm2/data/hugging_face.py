@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,7 @@ class _Columns(NamedTuple):
     is_array: bool
     label: str | None
     class_names: tuple[str, ...]
+    has_words: bool
 
 
 class TableStorage:
@@ -96,7 +98,8 @@ def list_hugging_face(source: str | Path, *, split: str = "train", labels: bool 
             library's cache; or a path: a folder written by `save_to_disk`, an `.arrow` or `.parquet` file, or a
             folder of such files, whose splits are those named `SPLIT-...`.
         split: which split.
-        labels: False leaves labels out; else the first of a class-label column, or whole numbers named label.
+        labels: Whether to read labels: the first column of class labels, or a column named label, labels, fine_label
+            or class that holds whole numbers, booleans or words. The sorted words are the classes.
 
     Raises:
         ValueError: where `datasets` is not installed, cannot open the source, or it has no such split or no images.
@@ -105,17 +108,35 @@ def list_hugging_face(source: str | Path, *, split: str = "train", labels: bool 
     columns = _find_columns(table.features, str(source))
     table = _raw(table, columns)
     storage = TableStorage(table, columns)
-    values = None
-    if labels and columns.label:
-        values = np.asarray(table.with_format("numpy")[columns.label][:], dtype=np.int64)
-        if values.min() < 0:
-            # The hub's custom for test splits whose labels are secret.
-            raise ValueError(
-                f"{source} has label {values.min()} in column {columns.label!r}: open it without labels"
-            )
-        values = checked_labels(values, len(table))
+    values, class_names = _labels(table, columns, str(source)) if labels else (None, ())
     name = str(source).rstrip("/").split("/")[-1]
-    return Catalog(storage, storage.names, values, columns.class_names if labels else (), str(source), name)
+    return Catalog(storage, storage.names, values, class_names, str(source), name)
+
+
+def _labels(table: Any, columns: _Columns, source: str) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    if columns.label is None:
+        return None, ()
+    found = table.with_format("arrow")[columns.label][:].to_pylist()
+    if None in found:
+        raise ValueError(_no_label(source, columns.label, found.index(None)))
+    if columns.has_words:
+        class_names = tuple(sorted(set(found)))
+        number = {word: i for i, word in enumerate(class_names)}
+        return checked_labels(np.array([number[word] for word in found]), len(found)), class_names
+    values = np.asarray(found, dtype=np.int64)
+    if values.min() < 0:
+        # The hub's custom for test splits whose labels are secret.
+        raise ValueError(
+            f"{source} has label {values.min()} in column {columns.label!r}: open it without labels"
+        )
+    return checked_labels(values, len(found)), columns.class_names
+
+
+def _no_label(source: str | Path, column: str, row: int) -> str:
+    return (
+        f"row {row} of {source} has no label in column {column!r}: add it, remove the row, or open the data set "
+        "without labels"
+    )
 
 
 def stream_hugging_face(source: str | Path, *, split: str = "train", start: int = 0) -> Stream:
@@ -135,15 +156,24 @@ def stream_hugging_face(source: str | Path, *, split: str = "train", start: int 
     if stream.features is None:
         stream = stream._resolve_features()
     columns = _find_columns(stream.features, str(source))
+    if columns.has_words:
+        raise ValueError(
+            f"the labels of {source} are words (column {columns.label!r}), whose classes a stream does not tell: leave "
+            "streaming out, or cast the column to datasets.ClassLabel"
+        )
     known = (stream.info.splits or {}).get(split)
-    entries = _entries(_raw(stream, columns).skip(start), columns, start)
+    entries = _entries(_raw(stream, columns).skip(start), columns, start, source)
     return Stream(entries, columns.class_names, known.num_examples if known else None)
 
 
-def _entries(stream: Any, columns: _Columns, start: int) -> Iterator[Entry]:
+def _entries(stream: Any, columns: _Columns, start: int, source: str | Path) -> Iterator[Entry]:
     suffix = ".npy" if columns.is_array else ""
     for row, content in enumerate(stream, start):
-        label = -1 if columns.label is None else int(content[columns.label])
+        label = -1
+        if columns.label is not None:
+            if content[columns.label] is None:
+                raise ValueError(_no_label(source, columns.label, row))
+            label = int(content[columns.label])
         yield Entry(f"row {row:09d}{suffix}", _encoded(content[columns.image], columns.is_array), label)
 
 
@@ -234,14 +264,20 @@ def _find_columns(features: Any, source: str) -> _Columns:
     preferred = [name for name in pictures + arrays if name in ("image", "img")]
     image = (preferred + pictures + arrays)[0]
     classes = [name for name, kind in features.items() if isinstance(kind, library.ClassLabel)]
-    whole = [
-        name
-        for name in _LABEL_COLUMNS
-        if isinstance(features.get(name), library.Value) and "int" in features[name].dtype
-    ]
-    label = next(iter([name for name in _LABEL_COLUMNS if name in classes] + classes + whole), None)
+    kinds = {
+        name: features[name].dtype for name in _LABEL_COLUMNS if isinstance(features.get(name), library.Value)
+    }
+    whole = [name for name, kind in kinds.items() if "int" in kind or kind == "bool"]
+    words = [name for name, kind in kinds.items() if "string" in kind]
+    label = next(iter([name for name in _LABEL_COLUMNS if name in classes] + classes + whole + words), None)
+    if label is None and (unused := [name for name in _LABEL_COLUMNS if name in features]):
+        warnings.warn(
+            f"column {unused[0]!r} of {source} is not read as labels, because it holds neither classes, whole "
+            "numbers nor words: cast it to datasets.ClassLabel",
+            stacklevel=5,
+        )
     names = tuple(features[label].names) if label in classes else ()
-    return _Columns(image, image in arrays, label, names)
+    return _Columns(image, image in arrays, label, names, label in words)
 
 
 def _is_encoded(kind: Any) -> bool:

@@ -38,8 +38,8 @@ def read_labels(
     misplaced = [name for name in storage.names if name.endswith("/" + LABEL_FILE)]
     if misplaced:
         raise ValueError(
-            f"the label file of {source} lies at {misplaced[0]!r}: it must lie at the top, as {LABEL_FILE}, "
-            "with names relative to it"
+            f"the label file of {source} is {misplaced[0]!r}, but must lie at the top: open "
+            f"{source / misplaced[0].removesuffix('/' + LABEL_FILE)} instead"
         )
     return _from_folders(names, source=source)
 
@@ -107,12 +107,12 @@ def _from_folders(names: Sequence[str], *, source: Path) -> tuple[np.ndarray | N
     if {name.lower() for name in classes} <= _SPLIT_NAMES:
         raise ValueError(
             f"the top folders of {source} are {', '.join(classes)}: these look like splits, not classes; "
-            f"give the path of one of them, or open the data set without labels"
+            f"open one of them, such as {source / classes[0]}, or open the data set without labels"
         )
     if len(classes) == 1:
         warnings.warn(
-            f"all images of {source} lie in one folder, {classes[0]!r}, so there is one class: give that "
-            "folder's path if its subfolders are the classes",
+            f"all images of {source} lie in one folder, {classes[0]!r}, so there is one class: open "
+            f"{source / classes[0]} if its subfolders are the classes",
             stacklevel=5,
         )
     numbers = {name: number for number, name in enumerate(classes)}

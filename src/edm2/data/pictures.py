@@ -1,6 +1,7 @@
 """From the bytes of one file to an array `[C, H, W]`."""
 
 import io
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -13,7 +14,18 @@ from edm2.extras import needed
 with needed("edm2.data"):
     from PIL import Image, UnidentifiedImageError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PICTURES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".webp", ".bmp", ".dib", ".gif",
+    ".tif", ".tiff",
+)  # fmt: skip
+# Suffixes of pictures that are not read, so that leaving them out is told.
+OTHER_PICTURES = (
+    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".jpf", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".psd",
+    ".svg", ".ico", ".icns", ".tga", ".dds", ".exr", ".hdr", ".pcx", ".xcf", ".dcm", ".nii", ".fits", ".raw", ".dng",
+    ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf",
+)  # fmt: skip
+# Pillow refuses pictures of more than twice its limit; its warning before that would disturb users of large ones.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 ARRAY = "array"
 # What reading the bytes of a file and then the image in them raises.
 UNREADABLE = (OSError, ValueError)
@@ -91,7 +103,13 @@ def refusing() -> Iterator[None]:
         raise ValueError("there is not enough memory for it") from error
     except UnidentifiedImageError as error:
         raise ValueError("cannot identify it as PNG, JPEG, WebP, BMP, GIF or TIFF") from error
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000} million pixels, the limit that keeps "
+            "small files from filling the memory: scale it down or cut it into tiles first, or in Python raise "
+            "PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    except (OSError, SyntaxError, EOFError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error

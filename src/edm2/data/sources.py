@@ -14,6 +14,7 @@ from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset, Without
 from edm2.data.files import Catalog, FileDataset, damage_message, list_files
 from edm2.data.hugging_face import PREFIX, is_hugging_face, list_hugging_face
 from edm2.data.idx import idx_splits, open_idx
+from edm2.data.storage import zip_of
 from edm2.data.verify import find_damaged
 from edm2.extras import needed
 
@@ -70,7 +71,8 @@ def _verified(dataset: ImageDataset, source: str, skip_damaged: bool) -> ImageDa
         name, reason = dataset.skipped[0]
         count, total = len(dataset.skipped), len(dataset) + len(dataset.skipped)
         warnings.warn(
-            f"skipped {count} of the {total} images of {source}, which are damaged: the first is {name!r} ({reason})",
+            f"skipped {count} of the {total} images of {source}, which cannot be read: the first is {name!r} "
+            f"({reason})",
             stacklevel=3,
         )
     return dataset
@@ -126,7 +128,7 @@ def _find(source: str | Path, split: str, labels: bool) -> Catalog | ImageDatase
     if str(source).startswith(PREFIX):
         return list_hugging_face(str(source), split=split, labels=labels)
     path = Path(source).expanduser()
-    if not path.exists():
+    if not path.exists() and zip_of(path) is None:
         raise ValueError(_unknown(str(source), path))
     if is_hugging_face(path):
         return list_hugging_face(path, split=split, labels=labels)

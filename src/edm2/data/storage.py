@@ -129,6 +129,15 @@ def _size(entry: "os.DirEntry[str]") -> int:
     return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
+def zip_of(path: Path) -> tuple[Path, str] | None:
+    """The ZIP that a path names, and the folder inside it, such as `photos` of `data.zip/photos`; None if neither."""
+    for place in (path, *path.parents):
+        if place.exists():
+            is_zip = place.is_file() and zipfile.is_zipfile(place)
+            return (place, path.relative_to(place).as_posix().removeprefix(".")) if is_zip else None
+    return None
+
+
 class _Entry(NamedTuple):
     offset: int
     stored: int
@@ -145,13 +154,14 @@ class ZipStorage:
 
     Args:
         path: an existing file.
+        inside: a folder inside it, to which names are relative; "" is the top.
 
     Raises:
         ValueError: for a damaged ZIP, an encrypted entry or another compression, or names that a data set cannot
             have.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, inside: str = "") -> None:
         self._path = path
         try:
             self._bytes = path.stat().st_size
@@ -170,6 +180,10 @@ class ZipStorage:
                 )
             if not name or name.endswith("/") or is_hidden(name):
                 continue
+            if inside:
+                if not name.startswith(f"{inside}/"):
+                    continue
+                name = name[len(inside) + 1 :]
             if name in self._entries:
                 raise ValueError(f"{path} holds {name!r} twice: make the ZIP again with each name once")
             if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

@@ -33,11 +33,14 @@ def find_damaged(
         Progress("checking images", len(dataset), "images", quiet=quiet) as progress,
         ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
     ):
-        for chunk, damaged in zip(
-            chunks, pool.map(lambda rows: list(_damaged(dataset, rows)), chunks), strict=True
-        ):
-            found += damaged
-            progress.advance(len(chunk), damaged=len(found))
+        try:
+            results = pool.map(lambda rows: list(_damaged(dataset, rows)), chunks)
+            for chunk, damaged in zip(chunks, results, strict=True):
+                found += damaged
+                progress.advance(len(chunk), damaged=len(found))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return found
 
 

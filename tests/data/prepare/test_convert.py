@@ -2,6 +2,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import zipfile
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def test_chunks_are_on_the_disk_before_they_have_their_name(folder, tmp_path, mo
 def test_work_that_skipped_damage_does_not_go_on_unasked(folder, tmp_path, monkeypatch):
     (folder / "a" / "0.png").write_bytes((folder / "a" / "0.png").read_bytes()[:80])
     cut_off(folder, tmp_path / "out.zip", monkeypatch, skip_damaged=True)
-    with pytest.raises(ValueError, match=r"image 'a/0.png' in .*mixed is damaged"):
+    with pytest.raises(ValueError, match=r"image 'a/0.png' in .*mixed cannot be read"):
         run(folder, tmp_path / "out.zip", size=(8, 8))
     assert run(folder, tmp_path / "out.zip", skip_damaged=True, size=(8, 8)).num_images == 6
 
@@ -230,7 +231,7 @@ def test_finished_work_that_skipped_damage_is_not_taken_for_whole(folder, tmp_pa
     path.write_bytes(path.read_bytes()[:70])
     done = run(folder, tmp_path / "out", 1, True, size=(8, 8))
     assert run(folder, tmp_path / "out", 1, True, size=(8, 8)) == done
-    with pytest.raises(ValueError, match=r"image 'b/3.png' in .*mixed is damaged"):
+    with pytest.raises(ValueError, match=r"image 'b/3.png' in .*mixed cannot be read"):
         run(folder, tmp_path / "out", size=(8, 8))
 
 
@@ -278,13 +279,13 @@ def test_overlapping_processes_end_with_one_whole_output(folder, tmp_path):
 def test_damaged_images_are_named_or_skipped(folder, tmp_path, workers):
     path = folder / "b" / "3.png"
     path.write_bytes(path.read_bytes()[:70])
-    with pytest.raises(ValueError, match=r"image 'b/3.png' in .*mixed is damaged"):
+    with pytest.raises(ValueError, match=r"image 'b/3.png' in .*mixed cannot be read"):
         run(folder, tmp_path / "out", workers, size=(8, 8))
     done = run(folder, tmp_path / "out", 1, True, size=(8, 8))
     assert (done.num_images, [skipped.name for skipped in done.skipped]) == (6, ["b/3.png"])
     assert len(open_dataset(tmp_path / "out")) == 6
     (folder / "a" / "0.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"image 'a/0.png' in .*mixed is damaged"):
+    with pytest.raises(ValueError, match=r"image 'a/0.png' in .*mixed cannot be read"):
         run(folder, tmp_path / "other", size=(8, 8))
 
 
@@ -374,6 +375,10 @@ def test_images_that_cannot_go_together(folder, tmp_path):
     ("options", "message"),
     [
         ({"size": (0, 8)}, r"size \(0, 8\) must be at least 1 by 1"),
+        (
+            {"size": (100_000, 100_000)},
+            "size 100000x100000 is too large: an image has at most 67,108,864 pixels",
+        ),
         ({"method": "crop"}, "method 'crop' must be center-crop or resize"),
         ({"mode": "bw"}, "mode 'bw' must be one of auto, gray, rgb, rgba"),
     ],
@@ -388,3 +393,46 @@ def test_a_stream_needs_its_mode():
         ValueError, match="cannot be looked through for its common mode: give gray, rgb or rgba"
     ):
         convert_stream("hf://a/b", "out", Conversion())
+
+
+def test_large_images_are_written_in_smaller_chunks(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_module, "_CHUNK_PIXELS", 64)
+    written = []
+    real = convert_module.write_chunk
+    monkeypatch.setattr(
+        convert_module, "write_chunk", lambda p, c: (written.append(len(c.files)), real(p, c))
+    )
+    run(folder, tmp_path / "out.zip", size=(8, 8))
+    assert written == [1] * 7
+
+
+def test_a_very_long_picture_is_refused_before_it_fills_the_memory(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("L", (60_000, 2)).save(tmp_path / "in" / "a.png")
+    told = (
+        r"image 'a.png' .*its sides are too unequal: covering 512x512 makes it 512x15360000 before the crop"
+    )
+    with pytest.raises(ValueError, match=told):
+        run(tmp_path / "in", tmp_path / "out", size=(512, 512))
+
+
+def test_pictures_in_other_formats_are_told(folder, tmp_path):
+    (folder / "a" / "x.heic").write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"has 1 pictures in formats that are not read \(.heic 1\)"):
+        run(folder, tmp_path / "out", size=(8, 8))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_names_the_file(folder, tmp_path, workers):
+    # A limit on the size of files stands in for it: any of them is larger.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"could not write .*out.zip.partial/00000\d.zip \(File too large\)"
+        ):
+            run(folder, tmp_path / "out.zip", workers, size=(64, 64))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    run(folder, tmp_path / "out.zip", workers, size=(64, 64))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mixed", "out.zip"]

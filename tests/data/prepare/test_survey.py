@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -66,7 +68,7 @@ def test_everything_that_needs_fixing_is_said(tmp_path):
     text += "\n"
     assert [name for name, _ in found.damaged] == ["b/3.png", "b/4.png"]
     for line in (
-        "damaged: 2 images: 'b/3.png' (",
+        "cannot be read: 2 images: 'b/3.png' (",
         f"3 different sizes: run 'edm2 data convert {tmp_path} --out NEW.zip --size N', N up to 4 enlarges nothing",
         "different modes: all with 3 channels",
         "turned upright as EXIF says: 1 image\n",
@@ -109,3 +111,25 @@ def test_classes_without_images(tmp_path):
     save(tmp_path / "0.png", np.zeros((4, 4), np.uint8))
     (tmp_path / "dataset.json").write_text('{"labels": [["0.png", 2]]}')
     assert "classes without images: 2" in look(tmp_path)[1]
+
+
+def test_files_that_are_passed_over_are_counted(tmp_path):
+    save(tmp_path / "0.png", RNG.integers(0, 256, (4, 4), dtype=np.uint8))
+    for name in ("a.heic", "b.avif", "notes.txt", "LICENCE"):
+        (tmp_path / name).write_bytes(b"x")
+    _, text = look(tmp_path)
+    line = next(line for line in text.splitlines() if line.startswith("others    "))
+    assert all(f"{kind}: 1" in line for kind in (".heic", ".avif", ".txt", "no suffix"))
+    assert "2 pictures in formats that are not read (.avif 1, .heic 1): convert them to PNG" in text
+
+
+def test_a_large_picture_takes_a_few_copies_of_memory(tmp_path):
+    image = np.full((4000, 4000), 7, np.uint8)
+    save(tmp_path / "0.png", image)
+    catalog = open_catalog(tmp_path)
+    tracemalloc.start()
+    found = survey(catalog, workers=1, quiet=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.mean == pytest.approx((7 / 127.5 - 1,))
+    assert peak < 4 * image.nbytes

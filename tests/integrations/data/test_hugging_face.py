@@ -124,7 +124,7 @@ def test_pictures_in_a_table_are_read_as_those_in_files(tmp_path):
         Image.fromarray(image).convert("L" if i == 1 else "RGB").save(file, "PNG", exif=exif)
         files.append({"bytes": b"x" if i == 2 else file.getvalue(), "path": None})
     datasets.Dataset.from_dict({"image": files}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"image 'row 000000002' in .* is damaged"):
+    with pytest.raises(ValueError, match=r"image 'row 000000002' in .* cannot be read"):
         open_dataset(tmp_path / "saved")
     with pytest.warns(UserWarning, match="skipped 1 of the 8"):
         data = open_dataset(tmp_path / "saved", skip_damaged=True)
@@ -232,7 +232,8 @@ def test_a_stream_that_changed_since_is_not_mixed_in(tmp_path, monkeypatch):
     path.unlink()
     table(PIXELS[::-1]).to_parquet(path)
     with pytest.raises(
-        ValueError, match=r"holds part of other work \(image 3 and those after it come out otherwise"
+        ValueError,
+        match=r"holds unfinished work on other images \(image 3 and later ones come out differently",
     ):
         convert.convert_stream(path, tmp_path / "a.zip", conversion, workers=1, quiet=True)
     path.unlink()
@@ -254,7 +255,7 @@ def test_a_row_without_an_image_is_damaged_and_labels_are_bounded(tmp_path):
     rows = [{"bytes": None, "path": None}, {"bytes": b"x", "path": None}]
     datasets.Dataset.from_dict({"image": rows}).save_to_disk(tmp_path / "saved")
     with pytest.raises(
-        ValueError, match=r"image 'row 000000000' .* damaged .*the row holds no image\), and 1 more"
+        ValueError, match=r"image 'row 000000000' .* cannot be read .*the row holds no image\), and 1 more"
     ):
         open_dataset(tmp_path / "saved")
     content = {"image": [np.zeros((4, 4), np.float32)] * 2, "label": [0, 10**12]}
@@ -264,3 +265,50 @@ def test_a_row_without_an_image_is_damaged_and_labels_are_bounded(tmp_path):
     datasets.Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "large")
     with pytest.raises(ValueError, match="label 1000000000000 is too large: labels count classes from 0"):
         open_dataset(tmp_path / "large")
+
+
+def labelled(tmp_path, kind, labels):
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    pictures = [Image.fromarray(image) for image in PIXELS[: len(labels)]]
+    path = tmp_path / "x.parquet"
+    datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features).to_parquet(path)
+    return path
+
+
+def test_words_are_classes_in_their_order(tmp_path):
+    path = labelled(tmp_path, datasets.Value("string"), ["cat", "ant", "cat"])
+    data = open_dataset(path)
+    assert data.class_names == ("ant", "cat")
+    assert data.labels(np.arange(3)).tolist() == [1, 0, 1]
+    with pytest.raises(
+        ValueError, match=r"are words \(column 'label'\), whose classes a stream does not tell"
+    ):
+        stream_hugging_face(path)
+
+
+def test_booleans_are_classes(tmp_path):
+    data = open_dataset(labelled(tmp_path, datasets.Value("bool"), [True, False, True]))
+    assert data.labels(np.arange(3)).tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("kind", [datasets.ClassLabel(num_classes=2), datasets.Value("string")])
+def test_a_missing_label_is_named(tmp_path, kind):
+    words = isinstance(kind, datasets.Value)
+    path = labelled(tmp_path, kind, ["a", None, "b"] if words else [0, None, 1])
+    with pytest.raises(
+        ValueError, match=r"row 1 of .*x.parquet has no label in column 'label': add it, remove"
+    ):
+        open_dataset(path)
+    assert len(open_dataset(path, labels=False)) == 3
+    if not words:
+        with pytest.raises(ValueError, match=r"row 1 of .*x.parquet has no label in column 'label'"):
+            list(stream_hugging_face(path).entries)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_column_of_labels_that_is_not_used_is_told(tmp_path):
+    path = labelled(tmp_path, datasets.Value("float32"), [0.5, 1.0])
+    with pytest.warns(
+        UserWarning, match=r"column 'label' of .* is not read as labels, .*cast it to datasets.Class"
+    ):
+        assert open_dataset(path).num_classes == 0

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from edm2.data.dataset import Skipped
-from edm2.data.files import Catalog, damage_message, read_headers
+from edm2.data.files import Catalog, damage_message, read_headers, warn_passed_over
 from edm2.data.hugging_face import Entry, stream_hugging_face
 from edm2.data.pictures import ARRAY, UNREADABLE, common_mode, decode
 from edm2.data.prepare.chunks import Chunk, ChunkFolder, Made, begin, chunk_bytes, image_name, write_chunk
@@ -23,6 +23,8 @@ from edm2.data.workers import process_pool, result_of
 from edm2.progress import Progress
 
 CHUNK_IMAGES = 256
+_CHUNK_PIXELS = 1 << 26  # a chunk is in memory until it is written
+_MAX_PIXELS = 1 << 26
 Mode = Literal["auto", "gray", "rgb", "rgba"]
 _MODES = {"gray": "L", "rgb": "RGB", "rgba": "RGBA"}
 
@@ -38,7 +40,7 @@ class Conversion:
             their channels.
 
     Raises:
-        ValueError: for a size below 1 or an unknown mode or method.
+        ValueError: for a size below 1 or above 67 million pixels, or an unknown mode or method.
     """
 
     size: tuple[int, int] | None = None
@@ -48,6 +50,11 @@ class Conversion:
     def __post_init__(self) -> None:
         if self.size is not None and min(self.size) < 1:
             raise ValueError(f"size {self.size} must be at least 1 by 1")
+        if self.size is not None and self.size[0] * self.size[1] > _MAX_PIXELS:
+            raise ValueError(
+                f"size {self.size[0]}x{self.size[1]} is too large: an image has at most {_MAX_PIXELS:,} pixels, as "
+                "8192x8192 has"
+            )
         if self.method not in ("center-crop", "resize"):
             raise ValueError(f"method {self.method!r} must be center-crop or resize")
         if self.mode not in ("auto", *_MODES):
@@ -95,7 +102,9 @@ def convert(
     Raises:
         ValueError: for a damaged image, a destination that exists, or images that cannot be converted.
     """
-    mode = _checked_mode(catalog, conversion, skip_damaged)
+    warn_passed_over(catalog)
+    mode, size = _checked(catalog, conversion, skip_damaged)
+    count = _chunk_images(size)
     settings = {
         "source": catalog.where,
         "images": len(catalog.names),
@@ -103,13 +112,13 @@ def convert(
         "classes": list(catalog.class_names),
         "mode": mode,
     }
-    size = [conversion.size, conversion.method]
-    with begin(Path(dest), {**settings, "size": size, "chunk": CHUNK_IMAGES}) as folder:
-        job = _Job(folder, conversion, _MODES.get(mode), skip_damaged, catalog)
+    work = {"size": [conversion.size, conversion.method], "chunk": count}
+    with begin(Path(dest), {**settings, **work}) as folder:
+        job = _Job(folder, conversion, _MODES.get(mode), skip_damaged, catalog, count)
         if made := folder.finished():
             return _outcome(job, made)
-        starts = range(0, len(catalog.names), CHUNK_IMAGES)
-        tasks = ((i, range(s, min(s + CHUNK_IMAGES, len(catalog.names)))) for i, s in enumerate(starts))
+        starts = range(0, len(catalog.names), count)
+        tasks = ((i, range(s, min(s + count, len(catalog.names)))) for i, s in enumerate(starts))
         _run(job, iter(tasks), len(catalog.names), workers, quiet)
         return _packed(job, len(starts), catalog.class_names)
 
@@ -140,29 +149,36 @@ def convert_stream(
     """
     if conversion.mode == "auto":
         raise ValueError("a stream cannot be looked through for its common mode: give gray, rgb or rgba")
-    settings = {"stream": f"{source}, {split}", **asdict(conversion), "chunk": CHUNK_IMAGES}
+    count = _chunk_images(conversion.size)
+    settings = {"stream": f"{source}, {split}", **asdict(conversion), "chunk": count}
     with begin(Path(dest), settings) as folder:
-        job = _Job(folder, conversion, _MODES[conversion.mode], skip_damaged, None)
+        job = _Job(folder, conversion, _MODES[conversion.mode], skip_damaged, None, count)
         if made := folder.finished():
             return _outcome(job, made)
         first = 0
         while folder.is_done(first):
             first += 1
-        stream = stream_hugging_face(source, split=split, start=max(first - 1, 0) * CHUNK_IMAGES)
+        stream = stream_hugging_face(source, split=split, start=max(first - 1, 0) * count)
         if first:
-            _check_same_stream(job, first - 1, stream.entries)
-        tasks = _entry_tasks(stream.entries, first)
-        last = _run(job, tasks, stream.num_images, workers, quiet, done=first * CHUNK_IMAGES)
+            _check_same_stream(job, first - 1, stream.entries, count)
+        tasks = _entry_tasks(stream.entries, first, count)
+        last = _run(job, tasks, stream.num_images, workers, quiet, done=first * count)
         return _packed(job, max(first, last + 1), stream.class_names)
 
 
-def _check_same_stream(job: "_Job", number: int, entries: Iterator[Entry]) -> None:
+def _chunk_images(size: tuple[int, int] | None) -> int:
+    """Images in a chunk: fewer if they are large, because a chunk is in memory until it is written."""
+    pixels = 1 if size is None else size[0] * size[1]
+    return max(1, min(CHUNK_IMAGES, _CHUNK_PIXELS // pixels))
+
+
+def _check_same_stream(job: "_Job", number: int, entries: Iterator[Entry], count: int) -> None:
     # A stream shows what it holds only when it is read, so the last chunk that is done is made again.
-    rows = list(enumerate(islice(entries, CHUNK_IMAGES), number * CHUNK_IMAGES))
+    rows = list(enumerate(islice(entries, count), number * count))
     if chunk_bytes(_converted_chunk(job, rows)) != job.folder.path(number).read_bytes():
         raise ValueError(
-            f"{job.folder.folder} holds part of other work (image {number * CHUNK_IMAGES} and those after it come out "
-            "otherwise now: the stream has changed, or Pillow or NumPy): delete it, or give another --out"
+            f"{job.folder.folder} holds unfinished work on other images (image {number * count} and later ones come "
+            "out differently now: the stream has changed, or Pillow or NumPy): delete it, or choose another --out"
         )
 
 
@@ -172,6 +188,7 @@ class _Job(NamedTuple):
     mode: str | None
     skip_damaged: bool
     catalog: Catalog | None
+    chunk_images: int
 
     @property
     def where(self) -> str:
@@ -182,11 +199,11 @@ _Rows = range | list[tuple[int, Entry]]
 _Task = tuple[int, _Rows]
 
 
-def _entry_tasks(entries: Iterator[Entry], first: int) -> Iterator[_Task]:
+def _entry_tasks(entries: Iterator[Entry], first: int, count: int) -> Iterator[_Task]:
     number, rows = first, []
-    for row, entry in enumerate(entries, first * CHUNK_IMAGES):
+    for row, entry in enumerate(entries, first * count):
         rows.append((row, entry))
-        if len(rows) == CHUNK_IMAGES:
+        if len(rows) == count:
             yield number, rows
             number, rows = number + 1, []
     if rows:
@@ -199,7 +216,7 @@ def _run(
     # The number of the last chunk, or -1.
     workers = workers or os.cpu_count() or 1
     if total is not None:
-        workers = min(workers, -(-total // CHUNK_IMAGES))
+        workers = min(workers, -(-total // job.chunk_images))
     last = -1
     # A stream of unknown length shows what is done, and no time left.
     with Progress("converting", total or done, "images", done=done, quiet=quiet) as progress:
@@ -257,35 +274,32 @@ def _convert_chunk(job: _Job, number: int, rows: _Rows) -> None:
 def _converted_chunk(job: _Job, rows: _Rows) -> Chunk:
     chunk = Chunk(sums={"enlarged": 0})
     for row in rows:
-        place, name, label, image = _image(job, row)
-        if isinstance(image, Exception):
-            damaged = Skipped(name, str(image))
+        place, entry = row if isinstance(row, tuple) else (row, _entry(job, row))
+        is_array = entry.name.lower().endswith(".npy")
+        try:
+            image = decode(entry.name, _bytes(job, entry), job.mode)
+            image, enlarged = _fitted(image, job.conversion, alpha=not is_array and len(image) in (2, 4))
+        except UNREADABLE as error:
+            damaged = Skipped(entry.name, str(error))
             if not job.skip_damaged:
-                raise ValueError(damage_message([damaged], job.where)) from image
+                raise ValueError(damage_message([damaged], job.where)) from error
             chunk.skipped.append(damaged)
             continue
-        is_array = name.lower().endswith(".npy")
-        image, enlarged = _fitted(image, job.conversion, alpha=not is_array and len(image) in (2, 4))
         suffix, data = _encoded(image, is_array)
         chunk.files[image_name(place, suffix)] = data
-        chunk.labels.append(label)
+        chunk.labels.append(entry.label)
         chunk.sums["enlarged"] += enlarged
     return chunk
 
 
-def _image(job: _Job, row: int | tuple[int, Entry]) -> tuple[int, str, int, np.ndarray | Exception]:
-    # Number, name, label, and the image or why it cannot be read.
-    if isinstance(row, tuple):
-        place, (name, data, label) = row
-    else:
-        assert job.catalog is not None
-        place, name, data = row, job.catalog.names[row], None
-        label = -1 if job.catalog.labels is None else int(job.catalog.labels[row])
-    try:
-        data = job.catalog.storage.read(name) if job.catalog is not None else data
-        return place, name, label, decode(name, data or b"", job.mode)
-    except UNREADABLE as error:
-        return place, name, label, error
+def _entry(job: _Job, row: int) -> Entry:
+    assert job.catalog is not None
+    label = -1 if job.catalog.labels is None else int(job.catalog.labels[row])
+    return Entry(job.catalog.names[row], b"", label)
+
+
+def _bytes(job: _Job, entry: Entry) -> bytes:
+    return entry.data if job.catalog is None else job.catalog.storage.read(entry.name)
 
 
 def _fitted(image: np.ndarray, conversion: Conversion, *, alpha: bool) -> tuple[np.ndarray, bool]:
@@ -307,8 +321,10 @@ def _encoded(image: np.ndarray, is_array: bool) -> tuple[str, bytes]:
     return ".npy", file.getvalue()
 
 
-def _checked_mode(catalog: Catalog, conversion: Conversion, skip_damaged: bool) -> str:
-    # Our name of the mode in which pictures are read; "auto" leaves each as it is.
+def _checked(
+    catalog: Catalog, conversion: Conversion, skip_damaged: bool
+) -> tuple[str, tuple[int, int] | None]:
+    """The mode in which pictures are read ("auto" leaves each as it is), and the size of the results."""
     headers, damaged = read_headers(catalog)
     if damaged and not skip_damaged:
         raise ValueError(damage_message(damaged, catalog.where))
@@ -319,11 +335,12 @@ def _checked_mode(catalog: Catalog, conversion: Conversion, skip_damaged: bool) 
     sizes = {(h.height, h.width) for h in headers.values()}
     if conversion.size is None and len(sizes) > 1:
         raise ValueError(f"the images of {catalog.where} have {len(sizes)} different sizes: give --size")
+    size = conversion.size or next(iter(sizes), None)
     modes = {h.mode for h in headers.values()} - {ARRAY, "F"}
     if conversion.mode != "auto" or not modes:
-        return conversion.mode
+        return conversion.mode, size
     common = common_mode(modes)
-    return next((ours for ours, mode in _MODES.items() if mode == common), "auto")
+    return next((ours for ours, mode in _MODES.items() if mode == common), "auto"), size
 
 
 def _packed(job: _Job, count: int, class_names: Sequence[str]) -> Converted:

@@ -26,6 +26,7 @@ def describe(found: Survey) -> str:
         f"mode      {_counted(found.modes, _MODES.__getitem__)}",
         *_values(found),
         *_classes(found),
+        *_others(found),
     ]
     if changes:
         lines += ["when read", *(f"  - {change}" for change in changes)]
@@ -62,14 +63,23 @@ def _classes(found: Survey) -> list[str]:
     return lines
 
 
+def _others(found: Survey) -> list[str]:
+    if not found.passed_over:
+        return []
+    counts = Counter(found.passed_over)
+    return [f"others    {_counted(counts, str, always=True)} (files that are neither images nor labels)"]
+
+
 def _problems(found: Survey) -> list[str]:
     problems = []
     if found.damaged:
         shown = "; ".join(f"{name!r} ({reason})" for name, reason in found.damaged[:5])
         more = " ..." if len(found.damaged) > 5 else ""
         problems.append(
-            f"damaged: {_images(len(found.damaged))}: {shown}{more}. Replace them, or have them left out: {SKIP}"
+            f"cannot be read: {_images(len(found.damaged))}: {shown}{more}. Replace them, or leave them out with {SKIP}"
         )
+    if found.unread:
+        problems.append(f"{found.unread}: convert them to PNG or JPEG to include them")
     if len(found.sizes) > 1:
         side = min(min(size) for size in found.sizes)
         problems.append(
@@ -109,9 +119,9 @@ def _constant(mean: tuple[float, ...], std: tuple[float, ...]) -> list[int]:
     return [i for i, (m, s) in enumerate(zip(mean, std, strict=True)) if s <= 1e-6 * abs(m)]
 
 
-def _counted(counts: Counter[Any], words: Callable[[Any], str]) -> str:
+def _counted(counts: Counter[Any], words: Callable[[Any], str], *, always: bool = False) -> str:
     shown = [f"{words(key)}: {count:,}" for key, count in counts.most_common(4)]
-    if len(counts) == 1:
+    if len(counts) == 1 and not always:
         return words(next(iter(counts)))
     return "; ".join(shown) + (f"; {len(counts) - 4} more" if len(counts) > 4 else "")
 

@@ -1,6 +1,6 @@
 """Latents of images: what a latent diffusion model is trained on.
 
-Ref: SPEC section 7.
+Ref: docs/data.md.
 """
 
 import io

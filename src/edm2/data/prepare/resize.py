@@ -3,6 +3,8 @@
 import numpy as np
 from PIL import Image
 
+_MAX_PIXELS = 1 << 28
+
 
 def crop_centre(image: np.ndarray, size: tuple[int, int], *, alpha: bool = False) -> np.ndarray:
     """Scale an image until it just covers a size, and cut out its centre.
@@ -18,7 +20,10 @@ def crop_centre(image: np.ndarray, size: tuple[int, int], *, alpha: bool = False
     Returns:
         `[C, *size]` of the same type.
 
-    Ref: SPEC section 9.
+    Raises:
+        ValueError: If a very long image would become too large before the crop.
+
+    Ref: Dhariwal and Nichol, arXiv 2105.05233, whose crop of ImageNet EDM2 uses.
     """
     height, width = image.shape[1:]
     while height >= 2 * size[0] and width >= 2 * size[1]:
@@ -26,6 +31,11 @@ def crop_centre(image: np.ndarray, size: tuple[int, int], *, alpha: bool = False
         image = _scaled(image, (height, width), Image.Resampling.BOX, alpha)
     scale = max(size[0] / height, size[1] / width)
     height, width = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    if height * width > _MAX_PIXELS:
+        raise ValueError(
+            f"its sides are too unequal: covering {size[0]}x{size[1]} makes it {height}x{width} before the "
+            "crop; cut it first, or use the method resize"
+        )
     image = _scaled(image, (height, width), Image.Resampling.BICUBIC, alpha)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
     return image[:, top : top + size[0], left : left + size[1]]

@@ -2,19 +2,20 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from edm2.data.dataset import Skipped
-from edm2.data.files import Catalog, read_headers
+from edm2.data.files import Catalog, read_headers, unread_pictures
 from edm2.data.order import indices
 from edm2.data.pictures import ARRAY, UNREADABLE, Header, common_mode, decode
 from edm2.progress import Progress
 
 _CHUNK = 64
+_SLICE = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class Survey:
         maximum: largest value of all, as stored.
         class_sizes: images of each class; None without labels.
         class_names: one a class, where they are known.
+        passed_over: suffix -> number of files that are neither images nor labels.
+        unread: pictures in formats that are not read, in words; None if there are none.
     """
 
     where: str
@@ -54,6 +57,8 @@ class Survey:
     maximum: float
     class_sizes: np.ndarray | None
     class_names: tuple[str, ...]
+    passed_over: Mapping[str, int]
+    unread: str | None
 
 
 def survey(
@@ -81,11 +86,10 @@ def survey(
     if sample is not None and sample < len(names):
         names = [names[i] for i in np.sort(indices(0, sample, size=len(names), seed=0))]
     moments = _Moments()
-    for found, reason in _decoded(catalog, names, mode, workers, quiet):
-        if isinstance(found, str):
-            damaged.append(Skipped(found, reason))
-        elif len(kinds) == 1:
-            moments.add(found)
+    for part, unread in _measured(catalog, names, mode, workers, quiet):
+        damaged += unread
+        if len(kinds) == 1:
+            moments.add(part)
     mean, std = moments.result()
     return Survey(
         where=catalog.where,
@@ -105,23 +109,34 @@ def survey(
         if catalog.labels is None
         else np.bincount(catalog.labels, minlength=len(catalog.class_names)),
         class_names=tuple(catalog.class_names),
+        passed_over=catalog.passed_over,
+        unread=unread_pictures(catalog),
     )
 
 
 class _Moments:
+    """Count, sums and extremes of each channel, taken from a slice of an image at a time."""
+
     def __init__(self) -> None:
         self._count = 0
         self._sums = np.zeros((2, 1))
         self.minimum, self.maximum = np.inf, -np.inf
 
-    def add(self, image: np.ndarray) -> None:
-        values = image.astype(np.float64).reshape(len(image), -1)
-        self.minimum = min(self.minimum, float(values.min()))
-        self.maximum = max(self.maximum, float(values.max()))
-        if image.dtype == np.uint8:
-            values = values / 127.5 - 1
-        self._count += values.shape[1]
-        self._sums = self._sums + np.stack([values.sum(1), np.square(values).sum(1)])
+    def add_image(self, image: np.ndarray) -> None:
+        flat = image.reshape(len(image), -1)
+        for start in range(0, flat.shape[1], _SLICE):
+            values = flat[:, start : start + _SLICE].astype(np.float64)
+            self.minimum = min(self.minimum, float(values.min()))
+            self.maximum = max(self.maximum, float(values.max()))
+            if image.dtype == np.uint8:
+                values = values / 127.5 - 1
+            self._count += values.shape[1]
+            self._sums = self._sums + np.stack([values.sum(1), np.square(values).sum(1)])
+
+    def add(self, other: "_Moments") -> None:
+        self._count += other._count
+        self._sums = self._sums + other._sums
+        self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
 
     def result(self) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
         if not self._count:
@@ -135,27 +150,29 @@ def _kind(header: Header, mode: str | None) -> tuple[int, str]:
     return len(mode) if picture and mode else header.channels, header.dtype
 
 
-def _decoded(
+def _measured(
     catalog: Catalog, names: list[str], mode: str | None, workers: int | None, quiet: bool
-) -> Iterator[tuple[np.ndarray | str, str]]:
-    # Each image, or its name and why it could not be read.
-    def read(chunk: list[str]) -> list[tuple[np.ndarray | str, str]]:
-        found: list[tuple[np.ndarray | str, str]] = []
+) -> Iterator[tuple[_Moments, list[Skipped]]]:
+    """Moments of each chunk of images, and those that cannot be read; a thread holds one image at a time."""
+
+    def measure(chunk: list[str]) -> tuple[_Moments, list[Skipped]]:
+        moments, damaged = _Moments(), []
         for name in chunk:
             try:
-                found.append((decode(name, catalog.storage.read(name), mode), ""))
+                moments.add_image(decode(name, catalog.storage.read(name), mode))
             except UNREADABLE as error:
-                found.append((name, str(error)))
-        return found
+                damaged.append(Skipped(name, str(error)))
+        return moments, damaged
 
-    workers = workers or os.cpu_count() or 1
     chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
     with (
         Progress("reading images", len(names), "images", quiet=quiet) as progress,
-        ThreadPoolExecutor(workers) as pool,
+        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
     ):
-        # A few chunks at a time, because all decoded images together may exceed the memory.
-        for start in range(0, len(chunks), 2 * workers):
-            for result in pool.map(read, chunks[start : start + 2 * workers]):
-                yield from result
-                progress.advance(len(result))
+        try:
+            for chunk, result in zip(chunks, pool.map(measure, chunks), strict=True):
+                yield result
+                progress.advance(len(chunk))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
