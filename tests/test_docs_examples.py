@@ -1,7 +1,6 @@
 """Python in README and docs runs as it is printed."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +149,10 @@ def test_condition_image(names: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def run(names: dict[str, Any], tiny_digits: Any) -> Iterator[None]:
+def run(names: dict[str, Any], tiny_digits: Any) -> None:
     from edm2.train import train
 
     train(tiny_digits(), "runs/digits", quiet=True)
-    yield
 
 
 @pytest.mark.usefixtures("run")

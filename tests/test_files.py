@@ -1,5 +1,6 @@
 """Files are whole or not there, whatever interrupts the writing."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edm2.files import sha256_of, sync_folder, write_atomic, write_json
+from edm2.files import read_sealed, sha256_of, sync_folder, write_atomic, write_json, write_sealed
 
 
 def test_writes_replaces_and_makes_folders(tmp_path: Path) -> None:
@@ -69,3 +70,35 @@ def test_only_folders_that_exist_can_be_flushed(tmp_path: Path) -> None:
     sync_folder(tmp_path)
     with pytest.raises(FileNotFoundError):
         sync_folder(tmp_path / "missing")
+
+
+def test_every_flipped_bit_of_sealed_json_is_noticed_or_harmless(tmp_path: Path) -> None:
+    content = {"num_images": 640, "network": {"dropout": 0.1, "name": "caf\u00e9"}, "times": [1, None, True]}
+    path = tmp_path / "sealed.json"
+    write_sealed(path, content)
+    assert read_sealed(path) == content
+    whole = path.read_bytes()
+    for position in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[position // 8] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            found = read_sealed(path)
+            assert {
+                key: found[key] for key in content
+            } == content  # at most the checksum's own name has changed
+
+
+def test_sealed_json_may_be_edited_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "sealed.json"
+    write_sealed(path, {"data": "a"})
+    path.write_text(path.read_text().replace('"a"', '"b"'))
+    with pytest.raises(
+        ValueError, match='its checksum differs; after an edit by hand, remove the line "sha256"'
+    ):
+        read_sealed(path)
+    path.write_text('{"data": "b"}')
+    assert read_sealed(path) == {"data": "b"}
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="not a JSON object"):
+        read_sealed(path)

@@ -1,6 +1,7 @@
 """Files that are whole or not there: written aside, flushed to the disk, renamed."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ __all__ = [
     "claimed",
     "make_folder",
     "read_json",
+    "read_sealed",
     "reason",
     "remedy",
     "remove_folder",
@@ -33,7 +35,10 @@ __all__ = [
     "sync_folder",
     "write_atomic",
     "write_json",
+    "write_sealed",
 ]
+
+_SEAL = "sha256"
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes, *, durable: bool = True) -> Path:
@@ -77,3 +82,35 @@ def claimed(folder: Path, output: Path) -> Iterator[None]:
                     f"another process is writing {output}: wait until it is done, or choose another --out"
                 ) from None
         yield
+
+
+def write_sealed(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Write JSON atomically together with a checksum of its content; `read_sealed` checks it."""
+    write_json(path, {**content, _SEAL: _digest(content)})
+
+
+def read_sealed(path: str | os.PathLike[str], *, finite: bool = True) -> dict[str, Any]:
+    """Read what `write_sealed` wrote. A file without a checksum is accepted, so that people can edit it.
+
+    Args:
+        path: The file.
+        finite: As in `read_json`.
+
+    Returns:
+        The content without its checksum.
+
+    Raises:
+        ValueError: If it is not a JSON object, or not as it was written. The message gives the reason only: callers
+            name the file.
+        OSError: If the file cannot be read.
+    """
+    content = read_json(Path(path), finite=finite)
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    if _SEAL in content and content.pop(_SEAL) != _digest(content):
+        raise ValueError(f'its checksum differs; after an edit by hand, remove the line "{_SEAL}"')
+    return content
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

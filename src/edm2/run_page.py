@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from edm2.report.ema_figures import reconstruction_figure, tracked_figure
 from edm2.report.magnitudes import KINDS, Records, add_magnitudes, magnitude_curve
 from edm2.train.build import open_run_data
 from edm2.train.logs import LOG_FILE, MAGNITUDES_FILE, read_log
-from edm2.train.run_folder import CONFIG_FILE, SNAPSHOTS, flat_settings, read_config
+from edm2.train.run_folder import SNAPSHOTS, flat_settings, read_config
 from edm2.tuning.page import add_knobs, add_ranking, add_result
 from edm2.tuning.result import read_tuned
 
@@ -40,21 +40,12 @@ class _Run:
         if not self.log:
             raise ValueError(f"{folder} has no line in its log yet: train on before asking for a report")
         self.magnitudes = read_log(folder, MAGNITUDES_FILE)
-        self._check()
+        for name, records in ((LOG_FILE, self.log), (MAGNITUDES_FILE, self.magnitudes)):
+            if not _is_one_course(records):
+                raise ValueError(f"{folder / name} is damaged: restore it from a copy")
         found = (folder / SNAPSHOTS / "manifest.json").exists()
         self.manifest = read_manifest(folder / SNAPSHOTS) if found else None
         self.tuned = read_tuned(folder)
-
-    def _check(self) -> None:
-        """Raise ValueError for settings and logs that `edm2 train` does not write."""
-        loss = self.settings.get("loss")
-        good = {CONFIG_FILE: _has_numbers(self.settings, ("num_images",))}
-        good[CONFIG_FILE] &= isinstance(loss, dict) and _has_numbers(loss, ("p_mean", "p_std"))
-        for name, records in ((LOG_FILE, self.log), (MAGNITUDES_FILE, self.magnitudes)):
-            good[name] = _is_one_course(records)
-        damaged = [name for name, is_good in good.items() if not is_good]
-        if damaged:
-            raise ValueError(f"{self.folder / damaged[0]} is damaged: restore it from a copy")
 
     def generator(self, t: float | None = None) -> ImageGenerator | None:
         """The longest tracked average at a time (default: the last), or None before the first snapshot."""
@@ -70,13 +61,6 @@ class _Run:
         wanted = [times[-1] / 2**k for k in reversed(range(_MOMENTS))]
         logs = np.log(times)
         return sorted({times[int(np.abs(logs - math.log(w)).argmin())] for w in wanted})
-
-
-def _has_numbers(values: Mapping[str, Any], names: Iterable[str], *, optional: bool = False) -> bool:
-    return all(
-        type(values.get(name)) in (int, float) or (optional and name in values and values[name] is None)
-        for name in names
-    )
 
 
 def _is_one_course(records: Records) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from edm2.commands.info import describe_path, describe_preset, describe_released
 from edm2.diffusion import Denoiser, save_model
-from edm2.hub.sharing import save_pretrained
+from edm2.hub import save_pretrained
 from edm2.presets import digits
 from edm2.train import Stopped, train
 from edm2.train.loop import Trainer
@@ -66,7 +66,7 @@ def test_damaged_settings_of_a_run(tmp_path: Path, change: str) -> None:
     with pytest.raises(ValueError, match=rf"config.json or log.jsonl beside it is damaged \('{change}'\)"):
         describe_path(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**content, "settings": []}))
-    with pytest.raises(ValueError, match=r"config.json is damaged \(settings of another kind\)"):
+    with pytest.raises(ValueError, match=r"config.json is damaged \(settings is not a dict\)"):
         describe_path(tmp_path)
 
 

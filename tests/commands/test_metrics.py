@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from edm2.cli import main
-from edm2.evaluation.cautions import cautions
+from edm2.evaluation import find_cautions
 from edm2.evaluation.images import open_images, seed_text
 from edm2.metrics import FeatureStatistics, InceptionFeatures, Reference, fit_classifier, frechet_distance
 
@@ -109,9 +109,12 @@ def test_the_same_again_is_kept_and_anything_else_refused(digits_ref, samples, t
     assert "already" in capsys.readouterr().out
     error = fails(capsys, "metrics", "score", samples, "--ref", digits_ref, "--seed", 1)
     assert "holds numbers made otherwise (settings.seed differ): choose another --out" in error
+    out.with_name("other.json").write_text("[" * 200_000)
+    error = fails(capsys, "metrics", "score", samples, "--ref", digits_ref, "--out", tmp_path / "other.json")
+    assert "is not a result of `edm2 metrics` (JSON nested deeper than 100 levels)" in error
     out.with_name("other.json").write_text("{}")
     error = fails(capsys, "metrics", "score", samples, "--ref", digits_ref, "--out", tmp_path / "other.json")
-    assert "is no result of edm2 metrics" in error
+    assert "is not a result of `edm2 metrics`" in error
     assert out.read_bytes() == before
     assert (tmp_path / "other.json").read_text() == "{}"
 
@@ -352,12 +355,16 @@ def test_a_classifier_of_another_training_is_refused(digits_ref, samples, tmp_pa
     assert "has another sha256 than 00: it is another file" in error
     reference = Reference.load(digits_ref)
     mine = Reference(
-        measured=reference.measured, provenance={"extractor": {"name": "mine"}, "images": {"source": "x"}}
+        statistics=reference.statistics,
+        features=reference.features,
+        provenance={"extractor": {"name": "mine"}, "images": {"source": "x"}},
     )
     mine.save(tmp_path / "mine.safetensors")
     error = fails(capsys, "metrics", "score", samples, "--ref", tmp_path / "mine.safetensors")
     assert "was measured by 'mine', which only its owner's code can load: use edm2.metrics.score" in error
-    Reference(measured=reference.measured).save(tmp_path / "nameless.safetensors")
+    Reference(statistics=reference.statistics, features=reference.features).save(
+        tmp_path / "nameless.safetensors"
+    )
     error = fails(capsys, "metrics", "score", samples, "--ref", tmp_path / "nameless.safetensors")
     assert "does not say what was measured by what: make it with `edm2 metrics ref`" in error
 
@@ -384,7 +391,7 @@ def test_cautions():
     extractor = {"name": "dinov2", "num_features": 1024}
     images = {"num_images": 1000, "shape": [1, 32, 32], "fingerprint": "a", "class_counts": [500, 500]}
     reference = {"num_images": 60_000, "shape": [3, 64, 64], "fingerprint": "a", "class_counts": [75, 25]}
-    found = cautions(images, reference, extractor)
+    found = find_cautions(images, reference, extractor)
     for text, part in zip(
         found,
         [
@@ -398,8 +405,8 @@ def test_cautions():
     ):
         assert part in text
     enough = {"num_images": 50_000, "shape": [3, 64, 64], "fingerprint": "b", "class_counts": [750, 251]}
-    assert cautions(enough, reference, extractor) == []
-    few = cautions(enough, {"num_images": 49_999}, extractor)
+    assert find_cautions(enough, reference, extractor) == []
+    few = find_cautions(enough, {"num_images": 49_999}, extractor)
     assert few == [
         "the reference is of 49,999 images, fewer than 50,000: the Frechet distance is too large; compare it only with "
         "one of as many images"

@@ -16,8 +16,7 @@ import torch
 from edm2.commands.info import describe_path
 from edm2.diffusion import Denoiser, load_model, save_model
 from edm2.generate import ImageGenerator
-from edm2.hub.pretrained import Pretrained, Sampling, open_pretrained
-from edm2.hub.sharing import save_pretrained
+from edm2.hub import Pretrained, Sampling, open_pretrained, save_pretrained
 
 INFO = {
     "coding": {"kind": "pixels", "num_channels": 1, "mean": [0.1], "std": [0.5], "sigma_data": 0.5},

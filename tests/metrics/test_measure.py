@@ -6,8 +6,8 @@ from safetensors.numpy import save_file
 
 from edm2.metrics import (
     CallableFeatures,
+    FeatureSet,
     FeatureStatistics,
-    Measured,
     Reference,
     frechet_distance,
     kernel_distance,
@@ -61,7 +61,7 @@ def test_scores_are_the_single_functions():
     assert scores.frechet == frechet_distance(a.statistics, b.statistics)
     assert scores.kernel == kernel_distance(b.features, a.features, subset_size=15)
     assert scores.manifold == precision_recall(b.features, a.features)
-    only_moments = score(a, Measured(statistics=b.statistics, features=None))
+    only_moments = score(a, FeatureSet(statistics=b.statistics, features=None))
     assert only_moments.frechet == scores.frechet
     assert only_moments.kernel is only_moments.manifold is only_moments.support is None
 
@@ -69,21 +69,21 @@ def test_scores_are_the_single_functions():
 @pytest.mark.parametrize("with_features", [True, False])
 def test_a_reference_comes_back(tmp_path, with_features):
     made = measured(IMAGES, None if with_features else np.arange(0))
-    Reference(measured=made, provenance={"extractor": {"name": "pixels"}}).save(tmp_path / "r")
+    Reference(**vars(made), provenance={"extractor": {"name": "pixels"}}).save(tmp_path / "r")
     read = Reference.load(tmp_path / "r")
     assert read.provenance == {"extractor": {"name": "pixels"}}
     assert len(read.sha256) == 64
-    assert read.measured.statistics.num_images == 40
-    assert np.array_equal(read.measured.statistics.mean, made.statistics.mean)
-    assert np.allclose(read.measured.statistics.cov, made.statistics.cov, rtol=1e-14)
+    assert read.statistics.num_images == 40
+    assert np.array_equal(read.statistics.mean, made.statistics.mean)
+    assert np.allclose(read.statistics.cov, made.statistics.cov, rtol=1e-14)
     if with_features:
-        assert np.array_equal(read.measured.features, made.features)
+        assert np.array_equal(read.features, made.features)
     else:
-        assert read.measured.features is None
+        assert read.features is None
 
 
 def test_the_same_reference_is_the_same_bytes(tmp_path):
-    reference = Reference(measured=measured(IMAGES), provenance={"b": 1, "a": {"d": 2, "c": 3}})
+    reference = Reference(**vars(measured(IMAGES)), provenance={"b": 1, "a": {"d": 2, "c": 3}})
     for i in range(8):  # the keys of a hash table come in a new order each time
         reference.save(tmp_path / str(i))
     assert len({(tmp_path / str(i)).read_bytes() for i in range(8)}) == 1
@@ -120,7 +120,7 @@ def test_reference_errors(tmp_path):
     with pytest.raises(ValueError, match=r"is no reference file of edm2 .*bfloat16.*make one"):
         Reference.load(path)
     with pytest.raises(ValueError, match="a mean needs at least 1 image"):
-        Reference(measured=Measured(statistics=FeatureStatistics(3), features=None)).save(tmp_path / "new")
+        Reference(statistics=FeatureStatistics(3), features=None).save(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

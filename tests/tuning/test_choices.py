@@ -13,7 +13,7 @@ from edm2.data import open_dataset
 from edm2.diffusion import load_model, save_model
 from edm2.evaluation.judge import Judge
 from edm2.generate import ImageGenerator
-from edm2.hub.pretrained import open_pretrained
+from edm2.hub import open_pretrained
 from edm2.hub.results import tuning_results
 from edm2.metrics import CallableFeatures, fit_classifier, squared_mmd
 from edm2.presets import get_preset

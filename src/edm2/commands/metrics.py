@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from edm2.evaluation.cautions import cautions
+from edm2.evaluation.cautions import find_cautions
 from edm2.evaluation.extractors import EXTRACTORS, measure_images, open_extractor
 from edm2.evaluation.images import MIN_IMAGES, ImageSet, open_images
 from edm2.evaluation.references import check_extractor, is_reference, read_reference
@@ -25,7 +25,7 @@ from edm2.evaluation.results import (
 from edm2.metrics import (
     ClassifierFeatures,
     FeatureExtractor,
-    Measured,
+    FeatureSet,
     Reference,
     describe_extractor,
     fit_classifier,
@@ -145,7 +145,7 @@ def ref(prog: str, words: Sequence[str]) -> None:
         if world.is_first:
             if fits and isinstance(extractor, ClassifierFeatures):
                 extractor.save(beside)
-            Reference(measured=made, provenance=provenance).save(out)
+            Reference(statistics=made.statistics, features=made.features, provenance=provenance).save(out)
         count = f"{len(images.dataset):,} images"
         _say(world, f"{out}: {count}, {extractor.num_features:,} features by {extractor.name}")
 
@@ -209,9 +209,9 @@ class _Side:
         counts = self.provenance.get("class_counts")
         return len(counts) if counts else None
 
-    def measured(self, extractor: FeatureExtractor | None, options: _Options, world: World) -> Measured:
+    def measured(self, extractor: FeatureExtractor | None, options: _Options, world: World) -> FeatureSet:
         if self.reference is not None:
-            return self.reference.measured
+            return self.reference
         assert self.images is not None
         assert extractor is not None
         return _measured(self.images, extractor, options, world)
@@ -246,7 +246,7 @@ def _score(
     for side in (real, made):
         if side.images is not None and extractor is not None:
             _see(extractor, side.images)
-    found = cautions(made.provenance, real.provenance, provenance["extractor"])
+    found = find_cautions(made.provenance, real.provenance, provenance["extractor"])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         scores = score_measured(
@@ -361,7 +361,7 @@ def _see(extractor: FeatureExtractor, images: ImageSet) -> None:
     extractor.features(images.dataset.images(np.arange(1)))
 
 
-def _measured(images: ImageSet, extractor: FeatureExtractor, options: _Options, world: World) -> Measured:
+def _measured(images: ImageSet, extractor: FeatureExtractor, options: _Options, world: World) -> FeatureSet:
     return measure_images(
         images, extractor, keep=options.keep, seed=options.seed, batch_size=options.batch, world=world
     )

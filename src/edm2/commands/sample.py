@@ -15,7 +15,7 @@ from edm2.data import LatentDecoder
 from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
 from edm2.diffusion import SamplerName
 from edm2.generate import ImageGenerator, SamplerOptions, parse_seeds, read_coding, write_samples
-from edm2.hub.pretrained import Parts, find_parts
+from edm2.hub import Parts, find_parts
 from edm2.progress import show, tell
 from edm2.train.world import join_world
 from edm2.tuning.result import FOLDER, GUIDE_FILE, read_tuned

@@ -11,7 +11,7 @@ _CONVENTION = 50_000
 _CLASS_DIFFERENCE = 0.1
 
 
-def cautions(images: dict[str, Any], reference: dict[str, Any], extractor: dict[str, Any]) -> list[str]:
+def find_cautions(images: dict[str, Any], reference: dict[str, Any], extractor: dict[str, Any]) -> list[str]:
     """Why numbers about images against a reference may mean little, one sentence each."""
     found = []
     width, general = extractor["num_features"], extractor["name"] in OFFICIAL.values()

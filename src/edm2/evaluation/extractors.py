@@ -11,8 +11,8 @@ from edm2.metrics import (
     ClassifierFeatures,
     DinoV2Features,
     FeatureExtractor,
+    FeatureSet,
     InceptionFeatures,
-    Measured,
     measure,
 )
 from edm2.metrics.dinov2 import DINOV2
@@ -65,7 +65,7 @@ def open_extractor(
 
 def measure_images(
     images: ImageSet, extractor: FeatureExtractor, *, keep: int, seed: int, batch_size: int, world: World
-) -> Measured:
+) -> FeatureSet:
     """Features of a set of images, over all processes.
 
     Raises:

@@ -1,6 +1,5 @@
 """The images that a number is about: opened from whatever the user names, with what is known of their making."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from edm2.data import FileDataset, ImageDataset, open_dataset
 from edm2.data.files import list_files
+from edm2.files import read_json
 from edm2.generate.archive import SETTINGS_FILE
 from edm2.progress import Progress
 
@@ -94,8 +94,8 @@ def _samples(folder: Path) -> tuple[ImageDataset, list[int] | None, dict[str, An
     # The contact sheet lies beside the images that it shows.
     names = [name for name in catalog.names if name != _GRID]
     try:
-        sampling = dict(json.loads((folder / SETTINGS_FILE).read_text()))
-    except (ValueError, TypeError, RecursionError) as error:
+        sampling = dict(read_json(folder / SETTINGS_FILE))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / SETTINGS_FILE} is damaged ({error}): sample again") from error
     stems = [Path(name).stem for name in names]
     seeds = [int(stem) for stem in stems] if all(stem.isdecimal() for stem in stems) else None

@@ -6,11 +6,7 @@ from typing import Any
 
 from edm2.files import sha256_of
 from edm2.interop.reference import is_imported_reference, read_reference_statistics
-from edm2.metrics import (
-    FeatureStatistics,
-    Measured,
-    Reference,
-)
+from edm2.metrics import FeatureStatistics, Reference
 
 OFFICIAL = {"fid": "inception", "fd_dinov2": "dinov2"}
 
@@ -45,7 +41,8 @@ def read_reference(path: str | Path, *, metric: str | None = None) -> Reference:
     # Where the file does not say the number, any will do: the distance is of mean and covariance alone.
     statistics = FeatureStatistics.from_moments(moments.mean, moments.cov, num_images=moments.num_images or 2)
     return Reference(
-        measured=Measured(statistics=statistics, features=None),
+        statistics=statistics,
+        features=None,
         provenance={
             "extractor": {"name": OFFICIAL.get(metric, metric), "num_features": len(moments.mean)},
             "images": {"source": f"{path.name} ({metric})", "num_images": moments.num_images},

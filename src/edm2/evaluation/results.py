@@ -11,10 +11,8 @@ import numpy as np
 import torch
 
 import edm2
-from edm2.files import write_json
-from edm2.metrics import (
-    Scores,
-)
+from edm2.files import read_json, write_json
+from edm2.metrics import Scores
 from edm2.metrics.measure import DENSITY_K, MANIFOLD_K
 
 FORMAT = "edm2 metrics 1"
@@ -92,11 +90,11 @@ def read_result(path: Path) -> dict[str, Any]:
         ValueError: if the file holds something else.
     """
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no result of edm2 metrics ({error})") from error
+        raise ValueError(f"{path} is not a result of `edm2 metrics` ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is no result of edm2 metrics: choose another file")
+        raise ValueError(f"{path} is not a result of `edm2 metrics`: choose another file")
     return content
 
 

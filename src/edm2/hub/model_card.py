@@ -117,7 +117,7 @@ pip install -e '.[{extras}]'
 
 ```python
 import torch
-from edm2.hub.pipeline import EDM2Pipeline
+from edm2.hub import EDM2Pipeline
 
 pipe = EDM2Pipeline.from_pretrained({json.dumps(name)})
 images = pipe({given}, generator=torch.Generator().manual_seed(0){kind}).images

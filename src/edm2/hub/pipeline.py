@@ -18,8 +18,9 @@ from edm2.data import LatentDecoder
 from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
 from edm2.extras import needed
 from edm2.generate.generator import check_decoder
+from edm2.hub.folder import FILES, check_free, open_pretrained, write_pretrained
 from edm2.hub.model_card import model_card
-from edm2.hub.pretrained import FILES, Pretrained, check_free, open_pretrained, write_pretrained
+from edm2.hub.pretrained import Pretrained
 
 with needed("edm2.hub.pipeline"):
     from huggingface_hub import HfApi, ModelCard, ModelHubMixin, snapshot_download
@@ -50,7 +51,7 @@ class EDM2Pipeline(ModelHubMixin):
     `save_pretrained`, `from_pretrained` and `push_to_hub` are those of huggingface_hub's `ModelHubMixin`.
 
     Args:
-        model: see `edm2.hub.pretrained.open_pretrained`.
+        model: see `edm2.hub.open_pretrained`.
         vae: AutoencoderKL of a latent model: its name, folder, or itself; loaded when it is first needed.
         pixel_range: scale of the autoencoder's output, see `edm2.data.LatentDecoder`.
 
@@ -201,7 +202,7 @@ class EDM2Pipeline(ModelHubMixin):
         return made
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> Any:
-        """Write networks, settings and card into a folder, as `edm2.hub.sharing.save_pretrained` does.
+        """Write networks, settings and card into a folder, as `edm2.hub.save_pretrained` does.
 
         Args:
             save_directory: the folder.

@@ -1,6 +1,5 @@
 """Reference statistics of the official release: moments of a data set's features."""
 
-import json
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from edm2.files import read_json
 from edm2.interop.pickle_file import read_pickle, refusal
 from edm2.interop.pickle_values import StoredArray
 from edm2.metrics import FeatureStatistics
@@ -89,7 +89,7 @@ def is_imported_reference(path: str | Path) -> bool:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             return bool(
-                json.loads((file.metadata() or {}).get("edm2", "{}")).get("format") == REFERENCE_FORMAT
+                read_json((file.metadata() or {}).get("edm2", "{}")).get("format") == REFERENCE_FORMAT
             )
     except (safetensors.SafetensorError, OSError, ValueError, AttributeError):
         return False
@@ -98,7 +98,7 @@ def is_imported_reference(path: str | Path) -> bool:
 def _read_imported(path: Path) -> dict[str, ReferenceStatistics]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            header = json.loads((file.metadata() or {}).get("edm2", "{}"))
+            header = read_json((file.metadata() or {}).get("edm2", "{}"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise refusal(path, f"no whole safetensors file ({error})") from None

@@ -11,7 +11,7 @@ from edm2.metrics.frechet import FeatureStatistics, frechet_distance
 from edm2.metrics.inception import InceptionFeatures
 from edm2.metrics.kernel import KernelDistance, kernel_distance, squared_mmd
 from edm2.metrics.manifold import DensityCoverage, PrecisionRecall, density_coverage, precision_recall
-from edm2.metrics.measure import Measured, Scores, measure, score
+from edm2.metrics.measure import FeatureSet, Scores, measure, score
 from edm2.metrics.neighbours import Nearest, nearest_distances
 from edm2.metrics.reference import Reference
 
@@ -21,10 +21,10 @@ __all__ = [
     "DensityCoverage",
     "DinoV2Features",
     "FeatureExtractor",
+    "FeatureSet",
     "FeatureStatistics",
     "InceptionFeatures",
     "KernelDistance",
-    "Measured",
     "Nearest",
     "PrecisionRecall",
     "Reference",

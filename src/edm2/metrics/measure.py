@@ -19,7 +19,7 @@ KEPT_FEATURES = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class FeatureSet:
     """The features of a set of images.
 
     Attributes:
@@ -58,7 +58,7 @@ def kept_rows(num_images: int, keep: int, *, seed: int = 0) -> np.ndarray:
 
 def measure(
     extractor: FeatureExtractor, batches: Iterable[tuple[np.ndarray, np.ndarray]], *, rows: np.ndarray
-) -> Measured:
+) -> FeatureSet:
     """Extract the features of images that arrive in batches.
 
     With `torch.distributed` every process gives its own share of the images, in the order of the ranks, and
@@ -84,11 +84,11 @@ def measure(
     if dist.is_initialized() and dist.get_world_size() > 1:
         statistics.all_reduce()
         part = _gathered(part)
-    return Measured(statistics=statistics, features=part if len(part) else None)
+    return FeatureSet(statistics=statistics, features=part if len(part) else None)
 
 
-def score(generated: Measured, reference: Measured, *, seed: int = 0) -> Scores:
-    """All numbers that two measured sets allow.
+def score(generated: FeatureSet, reference: FeatureSet, *, seed: int = 0) -> Scores:
+    """All numbers that two sets of features allow.
 
     Args:
         generated: the images to judge.

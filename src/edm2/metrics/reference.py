@@ -10,23 +10,21 @@ from safetensors.numpy import save
 
 from edm2.files import sha256_of, write_atomic
 from edm2.metrics.frechet import FeatureStatistics, check_features
-from edm2.metrics.measure import Measured
+from edm2.metrics.measure import FeatureSet
 from edm2.metrics.tensor_file import read_tensor_file, to_metadata
 
 _FORMAT = "edm2 reference 2"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
-    """Measured features with their provenance.
+class Reference(FeatureSet):
+    """Features of a set of images, with their provenance.
 
     Attributes:
-        measured: statistics, and features if any.
         provenance: JSON; `extractor` (see `describe_extractor`) and `images` say what was measured by what.
         sha256: of the file that it was read from; "" where there is none.
     """
 
-    measured: Measured
     provenance: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
 
@@ -36,11 +34,10 @@ class Reference:
         Raises:
             ValueError: for statistics of fewer than 2 images.
         """
-        statistics = self.measured.statistics
-        arrays = {"mu": statistics.mean, "sigma": statistics.cov}
-        if self.measured.features is not None:
-            arrays["features"] = np.ascontiguousarray(self.measured.features)
-        header = {"num_images": statistics.num_images, "provenance": self.provenance}
+        arrays = {"mu": self.statistics.mean, "sigma": self.statistics.cov}
+        if self.features is not None:
+            arrays["features"] = np.ascontiguousarray(self.features)
+        header = {"num_images": self.statistics.num_images, "provenance": self.provenance}
         write_atomic(path, save(arrays, to_metadata(_FORMAT, header)))
 
     @classmethod
@@ -74,7 +71,8 @@ class Reference:
                 f"{path} is no reference file of edm2 ({error}): make one with `edm2 metrics ref`"
             ) from error
         return cls(
-            measured=Measured(statistics=statistics, features=features),
+            statistics=statistics,
+            features=features,
             provenance=provenance,
             sha256=sha256_of(path),
         )

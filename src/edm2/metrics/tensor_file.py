@@ -7,6 +7,8 @@ from typing import Any
 
 from safetensors import safe_open
 
+from edm2.files import read_json
+
 _KEY = "edm2"  # the only one: safetensors writes several keys in random order
 
 
@@ -36,7 +38,7 @@ def read_tensor_file(
         TypeError: for numbers that the framework does not have, such as bfloat16 in numpy.
     """
     with safe_open(path, framework) as file:
-        header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+        header = read_json((file.metadata() or {}).get(_KEY, "null"))
         found = header.get("format") if isinstance(header, dict) else None
         if found != file_format:
             raise ValueError(f"its format is {found!r}, not {file_format!r}")

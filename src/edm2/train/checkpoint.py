@@ -4,7 +4,6 @@ checkpoints/000000012800/{model,optimizer,ema}.safetensors, state.json, manifest
 """
 
 import itertools
-import json
 import os
 import shutil
 import warnings
@@ -15,7 +14,17 @@ import safetensors.torch
 from torch import Tensor
 
 from edm2.ema.storage.tensorfile import TensorSpec, write_tensors
-from edm2.files import reason, remedy, remove_folder, replacing_folder, sha256_of, write_json
+from edm2.files import (
+    read_json,
+    read_sealed,
+    reason,
+    remedy,
+    remove_folder,
+    replacing_folder,
+    sha256_of,
+    write_json,
+    write_sealed,
+)
 
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -62,7 +71,7 @@ def save_checkpoint(
                 "num_bytes": (aside / _STATE).stat().st_size,
                 "sha256": sha256_of(aside / _STATE),
             }
-            write_json(aside / _MANIFEST, {"num_images": num_images, "role": role, "files": files})
+            write_sealed(aside / _MANIFEST, {"num_images": num_images, "role": role, "files": files})
     except OSError as error:
         raise OSError(
             error.errno,
@@ -137,13 +146,13 @@ def newest(folder: Path) -> Path | None:
 def read_checkpoint(checkpoint: Path) -> tuple[Tensors, dict[str, Any]]:
     """Read a checkpoint's tensors, by file and name, and its state."""
     groups = {p.stem: safetensors.torch.load_file(p) for p in sorted(checkpoint.glob("*.safetensors"))}
-    return groups, json.loads((checkpoint / _STATE).read_text())
+    return groups, read_json(checkpoint / _STATE, finite=False)
 
 
 def verify(checkpoint: Path, *, run_id: str) -> str | None:
     """Return what is wrong with a checkpoint, as a sentence; None if it is intact."""
     try:
-        files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
+        files = read_sealed(checkpoint / _MANIFEST)["files"]
         if _STATE not in files:
             raise KeyError(_STATE)
         for name, facts in files.items():
@@ -152,7 +161,7 @@ def verify(checkpoint: Path, *, run_id: str) -> str | None:
                 return f"checkpoint {checkpoint} is damaged: {name} is missing"
             if path.stat().st_size != facts["num_bytes"] or sha256_of(path) != facts["sha256"]:
                 return f"checkpoint {checkpoint} is damaged: {name} is not as it was written"
-        found = json.loads((checkpoint / _STATE).read_text())["run_id"]
+        found = read_json(checkpoint / _STATE, finite=False)["run_id"]
     except FileNotFoundError:
         return f"checkpoint {checkpoint} is damaged: {_MANIFEST} is missing"
     except OSError as error:
@@ -174,7 +183,7 @@ def _names(folder: Path) -> list[str]:
 
 def _role(checkpoint: Path) -> Role:
     try:
-        role = json.loads((checkpoint / _MANIFEST).read_text())["role"]
+        role = read_sealed(checkpoint / _MANIFEST)["role"]
     except (OSError, ValueError, KeyError, TypeError):
         return "regular"
     return role if role in ("passing", "milestone") else "regular"

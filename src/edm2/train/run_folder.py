@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from edm2.diffusion import MODEL_FILE
 from edm2.ema.storage.locking import folder_lock
 from edm2.ema.storage.snapshots import open_snapshot, read_manifest
-from edm2.files import write_json
+from edm2.files import read_sealed, write_sealed
 
 CONFIG_FILE = "config.json"
 SNAPSHOTS = "snapshots"
@@ -68,7 +67,7 @@ def claim(out: Path, settings: dict[str, Any], identity: dict[str, Any], run_id:
             )
         # A run has this folder from the start, so that its loss is noticed.
         (out / CHECKPOINTS).mkdir(parents=True)
-    write_json(path, {"run_id": run_id, "identity": identity, "settings": settings})
+    write_sealed(path, {"run_id": run_id, "identity": identity, "settings": settings})
 
 
 def check_not_lost(out: Path) -> None:
@@ -126,16 +125,16 @@ def read_config(out: Path) -> dict[str, Any]:
     """
     path = out / CONFIG_FILE
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content = read_sealed(path)
         kinds = {"run_id": str, "identity": dict, "settings": dict}
         for key, kind in kinds.items():
             if not isinstance(content[key], kind):
-                raise TypeError(f"{key} of another kind")
+                raise TypeError(f"{key} is not a {kind.__name__}")
     except FileNotFoundError:
         raise ValueError(
             f"{out} is not a training run: {CONFIG_FILE} is missing. Give the folder that was the --out of `edm2 train`"
         ) from None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): restore it from a copy, or choose another --out"
         ) from error

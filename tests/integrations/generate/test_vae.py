@@ -14,7 +14,7 @@ from edm2.cli import main  # noqa: E402
 from edm2.data import FloatCoding, LatentDecoder  # noqa: E402
 from edm2.diffusion import Denoiser, save_model  # noqa: E402
 from edm2.generate import ImageGenerator, read_images  # noqa: E402
-from edm2.hub.pipeline import EDM2Pipeline  # noqa: E402
+from edm2.hub import EDM2Pipeline  # noqa: E402
 from edm2.interop.model_info import LATENT_MEAN, LATENT_STD  # noqa: E402
 from edm2.train.coding import Coding  # noqa: E402
 

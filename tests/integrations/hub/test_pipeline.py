@@ -17,10 +17,8 @@ from edm2.data import FloatCoding  # noqa: E402
 from edm2.data.autoencoder import RELEASED_AUTOENCODER  # noqa: E402
 from edm2.diffusion import save_model  # noqa: E402
 from edm2.generate import ImageGenerator  # noqa: E402
+from edm2.hub import EDM2Pipeline, Pretrained, Sampling, open_pretrained, save_pretrained  # noqa: E402
 from edm2.hub import pipeline as module  # noqa: E402
-from edm2.hub.pipeline import EDM2Pipeline  # noqa: E402
-from edm2.hub.pretrained import Pretrained, Sampling, open_pretrained  # noqa: E402
-from edm2.hub.sharing import save_pretrained  # noqa: E402
 from edm2.train.coding import Coding  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the libraries

@@ -21,10 +21,8 @@ from edm2.evaluation.results import provenance_of, write_result
 from edm2.extras import MissingExtra
 from edm2.files import write_json
 from edm2.generate import ImageGenerator, read_images, write_samples
+from edm2.hub import Pretrained, Result, Sampling, open_pretrained, read_results, save_pretrained
 from edm2.hub.model_card import model_card
-from edm2.hub.pretrained import Pretrained, Sampling, open_pretrained
-from edm2.hub.results import Result, read_results
-from edm2.hub.sharing import save_pretrained
 from edm2.interop.licence import LICENCE, NOTICE, NOTICE_LINE
 from edm2.metrics.measure import Scores
 from edm2.train import NetworkConfig, OptimizerConfig, TrainConfig, train
@@ -213,7 +211,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     [
         ({"sampling": {"sampler": "os.system"}}, "config.json is damaged .unknown sampler 'os.system'"),
         ({"sampling": {"num_steps": 10**9}}, "num_steps 1000000000 must be a number from 1 to 10000"),
-        ({"sampling": {"guidance": math.inf}}, "guidance inf must be finite"),
+        ({"sampling": {"guidance": math.inf}}, "cannot be read .the number Infinity is not finite"),
         ({"sampling": {"interval": [3, 1]}}, "0 <= low < high must hold"),
         ({"sampling": {"interval": "ab"}}, "config.json is damaged"),
         ({"sampling": {"seed": 1}}, "config.json is damaged .*unexpected keyword argument 'seed'"),
@@ -240,6 +238,11 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
         open_pretrained(tmp_path / "x.json")
     (tmp_path / "x.json").write_text('{"format": "edm2.sampling/1", "model": "m.safetensors"}')
     with pytest.raises(ValueError, match=r"x\.json is damaged \('guide'\): restore it from a copy"):
+        open_pretrained(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("[" * 200_000)
+    with pytest.raises(
+        ValueError, match=r"x\.json cannot be read .JSON nested deeper than 100 levels.: restore"
+    ):
         open_pretrained(tmp_path / "x.json")
     (tmp_path / "x.json").write_text("[")
     with pytest.raises(ValueError, match=r"x\.json cannot be read .*: restore it from a copy"):
@@ -279,6 +282,11 @@ def test_the_card_of_a_latent_model_names_its_autoencoder() -> None:
     card = model_card(Pretrained(small_generator(channels=2, coding=latent_coding())), "x")
     assert "pip install -e '.[cli,hub,latent]'" in card
     assert "Latents are decoded by `stabilityai/sd-vae-ft-mse`; for another autoencoder give `vae=`." in card
+
+
+def test_settings_are_numbers() -> None:
+    with pytest.raises(ValueError, match="guidance inf must be finite"):
+        Sampling(guidance=math.inf)
 
 
 def test_results_are_numbers() -> None:
