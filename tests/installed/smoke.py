@@ -81,5 +81,7 @@ if __name__ == "__main__":
         check_core(Path(temporary) / "snapshots")
         check_command(Path(temporary))
     kind = "base" if importlib.util.find_spec("tyro") is None else "with the extra cli"
-    print(f"edm2 {edm2.__version__} {kind}: Python {platform.python_version()}, torch {torch.__version__}: ok")
+    print(
+        f"edm2 {edm2.__version__} {kind}: Python {platform.python_version()}, torch {torch.__version__}: ok"
+    )
     sys.exit(0)
