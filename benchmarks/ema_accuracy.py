@@ -31,7 +31,8 @@ from edm2.ema import (
     sigma_rel_to_gamma,
     solve_coefficients,
 )
-from edm2.ema.storage.snapshots import open_snapshot, read_manifest
+from edm2.ema.storage.manifest import read_manifest
+from edm2.ema.storage.snapshots import open_snapshot
 from edm2.ema.storage.weighted_sums import read_elements
 
 WIDTHS = (0.03, 0.045, 0.06, 0.08, 0.11, 0.13, 0.16, 0.2, 0.25)

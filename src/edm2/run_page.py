@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edm2.ema import reconstruct_many
-from edm2.ema.storage.snapshots import read_manifest
+from edm2.ema.storage.manifest import read_manifest
 from edm2.evaluation.noise_errors import errors_by_noise, noise_density
 from edm2.generate import ImageGenerator
 from edm2.generate.lengths import generators

@@ -51,7 +51,7 @@ def test_list_tells_what_a_folder_holds(snapshots: Path, capsys: pytest.CaptureF
     assert lines[2].split()[:3] == ["110", "0.05", "fp32"]
     code, error = failing(["list", str(snapshots.parent.parent)], capsys)
     assert code == 2
-    assert "is no folder of snapshots" in error
+    assert "is not a snapshot folder" in error
 
 
 def test_verify_names_every_damaged_file(snapshots: Path, capsys: pytest.CaptureFixture[str]) -> None:

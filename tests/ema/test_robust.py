@@ -16,7 +16,7 @@ from torch import nn
 from edm2.ema import PowerEMA, reconstruct
 from edm2.ema.storage import snapshots
 from edm2.ema.storage.locking import folder_lock
-from edm2.ema.storage.snapshots import read_manifest
+from edm2.ema.storage.manifest import read_manifest
 from edm2.ema.storage.verify import damaged
 
 
@@ -162,7 +162,7 @@ def test_what_the_tracks_cannot_express_is_refused(tmp_path: Path) -> None:
     ):
         reconstruct(tmp_path, sigma_rel=0.005)
     with pytest.raises(
-        ValueError, match=r"t 30 is beyond the last snapshot of .*, at 29: ask for a time up to that"
+        ValueError, match=r"t 30 is beyond the last snapshot of .*, at 29: choose a time up to that"
     ):
         reconstruct(tmp_path, sigma_rel=0.1, t=30)
     with pytest.raises(ValueError, match=r"t 20 is before the first snapshot of .*, at 29"):
@@ -178,7 +178,7 @@ def test_one_snapshot_only(tmp_path: Path) -> None:
     ema.snapshot(tmp_path)
     assert reconstruct(tmp_path, sigma_rel=0.1).coefficients
     with pytest.raises(
-        ValueError, match=r"one snapshot only, of sigma_rel 0\.1, cannot give sigma_rel 0\.13"
+        ValueError, match=r"a single snapshot, of sigma_rel 0\.1, cannot give sigma_rel 0\.13"
     ):
         reconstruct(tmp_path, sigma_rel=0.13)
 

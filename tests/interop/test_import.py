@@ -16,7 +16,7 @@ from torch import Tensor
 from edm2.cli import main
 from edm2.diffusion import load_model
 from edm2.ema import reconstruct
-from edm2.ema.storage.snapshots import read_manifest
+from edm2.ema.storage.manifest import read_manifest
 from edm2.generate import ImageGenerator, reconstruct_models
 from edm2.interop.convert import import_named, import_path, import_preset
 from edm2.interop.nvlabs import load_network, open_snapshots, read_reference_statistics

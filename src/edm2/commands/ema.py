@@ -12,7 +12,7 @@ from edm2.ema import PLANS, Plan, Reconstruction, reconstruct_many
 from edm2.ema import plan as find_plan
 from edm2.ema.maths.plans import MOVEMENT, named_plan, spread
 from edm2.ema.maths.profiles import FloatArray
-from edm2.ema.storage.snapshots import MANIFEST, ForeignSnapshots, Manifest, read_manifest
+from edm2.ema.storage.manifest import MANIFEST, ForeignSnapshots, Manifest, read_manifest
 from edm2.ema.storage.tensorfile import save_tensors
 from edm2.ema.storage.verify import damaged
 from edm2.ema.tracking.window import LONG_RUN

@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from edm2.diffusion import Denoiser, read_model
-from edm2.ema.storage.snapshots import read_manifest
+from edm2.ema.storage.manifest import read_manifest
 from edm2.hub import Parts, find_parts
 from edm2.interop.released import SAMPLING_PRESETS, sampling_preset
 from edm2.nn import count_flops

@@ -1,11 +1,11 @@
 """Averages of any length from a folder of snapshots."""
 
-import json
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -16,35 +16,43 @@ from edm2.ema.maths.solve import HOPELESS_MISFIT, Solution, solve_motion
 from edm2.ema.maths.targets import PowerProfile, Profile, Target
 from edm2.ema.maths.weight_motion import WHITE, Grid, Motion
 from edm2.ema.storage.distances import sample_squares
-from edm2.ema.storage.snapshots import ForeignSnapshots, Manifest, Snapshot, open_snapshot, read_manifest
-from edm2.ema.storage.tensorfile import sum_text
+from edm2.ema.storage.guarded_json import read_json
+from edm2.ema.storage.locking import folder_lock
+from edm2.ema.storage.manifest import ForeignSnapshots, Manifest, Snapshot, layout_digest, read_manifest
+from edm2.ema.storage.memory import free_memory
+from edm2.ema.storage.snapshots import open_snapshot
+from edm2.ema.storage.tensorfile import TensorFile
 from edm2.ema.storage.weighted_sums import WeightedSums, read_tensors
 
 _MOST_JUDGED = 24
 _NEGLIGIBLE = 1e-9
 _EXACT = 1e-6
+_TRIES = 5
+_SHARE_OF_MEMORY = 0.5
+
+_Result = TypeVar("_Result")
 
 
 class AccuracyWarning(UserWarning):
-    """A reconstruction is expected to be further off than wished."""
+    """A reconstruction is expected to be less accurate than requested."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """An average that was put together from snapshots.
+    """An average made from snapshots.
 
     Attributes:
-        tensors: Name -> tensor: averaged ones float32, copied ones (buffers) as they were; tied tensors
-            appear under each of their names. Loads with `model.load_state_dict(result.tensors)`.
-        expected_error: Relative L2 error of the averaged tensors to expect, on the safe side.
+        tensors: Name -> tensor. Averaged ones are float32, copied ones (buffers) unchanged; tied tensors appear under
+            each of their names. Loads with `model.load_state_dict(result.tensors)`.
+        expected_error: Expected relative L2 error of the averaged tensors, on the safe side.
         rounding_error: The part of it that comes from the stored type.
-        profile_misfit: Relative L2 distance between the profile made and the one wanted.
-        amplification: How much the rounding of stored averages grows.
-        label: What was wanted, in words.
-        sigma_rel: Its width, where it is a power function.
+        profile_misfit: Relative L2 distance between the profile that was made and the wanted one.
+        amplification: Factor by which the combination amplifies the rounding of the stored averages.
+        label: Description of the target.
+        sigma_rel: Its width, if it is a power function.
         t: Time, in the run's clock.
         coefficients: Weight of each snapshot file.
-        run_id: Run that the snapshots are of.
+        run_id: Run that the snapshots belong to.
         clock: Unit of t.
         metadata: What was passed to `snapshot(metadata=...)`.
     """
@@ -69,19 +77,21 @@ def reconstruct(
     t: float | None = None,
     *,
     target: Target | None = None,
+    tracks: Sequence[float] | None = None,
     warn_above: float = 0.01,
 ) -> Reconstruction:
-    """Put an average of any length together from a folder of snapshots.
+    """Make an average of any length from a folder of snapshots.
 
     Args:
         folder: Folder that `PowerEMA.snapshot` wrote, or a `ForeignSnapshots`.
         sigma_rel: Wanted width as a fraction of training time, in (0, 0.2887].
         t: Time at which the average is wanted. Default: the last snapshot's.
         target: Any other profile, instead of `sigma_rel`.
-        warn_above: Warn where the expected relative error is larger.
+        tracks: Use the snapshots of these widths only. Default: all.
+        warn_above: Warn if the expected relative error is larger.
 
     Returns:
-        The average, with the error to expect.
+        The average and its expected error.
 
     Raises:
         ValueError: If the snapshots cannot give that average, or a file is missing or damaged.
@@ -89,10 +99,10 @@ def reconstruct(
     Ref: EDM2 Sec. 3.2.
     """
     if (sigma_rel is None) == (target is None):
-        raise ValueError("give one of sigma_rel and target: what average is wanted?")
+        raise ValueError("give one of sigma_rel and target: which average is wanted?")
     wanted = Target.power(sigma_rel) if sigma_rel is not None else target
     assert wanted is not None
-    return reconstruct_many(folder, [wanted], t, warn_above=warn_above)[0]
+    return reconstruct_many(folder, [wanted], t, tracks=tracks, warn_above=warn_above)[0]
 
 
 def reconstruct_many(
@@ -100,33 +110,110 @@ def reconstruct_many(
     targets: Sequence[float | Target],
     t: float | None = None,
     *,
+    tracks: Sequence[float] | None = None,
     warn_above: float = 0.01,
     read: bool = True,
 ) -> list[Reconstruction]:
-    """Put several averages together in one pass over the files; see `reconstruct`.
+    """Make several averages in one pass over the files; see `reconstruct`.
+
+    All of them are in memory at once, in float32. For more than that, see `reconstruct_each`.
+
+    Args:
+        folder: Folder that `PowerEMA.snapshot` wrote. A run may be writing to it meanwhile.
+        targets: Widths or other profiles.
+        t: Time at which they are wanted. Default: the last snapshot's.
+        tracks: Use the snapshots of these widths only. Default: all.
+        warn_above: Warn if the expected relative error is larger.
+        read: False leaves `tensors` empty: coefficients and expected errors come without reading the files.
+
+    Returns:
+        One average for each target.
+    """
+    wanted = [x if isinstance(x, Target) else Target.power(x) for x in targets]
+
+    def attempt(manifest: Manifest) -> list[Reconstruction]:
+        chosen = _with_tracks(folder, manifest, tracks)
+        return _reconstruct(folder, chosen, wanted, _target_time(folder, chosen, t), warn_above, read=read)
+
+    return _while_files_vanish(folder, attempt)
+
+
+def reconstruct_each(
+    folder: str | Path | ForeignSnapshots,
+    targets: Sequence[float | Target],
+    t: float | None = None,
+    *,
+    tracks: Sequence[float] | None = None,
+    warn_above: float = 0.01,
+    memory_bytes: float | None = None,
+) -> Iterator[Reconstruction]:
+    """Make any number of averages in bounded memory: as many as fit in each pass over the files.
 
     Args:
         folder: Folder that `PowerEMA.snapshot` wrote.
         targets: Widths or other profiles.
         t: Time at which they are wanted. Default: the last snapshot's.
-        warn_above: Warn where the expected relative error is larger.
-        read: False leaves `tensors` empty: coefficients and the error to expect, without reading the files.
+        tracks: Use the snapshots of these widths only. Default: all.
+        warn_above: Warn if the expected relative error is larger.
+        memory_bytes: Memory for the averages of a pass. Default: half of what is free.
 
-    Returns:
-        One average a target.
+    Yields:
+        One average for each target, in order. Drop each before asking for the next.
     """
+    if not targets:
+        return
     manifest = read_manifest(folder)
     t = _target_time(folder, manifest, t)
-    wanted = [x if isinstance(x, Target) else Target.power(x) for x in targets]
+    room = _SHARE_OF_MEMORY * free_memory() if memory_bytes is None else memory_bytes
+    size = max((4 if s.dtype == "fp32" else 2, s.num_bytes) for s in manifest.snapshots)
+    at_once = max(1, int(room // max(1, size[1] * 4 // size[0])))
+    for first in range(0, len(targets), at_once):
+        group = reconstruct_many(
+            folder, targets[first : first + at_once], t, tracks=tracks, warn_above=warn_above
+        )
+        while group:
+            yield group.pop(0)
+
+
+def _while_files_vanish(
+    folder: str | Path | ForeignSnapshots, attempt: Callable[[Manifest], _Result]
+) -> _Result:
+    """Try again with the new manifest when a writer that keeps only some snapshots deletes files meanwhile."""
+    manifest = read_manifest(folder)
+    for tries in range(_TRIES):
+        try:
+            return attempt(manifest)
+        except FileNotFoundError as error:
+            before, manifest = manifest, read_manifest(folder)
+            if manifest == before:
+                raise ValueError(
+                    f"{error.filename} is named by the manifest but missing: restore it from a copy"
+                ) from None
+            if tries == _TRIES - 1:
+                break
+    with folder_lock(Path(str(folder))):  # the writer waits
+        return attempt(read_manifest(folder))
+
+
+def _reconstruct(
+    folder: str | Path | ForeignSnapshots,
+    manifest: Manifest,
+    wanted: Sequence[Target],
+    t: float,
+    warn_above: float,
+    *,
+    read: bool,
+) -> list[Reconstruction]:
     used = _useful(manifest, t)
     stored = _Stored(folder, manifest, used)
-    solutions = stored.solve([w.at(t - manifest.run.start) for w in wanted])
-    for target, solution in zip(wanted, solutions, strict=True):
+    profiles = [w.at(t - manifest.run.start) for w in wanted]
+    solutions = stored.solve(profiles)
+    for target, profile, solution in zip(wanted, profiles, solutions, strict=True):
         misfit = solution.profile_misfit
         if (
             misfit > HOPELESS_MISFIT
         ):  # perhaps by choice: coarse snapshots of weights at rest are best averaged
-            misfit = stored.least_misfit(target.at(t - manifest.run.start))
+            misfit = stored.least_misfit(profile)
         _refuse_hopeless(target, misfit, t, used)
     sums: list[dict[str, Tensor]] = [{} for _ in solutions]
     copied: dict[str, Tensor] = {}
@@ -138,7 +225,7 @@ def reconstruct_many(
         tensors |= {alias: tensors[name] for alias, name in manifest.run.aliases.items() if read}
         error = expected_error(solution, stored.motion)
         if error > warn_above:
-            warnings.warn(_advice(target, solution, error, used, t), AccuracyWarning, stacklevel=3)
+            warnings.warn(_advice(target, solution, error, used, t), AccuracyWarning, stacklevel=5)
         coefficients = zip((s.file for s in used), solution.coefficients.tolist(), strict=True)
         results.append(
             Reconstruction(
@@ -160,9 +247,9 @@ def reconstruct_many(
 
 
 def expected_error(solution: Solution, motion: Motion) -> float:
-    """Relative L2 error to expect: 2.3 times what the motion says, more where the motion is poorly known.
+    """Expected relative L2 error: 2.3 times the motion's estimate, more where the motion is poorly known.
 
-    docs/ema.md has how many of the true errors lie below it, on random walks and real trainings.
+    Ref: docs/ema.md, for the share of true errors below it on random walks and real trainings.
     """
     return float(np.hypot(2.3 * (1.0 + motion.misfit) * solution.moved, 1.1 * solution.rounding))
 
@@ -175,10 +262,15 @@ class _Stored:
     ) -> None:
         self._used = used
         self._files = [open_snapshot(folder, manifest.run, s) for s in used]
-        self._copied: list[str] = json.loads(self._files[0].metadata["copied"])
+        foreign = isinstance(folder, ForeignSnapshots)
+        copied = [_copied(f, None if foreign else manifest.layout) for f in self._files]
+        self._copied = copied[0]
         self._names = [name for name in self._files[0].specs if name not in self._copied]
-        self._scales = [json.loads(f.metadata.get("scales", "{}")) for f in self._files]
-        self._profiles = [PowerProfile(s.t - manifest.run.start, s.gamma) for s in used]
+        self._scales = [_scales(f) for f in self._files]
+        known = folder.profiles if isinstance(folder, ForeignSnapshots) else {}
+        self._profiles: list[Profile] = [
+            known.get(s.file) or PowerProfile(s.t - manifest.run.start, s.gamma) for s in used
+        ]
         self._norm = used[-1].norm or 1.0
         self._rounding = np.array([s.rounding * s.norm / self._norm for s in used])
 
@@ -199,7 +291,7 @@ class _Stored:
         return solve_motion(grid, self._profiles, self._rounding, targets, self.motion)
 
     def least_misfit(self, target: Profile) -> float:
-        """How far the nearest of all combinations is from a profile, whatever rounding does to it."""
+        """Distance of the nearest of all combinations from a profile, whatever its rounding."""
         grid, exact = Grid([*self._profiles, target]), np.full(len(self._profiles), _EXACT)
         return solve_motion(grid, self._profiles, exact, [target], WHITE)[0].profile_misfit
 
@@ -212,36 +304,68 @@ class _Stored:
         sums = adder.run(self._names)
         copied: dict[str, Tensor] = {}
         for i, file, data_sum in zip(counts, files, adder.data_sums, strict=True):
-            total = int(data_sum, 16)
-            for name, tensor, words in read_tensors(file, self._copied):
-                total += words
-                if i == last:
-                    copied[name] = tensor
-            if self._used[i].data_sum and sum_text(total) != self._used[i].data_sum:
+            tensors = dict(read_tensors(file, self._copied, data_sum))
+            copied = tensors if i == last else copied
+            if self._used[i].data_sum and not data_sum.matches(self._used[i].data_sum):
                 raise ValueError(
                     f"{file.path} is damaged: its data is not what was written; restore it from a copy"
                 )
         return sums, copied
 
 
+def _copied(file: TensorFile, layout: str | None) -> list[str]:
+    """Names of the tensors that are not averaged; `layout` is the digest that the file's tensors must have."""
+    names = read_json(file.metadata.get("copied", ""))
+    if not isinstance(names, list) or not all(name in file.specs for name in names):
+        raise ValueError(f"{file.path} names copied tensors that it does not hold: restore it from a copy")
+    if layout is not None and layout_digest({n: s.shape for n, s in file.specs.items()}) != layout:
+        raise ValueError(f"{file.path} holds other tensors than the manifest says: restore it from a copy")
+    return names
+
+
+def _scales(file: TensorFile) -> dict[str, float]:
+    scales = read_json(file.metadata.get("scales", "{}"))
+    if not isinstance(scales, dict) or not all(isinstance(x, float | int) for x in scales.values()):
+        raise ValueError(f"{file.path} has scales that are not numbers: restore it from a copy")
+    return scales
+
+
+def _with_tracks(
+    folder: str | Path | ForeignSnapshots, manifest: Manifest, tracks: Sequence[float] | None
+) -> Manifest:
+    if tracks is None:
+        return manifest
+    stored = sorted({s.sigma_rel for s in manifest.snapshots})
+    unknown = [x for x in tracks if not any(math.isclose(x, s, rel_tol=1e-6) for s in stored)]
+    if unknown or not tracks:
+        raise ValueError(
+            f"track {', '.join(f'{x:g}' for x in unknown) or '(none)'} is not stored in {folder}: choose among"
+            f" {', '.join(f'{s:g}' for s in stored)}"
+        )
+    chosen = (
+        s for s in manifest.snapshots if any(math.isclose(x, s.sigma_rel, rel_tol=1e-6) for x in tracks)
+    )
+    return Manifest(run=manifest.run, layout=manifest.layout, snapshots=tuple(chosen))
+
+
 def _target_time(folder: str | Path | ForeignSnapshots, manifest: Manifest, t: float | None) -> float:
     if not manifest.snapshots:
-        raise ValueError(f"{folder} holds no snapshot yet: train on until the first one is written")
+        raise ValueError(f"{folder} holds no snapshots yet: continue training until the first one is written")
     times = [s.t for s in manifest.snapshots]
     t = max(times) if t is None else t
     if t > max(times):
         raise ValueError(
-            f"t {t:g} is beyond the last snapshot of {folder}, at {max(times):g}: ask for a time up to that"
+            f"t {t:g} is beyond the last snapshot of {folder}, at {max(times):g}: choose a time up to that"
         )
     if not t >= min(times):
         raise ValueError(
-            f"t {t:g} is before the first snapshot of {folder}, at {min(times):g}: ask for a time from that on"
+            f"t {t:g} is before the first snapshot of {folder}, at {min(times):g}: choose a time from that on"
         )
     return t
 
 
 def _useful(manifest: Manifest, t: float) -> list[Snapshot]:
-    """Snapshots up to a time, and those of the next time, which tell of the weights just before it too."""
+    """Snapshots up to a time, and those of the next time, which also hold the weights just before it."""
     later = [s.t for s in manifest.snapshots if s.t > t]
     exact = any(s.t == t for s in manifest.snapshots)
     until = t if exact or not later else min(later)
@@ -261,15 +385,15 @@ def _refuse_hopeless(target: Target, misfit: float, t: float, used: Sequence[Sna
     widths = sorted({s.sigma_rel for s in used})
     if len(used) == 1 and misfit > 1e-6:
         raise ValueError(
-            f"one snapshot only, of sigma_rel {widths[0]:g}, cannot give {target.label}: another track or an"
-            " earlier snapshot is needed"
+            f"a single snapshot, of sigma_rel {widths[0]:g}, cannot give {target.label}: it takes another track or an"
+            " earlier snapshot"
         )
     if misfit > HOPELESS_MISFIT:
         near = f"near {target.sigma_rel:g}" if target.sigma_rel is not None else "like it"
         raise ValueError(
             f"{target.label} at t {t:g} cannot be expressed by these {len(used)} snapshots of widths"
-            f" {', '.join(f'{w:g}' for w in widths)} (misfit {misfit:.0%}): choose a target"
-            f" nearer to them; it needs another track {near}, or closer snapshots (`edm2.ema.plan` tells which)"
+            f" {', '.join(f'{w:g}' for w in widths)} (misfit {misfit:.0%}): choose a target nearer to them;"
+            f" this one needs another track {near}, or closer snapshots (`edm2.ema.plan` says which)"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from edm2.diffusion import MODEL_FILE, Denoiser, read_model_header, save_model
 from edm2.diffusion.description import build_on_meta, check_info
 from edm2.ema import Reconstruction, reconstruct_many
-from edm2.ema.storage.snapshots import ForeignSnapshots, read_manifest
+from edm2.ema.storage.manifest import ForeignSnapshots, read_manifest
 from edm2.train.run_folder import SNAPSHOTS
 
 

@@ -12,7 +12,8 @@ import torch
 
 from edm2.diffusion import read_model_header, save_model
 from edm2.ema.storage.encoding import Track
-from edm2.ema.storage.snapshots import ForeignSnapshots, Snapshot, read_manifest, write, write_manifest
+from edm2.ema.storage.manifest import ForeignSnapshots, Snapshot, read_manifest, write_manifest
+from edm2.ema.storage.snapshots import write
 from edm2.ema.storage.weighted_sums import read_tensors
 from edm2.files import replacing_folder, sha256_of, write_atomic, write_json
 from edm2.interop.fetch import check_there, fetch
@@ -279,7 +280,7 @@ def _import_snapshots(folder: Path, out: Path, prefix: str | None) -> Imported:
 def _track(source: ForeignSnapshots, snapshot: Snapshot) -> Track:
     file = source.files[snapshot.file]
     copied = set(json.loads(file.metadata["copied"]))
-    tensors = {name: tensor for name, tensor, _ in read_tensors(file, list(file.specs))}
+    tensors = dict(read_tensors(file, list(file.specs)))
     return Track(
         sigma_rel=snapshot.sigma_rel,
         averaged={name: x.float() for name, x in tensors.items() if name not in copied},

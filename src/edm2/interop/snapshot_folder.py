@@ -14,7 +14,7 @@ import torch
 
 from edm2.ema.maths.profiles import sigma_rel_to_gamma
 from edm2.ema.storage.encoding import STORED, TYPICAL_ROUNDING
-from edm2.ema.storage.snapshots import ForeignSnapshots, Manifest, RunInfo, Snapshot, layout_digest
+from edm2.ema.storage.manifest import ForeignSnapshots, Manifest, RunInfo, Snapshot, layout_digest
 from edm2.ema.storage.tensorfile import TensorFile, TensorSpec
 from edm2.interop.model_info import model_info
 from edm2.interop.network_file import NetworkFile, read_network

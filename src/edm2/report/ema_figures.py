@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from edm2.ema import Reconstruction
 from edm2.ema.maths.targets import PowerProfile, Target
-from edm2.ema.storage.snapshots import Manifest
+from edm2.ema.storage.manifest import Manifest
 from edm2.report.style import FONT_SIZE, HEIGHT, LIGHT, SERIES, add_legend, new_figure
 
 if TYPE_CHECKING:

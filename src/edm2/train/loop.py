@@ -19,7 +19,7 @@ import torch
 from edm2.data import ImageDataset
 from edm2.diffusion import MODEL_FILE, save_model
 from edm2.ema import PowerEMA
-from edm2.ema.storage.snapshots import MANIFEST
+from edm2.ema.storage.manifest import MANIFEST
 from edm2.nn.magnitudes import MagnitudeRecorder
 from edm2.progress import Progress
 from edm2.train import run_folder

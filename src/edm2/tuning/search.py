@@ -20,7 +20,7 @@ import torch
 from edm2.diffusion import SamplerName, find_sampler, time_steps
 from edm2.ema import reconstruct_many
 from edm2.ema.maths.profiles import sigma_rel_to_gamma
-from edm2.ema.storage.snapshots import read_manifest
+from edm2.ema.storage.manifest import read_manifest
 from edm2.generate import ImageGenerator, snapshots_of
 from edm2.tuning.result import BASELINE_SIGMA_REL, FOLDER, Knobs, Tried, Tuned
 

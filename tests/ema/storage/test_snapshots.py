@@ -1,7 +1,11 @@
 """Folders of snapshots: what is written, read back, and refused."""
 
 import copy
+import hashlib
+import importlib
 import json
+import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from edm2.ema import PowerEMA, reconstruct
-from edm2.ema.storage.snapshots import read_manifest
+from edm2.ema import PowerEMA, gamma_to_sigma_rel, reconstruct
+from edm2.ema.storage.manifest import read_manifest
+from edm2.ema.storage.verify import damaged
+
+module = importlib.import_module("edm2.ema.reconstruct")  # the package has a function of that name
 
 
 def train(
@@ -34,6 +41,14 @@ def train(
         if t % every == 0:
             ema.snapshot(folder, **options)  # type: ignore[arg-type]
     return ema
+
+
+def reseal(folder: Path, content: dict[str, object]) -> None:
+    """Write a changed manifest with a checksum that fits, as damage cannot but a stranger can."""
+    content.pop("checksum", None)
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    content["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(content))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -134,7 +149,9 @@ def test_a_resumed_run_goes_back_to_its_checkpoint(tmp_path: Path) -> None:
     resumed.snapshot(tmp_path)
     assert contents(tmp_path) == before, "equal weights keep what came after them"
     _, other = a_run(1, state=state, seed=1)
-    with pytest.warns(UserWarning, match="went back to t 5 and goes on differently, so 6 snapshots after it"):
+    with pytest.warns(
+        UserWarning, match="went back to t 5 and now takes another course; the 6 snapshots after"
+    ):
         other.snapshot(tmp_path)
     assert [s.t for s in read_manifest(tmp_path).snapshots] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert len(contents(tmp_path)) == 11
@@ -162,13 +179,13 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     train(tmp_path)
     path = tmp_path / read_manifest(tmp_path).snapshots[2].file
     whole = path.read_bytes()
-    for damaged, message in [
+    for content, message in [
         (whole[:-10], "is damaged: it has"),
         (whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:], "is damaged: its data"),
         (whole.replace(b'"run_id":"run"', b'"run_id":"ruN"'), "belongs to run 'ruN'"),
         (whole.replace(b'"t":"20"', b'"t":"21"'), "is damaged: its header"),
     ]:
-        path.write_bytes(damaged)
+        path.write_bytes(content)
         with pytest.raises(ValueError, match=message) as caught:
             reconstruct(tmp_path, sigma_rel=0.13)
         assert str(path) in str(caught.value)
@@ -183,6 +200,9 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         ({"sigma_rel": "0.1"}, "sigma_rel, which is a str"),
         ({"num_bytes": 0.5}, "num_bytes, which is a float"),
         ({"t": True}, "t, which is a bool"),
+        ({"t": -1}, "t, which is -1 and not after start 0"),
+        ({"gamma": 5.0}, "gamma, which is 5.0 and does not fit sigma_rel 0.05"),
+        ({"norm": None}, "norm, which is a NoneType"),
         ({"file": "../x.safetensors"}, "file, which is not in this folder"),
     ],
 )
@@ -193,17 +213,114 @@ def test_entries_of_another_kind_are_named(tmp_path: Path, change: dict[str, obj
     ema.snapshot(tmp_path)
     content = json.loads((tmp_path / "manifest.json").read_text())
     content["snapshots"][0] |= change
-    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    reseal(tmp_path, content)
     with pytest.raises(ValueError, match=rf"manifest.json is damaged \(entry {told}\): restore it"):
         read_manifest(tmp_path)
     content["snapshots"], content["metadata"] = [], "none"
-    (tmp_path / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"damaged \(entry metadata or aliases, which are no table\)"):
+    reseal(tmp_path, content)
+    with pytest.raises(ValueError, match=r"damaged \(entry metadata or aliases, which are not tables\)"):
         read_manifest(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "value"), [("t", 30), ("gamma", 5.0), ("norm", 9.0), ("rounding", 0.5)])
+def test_a_changed_number_in_the_manifest_is_seen(tmp_path: Path, name: str, value: float) -> None:
+    train(tmp_path)
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    content["snapshots"][1][name] = value
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="its checksum does not match"):
+        reconstruct(tmp_path, sigma_rel=0.13)
+    # A stranger who knows how to write the checksum still has to change the files' own headers.
+    if name == "gamma":
+        content["snapshots"][1]["sigma_rel"] = float(gamma_to_sigma_rel(value))
+    reseal(tmp_path, content)
+    if name in ("t", "gamma"):
+        told = f"was written with {name} .*, but manifest.json says {value}: restore the manifest"
+        with pytest.raises(ValueError, match=told):
+            reconstruct(tmp_path, sigma_rel=0.13)
+        assert len([*damaged(tmp_path, read_manifest(tmp_path), read=False)]) == 1
+
+
+def test_folders_of_earlier_versions_open_with_a_warning(tmp_path: Path) -> None:
+    ema = train(tmp_path)
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    del content["checksum"]
+    for entry in content["snapshots"]:
+        entry["data_sum"] = entry["data_sum"][:16]
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="has no checksum because an earlier edm2 wrote it"):
+        result = reconstruct(tmp_path, sigma_rel=0.1)
+    torch.testing.assert_close(result.tensors["0.weight"], ema.average(0.1)["0.weight"])
+    ema.update(50)
+    with pytest.warns(UserWarning, match="has no checksum"):
+        ema.snapshot(tmp_path)
+    reconstruct(tmp_path, sigma_rel=0.1)  # written anew with a checksum
+
+
+def test_swapped_blocks_are_seen(tmp_path: Path) -> None:
+    model = nn.Linear(64, 64)
+    ema = PowerEMA(model, (0.1,))
+    ema.update(1)
+    (path,) = ema.snapshot(tmp_path)
+    whole, begin = path.read_bytes(), path.stat().st_size - 64 * 64 * 4
+    rng = random.Random(0)
+    for _ in range(60):
+        a, b = (begin + 512 * i for i in sorted(rng.sample(range(32), 2)))
+        swapped = bytearray(whole)
+        swapped[a : a + 512], swapped[b : b + 512] = whole[b : b + 512], whole[a : a + 512]
+        path.write_bytes(swapped)
+        with pytest.raises(ValueError, match="is damaged: its data is not what was written"):
+            reconstruct(tmp_path, sigma_rel=0.1)
+
+
+def test_snapshots_that_vanish_are_told_of(tmp_path: Path) -> None:
+    ema = train(tmp_path / "run")
+    lost = tmp_path / "run" / read_manifest(tmp_path / "run").snapshots[0].file
+    lost.unlink()
+    ema.update(50)
+    with pytest.warns(UserWarning, match=rf"1 of 8 snapshot files are missing or cut short \({lost.name}"):
+        ema.snapshot(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    ema.update(60)
+    with pytest.warns(UserWarning, match="this run wrote snapshots there up to t 50: something deleted"):
+        ema.snapshot(tmp_path / "run")
+
+
+def test_a_restart_passes_over_times_that_were_thinned_out(tmp_path: Path) -> None:
+    for ema in a_run(10):
+        ema.snapshot(tmp_path, keep=6)
+    before = contents(tmp_path)
+    written = {ema.t: ema.snapshot(tmp_path, keep=6) for ema in a_run(10)}
+    assert contents(tmp_path) == before
+    kept = {s.t for s in read_manifest(tmp_path).snapshots}
+    assert {t for t, paths in written.items() if paths} == kept
+    assert len(kept) == 3
+    with pytest.raises(ValueError, match="from other weights or at another time, would delete"):
+        [ema.snapshot(tmp_path, keep=6) for ema in a_run(10, seed=1)]
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_can_be_read_while_a_run_thins_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = a_run(400)
+    for _ in range(4):
+        next(steps).snapshot(tmp_path, keep=4)
+    open_as_before, opened = module.open_snapshot, 0
+
+    def after_a_write(*args: object) -> object:
+        nonlocal opened
+        opened += 1
+        if opened % 7 == 0:
+            next(steps).snapshot(tmp_path, keep=4)  # deletes what the reader is about to open
+        return open_as_before(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "open_snapshot", after_a_write)
+    for _ in range(30):
+        assert reconstruct(tmp_path, sigma_rel=0.07, warn_above=9).coefficients
+    assert opened > 130, "some were opened again"
+
+
 def test_damaged_manifests_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no folder of snapshots"):
+    with pytest.raises(ValueError, match="is not a snapshot folder"):
         reconstruct(tmp_path, sigma_rel=0.13)
     ema = train(tmp_path)
     manifest = tmp_path / "manifest.json"
@@ -211,7 +328,9 @@ def test_damaged_manifests_are_named(tmp_path: Path) -> None:
     for text, message in [
         ("{", "is damaged"),
         ("{}", "is not a manifest"),
-        (json.dumps({**content, "snapshots": [{"t": 1}]}), "is damaged"),
+        (json.dumps({**content, "snapshots": [{"t": 1}]}), "its checksum does not match"),
+        ("[" * 200_000, "nested deeper than"),
+        (json.dumps(content).replace("40", "1e999", 1), "is damaged"),
     ]:
         manifest.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -12,8 +12,9 @@ _INDEX = np.arange(1 << 16, dtype=np.uint64)
 class DataSum:
     """Two sums over 64-bit words, modulo 2**64: plain, and weighted by position.
 
-    The plain sum sees every changed bit, the weighted one also words and blocks that changed places. Data may be added in
-    any order and in pieces that are multiples of eight bytes; the last bytes of a tensor are filled up with zeros.
+    The plain sum sees every changed bit, the weighted one also words and blocks that changed places. Data may
+    be added in any order and in pieces that are multiples of eight bytes; the last bytes of a tensor are filled
+    up with zeros.
     """
 
     def __init__(self) -> None:

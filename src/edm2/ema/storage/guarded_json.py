@@ -29,8 +29,8 @@ def read_json(source: bytes | str | Path, *, finite: bool = True) -> Any:
         The value: dicts, lists, strings, numbers, booleans and None.
 
     Raises:
-        ValueError: If it is not JSON, repeats a key, or exceeds a bound. The message gives the reason alone: callers
-            name the file.
+        ValueError: If it is not JSON, repeats a key, or exceeds a bound. The message gives the reason only:
+            callers name the file.
         OSError: If the file cannot be read.
     """
     if isinstance(source, Path):

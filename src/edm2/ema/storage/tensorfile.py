@@ -1,22 +1,24 @@
 """safetensors files written and read as a stream.
 
-The safetensors package writes a file from tensors that are all in memory and cannot hash on the way.
-The format is a JSON header and raw bytes, so both are done here, and the package reads what is written.
+The safetensors package needs all tensors of a file in memory to write it, and cannot hash on the way. The format is
+a JSON header followed by raw bytes, so both are done here; the package reads the result.
 """
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from edm2.ema.storage.data_sum import ByteArray, DataSum
+from edm2.ema.storage.guarded_json import read_json
 from edm2.ema.storage.replacing import replacing
 
 DTYPES = {
@@ -27,8 +29,6 @@ DTYPES = {
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100 << 20
-
-ByteArray = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class TensorSpec:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
@@ -101,21 +101,21 @@ def write_tensors(
     """
     order = file_order(specs)
     header = _header(order, metadata)
-    sha, data_sum = hashlib.sha256(header), 0
+    sha, data_sum = hashlib.sha256(header), DataSum()
     with replacing(path, name=None if name is None else lambda: name(sums)) as file:
         file.write(header)
         for spec in order:
             tensor = get(spec.name).contiguous()
             assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec.name
             data: ByteArray = tensor.reshape(-1).view(torch.uint8).numpy()
+            data_sum.add(data, tensor=file.tell())
             file.write(data.data)
             sha.update(data.data)
-            data_sum += word_sum(data)
         sums = FileSums(
             num_bytes=file.tell(),
             sha256=sha.hexdigest(),
             header_sha256=hashlib.sha256(header).hexdigest(),
-            data_sum=sum_text(data_sum),
+            data_sum=str(data_sum),
         )
     return sums
 
@@ -158,20 +158,6 @@ def _header(order: list[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def word_sum(data: ByteArray) -> int:
-    """Sum of the 64-bit words of some bytes, the last one filled up with zeros; cheap beside reading them."""
-    whole = data.size // 8 * 8
-    total = int(data[:whole].view("<u8").sum(dtype=np.uint64)) if whole else 0
-    if whole < data.size:
-        total += int.from_bytes(data[whole:].tobytes(), "little")
-    return total
-
-
-def sum_text(total: int) -> str:
-    """A sum of words modulo 2^64, as stored."""
-    return f"{total % (1 << 64):016x}"
-
-
 def read_header(path: Path) -> TensorFile:
     """Read and check where the tensors of a file lie.
 
@@ -188,13 +174,23 @@ def read_header(path: Path) -> TensorFile:
     with open(path, "rb") as file:
         raw = _raw_header(file, path)
     try:
-        content = json.loads(raw[8:])
+        content = read_json(raw[8:])
         metadata = content.pop("__metadata__", {})
-        specs, offsets = {}, {}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata are not strings")
+        specs, offsets, left = {}, {}, size - len(raw)
         for name, entry in content.items():
-            spec = TensorSpec(name=name, dtype=DTYPES[entry["dtype"]], shape=tuple(map(int, entry["shape"])))
-            begin, end = entry["data_offsets"]
-            if end - begin != spec.num_bytes or begin < 0 or len(raw) + end > size:
+            spec = TensorSpec(
+                name=name, dtype=DTYPES[entry["dtype"]], shape=tuple(map(index, entry["shape"]))
+            )
+            begin, end = map(index, entry["data_offsets"])
+            left -= spec.num_bytes
+            if (
+                end - begin != spec.num_bytes
+                or min(begin, *spec.shape, 0) < 0
+                or len(raw) + end > size
+                or left < 0
+            ):
                 raise ValueError(f"tensor {name!r} does not fit into the file")
             specs[name], offsets[name] = spec, len(raw) + begin
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from edm2.ema.maths.profiles import FloatArray
-from edm2.ema.storage.tensorfile import DTYPES, ByteArray, TensorFile, sum_text, word_sum
+from edm2.ema.storage.data_sum import ByteArray, DataSum
+from edm2.ema.storage.tensorfile import DTYPES, TensorFile
 
 # Pieces of some files at a time stay in the processor's cache while they are checked and added up to all sums.
 _PIECE, _FILES = 1 << 16, 8
@@ -27,7 +28,7 @@ class WeightedSums:
         scales: For each file, factors of tensors that were stored divided by them.
 
     Attributes:
-        data_sums: After `run`, the sum of each file's words as `tensorfile.write_tensors` counts them.
+        data_sums: Checksum of each file's data read so far.
     """
 
     def __init__(
@@ -36,12 +37,7 @@ class WeightedSums:
         self._files = files
         self._coefficients = coefficients
         self._scales = scales
-        self._sums = [0] * len(files)
-
-    @property
-    def data_sums(self) -> list[str]:
-        """Checksums of what was read, one a file."""
-        return [sum_text(total) for total in self._sums]
+        self.data_sums = [DataSum() for _ in files]
 
     def run(self, names: Sequence[str]) -> list[dict[str, Tensor]]:
         """Add up the named tensors.
@@ -79,21 +75,23 @@ class WeightedSums:
                 group = order[first : first + _FILES]
                 part = rows[: len(group), : total.shape[1]]
                 for row, i in zip(part, group, strict=True):
-                    self._sums[i] += _read_into(row, handles[i], self._files[i], name, begin)
+                    _read_into(row, handles[i], self._files[i], name, begin, self.data_sums[i])
                 total.addmm_(weights[:, group], part)
             for piece, row in zip(pieces, total, strict=True):
                 piece.add_(row)
 
 
-def _read_into(row: Tensor, handle: FileIO, file: TensorFile, name: str, begin: int) -> int:
-    """Read elements of a tensor into a float32 row; returns the sum of their words."""
+def _read_into(
+    row: Tensor, handle: FileIO, file: TensorFile, name: str, begin: int, data_sum: DataSum
+) -> None:
+    """Read elements of a tensor into a float32 row, and add them to the file's checksum."""
     dtype = file.specs[name].dtype
     raw = row if dtype == torch.float32 else torch.empty(row.numel(), dtype=dtype)
     data = raw.view(torch.uint8).numpy()
     read_exactly(handle, file, file.offsets[name] + begin * dtype.itemsize, data)
+    data_sum.add(data, tensor=file.offsets[name], begin=begin * dtype.itemsize)
     if raw is not row:
         row.copy_(raw)
-    return word_sum(data)
 
 
 def read_exactly(handle: FileIO, file: TensorFile, position: int, out: ByteArray) -> None:
@@ -136,8 +134,10 @@ def read_elements(
     return np.concatenate(parts)
 
 
-def read_tensors(file: TensorFile, names: Sequence[str]) -> Iterator[tuple[str, Tensor, int]]:
-    """Tensors of a file as they are stored, each with the sum of its words."""
+def read_tensors(
+    file: TensorFile, names: Sequence[str], data_sum: DataSum | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a file as they are stored, added to a checksum if one is given."""
     assert all(file.specs[name].dtype in DTYPES.values() for name in names)
     with open(file.path, "rb", buffering=0) as handle:
         for name in names:
@@ -145,4 +145,6 @@ def read_tensors(file: TensorFile, names: Sequence[str]) -> Iterator[tuple[str, 
             tensor = torch.empty(spec.shape, dtype=spec.dtype)
             data = tensor.view(-1).view(torch.uint8).numpy()
             read_exactly(handle, file, file.offsets[name], data)
-            yield name, tensor, word_sum(data)
+            if data_sum is not None:
+                data_sum.add(data, tensor=file.offsets[name])
+            yield name, tensor

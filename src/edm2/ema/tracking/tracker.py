@@ -16,6 +16,7 @@ from edm2.ema.maths.profiles import sigma_rel_to_gamma
 from edm2.ema.maths.solve import solve_live
 from edm2.ema.storage import snapshots
 from edm2.ema.storage.encoding import Track, arithmetic_rounding
+from edm2.ema.storage.manifest import RunInfo, layout_digest
 from edm2.ema.tracking.averages import Averages
 from edm2.ema.tracking.offload import HostAverages
 from edm2.ema.tracking.sharding import distance, is_other_replica, write_from_first
@@ -200,7 +201,7 @@ class PowerEMA:
             raise ValueError(
                 f"keep {keep} has no room for the {len(self.sigma_rels)} tracks of one time: keep more"
             )
-        run = snapshots.RunInfo(
+        run = RunInfo(
             run_id=self.run_id,
             clock=self.clock,
             start=self.start,
@@ -225,7 +226,7 @@ class PowerEMA:
                 self.sigma_rels, (list(self._read(i)) for i in range(len(self.gammas))), strict=True
             )
         )
-        layout = snapshots.layout_digest({**shapes, **{n: tuple(x.shape) for n, x in copied.items()}})
+        layout = layout_digest({**shapes, **{n: tuple(x.shape) for n, x in copied.items()}})
 
         path = Path(folder).resolve()
         own_until = math.inf if self._resumed else self._written.get(path, -math.inf)

@@ -1,0 +1,204 @@
+"""The manifest of a snapshot folder: what each file holds, sealed with a checksum."""
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from edm2.ema.maths.profiles import gamma_to_sigma_rel
+from edm2.ema.maths.targets import Profile
+from edm2.ema.storage.guarded_json import read_json
+from edm2.ema.storage.replacing import replacing
+from edm2.ema.storage.tensorfile import TensorFile
+
+MANIFEST = "manifest.json"
+FORMAT = "edm2.ema"
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What all snapshots of a folder have in common.
+
+    Attributes:
+        run_id: Name of the training run.
+        clock: Unit of time.
+        start: Time at which training started, in the clock's unit.
+        aliases: Other names of tied tensors -> the name under which they are stored.
+        metadata: The user's description of the run, JSON values; None if not given.
+    """
+
+    run_id: str
+    clock: str
+    start: float
+    aliases: dict[str, str]
+    metadata: dict[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """One stored average.
+
+    Attributes:
+        file: File name in the folder.
+        t: Time, in the clock's unit.
+        sigma_rel: Width of the profile.
+        gamma: Its exponent.
+        dtype: Stored type: fp32, bf16 or fp16.
+        num_bytes: Size of the file.
+        sha256: Of the whole file.
+        header_sha256: Of the file's header.
+        data_sum: Checksum of the tensors' data (`DataSum`), verified whenever the data is read.
+        norm: L2 norm of the averaged tensors.
+        rounding: Relative L2 error of the stored type's rounding.
+        distance: Relative L2 distance to the weights at that time.
+    """
+
+    file: str
+    t: float
+    sigma_rel: float
+    gamma: float
+    dtype: str
+    num_bytes: int
+    sha256: str
+    header_sha256: str
+    data_sum: str
+    norm: float
+    rounding: float
+    distance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Content of a folder, snapshots sorted by time and width."""
+
+    run: RunInfo
+    layout: str
+    snapshots: tuple[Snapshot, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignSnapshots:
+    """Snapshots in files of another format. Every function that reads a snapshot folder accepts them in its place.
+
+    Attributes:
+        folder: Where the files are.
+        manifest: What they hold. An empty `data_sum` is not verified; a `distance` of NaN is unknown.
+        files: File name -> where its tensors lie, as plain little-endian numbers in row-major order. The metadata need
+            `copied` only.
+        profiles: File name -> profile of its average, where it is not the power function of its `gamma`.
+    """
+
+    folder: Path
+    manifest: Manifest
+    files: Mapping[str, TensorFile]
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+
+def read_manifest(folder: str | Path | ForeignSnapshots) -> Manifest:
+    """Read what a snapshot folder holds.
+
+    Args:
+        folder: Folder that `PowerEMA.snapshot` wrote.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: If the manifest is missing or damaged.
+    """
+    if isinstance(folder, ForeignSnapshots):
+        return folder.manifest
+    path = Path(folder) / MANIFEST
+    try:
+        content = read_json(path, finite=False)  # earlier versions wrote an unknown distance as NaN
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} is not a snapshot folder: {MANIFEST} is missing; give the folder that snapshot() was called"
+            " with, or that of a run"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != _VERSION:
+        raise ValueError(
+            f"{path} is not a manifest of {FORMAT} version {_VERSION}: read it with the edm2 that wrote it"
+        )
+    checksum = content.pop("checksum", None)
+    if checksum is None:
+        warnings.warn(
+            f"{path} has no checksum because an earlier edm2 wrote it: changes to it can go unnoticed",
+            stacklevel=2,
+        )
+    elif checksum != _checksum(content):
+        raise ValueError(f"{path} is damaged (its checksum does not match): restore it from a copy")
+    try:
+        return _manifest(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged (entry {error}): restore it from a copy") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace a folder's manifest in one step."""
+    entries = sorted(manifest.snapshots, key=lambda s: (s.t, s.sigma_rel))
+    content = {
+        "format": FORMAT,
+        "version": _VERSION,
+        **asdict(manifest.run),
+        "layout": manifest.layout,
+        "snapshots": [asdict(s) | ({"distance": None} if math.isnan(s.distance) else {}) for s in entries],
+    }
+    content["checksum"] = _checksum(content)
+    with replacing(folder / MANIFEST) as file:
+        file.write((json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+
+
+def layout_digest(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Digest of the names and shapes of a model's tensors."""
+    return sha256(json.dumps({n: list(s) for n, s in shapes.items()}, sort_keys=True).encode()).hexdigest()
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """sha256 of the values, however the file lays them out."""
+    return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _manifest(content: dict[str, Any]) -> Manifest:
+    """The content as dataclasses; raises TypeError or KeyError for values that cannot be ours."""
+    run = RunInfo(**{f.name: content[f.name] for f in fields(RunInfo)})
+    _check_types(run, ("run_id", "clock", "start"))
+    json.dumps(run.metadata, allow_nan=False)
+    if not isinstance(run.metadata, (dict, type(None))) or not isinstance(run.aliases, dict):
+        raise TypeError("metadata or aliases, which are not tables")
+    snapshots = tuple(
+        Snapshot(**entry | ({"distance": math.nan} if entry["distance"] is None else {}))
+        for entry in content["snapshots"]
+    )
+    for snapshot in snapshots:
+        _check_types(snapshot, tuple(f.name for f in fields(Snapshot)))
+        if Path(snapshot.file).name != snapshot.file:
+            raise TypeError("file, which is not in this folder")
+        if not snapshot.t > run.start:
+            raise TypeError(f"t, which is {snapshot.t} and not after start {run.start}")
+        if not snapshot.gamma >= 0 or abs(gamma_to_sigma_rel(snapshot.gamma) - snapshot.sigma_rel) > 1e-6:
+            raise TypeError(
+                f"gamma, which is {snapshot.gamma} and does not fit sigma_rel {snapshot.sigma_rel}"
+            )
+    return Manifest(run=run, layout=content["layout"], snapshots=snapshots)
+
+
+def _check_types(entry: RunInfo | Snapshot, names: tuple[str, ...]) -> None:
+    kinds: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float)}
+    types = {f.name: f.type for f in fields(entry)}
+    for name in names:
+        value = getattr(entry, name)
+        if type(value) not in kinds[types[name]]:  # bool counts as an int for isinstance
+            raise TypeError(f"{name}, which is a {type(value).__name__}")
+        if isinstance(value, float) and not math.isfinite(value) and name != "distance":
+            raise TypeError(f"{name}, which is {value}")
