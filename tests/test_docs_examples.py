@@ -10,7 +10,7 @@ from torch import nn
 
 import edm2.ema
 from edm2.ema.maths import planning
-from edm2.ema.storage.snapshots import read_manifest
+from edm2.ema.storage.manifest import read_manifest
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from edm2.ema.storage.snapshots import read_manifest
+from edm2.ema.storage.manifest import read_manifest
 
 PAGE = Path(__file__).parents[3] / "docs" / "ema_recipes.md"
 pytestmark = pytest.mark.filterwarnings(
