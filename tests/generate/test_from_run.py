@@ -1,6 +1,7 @@
 """`edm2 sample` on a run: any EMA length, and the run's own past as a guide."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,40 @@ def test_bad_words(
     assert ended.value.code == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("every", "first"), [(40, 40), (None, 80), (1000, 160)], ids=["set", "default", "beyond the end"]
+)
+def test_a_run_before_its_first_snapshot_says_when_it_comes(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], every: int | None, first: int
+) -> None:
+    young = tmp_path / "young"
+    (young / "checkpoints").mkdir(parents=True)
+    content = json.loads((run / "config.json").read_text())
+    content["settings"]["snapshot_images"] = every
+    (young / "config.json").write_text(json.dumps(content))
+    told = (
+        f"{young} has no snapshot yet: the first comes after {first:,} training images, and the log reaches 0"
+    )
+    for words in (
+        ["sample", "--out", str(tmp_path / "out"), "--ema", "0.1", str(young)],
+        ["sample", "--out", str(tmp_path / "out"), str(young)],
+        ["tune", str(young)],
+        ["ema", "list", str(young)],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+        assert told in capsys.readouterr().err
+    shutil.copy(run / "log.jsonl", young)
+    with pytest.raises(ValueError, match="and the log reaches 160; train on until then"):
+        ImageGenerator.load(young, 0.1)
+    content["settings"]["num_images"] = "many"
+    (young / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        ImageGenerator.load(young, 0.1)
+    (young / "config.json").write_text((run / "config.json").read_text())
+    (young / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        ImageGenerator.load(young, 0.1)

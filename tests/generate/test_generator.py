@@ -221,5 +221,5 @@ def test_models_that_cannot_be_sampled(tmp_path: Path) -> None:
     (run / "snapshots").mkdir()
     with pytest.raises(ValueError, match=r"run is an unfinished run, .*: name an EMA length, --ema 0\.1"):
         ImageGenerator.load(run)
-    with pytest.raises(ValueError, match=r"m\.safetensors is a file: an EMA length is put together from"):
+    with pytest.raises(ValueError, match=r"m\.safetensors is a file: an EMA length is reconstructed from"):
         ImageGenerator.load(path, 0.1)

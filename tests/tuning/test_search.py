@@ -12,10 +12,9 @@ from edm2.cli import main
 from edm2.generate import ImageGenerator
 from edm2.presets import get_preset
 from edm2.train import train
-from edm2.tuning import search as tuning
-from edm2.tuning.page import improvement_text, write_tuning_report
+from edm2.tuning import TuningPlan, bench, search, tune
+from edm2.tuning.page import verdict, write_tuning_report
 from edm2.tuning.result import BASELINE_SIGMA_REL, Knobs, Tuned, half_interval, read_tuned, save_tuned
-from edm2.tuning.search import TuningPlan, tune
 
 PLAN = TuningPlan(
     sigma_rels=(0.05, 0.08, 0.1), guide_moments=(0.25, 0.5), guide_factors=(1.0,), guidances=(2.0,), highs=(8.0,),
@@ -45,9 +44,7 @@ class Preferring:
 
     def __init__(self, monkeypatch, wanted):
         self.asked, self.wanted = [], wanted
-        monkeypatch.setattr(
-            "edm2.tuning.search._Bench.images", lambda _, knobs, seeds: self.ask(knobs, seeds)
-        )
+        monkeypatch.setattr("edm2.tuning.bench.Bench.images", lambda _, knobs, seeds: self.ask(knobs, seeds))
 
     def ask(self, knobs, seeds):
         self.asked.append((knobs, seeds))
@@ -113,7 +110,9 @@ def test_held_out_seeds_are_other_seeds_and_the_same_for_both(fresh, monkeypatch
         final |= set(block)
     assert {knobs for knobs, _ in score.asked[-6:-3]} == {tuned.best}
     assert {knobs for knobs, _ in score.asked[-3:]} == {Knobs(sigma_rel=BASELINE_SIGMA_REL)}
-    with pytest.raises(ValueError, match="samples 1000001 would reach the held-out seeds: at most 1000000"):
+    with pytest.raises(
+        ValueError, match="samples 1000001 would reach the held-out seeds: give at most 1000000"
+    ):
         TuningPlan(samples=1_000_001)
 
 
@@ -130,12 +129,94 @@ def test_improvement_is_paired_with_its_confidence():
     )  # fmt: skip
     assert tuned.improvements == pytest.approx([0.4, 0.3, 0.25])
     assert tuned.improvement == pytest.approx(0.95 / 3)
-    # Student's t of 2 degrees of freedom is 4.303.
-    assert tuned.improvement_error == pytest.approx(4.303 * statistics.stdev([0.4, 0.3, 0.25]) / math.sqrt(3))
-    assert improvement_text(tuned) == "31.7% (95% confidence 12.7 to 50.6%; repeats 40.0 30.0 25.0)"
+    # Student's t of 2 degrees of freedom is 4.302653.
+    error = 4.302653 * statistics.stdev([0.4, 0.3, 0.25]) / math.sqrt(3)
+    assert tuned.improvement_error == pytest.approx(error)
+    assert tuned.is_better
+    assert verdict(tuned) == "lower by 31.7% (95% confidence 12.7 to 50.6%; repeats 40.0 30.0 25.0)"
     once = dataclasses.replace(tuned, held_out=[6.0], baseline=[10.0])
     assert once.improvement_error is None
-    assert improvement_text(once) == "40.0% in one repeat"
+    assert not once.is_better
+    assert verdict(once) == "change of -40.0% in one repeat, which has no confidence interval"
+
+
+def worse(found):
+    return dataclasses.replace(found, held_out=[10.2, 10.4], baseline=[10.0, 10.1])
+
+
+def better(found):
+    return dataclasses.replace(found, held_out=[5.0, 5.1], baseline=[10.0, 10.1])
+
+
+def test_what_is_not_better_is_not_called_lower(found):
+    tuned = worse(found)
+    assert not tuned.is_better
+    told = "nothing better than EMA 0.1, no guidance was found; change of +2.5% (95% confidence -"
+    assert verdict(tuned).startswith(told)
+    assert verdict(tuned).endswith("repeats +2.0 +3.0)")
+    same = dataclasses.replace(found, held_out=[10.0, 10.1], baseline=[10.0, 10.1])
+    assert not same.is_better
+    assert "change of +0.0% (95% confidence +0.0 to +0.0%" in verdict(same)
+
+
+def test_only_what_is_better_becomes_the_default(run, found, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("tuning"))
+    copy = tmp_path / "run"
+    folder = save_tuned(copy, better(found))
+    assert (folder / "model.safetensors").exists()
+    save_tuned(copy, worse(found))
+    assert not list(folder.glob("*.safetensors"))
+    assert read_tuned(copy) == worse(found)
+    main(["sample", str(copy), "--seeds", "0-3", "--out", str(tmp_path / "out")])
+    assert "tuning found nothing better than EMA 0.1 without guidance" in capsys.readouterr().err
+    settings = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert settings["model"]["sigma_rel"] == ImageGenerator.load(copy).info["sigma_rel"]
+    page = write_tuning_report(worse(found), PLAN, tmp_path / "report.html", title="t").read_text()
+    assert "change, not significant" in page
+    assert "lower by" not in page
+
+
+def test_the_moment_is_fixed_when_the_search_starts(fresh, tmp_path, capsys):
+    """A run that trains on: snapshots appear while the search goes on, and after it."""
+    later, manifest = tmp_path / "later.json", fresh / "snapshots" / "manifest.json"
+    shutil.copy(manifest, later)
+    content = json.loads(manifest.read_text())
+    content["snapshots"] = [s for s in content["snapshots"] if s["t"] <= 160]
+    content.pop("checksum", None)
+    manifest.write_text(json.dumps(content))
+    asked = set()
+
+    class Growing(Brightness):
+        def distance(self, images):
+            shutil.copy(later, manifest)
+            return super().distance(images)
+
+    load = ImageGenerator.load
+
+    def recording(path, sigma_rel, *, num_images, **options):
+        asked.add(num_images)
+        return load(path, sigma_rel, num_images=num_images, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edm2.tuning.bench.ImageGenerator.load", recording)
+        tuned = tune(fresh, Growing(), PLAN)
+    assert max(asked) == tuned.num_images == 160
+    assert tuned == tune(fresh, Brightness(), dataclasses.replace(PLAN, num_images=170))
+    assert tuned.baseline != tune(fresh, Brightness(), PLAN).baseline
+    with pytest.raises(
+        ValueError, match=r"num_images 10 is before the first snapshot of .*, at 40: give at least"
+    ):
+        tune(fresh, Brightness(), dataclasses.replace(PLAN, num_images=10))
+    folder = save_tuned(fresh, better(tuned))
+    assert load(folder / "model.safetensors").info["num_images"] == 160
+    main(["sample", str(fresh), "--seeds", "0-3", "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().err
+    assert (
+        "tuned after 160 training images, and the newest snapshot, which is sampled, comes after 320" in told
+    )
+    save_tuned(fresh, dataclasses.replace(better(tuned), num_images=320))
+    main(["sample", str(fresh), "--seeds", "0-3", "--out", str(tmp_path / "out2")])
+    assert "newest snapshot" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", [2, 3, 11, 12, 13, 40])
@@ -185,18 +266,18 @@ def test_a_guide_that_is_the_network_itself_is_none(tmp_path, fresh, monkeypatch
 
 def refusing(monkeypatch, refused):
     """Stands in for snapshots that cannot give some averages."""
-    wanted = tuning.reconstruct_many
+    wanted = bench.reconstruct_many
 
     def reconstruct_many(folder, targets, t, **options):
         if refused(targets[0], t):
             raise ValueError(f"{targets[0]:g} is too long")
         return wanted(folder, targets, t, **options)
 
-    monkeypatch.setattr(tuning, "reconstruct_many", reconstruct_many)
+    monkeypatch.setattr(bench, "reconstruct_many", reconstruct_many)
 
 
 def test_averages_that_the_snapshots_cannot_give_are_skipped_and_named(fresh, monkeypatch):
-    refusing(monkeypatch, lambda length, t: (length, t) in ((0.05, None), (0.08, 80.0)))
+    refusing(monkeypatch, lambda length, t: (length, t) in ((0.05, 320.0), (0.08, 80.0)))
     score = Preferring(monkeypatch, lambda k: k.sigma_rel)
     with pytest.warns(UserWarning, match="skipped") as caught:
         tried = tune(fresh, score, PLAN).tried
@@ -225,7 +306,7 @@ def test_no_search_without_a_length_or_a_comparison(fresh, monkeypatch):
         tune(fresh, Brightness(), PLAN)
     plan = dataclasses.replace(PLAN, sigma_rels=(0.05, 0.08))
     refusing(monkeypatch, lambda length, t: length < 0.1)
-    monkeypatch.setattr(tuning, "BASELINE_SIGMA_REL", 0.2)
+    monkeypatch.setattr(search, "BASELINE_SIGMA_REL", 0.2)
     with (
         pytest.warns(UserWarning, match="skipped EMA"),
         pytest.raises(ValueError, match=r"give none of the EMA lengths \(0\.05, 0\.08\)"),
@@ -241,7 +322,8 @@ def test_an_interrupted_search_evaluates_nothing_twice(run, found):
     log = run / "tuning" / "evaluations.jsonl"
     lines = log.read_text().splitlines()
     log.write_text("\n".join(lines[:3]) + '\n{"key": "cut sh')
-    assert tune(run, score, PLAN) == found
+    with pytest.warns(UserWarning, match=r"evaluations\.jsonl: line 4 is damaged"):
+        assert tune(run, score, PLAN) == found
     assert score.calls == len(lines) - 3
     assert tune(run, score, PLAN) == found
     assert score.calls == len(lines) - 3
@@ -250,6 +332,7 @@ def test_an_interrupted_search_evaluates_nothing_twice(run, found):
 
 
 def test_tuned_settings_are_saved_and_read_back(run, found):
+    found = better(found)
     folder = save_tuned(run, found)
     assert read_tuned(run) == found
     content = json.loads((folder / "tuned.json").read_text())
@@ -282,7 +365,7 @@ def test_no_search_where_there_is_nothing_to_search_in(tmp_path):
     for options, told in (
         (dict(samples=1), "samples 1 must be at least 2"),
         (dict(final_samples=1), "final_samples 1 must be at least 2"),
-        (dict(repeats=0), "repeats 0 must be at least 1"),
+        (dict(repeats=1), "repeats 1 must be at least 2"),
         (dict(sigma_rels=(0.1, 0.05)), r"sigma_rels \(0\.1, 0\.05\) must ascend, each length once"),
         (dict(sigma_rels=(0.1, 0.1)), "must ascend, each length once"),
         (dict(guidances=(1.5, 1.5)), r"guidances \(1\.5, 1\.5\) must be different values"),
@@ -314,7 +397,7 @@ def test_words_of_knobs():
 
 
 def test_sample_takes_the_tuned_settings_unless_told_otherwise(run, found, tmp_path, capsys):
-    save_tuned(run, dataclasses.replace(found, best=Knobs(sigma_rel=0.08)))
+    save_tuned(run, dataclasses.replace(better(found), best=Knobs(sigma_rel=0.08)))
     main(["sample", str(run), "--seeds", "0-3", "--out", str(tmp_path / "tuned")])
     assert "tuned settings: EMA 0.08" in capsys.readouterr().err
     settings = json.loads((tmp_path / "tuned" / "samples.json").read_text())
@@ -341,7 +424,7 @@ def test_networks_are_opened_on_the_device(fresh, monkeypatch, run):
         asked.append(device)
         return load(*args, device=device, **options)
 
-    monkeypatch.setattr("edm2.tuning.search.ImageGenerator.load", recording)
+    monkeypatch.setattr("edm2.tuning.bench.ImageGenerator.load", recording)
     tune(fresh, Brightness(), dataclasses.replace(PLAN, highs=(), lows=()), device="cpu:0")
     assert set(asked) == {"cpu:0"}
     with pytest.raises(SystemExit):
@@ -355,9 +438,25 @@ def test_command_line(run, capsys):
     out = capsys.readouterr().out
     assert out.count("EMA length") >= 2
     assert "Frechet distance with held-out seeds" in out
-    assert re.search(r"lower by \S+% \(95% confidence \S+ to \S+%; repeats \S+ \S+\)", out)
+    assert re.search(r"(lower by|change of) \S+% \(95% confidence \S+ to \S+%; repeats \S+ \S+\)", out)
     assert out.startswith(
         "Frechet distance in features of a classifier trained on the run's own images, lower is better\n"
         "   1/8  EMA length"
     )
     assert (run / "tuning" / "report.html").exists()
+    assert "tuned after 320 training images\n" in out
+
+
+def test_a_run_under_way_says_which_snapshot_is_tuned(fresh, capsys):
+    (fresh / "model.safetensors").unlink()
+    words = (
+        "--sigma-rels 0.1 --guide-moments 0.5 --guide-factors 1 --guidances --highs --lows --num-images 200"
+    )
+    sizes = "--samples 8 --final-samples 8 --repeats 2 --num-steps 2 --sampler euler"
+    main(["tune", str(fresh), *words.split(), *sizes.split()])
+    printed = capsys.readouterr()
+    assert (
+        "its snapshot after 200 training images is tuned; to continue this search after a stop" in printed.err
+    )
+    assert "add --num-images 200" in printed.err
+    assert "tuned after 200 training images\n" in printed.out

@@ -18,7 +18,7 @@ from edm2.generate import ImageGenerator, SamplerOptions, parse_seeds, read_codi
 from edm2.hub import Parts, find_parts
 from edm2.progress import show, tell
 from edm2.train.world import join_world
-from edm2.tuning.result import FOLDER, GUIDE_FILE, read_tuned
+from edm2.tuning.result import tuned_settings
 
 _OPTIONS = [field.name for field in dataclasses.fields(SamplerOptions)]
 
@@ -148,22 +148,9 @@ def _shared_settings(parts: Parts) -> dict[str, Any]:
 
 
 def _tuned_settings(run: Path) -> dict[str, Any]:
-    found = read_tuned(run)
-    if found is None:
-        return {}
-    knobs = found.best
-    tell(f"edm2: tuned settings: {knobs.describe()}; --ema chooses others")
-    settings: dict[str, Any] = {
-        "num_steps": found.num_steps,
-        "sampler": found.sampler,
-        "ema": knobs.sigma_rel,
-    }
-    if knobs.guide is not None:
-        settings["guide"] = run / FOLDER / GUIDE_FILE
-    elif knobs.is_guided:
-        settings |= dict(guide_ema=knobs.guide_sigma_rel, guide_images=knobs.guide_images)
-    if knobs.is_guided:
-        settings |= dict(guidance=knobs.guidance, interval=knobs.interval)
+    settings, remarks = tuned_settings(run)
+    for remark in remarks:
+        tell(f"edm2: {remark}")
     return settings
 
 

@@ -1,5 +1,6 @@
 """`edm2 tune`."""
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,13 +10,14 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from edm2.diffusion import MODEL_FILE
 from edm2.evaluation.extractors import open_extractor
 from edm2.evaluation.judge import Judge, Metric
-from edm2.progress import show
+from edm2.progress import show, tell
 from edm2.train.build import open_run_data, pick_device
-from edm2.tuning.page import improvement_text, score_text, write_tuning_report
-from edm2.tuning.result import BASELINE_SIGMA_REL, Tried, save_tuned
-from edm2.tuning.search import TuningPlan, check_guide, tune
+from edm2.tuning import BASELINE_SIGMA_REL, Tried, TuningPlan, check_guide, save_tuned, tune
+from edm2.tuning.bench import moments
+from edm2.tuning.page import score_text, verdict, write_tuning_report
 
 
 @dataclass(kw_only=True)
@@ -23,7 +25,7 @@ class _Tune:
     """Find the EMA length, guide, guidance weight and interval with the lowest distance to the run's training images.
 
     The guide is an earlier moment of the same run, or what --guide names. Evaluations are kept: the same command
-    continues after a stop, and `edm2 sample RUN` uses what was found.
+    continues after a stop. `edm2 sample RUN` uses what was found if it is better beyond its confidence interval.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -31,11 +33,11 @@ class _Tune:
     metric: Metric = "frechet"
     """frechet: Frechet distance. kernel: kernel distance (KID), right on average for any number of images."""
     features: Literal["classifier", "inception", "dinov2"] = "classifier"
-    """What makes features. classifier: trained on the run's images, which need classes, or that of --weights."""
+    """Feature extractor. classifier: trained on the run's images, which need classes, or read from --weights."""
     weights: str | None = None
-    """Its weights: a file or its http(s) address (inception, classifier), a folder or hub name (dinov2)."""
+    """Weights of the extractor: a file or http(s) address (inception, classifier), a folder or hub name (dinov2)."""
     weights_sha256: str | None = None
-    """Expected hash of the weights. Required for inception, whose TorchScript file contains code that runs."""
+    """Expected hash of the weights. Required for inception, whose TorchScript file holds code that will run."""
     trust_weights: bool = False
     """Open a TorchScript file without knowing its hash."""
     device: str = "auto"
@@ -47,8 +49,16 @@ def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 tune`."""
     chosen = tyro.cli(_Tune, prog=prog, args=list(words))
     device = pick_device(chosen.device)
-    if chosen.plan.guide is not None:
-        check_guide(chosen.run, chosen.plan.guide)  # before a classifier is trained
+    # What can be refused is refused before a classifier is trained.
+    moment = moments(chosen.run, chosen.plan.num_images)[-1]
+    plan = dataclasses.replace(chosen.plan, num_images=moment)
+    if plan.guide is not None:
+        check_guide(chosen.run, plan.guide)
+    if not (chosen.run / MODEL_FILE).exists():
+        tell(
+            f"edm2: the run has not ended: its snapshot after {moment:,.0f} training images is tuned; to continue this "
+            f"search after a stop, add --num-images {moment:.0f}"
+        )
     judge = _judge(chosen, device)
     show(f"{judge.metric} in features of {judge.features}, lower is better")
     done = 0
@@ -56,20 +66,20 @@ def run(prog: str, words: Sequence[str]) -> None:
     def on_tried(tried: Tried, best: Tried) -> None:
         nonlocal done
         done += 1
-        count = f"{done}/{chosen.plan.most_evaluations}"
+        count = f"{done}/{plan.most_evaluations}"
         mark = "  <- best so far" if tried == best else ""
         show(f"{count:>6}  {tried.stage:<21} {score_text(tried.score):>9}  {tried.knobs.describe()}{mark}")
 
-    found = tune(chosen.run, judge, chosen.plan, device=device, on_tried=on_tried)
+    found = tune(chosen.run, judge, plan, device=device, on_tried=on_tried)
     folder = save_tuned(chosen.run, found)
-    report = write_tuning_report(
-        found, chosen.plan, folder / "report.html", title=f"Tuning of {chosen.run.name}"
-    )
-    show(f"best: {found.best.describe()}")
+    report = write_tuning_report(found, plan, folder / "report.html", title=f"Tuning of {chosen.run.name}")
+    show(f"best: {found.best.describe()}, tuned after {found.num_images:,.0f} training images")
     show(f"{found.metric} with held-out seeds {_mean(found.held_out)}")
     show(f"with EMA {BASELINE_SIGMA_REL:g} and no guidance  {_mean(found.baseline)}")
-    show(f"lower by {improvement_text(found)}")
-    show(f"report: {report}\nmodel:  {folder / 'model.safetensors'}")
+    show(verdict(found))
+    show(f"report: {report}")
+    if found.is_better:
+        show(f"model:  {folder / MODEL_FILE}")
 
 
 def _judge(chosen: _Tune, device: torch.device) -> Judge:

@@ -1,5 +1,6 @@
 """Models with any EMA length from a run's snapshots."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,21 +9,43 @@ from edm2.diffusion import MODEL_FILE, Denoiser, read_model_header, save_model
 from edm2.diffusion.description import build_on_meta, check_info
 from edm2.ema import Reconstruction, reconstruct_many
 from edm2.ema.storage.manifest import ForeignSnapshots, read_manifest
-from edm2.train.run_folder import SNAPSHOTS
+from edm2.train.logs import read_log
+from edm2.train.run_folder import CHECKPOINTS, CONFIG_FILE, SNAPSHOTS, read_config
 
 
 def snapshots_of(run: str | Path) -> Path:
-    """The folder of snapshots that a run's folder holds, or that the path is itself.
+    """Return the folder of snapshots in a run's folder, or the path itself, which may be one.
 
     Raises:
-        ValueError: for a file.
+        ValueError: If the path is a file, or a run that has not written a snapshot yet.
     """
     run = Path(run)
+    folder = run / SNAPSHOTS
     if run.is_file():
         raise ValueError(
-            f"{run} is a file: an EMA length is put together from the snapshots in the folder of a run"
+            f"{run} is a file: an EMA length is reconstructed from the snapshots in the folder of a run"
         )
-    return run / SNAPSHOTS if (run / SNAPSHOTS).is_dir() else run
+    if not _is_run(run):
+        return folder if folder.is_dir() else run
+    if not (run / MODEL_FILE).exists() and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{run} has no snapshot yet: {_first_snapshot(run)}; train on until then")
+    return folder
+
+
+def _is_run(path: Path) -> bool:
+    return (path / CONFIG_FILE).is_file() and (path / CHECKPOINTS).is_dir()
+
+
+def _first_snapshot(run: Path) -> str:
+    settings, log = read_config(run)["settings"], read_log(run)
+    try:
+        every, total = settings["snapshot_images"], settings["num_images"]
+        # As `TrainConfig.snapshot_interval` has it; the end of the run gets one in any case.
+        first = min(math.ceil(total / 2) if every is None else every, total)
+        seen = log[-1]["num_images"] if log else 0
+        return f"the first comes after {first:,} training images, and the log reaches {seen:,}"
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{run / CONFIG_FILE} is damaged ({error}): restore it from a copy") from error
 
 
 def read_info(path: str | Path, sigma_rel: float | None = None) -> dict[str, Any]:
@@ -34,10 +57,12 @@ def read_info(path: str | Path, sigma_rel: float | None = None) -> dict[str, Any
     if sigma_rel is not None:
         info: dict[str, Any] = _metadata(path, read_manifest(snapshots_of(path)).run.metadata)["info"]
         return info
-    if (Path(path) / SNAPSHOTS).is_dir() and not (Path(path) / MODEL_FILE).exists():
+    path = Path(path)
+    if (_is_run(path) or (path / SNAPSHOTS).is_dir()) and not (path / MODEL_FILE).exists():
+        snapshots_of(path)  # says so if there is none yet
         raise ValueError(
             f"{path} is an unfinished run, which has no final model yet: name an EMA length, --ema 0.1 "
-            "(sigma_rel=0.1 in Python), to put it together from its snapshots"
+            "(sigma_rel=0.1 in Python), to reconstruct it from its snapshots"
         )
     info = read_model_header(path)[1]["info"]
     return info

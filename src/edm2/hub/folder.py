@@ -225,7 +225,7 @@ def _file_name(name: object) -> str:
 
 def _tuned_parts(path: Path) -> Parts | None:
     tuned = read_tuned(path) if path.is_dir() else None
-    if tuned is None:
+    if tuned is None or not tuned.is_better:
         return None
     knobs, folder = tuned.best, path / TUNING_FOLDER
     sampling = Sampling(

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from edm2.report import Page
 from edm2.report.tuning_figures import knob_figure
+from edm2.tuning.plan import TuningPlan
 from edm2.tuning.result import BASELINE_SIGMA_REL, Knobs, Tried, Tuned
-from edm2.tuning.search import TuningPlan
 
 _SHOWN = 12
+_UNTUNED = f"EMA {BASELINE_SIGMA_REL:g}, no guidance"
 _KNOBS: dict[str, tuple[str, Callable[[Tried], float]]] = {
     "EMA length": ("EMA length", lambda t: t.knobs.sigma_rel),
-    "guide": ("the guide's EMA length", lambda t: t.knobs.guide_sigma_rel or 0.0),
+    "guide": ("EMA length of the guide", lambda t: t.knobs.guide_sigma_rel or 0.0),
     "guidance weight": ("guidance weight", lambda t: t.knobs.guidance),
     "EMA length with guide": ("EMA length", lambda t: t.knobs.sigma_rel),
     "interval, upper end": ("upper end of the interval, sigma", lambda t: t.knobs.interval[1]),
@@ -25,31 +26,32 @@ def write_tuning_report(tuned: Tuned, plan: TuningPlan, out: str | Path, *, titl
     """Write the page: result with held-out seeds, a curve for each knob, a ranked table.
 
     Args:
-        tuned: what the search found.
-        plan: how far it went.
-        out: the HTML file; an older one is replaced.
-        title: of the page.
+        tuned: What the search found.
+        plan: How far it went.
+        out: The HTML file; an older one is replaced.
+        title: Title of the page.
 
     Returns:
         The file.
     """
     page = Page(title, lead="One knob after the other, each from the best settings so far.")
-    page.facts(
-        {
-            f"{tuned.metric}, tuned": f"{statistics.fmean(tuned.held_out):.3g}",
-            f"EMA {BASELINE_SIGMA_REL:g}, no guidance": f"{statistics.fmean(tuned.baseline):.3g}",
-            "lower by": _amount(tuned, tuned.improvement),
-        }
-    )
+    facts = {
+        f"{tuned.metric}, tuned": f"{statistics.fmean(tuned.held_out):.3g}",
+        _UNTUNED: f"{statistics.fmean(tuned.baseline):.3g}",
+        "change" if tuned.is_better else "change, not significant": _change(tuned, tuned.improvement),
+    }
+    if tuned.num_images is not None:
+        facts["tuned after, in training images"] = f"{tuned.num_images:,.0f}"
+    page.facts(facts)
     page.section(
         "Result",
-        f"Measured with {plan.repeats} times {plan.final_samples:,} images of seeds that the search never saw, "
-        "the same for both.",
+        f"Measured with {plan.repeats} sets of {plan.final_samples:,} images each. Their seeds are new to the search, "
+        "and the same for both settings.",
     )
     add_result(page, tuned)
     points = f"Each point: {plan.samples:,} images, {plan.num_steps} steps of {plan.sampler}, the same seeds for all."
     scatter = None
-    if plan.repeats > 1 and plan.samples == plan.final_samples:
+    if plan.samples == plan.final_samples:
         scatter = statistics.stdev(tuned.held_out)
         points += (
             f" With other seeds the best settings scatter by {scatter:.3g} (standard deviation, the bars)."
@@ -62,15 +64,15 @@ def write_tuning_report(tuned: Tuned, plan: TuningPlan, out: str | Path, *, titl
 
 
 def add_result(page: Page, tuned: Tuned) -> None:
-    """Add the best settings, and their scores with held-out seeds beside those of no tuning."""
+    """Add the best settings, and their scores with held-out seeds beside those without tuning."""
     judged = f"{_capital(tuned.metric)} in features of {tuned.features}"
-    page.text(f"Best settings: {tuned.best.describe()}. {judged}: lower by {improvement_text(tuned)}.")
+    page.text(f"Best settings: {tuned.best.describe()}. {judged}: {verdict(tuned)}.")
     repeats = zip(tuned.held_out, tuned.baseline, tuned.improvements, strict=True)
     rows: list[list[object]] = [
-        [i, score_text(ours), score_text(theirs), _amount(tuned, lower)]
+        [i, score_text(ours), score_text(theirs), _change(tuned, lower)]
         for i, (ours, theirs, lower) in enumerate(repeats, 1)
     ]
-    page.table(["repeat", "tuned", f"EMA {BASELINE_SIGMA_REL:g}, no guidance", "lower by"], rows)
+    page.table(["repeat", "tuned", _UNTUNED, "change"], rows)
 
 
 def add_knobs(page: Page, tuned: Tuned, scatter: float | None = None) -> None:
@@ -79,15 +81,16 @@ def add_knobs(page: Page, tuned: Tuned, scatter: float | None = None) -> None:
     with page.columns():
         for stage, (knob, value) in _KNOBS.items():
             points = [t for t in tuned.tried if t.stage == stage]
-            if points:
-                curves: dict[str, list[tuple[float, float]]] = {}
-                for t in points:
-                    name = _guide_name(t.knobs) if stage == "guide" else ""
-                    curves.setdefault(name, []).append((value(t), t.score))
-                before = best if math.isfinite(best) else None
-                figure = knob_figure(curves, knob=knob, label=tuned.metric, reference=before, scatter=scatter)
-                page.figure(figure, _capital(stage), f"Curve of {tuned.metric} against {knob}")
-                best = min(best, *(t.score for t in points))
+            if not points:
+                continue
+            curves: dict[str, list[tuple[float, float]]] = {}
+            for t in points:
+                name = _guide_name(t.knobs) if stage == "guide" else ""
+                curves.setdefault(name, []).append((value(t), t.score))
+            before = best if math.isfinite(best) else None
+            figure = knob_figure(curves, knob=knob, label=tuned.metric, reference=before, scatter=scatter)
+            page.figure(figure, _capital(stage), f"Curve of {tuned.metric} against {knob}")
+            best = min(best, *(t.score for t in points))
 
 
 def add_ranking(page: Page, tuned: Tuned) -> None:
@@ -99,24 +102,41 @@ def add_ranking(page: Page, tuned: Tuned) -> None:
     )
 
 
-def improvement_text(tuned: Tuned) -> str:
-    """The improvement with its confidence and the values of the repeats, in percent where that means something."""
-    error, text = tuned.improvement_error, _amount(tuned, tuned.improvement)
+def verdict(tuned: Tuned) -> str:
+    """Say whether tuning helped: the improvement with its confidence and its repeats, or that nothing was found.
+
+    Amounts are in percent of the score without tuning where that is clearly positive, else in units of the score.
+    """
+    error = tuned.improvement_error
     if error is None:
-        return f"{text} in one repeat"
-    low, high = (_amount(tuned, tuned.improvement + e).removesuffix("%") for e in (-error, error))
+        return (
+            f"change of {_change(tuned, tuned.improvement)} in one repeat, which has no confidence interval"
+        )
+    write = _amount if tuned.is_better else _change
+    ends = (tuned.improvement - error, tuned.improvement + error)
+    mean, low, high, *each = (
+        write(tuned, value).removesuffix("%")
+        for value in (tuned.improvement, *(ends if tuned.is_better else ends[::-1]), *tuned.improvements)
+    )
     unit = "%" if tuned.is_share else ""
-    each = " ".join(_amount(tuned, value).removesuffix("%") for value in tuned.improvements)
-    return f"{text} (95% confidence {low} to {high}{unit}; repeats {each})"
+    numbers = f"{mean}{unit} (95% confidence {low} to {high}{unit}; repeats {' '.join(each)})"
+    if tuned.is_better:
+        return f"lower by {numbers}"
+    return f"nothing better than {_UNTUNED} was found; change of {numbers}"
 
 
 def score_text(score: float) -> str:
-    """A score with enough digits, also for kernel distances, which may be thousandths."""
+    """Write a score with enough digits, also for kernel distances, which may be thousandths."""
     return f"{score:.4f}" if abs(score) >= 0.1 else f"{score:.3g}"
 
 
 def _amount(tuned: Tuned, improvement: float) -> str:
     return f"{100 * improvement:.1f}%" if tuned.is_share else score_text(improvement)
+
+
+def _change(tuned: Tuned, improvement: float) -> str:
+    text = _amount(tuned, 0.0 - improvement)
+    return text if text.startswith("-") else f"+{text}"
 
 
 def _guide_name(knobs: Knobs) -> str:

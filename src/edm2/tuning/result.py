@@ -1,7 +1,6 @@
-"""What a search for the best settings of a run found, and where `edm2 sample RUN` finds it again."""
+"""What a search found, and the files in a run's folder that keep it for `edm2 sample RUN`."""
 
 import dataclasses
-import json
 import math
 import statistics
 from dataclasses import dataclass
@@ -9,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from edm2.diffusion import MODEL_FILE, load_model, save_model
+from edm2.ema.storage.manifest import read_manifest
 from edm2.evaluation.judge import FRECHET, OWN_CLASSIFIER
-from edm2.files import write_json
-from edm2.generate import reconstruct_denoiser
+from edm2.files import read_json, write_json
+from edm2.generate import reconstruct_denoiser, snapshots_of
 
 BASELINE_SIGMA_REL = 0.10
 FOLDER = "tuning"
 GUIDE_FILE = "guide.safetensors"
 _FILE = "tuned.json"
-# Student's t, two-sided 95%, of 1 to 10 degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +25,11 @@ class Knobs:
 
     Attributes:
         sigma_rel: EMA length.
-        guide_images: training images that the guide has seen, where it is an earlier moment of the same run.
-        guide_sigma_rel: the guide's EMA length, where it is put together from snapshots.
-        guidance: weight; 1 for none.
-        interval: noise levels (low, high] where guidance acts.
-        guide: model file or run that guides, where it is not the same run.
+        guide_images: Training images that the guide has seen, where it comes from the snapshots of a run.
+        guide_sigma_rel: EMA length of the guide, likewise.
+        guidance: Guidance weight; 1 for none.
+        interval: Noise levels (low, high] at which guidance acts.
+        guide: Model file or run that guides, where it is not an earlier moment of the same run.
     """
 
     sigma_rel: float
@@ -47,7 +45,7 @@ class Knobs:
         return self.guide is not None or self.guide_images is not None
 
     def describe(self) -> str:
-        """In words."""
+        """Return the settings in words."""
         text = f"EMA {self.sigma_rel:g}"
         if self.is_guided:
             text += f", guide {self.guide or f'of {self.guide_images:,.0f} images'}"
@@ -58,15 +56,42 @@ class Knobs:
             text += f" for sigma in ({self.interval[0]:g}, {self.interval[1]:g}]"
         return text
 
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values; an interval without an upper end has null there."""
+        low, high = self.interval
+        return {**dataclasses.asdict(self), "interval": [low, None if high == math.inf else high]}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Knobs":
+        """Read what `to_json` returned.
+
+        Raises:
+            ValueError: If the guide is described in part.
+        """
+        low, high = content["interval"]
+        images, length, guide = content["guide_images"], content["guide_sigma_rel"], content.get("guide")
+        if guide is None and (images is None) != (length is None):
+            raise ValueError("a guide needs both its moment and its EMA length")
+        if not isinstance(guide, str | None):
+            raise ValueError("a guide is named by its path")
+        return cls(
+            sigma_rel=float(content["sigma_rel"]),
+            guide_images=_float(images),
+            guide_sigma_rel=_float(length),
+            guidance=float(content["guidance"]),
+            interval=(float(low), math.inf if high is None else float(high)),
+            guide=guide,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
     """One evaluation of the search.
 
     Attributes:
-        stage: what was being searched.
-        knobs: the settings.
-        score: their score.
+        stage: What was being searched.
+        knobs: The settings.
+        score: Their score.
     """
 
     stage: str
@@ -79,14 +104,15 @@ class Tuned:
     """What a search found.
 
     Attributes:
-        best: the settings with the lowest score in the search.
-        num_steps: of the sampler.
-        sampler: its name.
-        tried: all evaluations, in order.
-        held_out: scores of `best`, one a repeat, with seeds that the search never saw.
-        baseline: the same for EMA length 0.10 without guidance; each repeat has the seeds of the one in `held_out`.
-        metric: what a score is, in words.
-        features: what it is measured in, in words.
+        best: The settings with the lowest score in the search.
+        num_steps: Noise levels of the sampler.
+        sampler: Name of the sampler.
+        tried: All evaluations, in order.
+        held_out: Scores of `best`, one per repeat, with seeds that the search never saw.
+        baseline: Scores of EMA length 0.10 without guidance, with the same seeds.
+        metric: What a score is, in words.
+        features: What it is measured in, in words.
+        num_images: Moment of the run that was tuned, in training images; None if a file does not say it.
     """
 
     best: Knobs
@@ -97,13 +123,14 @@ class Tuned:
     baseline: list[float]
     metric: str = FRECHET
     features: str = OWN_CLASSIFIER
+    num_images: float | None = None
 
     @property
     def is_share(self) -> bool:
         """Whether improvements are shares of the baseline, which must be clearly positive for that.
 
-        A Frechet distance is never negative. What may be, as a kernel distance, is clearly positive where the 95%
-        confidence interval of its mean is; one repeat cannot tell.
+        A Frechet distance is never negative. Another score, such as a kernel distance, is clearly positive where the
+        95% confidence interval of its mean is; one repeat cannot tell.
         """
         if min(self.baseline) <= 0:
             return False
@@ -112,7 +139,7 @@ class Tuned:
 
     @property
     def improvements(self) -> list[float]:
-        """How much lower the held-out score is than the baseline's with the same seeds, one a repeat.
+        """How much lower the held-out score is than the baseline's with the same seeds, one per repeat.
 
         Shares of the baseline with `is_share`, else differences.
         """
@@ -130,102 +157,134 @@ class Tuned:
         """Half the 95% confidence interval of `improvement` (Student's t); None with one repeat."""
         return half_interval(self.improvements)
 
+    @property
+    def is_better(self) -> bool:
+        """Whether the improvement lies above 0 with its 95% confidence interval."""
+        error = self.improvement_error
+        return error is not None and self.improvement > error
+
 
 def half_interval(values: list[float]) -> float | None:
     """Half the 95% confidence interval of the mean of independent values, by Student's t; None for one value."""
     if len(values) < 2:
         return None
-    freedom = len(values) - 1
-    # Beyond the table the expansion in 1 / freedom (Cornish-Fisher) is good to 0.002.
-    t = _T95[freedom - 1] if freedom <= len(_T95) else 1.96 + 2.372 / freedom + 2.82 / freedom**2
-    return t * statistics.stdev(values) / math.sqrt(len(values))
+    from scipy.special import stdtrit
+
+    quantile = float(stdtrit(len(values) - 1, 0.975))
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def save_tuned(run: str | Path, tuned: Tuned) -> Path:
-    """Write the best settings, where `edm2 sample RUN` finds them, and the networks that they need.
+    """Write what a search found and, if it is better than the comparison, the networks that it needs.
+
+    Only better settings become the default of `edm2 sample RUN` and of `edm2.hub`.
+
+    Args:
+        run: Folder of the run.
+        tuned: What `tune` returned.
 
     Returns:
-        The folder, `tuning` in the run's, with tuned.json, model.safetensors and, with guidance,
-        guide.safetensors. Those of an earlier search are replaced.
+        The folder, `tuning` in the run's, with tuned.json, model.safetensors and, with guidance, guide.safetensors.
+        Files of an earlier search are replaced or removed.
     """
     folder, knobs = Path(run) / FOLDER, tuned.best
-    networks = {MODEL_FILE: reconstruct_denoiser(run, knobs.sigma_rel)}
-    if knobs.is_guided:
+    networks = {}
+    if tuned.is_better:
+        networks[MODEL_FILE] = reconstruct_denoiser(run, knobs.sigma_rel, tuned.num_images)
+    if tuned.is_better and knobs.is_guided:
         source = knobs.guide or run
         networks[GUIDE_FILE] = (
             load_model(source)
             if knobs.guide_sigma_rel is None
             else reconstruct_denoiser(source, knobs.guide_sigma_rel, knobs.guide_images)
         )
-    # Only now, because the guide may have been this file.
-    (folder / GUIDE_FILE).unlink(missing_ok=True)
+    # Removed only now, because the guide may have been this file.
+    for name in (MODEL_FILE, GUIDE_FILE):
+        if name not in networks:
+            (folder / name).unlink(missing_ok=True)
     for name, (denoiser, info) in networks.items():
         save_model(folder / name, denoiser.config, denoiser.state_dict(), info, overwrite=True)
     content = {
-        "knobs": _json(tuned.best),
-        "metric": tuned.metric,
-        "features": tuned.features,
-        "num_steps": tuned.num_steps,
-        "sampler": tuned.sampler,
-        "held_out": tuned.held_out,
-        "baseline": tuned.baseline,
+        **dataclasses.asdict(tuned),
+        "knobs": knobs.to_json(),
+        "tried": [{"stage": t.stage, "score": t.score, "knobs": t.knobs.to_json()} for t in tuned.tried],
+        "is_better": tuned.is_better,
         "is_share": tuned.is_share,
         "improvements": tuned.improvements,
         "improvement": tuned.improvement,
         "improvement_error": tuned.improvement_error,
-        "tried": [{"stage": t.stage, "score": t.score, "knobs": _json(t.knobs)} for t in tuned.tried],
     }
+    del content["best"]
     write_json(folder / _FILE, content)
     return folder
 
 
 def read_tuned(run: str | Path) -> Tuned | None:
-    """What `save_tuned` wrote for a run, or None where it was not tuned.
+    """Read what `save_tuned` wrote for a run; None if the run was not tuned.
 
     Raises:
-        ValueError: if the file is damaged.
+        ValueError: If the file is damaged.
     """
     path = Path(run) / FOLDER / _FILE
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path, finite=False)
         return Tuned(
-            best=_knobs(content["knobs"]),
+            best=Knobs.from_json(content["knobs"]),
             num_steps=int(content["num_steps"]),
             sampler=str(content["sampler"]),
             tried=[
-                Tried(stage=str(t["stage"]), knobs=_knobs(t["knobs"]), score=float(t["score"]))
+                Tried(stage=str(t["stage"]), knobs=Knobs.from_json(t["knobs"]), score=float(t["score"]))
                 for t in content["tried"]
             ],
             held_out=[float(score) for score in content["held_out"]],
             baseline=[float(score) for score in content["baseline"]],
             metric=str(content.get("metric", FRECHET)),
             features=str(content.get("features", OWN_CLASSIFIER)),
+            num_images=_float(content.get("num_images")),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}): run `edm2 tune` again, it reuses what it knows"
+            f"{path} is damaged ({error}): run `edm2 tune` again; it reuses its evaluations"
         ) from error
 
 
-def _knobs(content: dict[str, Any]) -> Knobs:
-    low, high = content["interval"]
-    images, length, guide = content["guide_images"], content["guide_sigma_rel"], content.get("guide")
-    if guide is None and (images is None) != (length is None):
-        raise ValueError("a guide needs both its moment and its EMA length")
-    if not isinstance(guide, str | None):
-        raise ValueError("a guide is named by its path")
-    return Knobs(
-        sigma_rel=float(content["sigma_rel"]),
-        guide_images=None if images is None else float(images),
-        guide_sigma_rel=None if length is None else float(length),
-        guidance=float(content["guidance"]),
-        interval=(float(low), math.inf if high is None else float(high)),
-        guide=guide,
-    )
+def tuned_settings(run: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return what `edm2 sample` uses by default for a run.
+
+    Args:
+        run: Folder of a run.
+
+    Returns:
+        Values of its options, empty where the run was not tuned or nothing better was found; and remarks for the user.
+    """
+    found = read_tuned(run)
+    if found is None:
+        return {}, []
+    if not found.is_better:
+        return {}, [f"tuning found nothing better than EMA {BASELINE_SIGMA_REL:g} without guidance"]
+    knobs = found.best
+    remarks = [f"tuned settings: {knobs.describe()}; --ema chooses others"]
+    newest = max(s.t for s in read_manifest(snapshots_of(run)).snapshots)
+    if found.num_images is not None and found.num_images != newest:
+        remarks.append(
+            f"the settings were tuned after {found.num_images:,.0f} training images, and the newest snapshot, which is "
+            f"sampled, comes after {newest:,.0f}: run `edm2 tune` again to tune that"
+        )
+    settings: dict[str, Any] = {
+        "num_steps": found.num_steps,
+        "sampler": found.sampler,
+        "ema": knobs.sigma_rel,
+    }
+    if knobs.is_guided:
+        settings |= {"guidance": knobs.guidance, "interval": knobs.interval}
+    if knobs.guide is not None:
+        settings["guide"] = run / FOLDER / GUIDE_FILE
+    elif knobs.is_guided:
+        settings |= {"guide_ema": knobs.guide_sigma_rel, "guide_images": knobs.guide_images}
+    return settings, remarks
 
 
-def _json(knobs: Knobs) -> dict[str, Any]:
-    low, high = knobs.interval
-    return {**dataclasses.asdict(knobs), "interval": [low, None if high == math.inf else high]}
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)

@@ -1,0 +1,194 @@
+"""Images and scores of settings, each evaluated once, at one moment of a run."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from edm2.diffusion import time_steps
+from edm2.ema import reconstruct_many
+from edm2.ema.storage.manifest import read_manifest
+from edm2.generate import ImageGenerator, snapshots_of
+from edm2.train.logs import append_log, read_log, rewind_log
+from edm2.tuning.plan import TuningPlan, has_snapshots
+from edm2.tuning.result import BASELINE_SIGMA_REL, FOLDER, Knobs
+
+_LOG = "evaluations.jsonl"
+# What a network is made from: run or model file, EMA length, moment.
+_Network = tuple[Path, float | None, float | None]
+
+
+class Score(Protocol):
+    """A number about images, lower being better.
+
+    Attributes:
+        fingerprint: Tells this number from any other.
+        metric: What it is, in words, such as "Frechet distance".
+        features: What it is measured in, in words.
+    """
+
+    @property
+    def fingerprint(self) -> str: ...  # noqa: D102 - described above
+    @property
+    def metric(self) -> str: ...  # noqa: D102
+    @property
+    def features(self) -> str: ...  # noqa: D102
+
+    def distance(self, images: np.ndarray) -> float:
+        """Score images, `[N, C, H, W]` uint8."""
+
+
+class Bench:
+    """Makes images by knobs, scores them, and remembers the scores in the run's folder.
+
+    The moment is fixed when the bench is opened: snapshots that training adds later are not read.
+
+    Args:
+        run: Folder of a training run.
+        score: What to measure.
+        plan: Moment, guide and sampler.
+        device: Where to make images.
+
+    Attributes:
+        moments: Times of the snapshots, ascending; the last is the moment that is tuned.
+        guide_moment: Moment of the plan's guide, where that is a run.
+
+    Raises:
+        ValueError: If the run has no snapshot up to the wanted moment, or the plan's guide does not fit.
+    """
+
+    def __init__(self, run: Path, score: Score, plan: TuningPlan, device: torch.device | str) -> None:
+        self._run, self._score, self._device = run, score, device
+        self._options: dict[str, Any] = {"num_steps": plan.num_steps, "sampler": plan.sampler}
+        self._levels: list[float] = time_steps(plan.num_steps)[:-1].tolist()
+        self._run_id = read_manifest(snapshots_of(run)).run.run_id
+        self.moments = moments(run, plan.num_images)
+        self.guide_moment, guide = None, None
+        if plan.guide is not None:
+            guide = check_guide(run, plan.guide).identity()
+            if has_snapshots(plan.guide):
+                self.guide_moment = moments(plan.guide)[-1]
+        self._guide_identity = json.dumps(guide, sort_keys=True)
+        self._folder = run / FOLDER
+        rewind_log(self._folder, sys.maxsize, _LOG)  # without the line that a kill cut short
+        self._known = {record["key"]: record["score"] for record in read_log(self._folder, _LOG)}
+        self._generators: dict[_Network, ImageGenerator] = {}
+        self._refusals: dict[_Network, str] = {}
+
+    def refusal(self, knobs: Knobs) -> str:
+        """Say why the snapshots cannot give one of the networks; empty where they can."""
+        for network in self._networks(knobs):
+            source, length, moment = network
+            if length is not None and network not in self._refusals:
+                self._refusals[network] = ""
+                try:
+                    reconstruct_many(snapshots_of(source), [length], moment, warn_above=math.inf, read=False)
+                except ValueError as error:
+                    self._refusals[network] = str(error)
+            if refusal := self._refusals.get(network):
+                return refusal
+        return ""
+
+    def _networks(self, knobs: Knobs) -> list[_Network]:
+        """The model and, if there is one, its guide."""
+        networks: list[_Network] = [(self._run, knobs.sigma_rel, self.moments[-1])]
+        if knobs.is_guided:
+            source = self._run if knobs.guide is None else Path(knobs.guide)
+            networks.append((source, knobs.guide_sigma_rel, knobs.guide_images))
+        return networks
+
+    def effect(self, knobs: Knobs) -> tuple[object, ...]:
+        """Return what the images depend on; equal for knobs that give the same images."""
+        low, high = knobs.interval
+        levels = tuple(level for level in self._levels if low < level <= high)
+        model, *guide = self._networks(knobs)
+        if not guide or guide == [model] or knobs.guidance == 1 or not levels:
+            return (knobs.sigma_rel,)
+        return (model, *guide, knobs.guidance, levels)
+
+    def evaluate(self, knobs: Knobs, seeds: range) -> float:
+        """Score the images of some seeds, unless that was done before.
+
+        Raises:
+            FloatingPointError: If the images are not finite.
+        """
+        facts = [
+            self._run_id,
+            self.moments[-1],
+            self._score.fingerprint,
+            self._options,
+            seeds.start,
+            len(seeds),
+        ]
+        settings = dataclasses.asdict(knobs)
+        # A guide is known by its content, not by its path.
+        if settings.pop("guide") is not None:
+            settings["guide"] = self._guide_identity
+        text = json.dumps([facts, settings])
+        key = hashlib.sha256(text.encode()).hexdigest()[:24]
+        if key not in self._known:
+            self._known[key] = self._score.distance(self.images(knobs, seeds))
+            record = {"key": key, "score": self._known[key], "knobs": knobs.describe(), "seed": seeds.start}
+            self._folder.mkdir(exist_ok=True)
+            append_log(self._folder, {"num_images": int(self.moments[-1]), **record}, _LOG)
+        return self._known[key]
+
+    def images(self, knobs: Knobs, seeds: range) -> np.ndarray:
+        """Make the images of some seeds."""
+        options = dict(self._options)
+        model, *guides = [self._generator(network) for network in self._networks(knobs)]
+        if guides:
+            options |= {"guide": guides[0], "guidance": knobs.guidance, "interval": knobs.interval}
+        return model.images(seeds, **options)
+
+    def _generator(self, network: _Network) -> ImageGenerator:
+        source, sigma_rel, num_images = network
+        found = self._generators.pop(network, None)
+        found = found or ImageGenerator.load(source, sigma_rel, num_images=num_images, device=self._device)
+        # An evaluation needs two networks at most: a large model must not fill the memory.
+        while len(self._generators) >= 2:
+            self._generators.pop(next(iter(self._generators)))
+        self._generators[network] = found  # at the end, as the one used last
+        return found
+
+
+def check_guide(run: str | Path, guide: Path) -> ImageGenerator:
+    """Open the guide that a plan names.
+
+    Returns:
+        The guide; of a run, with the EMA length of the comparison.
+
+    Raises:
+        ValueError: If it does not fit the run, or as in `ImageGenerator.load`.
+    """
+    length = BASELINE_SIGMA_REL if has_snapshots(guide) else None
+    opened = ImageGenerator.load(guide, length)
+    ImageGenerator.load(run, BASELINE_SIGMA_REL).check_guide(opened)
+    return opened
+
+
+def moments(run: Path, until: float | None = None) -> list[float]:
+    """Return the times of a run's snapshots, ascending.
+
+    Args:
+        run: Folder of a run.
+        until: Leave out later ones.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    times = sorted({s.t for s in read_manifest(snapshots_of(run)).snapshots})
+    found = [t for t in times if until is None or t <= until]
+    if times and not found:
+        raise ValueError(
+            f"num_images {until:g} is before the first snapshot of {run}, at {times[0]:,.0f}: give at least that"
+        )
+    if not found:
+        raise ValueError(f"{run} has no snapshot: train on until the first is written")
+    return found

@@ -1,0 +1,96 @@
+"""How far a search goes: which values of each knob it tries, and with how many images."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from edm2.diffusion import SamplerName, find_sampler, time_steps
+from edm2.ema.maths.profiles import sigma_rel_to_gamma
+from edm2.train.run_folder import SNAPSHOTS
+
+# Seeds of samples; the search never sees those of the final measurement.
+SEARCH_SEED, HELD_OUT_SEED = 3_000_000, 4_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningPlan:
+    """How far the search goes.
+
+    Attributes:
+        num_images: Moment of the run to tune, in training images; the last snapshot up to it is taken. Default: the
+            newest snapshot when the search starts.
+        sigma_rels: EMA lengths to try, ascending.
+        guide_moments: Moments of the guide, as fractions of the run; the nearest snapshots are taken.
+        guide_factors: EMA lengths of the guide, in units of the best length.
+        guide: Model file, or run with EMA lengths of its own, to try as guide beside the run's earlier moments: an
+            unconditional network, or a weaker one.
+        guidances: Guidance weights to try.
+        highs: Upper ends of the interval to try.
+        lows: Lower ends of the interval to try.
+        samples: Images for each choice.
+        final_samples: Images for each final measurement.
+        repeats: Final measurements, each with its own seeds; at least 2, for a confidence interval.
+        num_steps: Noise levels of the sampler.
+        sampler: heun runs the network twice at each noise level but the last, the others once.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    num_images: float | None = None
+    sigma_rels: tuple[float, ...] = (0.03, 0.05, 0.07, 0.09, 0.11, 0.14, 0.18, 0.25)
+    guide_moments: tuple[float, ...] = (0.08, 0.16, 0.32, 0.6)
+    guide_factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    guide: Path | None = None
+    guidances: tuple[float, ...] = (1.2, 1.35, 1.75, 2.0, 2.5)
+    highs: tuple[float, ...] = (8.0, 3.0, 1.2)
+    lows: tuple[float, ...] = (0.05, 0.2, 0.5)
+    samples: int = 1000
+    final_samples: int = 1000
+    repeats: int = 3
+    num_steps: int = 16
+    sampler: SamplerName = "heun"
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 2), ("final_samples", 2), ("repeats", 2), ("num_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
+        most = HELD_OUT_SEED - SEARCH_SEED
+        if self.samples > most:
+            raise ValueError(f"samples {self.samples} would reach the held-out seeds: give at most {most}")
+        if not self.sigma_rels:
+            raise ValueError("sigma_rels is empty: give at least one EMA length")
+        sigma_rel_to_gamma(self.sigma_rels)
+        if list(self.sigma_rels) != sorted(set(self.sigma_rels)):
+            raise ValueError(f"sigma_rels {self.sigma_rels} must ascend, each length once")
+        if any(not 0 < moment < 1 for moment in self.guide_moments):
+            raise ValueError(
+                f"guide_moments {self.guide_moments} must lie between 0 and 1, as fractions of the run"
+            )
+        for name in ("guide_moments", "guide_factors", "guidances", "highs", "lows"):
+            values = getattr(self, name)
+            if any(not 0 < value < math.inf for value in values):
+                raise ValueError(f"{name} {values} must be positive and finite")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} {values} must be different values")
+        highest, lowest, _ = time_steps(2).tolist()
+        if any(high < lowest for high in self.highs) or any(low >= highest for low in self.lows):
+            raise ValueError(
+                f"highs {self.highs} and lows {self.lows} must be ends of intervals that hold some of the sampler's "
+                f"noise levels, {lowest:g} to {highest:g}"
+            )
+        find_sampler(self.sampler)
+
+    @property
+    def most_evaluations(self) -> int:
+        """Largest number of settings that the search tries; each takes one set of images."""
+        guides = len(self.guide_moments) * len(self.guide_factors)
+        if self.guide is not None:
+            guides += len(self.guide_factors) if has_snapshots(self.guide) else 1
+        rest = len(self.guidances) + len(self.highs) + len(self.lows)
+        return 2 * len(self.sigma_rels) + guides + rest
+
+
+def has_snapshots(path: Path) -> bool:
+    """Return whether a path is the folder of a run with snapshots, not a model file or a folder of one."""
+    return (path / SNAPSHOTS).is_dir()
