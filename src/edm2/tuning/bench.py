@@ -77,7 +77,8 @@ class Bench:
         self._guide_identity = json.dumps(guide, sort_keys=True)
         self._folder = run / FOLDER
         rewind_log(self._folder, sys.maxsize, _LOG)  # without the line that a kill cut short
-        self._known = {record["key"]: record["score"] for record in read_log(self._folder, _LOG)}
+        records = read_log(self._folder, _LOG)
+        self._known: dict[str, float] = {record["key"]: record["score"] for record in records}
         self._generators: dict[_Network, ImageGenerator] = {}
         self._refusals: dict[_Network, str] = {}
 
