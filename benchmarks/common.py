@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: turns taken in one run, medians, and the machine's own peak."""
+"""Shared by the speed benchmarks: taking turns in one run, medians, and the machine's own peak."""
 
 import argparse
 import os
@@ -110,7 +110,7 @@ def table(
 
 
 def make_denoiser(arguments: argparse.Namespace, **extra: object) -> Denoiser:
-    """The network that the options describe, with weights from seed 0 and gains that let it speak."""
+    """The network described by the options, with weights from seed 0 and gains above 0."""
     torch.manual_seed(0)
     denoiser = Denoiser(
         arguments.resolution,

@@ -1,7 +1,10 @@
 """How long a training step waits for its images, by kind of storage and number of workers.
 
-A step is played by a sleep that leaves the processors to the workers, as a GPU does: the share of time spent
-waiting is what training would lose. On a machine that trains on its processors, workers compete with the step.
+    python benchmarks/data_loading.py
+
+The step is a sleep that leaves the processors to the workers, as a step on a GPU does. The share of time
+spent waiting is what training would lose. On a machine that trains on its processors, workers compete with
+the step.
 """
 
 import json

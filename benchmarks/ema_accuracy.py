@@ -1,10 +1,11 @@
-"""How far reconstructed averages are from the exact ones: ours, the plain solve of the same snapshots, and peers.
-
-Paths of weights (two random walks and a real training of a small network of configuration G on digits) are
-kept whole, so that any exact average can be summed in float64. Weights seen at an update count for the time
-since the one before. Peers are asked if they are installed: ema-pytorch, nitrous-ema, pytorch-posthoc-ema.
+"""Errors of reconstructed averages: edm2, the plain solve of the same snapshots, and other libraries.
 
     python benchmarks/ema_accuracy.py
+
+The weights of every step are kept (two random walks, and a small network of config G trained on digits), so
+that any exact average can be summed in float64. Weights seen at an update count for the time since the
+previous update. Other libraries are included if they are installed: ema-pytorch, nitrous-ema,
+pytorch-posthoc-ema.
 """
 
 import argparse
@@ -39,7 +40,7 @@ WIDTHS = (0.03, 0.045, 0.06, 0.08, 0.11, 0.13, 0.16, 0.2, 0.25)
 PAIR = (0.05, 0.1)
 DTYPES = ("fp32", "fp16", "bf16")
 
-# Name -> widths, and times of snapshots as parts of the run; each of those with history is also asked between.
+# Name -> widths, and times of snapshots as parts of the run; those with history are also evaluated in between.
 ARRANGEMENTS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "pair, 16 times": (PAIR, tuple((i + 1) / 16 for i in range(16))),
     "pair, 4 times": (PAIR, tuple((i + 1) / 4 for i in range(4))),
@@ -50,7 +51,7 @@ ARRANGEMENTS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 
 class Weights(nn.Module):
-    """Some weights, in the place of a network."""
+    """Weights that stand for a network."""
 
     def __init__(self, first: torch.Tensor) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class Weights(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One reconstruction: what was asked, and relative L2 errors of the parameters."""
+    """One reconstruction: its target, and relative L2 errors of the parameters."""
 
     path: str
     arrangement: str
@@ -73,7 +74,7 @@ class Case:
 
 
 def random_walk(steps: int, size: int, *, slowing: float, seed: int) -> torch.Tensor:
-    """Weights that wander from a random start, in steps that shrink as time**(-slowing / 2)."""
+    """A random walk from a random start, in steps that shrink as time**(-slowing / 2)."""
     generator = torch.Generator().manual_seed(seed)
     pace = (torch.arange(1, steps + 1) / steps) ** (-slowing / 2)
     moves = torch.randn(steps, size, generator=generator) * (0.5 * steps**-0.5 * pace)[:, None]
@@ -129,7 +130,7 @@ def track(
     folder: Path,
     dtypes: Sequence[str] = DTYPES,
 ) -> tuple[list[int], dict[float, float]]:
-    """Replay a path with our tracker; gives the snapshots' times and each track's own error at the end."""
+    """Replay a path with `PowerEMA`; returns the snapshots' times and each track's own error at the end."""
     steps = len(path)
     stored = sorted({round(t * steps / every) * every for t in times})
     model = Weights(path[0])
@@ -168,9 +169,9 @@ def ours(
     with tempfile.TemporaryDirectory() as root:
         stored, _ = track(path, every, sigma_rels, times, Path(root), dtypes)
         middle = []
-        if arrangement != "pair, 4 times":  # too little to be asked in mid-run
+        if arrangement != "pair, 4 times":  # too few for a reconstruction in mid-run
             middle.append(stored[len(stored) // 2 - 1])
-        if arrangement == "pair, 16 times":  # close enough to be asked between two of them
+        if arrangement == "pair, 16 times":  # close enough for one between two of them
             middle.append((stored[-2] + stored[-1]) // 2 // every * every)
         for t in sorted({stored[-1], *middle}):
             truths = exact(path, every, t, WIDTHS)
@@ -192,7 +193,7 @@ def ours(
 
 
 def _asked(folder: Path, sigma_rel: float, t: int) -> Reconstruction | None:
-    """A reconstruction, or nothing where it is refused because the snapshots cannot express it."""
+    """A reconstruction, or None if the snapshots cannot express it."""
     try:
         return reconstruct(folder, sigma_rel, t=t, warn_above=np.inf)
     except ValueError as error:
@@ -202,7 +203,7 @@ def _asked(folder: Path, sigma_rel: float, t: int) -> Reconstruction | None:
 
 
 def peer_errors(path: torch.Tensor, every: int, times: int = 16) -> dict[str, list[float]]:
-    """Errors of the installed peers at the end, each with the pair of tracks, float32 and equal snapshots."""
+    """Errors of other installed libraries at the end, each with the pair of tracks, float32 and the same snapshots."""
     steps, found = len(path), {}
     truths = exact(path, every, steps, WIDTHS)
     for name, replay in (
@@ -222,7 +223,7 @@ def peer_errors(path: torch.Tensor, every: int, times: int = 16) -> dict[str, li
 
 
 def long_run(updates: int, *, rows: int = 256) -> dict[str, dict[float, float]]:
-    """Errors of the tracks themselves after so many updates, of weights that move in one way each."""
+    """Errors of the running averages after many updates, for weights that move in one way each."""
     generator = torch.Generator().manual_seed(0)
     paths = ("noise 1e-3 about 1", "drift 1e-3, noise 1e-4", "drift 1e-2", "walk 5e-2")
     first, goal = torch.randn(2, rows, generator=generator)
@@ -295,7 +296,7 @@ def _posthoc(path: torch.Tensor, every: int, snapshot_every: int, folder: str) -
 
 
 def make_path(name: str, steps: int, size: int) -> torch.Tensor:
-    """One of the paths that are measured."""
+    """One path to measure."""
     if name == "digits":
         return training(steps)
     return random_walk(steps, size, slowing=float(name == "slowing-walk"), seed=len(name))

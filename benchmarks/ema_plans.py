@@ -1,9 +1,9 @@
-"""What plans cost and how far off they are, how well a folder is thinned out, and how far weights lie from averages.
-
-Errors of plans are computed, not measured. The last table is of a real training, of a small network of
-configuration G on digits.
+"""Size and error of plans, error of thinned folders, and distance of weights from their averages.
 
     python benchmarks/ema_plans.py
+
+Errors of plans are computed, not measured. The last table is measured in a training of a small network of
+config G on digits.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def print_plans(num_params: int) -> None:
 
 
 def print_thinning(counts: Sequence[int]) -> None:
-    """Worst error of a folder that is thinned out as it grows, over that of the same number of even times."""
+    """Worst error of a thinned folder, relative to that of equally many even times."""
     print("\n| tracks | times kept | even times | thinned / even, largest | median |")
     print("|---|---|---|---|---|")
     for name in ("paper", "lean", "small"):

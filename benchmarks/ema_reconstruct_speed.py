@@ -1,11 +1,11 @@
-"""Speed and memory of reconstruction: against reading the same files and summing them; eight targets against one.
+"""Speed and memory of reconstruction, relative to reading and summing the same files; eight targets relative to one.
 
     python benchmarks/ema_reconstruct_speed.py                  # 5M parameters, 0.6 GB of files
     python benchmarks/ema_reconstruct_speed.py --million 100    # 16 times x 2 tracks, 12.8 GB in --folder
 
-The sum reads every file with safetensors and adds it to a running total; a reconstruction also checks every
-byte, judges how the weights moved and solves for the coefficients. Peak memory is that of a fresh process beyond
-what it holds after its imports, in models of float32 (Linux).
+The sum reads every file with safetensors and adds it to a running total. A reconstruction also checks every
+byte, estimates how the weights moved and solves for the coefficients. Peak memory is that of a fresh
+process beyond what it holds after its imports, in models of float32 (Linux only).
 """
 
 import multiprocessing
@@ -60,7 +60,7 @@ def peak_models(folder: Path, num_targets: int, threads: int) -> float:
 
 def _peak_here(folder: Path, num_targets: int, threads: int) -> float:
     torch.set_num_threads(threads)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
     before = _peak_kilobytes()
     (first, *_) = results = reconstruct_many(folder, EIGHT[:num_targets], warn_above=10)
     after = _peak_kilobytes()

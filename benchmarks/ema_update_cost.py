@@ -1,14 +1,14 @@
-"""Cost of one EMA update of two tracks: ours against the least it can be, the textbook loop, and other libraries.
+"""Cost of one EMA update of two tracks: edm2, the textbook loop and other libraries, relative to the possible minimum.
 
     python benchmarks/ema_update_cost.py                       # 5M parameters in 200 tensors
     python benchmarks/ema_update_cost.py --million 100 --tensors 300
     PYTHONPATH=peers python benchmarks/ema_update_cost.py      # with ema-pytorch and nitrous-ema installed there
 
-The least is an in-place lerp of two flat tensors of the same size: one pass over the same bytes. Ratios are
-taken round by round, as the methods take turns. In runs of more than 8,192 updates an update goes into a window, and
-a full window, of 0.1% of the training so far or less, into the averages; both are shown. Other libraries take part
-where they are installed; each does its own update of two averages, on the model's device. pytorch-posthoc-ema moves
-the model to the host's memory and back; it is measured as it is.
+The minimum is an in-place lerp of two flat tensors of the same size: one pass over the same bytes. Methods
+take turns, and ratios are taken round by round. In runs of more than 8,192 updates an update goes into a
+window, and a full window (0.1% of the training so far, or less) into the averages; both are shown. Other
+libraries are included if they are installed; each makes its own update of two averages on the model's
+device. pytorch-posthoc-ema moves the model to host memory and back, and is measured as it is.
 """
 
 import copy
@@ -25,7 +25,7 @@ from edm2.ema import PowerEMA
 
 
 def make_model(num_params: int, num_tensors: int) -> nn.Module:
-    """Tensors of many sizes, some of them small as biases are."""
+    """Tensors of many sizes, some as small as biases."""
     torch.manual_seed(0)
     sizes = torch.rand(num_tensors) ** 3
     sizes[::4] = 0
@@ -61,7 +61,7 @@ def textbook(model: nn.Module):
 
 
 def flat(model: nn.Module):
-    """The least that has to be done."""
+    """The possible minimum."""
     source = torch.cat([p.detach().flatten() for p in model.parameters()])
     averages = [source.clone() for _ in range(2)]
 

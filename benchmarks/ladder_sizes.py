@@ -1,7 +1,8 @@
-"""Parameters and operations of every configuration and size, as docs/ladder.md prints them.
+"""Parameters and operations of every configuration and size, for docs/results/ladder.md.
 
-Nothing is trained and nothing is timed: the networks are built without memory. Options: --resolution 64
---channels 4 --classes 1000 --model-channels 64 128 192.
+    python benchmarks/ladder_sizes.py --resolution 64 --channels 4 --classes 1000 --model-channels 64 128 192
+
+Nothing is trained or timed, and the networks take no memory.
 """
 
 import torch

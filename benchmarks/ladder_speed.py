@@ -1,9 +1,10 @@
-"""Images a second of a training step of each configuration, in both memory layouts, in turns.
+"""Training steps per second of each configuration, in both memory layouts, in turns.
 
     python benchmarks/ladder_speed.py                        # 1.7M parameters at 32x32x1
     python benchmarks/ladder_speed.py --dtype bfloat16
 
-Ratios are taken round by round, of the layout that training chooses by itself, marked with a star, to config G's.
+Ratios to config G are taken round by round, in the layout that training chooses by itself (marked with a
+star).
 """
 
 import statistics

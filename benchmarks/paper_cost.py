@@ -1,9 +1,9 @@
-"""What the paper's training runs would cost, as a table for docs/reproducing.md.
+"""Cost of the paper's training runs, as a table for docs/reproducing.md.
 
     python benchmarks/paper_cost.py --gpus 8 --peak-tflops 989 --utilisation 0.35
 
-An estimate: operations are counted, the utilisation is whatever is given. One multiply-accumulate is two
-operations, a training step costs three forward passes, and nothing but the network counts.
+An estimate: operations are counted, the utilisation is an argument. One multiply-accumulate is two
+operations, a training step costs three forward passes, and only the network counts.
 """
 
 import argparse

@@ -1,13 +1,12 @@
-"""Images a second, and what each way to be faster changes in the images: precision, compilation, sampler, guidance.
+"""Sampling speed, and how much each faster way changes the images: precision, compilation, sampler, guidance.
 
-The last tables evaluate main network and guide one after the other and together, for batches of several sizes:
-two networks stacked by torch.vmap, and one network with and without labels in one batch.
+    python benchmarks/sampling.py
 
-The plain path is the denoiser as it trains, float32 and eager, its weights normalised in every evaluation.
-Differences are root mean squares over the standard deviation of the images: for the paths those to the plain
-path's images, for the samplers those to the Heun sampler with four times the steps.
-
-python benchmarks/sampling.py
+The plain path is the denoiser as it trains: float32, eager, weights normalised in every evaluation.
+Differences are root mean squares relative to the standard deviation of the images: paths against the plain
+path, samplers against Heun with four times the steps. The last tables evaluate main network and guide one
+after the other and together, for several batch sizes: two networks stacked by torch.vmap, and one network
+with and without labels in one batch.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""What the whole training loop costs over the bare training step, and what recording magnitudes costs in it.
+"""Cost of the whole training loop relative to the bare training step, with and without recorded magnitudes.
 
     python benchmarks/train_loop.py                     # 1.7M parameters at 32x32x1, batch 64
     python benchmarks/train_loop.py --steps 10 --log-steps 10 --rounds 3 --model-channels 8 --batch 8  # a quick try
 
-The bare step: forward and backward pass, Adam and weight normalisation on a batch that lies ready. The loop adds
-data, noise, the averages, the log, a snapshot and a checkpoint every `--save-steps` steps; with magnitudes, one
-step in `--log-steps` is recorded. All three take turns; a round has the same number of recorded steps as any other.
+The bare step: forward and backward pass, Adam and weight normalisation on a batch in memory. The loop adds
+data, noise, the averages, the log, and a snapshot and a checkpoint every `--save-steps` steps; with
+magnitudes, one step in `--log-steps` is recorded. All three take turns; every round has the same number of
+recorded steps.
 """
 
 import contextlib

@@ -1,10 +1,10 @@
-"""Images a second of a training step: the plain float32 path against the fast ones, in turns, at equal results.
+"""Training speed: the plain float32 path against the faster ones, in turns, with equal results.
 
     python benchmarks/train_step.py                                          # 1.7M parameters at 32x32x1
     python benchmarks/train_step.py --model-channels 64 --channels 3 --batch 16 --channel-mult 1 2 3 4 \
         --num-blocks 2 --attention 16 8                                      # larger
 
-The plain path: weights normalised layer by layer, contiguous, PyTorch's default Adam.
+The plain path: weights normalised layer by layer, contiguous memory, PyTorch's default Adam.
 """
 
 import copy

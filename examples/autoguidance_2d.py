@@ -1,12 +1,12 @@
-"""Why guidance by a weaker model works: two dimensions, a density known in closed form, one picture.
+"""Why guidance by a weaker model works, in two dimensions with a known density, as one picture.
 
     python examples/autoguidance_2d.py --out runs/autoguidance.png     # about a minute on a CPU
 
-The data are points on a branching tree, a mixture of Gaussians, in two classes. A small network is trained on
-it with the loss, the preconditioning and the averaging of this package, then sampled three ways: as it is, with
-classifier-free guidance (away from an unconditional network) and with autoguidance (away from a smaller network
-that was trained less). Below each panel: the share of points that lie where the true density is lower than at
-99% of true points, and the share of the tree's mass that is still reached.
+The data are points on a branching tree, a mixture of Gaussians in two classes. A small network is trained
+with this package's loss, preconditioning and averages, and sampled in three ways: as it is, with
+classifier-free guidance (away from an unconditional network) and with autoguidance (away from a smaller,
+less trained network). Below each panel: the share of points where the true density is lower than at 99% of
+true points (outliers), and the share of the tree's mass that is reached.
 
 After Karras et al., "Guiding a Diffusion Model with a Bad Version of Itself", arXiv 2406.02507, Sec. 3.
 """

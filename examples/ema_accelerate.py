@@ -3,8 +3,8 @@
     python examples/ema_accelerate.py --out runs/accelerate
     accelerate launch --cpu --num_processes 2 examples/ema_accelerate.py --out runs/accelerate
 
-`accelerator.register_for_checkpointing(ema)` is all it takes to save and resume the averages. With data-parallel
-processes every one holds equal averages, and the first one writes the snapshots.
+`accelerator.register_for_checkpointing(ema)` is all it takes to save and resume the averages. All
+data-parallel processes hold equal averages, and the first one writes the snapshots.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Post-hoc EMA of LoRA adapters with peft: only what is trained is averaged and stored.
+"""Post-hoc EMA of LoRA adapters with peft: only the trained weights are averaged and stored.
 
     python examples/ema_lora_peft.py                 # seconds on a CPU
 
-A small network learns digits 0 to 4, then adapters teach it all ten. The averages count time from the start of
-the fine-tuning and hold the adapters alone; afterwards any length is put together and loaded back.
+A small network learns digits 0 to 4, then adapters teach it all ten. The averages count time from the start
+of the fine-tuning and contain only the adapters. Afterwards any length is reconstructed and loaded back.
 """
 
 import tempfile

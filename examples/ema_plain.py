@@ -2,9 +2,9 @@
 
     python examples/ema_plain.py                     # seconds on a CPU
 
-A small classifier of handwritten digits is trained at a constant learning rate, so that its weights never come
-to rest. Two averages are tracked and stored eight times; from these, any length is put together afterwards and
-scored on held-out digits. The last line compares one of them with the same average tracked directly.
+A small classifier of handwritten digits is trained at a constant learning rate, so its weights never come
+to rest. Two averages are tracked and stored eight times. Any length is reconstructed from them afterwards
+and scored on held-out digits. The last line compares one of them with the same average tracked directly.
 """
 
 import argparse
