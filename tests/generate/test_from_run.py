@@ -115,6 +115,7 @@ def test_a_run_before_its_first_snapshot_says_when_it_comes(
     young = tmp_path / "young"
     (young / "checkpoints").mkdir(parents=True)
     content = json.loads((run / "config.json").read_text())
+    del content["sha256"]
     content["settings"]["snapshot_images"] = every
     (young / "config.json").write_text(json.dumps(content))
     told = (

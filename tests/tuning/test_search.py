@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from edm2.cli import main
+from edm2.ema.storage.manifest import read_manifest, write_manifest
 from edm2.generate import ImageGenerator
 from edm2.presets import get_preset
 from edm2.train import train
@@ -180,10 +181,9 @@ def test_the_moment_is_fixed_when_the_search_starts(fresh, tmp_path, capsys):
     """A run that trains on: snapshots appear while the search goes on, and after it."""
     later, manifest = tmp_path / "later.json", fresh / "snapshots" / "manifest.json"
     shutil.copy(manifest, later)
-    content = json.loads(manifest.read_text())
-    content["snapshots"] = [s for s in content["snapshots"] if s["t"] <= 160]
-    content.pop("checksum", None)
-    manifest.write_text(json.dumps(content))
+    whole = read_manifest(fresh / "snapshots")
+    early = tuple(s for s in whole.snapshots if s.t <= 160)
+    write_manifest(fresh / "snapshots", dataclasses.replace(whole, snapshots=early))
     asked = set()
 
     class Growing(Brightness):
