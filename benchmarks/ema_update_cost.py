@@ -1,27 +1,28 @@
-"""Cost of one EMA update of two tracks: edm2, the textbook loop and other libraries, relative to the possible minimum.
+"""Cost of one EMA update: edm2, the textbook loop and other libraries, relative to the possible minimum.
 
     python benchmarks/ema_update_cost.py                       # 5M parameters in 200 tensors
     python benchmarks/ema_update_cost.py --million 100 --tensors 300
     PYTHONPATH=peers python benchmarks/ema_update_cost.py      # with ema-pytorch and nitrous-ema installed there
 
-The minimum is an in-place lerp of two flat tensors of the same size: one pass over the same bytes. Methods
-take turns, and ratios are taken round by round. In runs of more than 8,192 updates an update goes into a
-window, and a full window (0.1% of the training so far, or less) into the averages; both are shown. Other
-libraries are included if they are installed; each makes its own update of two averages on the model's
-device. pytorch-posthoc-ema moves the model to host memory and back, and is measured as it is.
+The minimum is an in-place lerp of as many flat tensors of the same size: one pass over the same bytes. Methods take
+turns, and ratios are taken round by round. In runs of more than 1,024 updates most updates go into a window, and only
+full windows into the averages; costs after 10,000 and 100,000 updates are means over whole windows. Other libraries
+are included if they are installed; each makes its own update of two averages on the model's device.
+pytorch-posthoc-ema moves the model to host memory and back, and is measured as it is.
 """
 
 import copy
 import importlib.util
+import math
 import statistics
 import tempfile
-from functools import partial
 
 import torch
 from common import in_turns, machine, options
 from torch import nn
 
-from edm2.ema import PowerEMA
+from edm2.ema import PowerEMA, plan
+from edm2.ema.tracking.averages import windows_per_run
 
 
 def make_model(num_params: int, num_tensors: int) -> nn.Module:
@@ -37,14 +38,15 @@ def make_model(num_params: int, num_tensors: int) -> nn.Module:
 
 
 class Counter:
-    """Calls a function with 1, 2, 3, ..., or from another number on."""
+    """Calls a function with 1, 2, 3, ..., or from another number on; once or several times in a row."""
 
-    def __init__(self, function, start=0):
-        self.function, self.count = function, start
+    def __init__(self, function, start=0, in_a_row=1):
+        self.function, self.count, self.in_a_row = function, start, in_a_row
 
     def __call__(self):
-        self.count += 1
-        self.function(self.count)
+        for _ in range(self.in_a_row):
+            self.count += 1
+            self.function(self.count)
 
 
 def textbook(model: nn.Module):
@@ -60,14 +62,14 @@ def textbook(model: nn.Module):
     return update
 
 
-def flat(model: nn.Module):
+def flat(model: nn.Module, tracks: int):
     """The possible minimum."""
     source = torch.cat([p.detach().flatten() for p in model.parameters()])
-    averages = [source.clone() for _ in range(2)]
+    averages = [source.clone() for _ in range(tracks)]
 
     def update():
-        for average, weight in zip(averages, (0.001, 0.0001), strict=True):
-            average.lerp_(source, weight)
+        for average in averages:
+            average.lerp_(source, 0.001)
 
     return update
 
@@ -127,26 +129,35 @@ def peers(model: nn.Module, folder: str):
 
 def main():
     arguments = options(
-        __doc__, million=5, tensors=200, rounds=21, device="cuda" if torch.cuda.is_available() else "cpu",
+        __doc__, million=5, tensors=200, rounds=21, tracks=2, peers=1,
+        device="cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
     device = torch.device(arguments.device)
     model = make_model(arguments.million * 10**6, arguments.tensors).to(device)
-    long = PowerEMA(model)
-    long.update(10**7)
+    widths = plan(tracks=arguments.tracks).sigma_rels if arguments.tracks != 2 else (0.05, 0.10)
+    rows = {}
     with tempfile.TemporaryDirectory() as folder:
         methods = {
-            "flat lerp (the least)": flat(model),
-            "edm2": Counter(PowerEMA(model).update),
-            "edm2, in a long run": Counter(long.update, long.t),
-            "edm2, a window is full": partial(long._averages.make_window().fold, [1e-3, 1e-3], 1e-8),
-            "textbook loop": textbook(model),
-            **peers(model, folder),
+            "flat lerp (the least)": flat(model, arguments.tracks),
         }
+        for updates in (500, 10_000, 100_000):
+            ema = PowerEMA(model, widths)
+            ema.update(updates)
+            window = math.ceil(updates / windows_per_run(ema.gammas))
+            name = f"edm2 after {updates:,} updates" if window > 1 else "edm2"
+            methods[name] = Counter(ema.update, updates, window)
+            rows[name] = methods[name].in_a_row
+        if arguments.tracks == 2 and arguments.peers:
+            methods |= {"textbook loop": textbook(model), **peers(model, folder)}
         if device.type == "cuda":
-            methods["edm2, averages on the CPU"] = Counter(PowerEMA(model, device="cpu").update)
+            on_cpu = PowerEMA(model, widths, device="cpu")
+            on_cpu.update(500)
+            methods["edm2, averages on the CPU"] = Counter(on_cpu.update, 500)
         times = in_turns(methods, device, arguments.rounds)
+    times = {name: [x / rows.get(name, 1) for x in seconds] for name, seconds in times.items()}
     print(
-        f"one update of two averages, {arguments.million}M float32 parameters in {arguments.tensors} tensors"
+        f"one update of {arguments.tracks} averages, {arguments.million}M float32 parameters in"
+        f" {arguments.tensors} tensors"
     )
     print(machine(device))
     print(f"{'method':<28} {'ms':>8} {'of the least':>12} {'of edm2':>8}")

@@ -10,12 +10,11 @@ import tyro
 
 from edm2.ema import PLANS, Plan, Reconstruction, reconstruct_many
 from edm2.ema import plan as find_plan
-from edm2.ema.maths.plans import MOVEMENT, named_plan, spread
+from edm2.ema.maths.plans import MOVEMENT, WINDOWS_PER_RUN, named_plan, spread
 from edm2.ema.maths.profiles import FloatArray
 from edm2.ema.storage.manifest import MANIFEST, ForeignSnapshots, Manifest, read_manifest
 from edm2.ema.storage.tensorfile import save_tensors
 from edm2.ema.storage.verify import damaged
-from edm2.ema.tracking.window import LONG_RUN
 from edm2.files import write_atomic
 from edm2.generate import reconstruct_models
 from edm2.generate.reconstructed import ema_file_name, snapshots_of
@@ -264,8 +263,8 @@ def _plan_text(found: Plan, num_params: int, widths: FloatArray, *, mid_run: boo
             f"worst error     {error:.2g} of the profile, for lengths {widths[0]:g} to {widths[-1]:g};"
             f" about {error * MOVEMENT:.1g} of the parameters",
             f"memory          {size_text(found.memory_bytes(num_params))} for the running averages of {num_params:,}"
-            f" parameters; {size_text(found.memory_bytes(num_params, updates=LONG_RUN + 1))} in runs of more than"
-            f" {LONG_RUN:,} updates",
+            f" parameters; {size_text(found.memory_bytes(num_params, updates=WINDOWS_PER_RUN + 1))} in runs of more than"
+            f" {WINDOWS_PER_RUN:,} updates",
             f"storage         {size_text(found.storage_bytes(num_params))}",
             f"in Python       PowerEMA(model, {_argument(found, tracks)})",
             f"in edm2 train   --ema.sigma-rels {tracks.replace(',', '')}",

@@ -1,6 +1,13 @@
 """Post-hoc EMA for any PyTorch model: track a few averages, get any other one after training.
 
 Needs torch, numpy and safetensors, and nothing else of edm2.
+
+- `edm2.ema.maths`: profiles, targets, plans, and the solver (float64, no modules)
+- `edm2.ema.tracking`: what happens at every step (`PowerEMA`)
+- `edm2.ema.storage`: what lies on the disk
+- `edm2.ema.callbacks`: inside other libraries' training loops
+- `edm2.ema.reconstruct`: averages of any width from snapshots
+- `edm2.ema.checkpoints`: averages of checkpoints that another trainer wrote
 """
 
 from edm2.ema.checkpoints import average_checkpoints
@@ -10,11 +17,13 @@ from edm2.ema.maths.profiles import decay, gamma_to_sigma_rel, sigma_rel_to_gamm
 from edm2.ema.maths.solve import solve_coefficients
 from edm2.ema.maths.targets import Target
 from edm2.ema.reconstruct import AccuracyWarning, Reconstruction, reconstruct, reconstruct_many
+from edm2.ema.tracking.live import LiveEMA
 from edm2.ema.tracking.tracker import PowerEMA
 
 __all__ = [
     "PLANS",
     "AccuracyWarning",
+    "LiveEMA",
     "Plan",
     "PowerEMA",
     "Reconstruction",

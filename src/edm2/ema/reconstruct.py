@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from edm2.ema.maths.fit_motion import fit_motion
@@ -55,6 +56,8 @@ class Reconstruction:
         run_id: Run that the snapshots belong to.
         clock: Unit of t.
         metadata: What was passed to `snapshot(metadata=...)`.
+        write_backs: When `PowerEMA.write_to` set the model to an average: dicts of t, sigma_rel, keep. Averages of
+            times around such a jump hold weights of both sides.
     """
 
     tensors: dict[str, Tensor] = field(repr=False)
@@ -69,6 +72,7 @@ class Reconstruction:
     run_id: str
     clock: str
     metadata: dict[str, Any] | None
+    write_backs: tuple[dict[str, Any], ...] = ()
 
 
 def reconstruct(
@@ -241,6 +245,7 @@ def _reconstruct(
                 run_id=manifest.run.run_id,
                 clock=manifest.run.clock,
                 metadata=manifest.run.metadata,
+                write_backs=stored.write_backs,
             )
         )
     return results
@@ -267,6 +272,8 @@ class _Stored:
         self._copied = copied[0]
         self._names = [name for name in self._files[0].specs if name not in self._copied]
         self._scales = [_scales(f) for f in self._files]
+        self._complex = _complex_names(self._files[0])
+        self.write_backs = tuple(read_json(self._files[-1].metadata.get("write_backs", "[]")))
         known = folder.profiles if isinstance(folder, ForeignSnapshots) else {}
         self._profiles: list[Profile] = [
             known.get(s.file) or PowerProfile(s.t - manifest.run.start, s.gamma) for s in used
@@ -302,6 +309,8 @@ class _Stored:
         files = [self._files[i] for i in counts]
         adder = WeightedSums(files, coefficients[counts], scales=[self._scales[i] for i in counts])
         sums = adder.run(self._names)
+        for averaged in sums:
+            averaged |= {name: torch.view_as_complex(averaged[name]) for name in self._complex}
         copied: dict[str, Tensor] = {}
         for i, file, data_sum in zip(counts, files, adder.data_sums, strict=True):
             tensors = dict(read_tensors(file, self._copied, data_sum))
@@ -328,6 +337,16 @@ def _scales(file: TensorFile) -> dict[str, float]:
     if not isinstance(scales, dict) or not all(isinstance(x, float | int) for x in scales.values()):
         raise ValueError(f"{file.path} has scales that are not numbers: restore it from a copy")
     return scales
+
+
+def _complex_names(file: TensorFile) -> list[str]:
+    """Names of the tensors that are stored as real and imaginary parts."""
+    names = read_json(file.metadata.get("complex", "[]"))
+    if not isinstance(names, list) or not all(
+        n in file.specs and file.specs[n].shape[-1:] == (2,) for n in names
+    ):
+        raise ValueError(f"{file.path} names complex tensors that it does not hold: restore it from a copy")
+    return names
 
 
 def _with_tracks(

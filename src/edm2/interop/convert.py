@@ -286,7 +286,7 @@ def _track(source: ForeignSnapshots, snapshot: Snapshot) -> Track:
         averaged={name: x.float() for name, x in tensors.items() if name not in copied},
         copied={name: x for name, x in tensors.items() if name in copied},
         distance=snapshot.distance,
-        arithmetic=0.0,  # `_keep_rounding` puts the official files' own in its place
+        updates=0,  # `_keep_rounding` puts the official files' own in its place
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from edm2.ema.tracking.tensors import local
+from edm2.ema.tracking.sharding import local
 from edm2.train.norms import total_norm
 
 

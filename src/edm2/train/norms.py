@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from edm2.ema.tracking.tensors import is_sharded, local
+from edm2.ema.tracking.sharding import is_sharded, local
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from edm2.diffusion import Denoiser
-from edm2.ema.tracking.tensors import is_sharded
+from edm2.ema.tracking.sharding import is_sharded
 from edm2.train.world import World
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edm2.data import Augmentation, Batch, Batches, ImageDataset, mirror
 from edm2.diffusion import Denoiser, draw_sigma, edm2_loss
-from edm2.ema.tracking.tensors import is_sharded
+from edm2.ema.tracking.sharding import is_sharded
 from edm2.nn import ForcedWeightNorm, faster_channels_last, keyed_normal, use_channels_last
 from edm2.train.build import checkpoint_activations
 from edm2.train.coding import Coding

@@ -101,8 +101,8 @@ def test_no_small_change_of_the_widths_is_better() -> None:
 def test_budgets_decide_tracks_and_times() -> None:
     budget = edm2.ema.plan(num_params=1000, memory_bytes=3 * 4000, storage_bytes=7 * 2000, dtype="bf16")
     assert (len(budget.sigma_rels), len(budget.times), budget.dtype) == (3, 2, "bf16")
-    assert budget.memory_bytes(1000) == budget.memory_bytes(1000, updates=8192) == 12_000
-    assert budget.memory_bytes(1000, updates=8193) == 16_000
+    assert budget.memory_bytes(1000) == budget.memory_bytes(1000, updates=1024) == 14_000
+    assert budget.memory_bytes(1000, updates=1025) == 18_000
     assert budget.storage_bytes(1000) == 12_000
     assert len(edm2.ema.plan(num_params=10, storage_bytes=120).sigma_rels) == 3
     middle = edm2.ema.plan(mid_run=True)

@@ -371,13 +371,8 @@ def test_names_are_clean_and_tied_tensors_are_stored_once(tmp_path: Path) -> Non
             self.head = nn.Linear(3, 4, bias=False)
             self.head.weight = self.embed.weight
 
-    class Wrapper(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.module = inner
-
     model = Tied()
-    ema = PowerEMA(Wrapper(model), (0.1,))
+    ema = PowerEMA(nn.DataParallel(model), (0.1,))
     assert ema.names == ["embed.weight"]
     ema.update(1)
     (path,) = ema.snapshot(tmp_path)

@@ -11,10 +11,6 @@ import torch
 from torch import nn
 
 from edm2.ema import PowerEMA, sigma_rel_to_gamma
-from edm2.ema.tracking.averages import Averages
-from edm2.ema.tracking.offload import HostAverages
-from edm2.ema.tracking.tensors import clean_name
-from edm2.ema.tracking.window import Step
 
 
 def walk(model: nn.Module, times: list[float], seed: int = 0) -> Iterator[float]:
@@ -121,10 +117,7 @@ def test_a_changed_model_is_refused() -> None:
     ema = PowerEMA(model)
     ema.update(1)
     model[0].weight = nn.Parameter(torch.zeros(3, 2))
-    with pytest.raises(ValueError, match=r"'0.weight' changed from \(2, 2\) float32 on cpu to \(3, 2\)"):
-        ema.update(2)
-    model.half()
-    with pytest.raises(ValueError, match=r"only once the model is where it trains"):
+    with pytest.raises(ValueError, match=r"'0.weight' changed from shape \(2, 2\) to \(3, 2\)"):
         ema.update(2)
     del model[0].weight
     with pytest.raises(ValueError, match=r"'0.weight' is no longer in the model"):
@@ -141,13 +134,13 @@ def test_a_replaced_module_is_named(tmp_path: Path) -> None:
     ema.snapshot(tmp_path)
     for index, layer, name in ((1, nn.BatchNorm1d(2), "1.weight"), (0, nn.Linear(2, 2), "0.weight")):
         model[index] = layer
-        message = f"tensor '{name}' in the model is not the one that is followed: its module was replaced"
+        message = f"tensor '{name}' in the model is not the tracked one: its module was replaced"
         with pytest.raises(ValueError, match=message):
             ema.snapshot(tmp_path)
         with pytest.raises(ValueError, match=message), ema.applied(model, 0.1):
             pass
     model.append(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"it lacks none, and has '2.bias', '2.weight' besides"):
+    with pytest.raises(ValueError, match=r"missing none, unexpected '2.bias', '2.weight'"):
         ema.snapshot(tmp_path)
 
 
@@ -160,7 +153,7 @@ def test_a_state_that_is_not_whole_changes_nothing() -> None:
         model.weight.add_(1)
     ema.update(5)
     before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in ema.state_dict().items()}
-    for key in ("run_id", "start", "t", "updates", "format", "clock", "sigma_rels", "average.0.bias"):
+    for key in ("run_id", "start", "t", "steps", "updates", "format", "clock", "sigma_rels", "offset.0.bias"):
         for value in (None, float("nan"), ()):
             with pytest.raises(ValueError, match=f"(is missing or wrong|the state's {key} is|'{key}')"):
                 ema.load_state_dict({**whole, key: value})
@@ -219,7 +212,7 @@ def test_applied_swaps_weights_in_and_surely_back() -> None:
         raise RuntimeError("inside")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     with (
-        pytest.raises(ValueError, match=r"it lacks 'bias', 'weight', and has '0\.bias', '0\.weight' besides"),
+        pytest.raises(ValueError, match=r"missing 'bias', 'weight', unexpected '0\.bias', '0\.weight'"),
         ema.applied(nn.Sequential(nn.Linear(7, 5)), 0.1),
     ):
         pass
@@ -261,35 +254,7 @@ def test_subset_leaves_the_rest_alone() -> None:
         PowerEMA(model, include=lambda name, tensor: False)
 
 
-@pytest.mark.parametrize(
-    ("name", "clean"),
-    [
-        ("weight", "weight"),
-        ("module.a.weight", "a.weight"),
-        ("_orig_mod.module.a.weight", "a.weight"),
-        ("module._orig_mod.a._orig_mod.weight", "a.weight"),
-        ("a._fsdp_wrapped_module.b.weight", "a.b.weight"),
-        ("a.module.weight", "a.module.weight"),
-        ("my_module.weight", "my_module.weight"),
-    ],
-)
-def test_wrappers_leave_no_trace_in_names(name: str, clean: str) -> None:
-    assert clean_name(name) == clean
-
-
-def test_names_that_collide_are_refused() -> None:
-    model = nn.Module()
-    model.weight = nn.Parameter(torch.zeros(1))
-    model.module = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="two tensors are called 'weight'"):
-        PowerEMA(model)
-
-
-def test_complex_and_meta_tensors_are_refused() -> None:
-    model = nn.Linear(1, 1)
-    model.phase = nn.Parameter(torch.zeros(1, dtype=torch.complex64))
-    with pytest.raises(ValueError, match="'phase' is complex"):
-        PowerEMA(model)
+def test_meta_tensors_and_other_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="on the meta device"):
         PowerEMA(nn.Linear(1, 1, device="meta"))
     with pytest.raises(ValueError, match="device 'cuda:7' is not known"):
@@ -309,23 +274,6 @@ def test_a_buffer_of_a_type_that_files_cannot_hold_is_refused() -> None:
 def test_averages_of_a_coarse_type_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match="is too coarse for averages"):
         PowerEMA(nn.Linear(1, 1), dtype=dtype)
-
-
-def test_host_averages_equal_averages_beside_the_weights() -> None:
-    tensors = [
-        torch.randn(5, generator=torch.Generator().manual_seed(0)),
-        torch.ones(3, dtype=torch.bfloat16),
-    ]
-    beside = Averages(tensors, 2, dtype=torch.float32)
-    host = HostAverages(tensors, 2, dtype=torch.float32)
-    for step in range(1, 6):
-        tensors[0].mul_(0.9)
-        shares = Step(share=1.0, weights=[1 / step, 0.5 / step])
-        beside.update(tensors, shares)
-        host.update(tensors, shares)
-        tensors[1].add_(1)
-    for one, other in zip(beside.tracks, host.tracks, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_update_allocates_nothing_once_it_runs() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from edm2.ema import PowerEMA
-from edm2.ema.tracking.tensors import is_sharded
+from edm2.ema.tracking.sharding import is_sharded
 
 
 def track_steps(model: nn.Module, sigma_rels: tuple[float, ...], **options: Any) -> PowerEMA:

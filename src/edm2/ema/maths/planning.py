@@ -35,8 +35,8 @@ def plan(
         times: Number of times at which they are stored. Default: as many as the storage allows, up to 64;
             without that budget the end alone, or 8 times in mid-run.
         num_params: Number of averaged parameters; needed for budgets.
-        memory_bytes: Room for the running averages, in float32; runs of more than 8,192 updates take as much
-            as one average besides.
+        memory_bytes: Room for the running averages, in float32. Their base and window take 1.5 times as much as one
+            average on top of that.
         storage_bytes: Room for the snapshots.
         dtype: How they are stored: fp32, bf16 or fp16.
         mid_run: Every width is wanted at each stored time, not only at the end.

@@ -8,7 +8,9 @@ import numpy.typing as npt
 
 from edm2.ema.maths.profiles import FloatArray, power_inner, sigma_rel_to_gamma
 from edm2.ema.storage.encoding import TYPICAL_ROUNDING
-from edm2.ema.tracking.window import LONG_RUN
+
+WINDOWS_PER_RUN = 1024
+"""Windows that make up the training so far; runs of more updates need one (`edm2.ema.tracking.averages`)."""
 
 MOVEMENT = 0.05
 """Relative distance that trained weights typically lie from their averages (2% to 15%: benchmarks/ema_plans.py)."""
@@ -43,7 +45,7 @@ class Plan:
         return len(self.sigma_rels) * len(self.times)
 
     def memory_bytes(self, num_params: int, *, updates: int = 0) -> int:
-        """Bytes of the running averages, in float32, with the window that more than `LONG_RUN` equal updates need."""
+        """Bytes of the running averages; see `memory_bytes`."""
         return memory_bytes(num_params, len(self.sigma_rels), updates=updates)
 
     def storage_bytes(self, num_params: int) -> int:
@@ -78,8 +80,8 @@ class Plan:
 
 
 def memory_bytes(num_params: int, num_tracks: int, *, updates: int) -> int:
-    """Bytes of averages in float32 and, for more than `LONG_RUN` equal updates, of their window."""
-    return 4 * num_params * (num_tracks + (updates > LONG_RUN))
+    """Bytes of averages in float32, of their base in bfloat16, and of the window that more than 1,024 updates need."""
+    return num_params * (4 * (num_tracks + (updates > WINDOWS_PER_RUN)) + 2)
 
 
 def spread(sigma_range: tuple[float, float], count: int) -> FloatArray:

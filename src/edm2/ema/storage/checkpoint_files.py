@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from edm2.ema.tracking.tensors import clean_name
+from edm2.ema.tracking.wrappers import clean_names
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _NAMED_STEP = re.compile(r"(?:step|iter|iteration|checkpoint|ckpt|epoch)s?[-_=.]*(\d+)", re.IGNORECASE)
@@ -125,7 +125,9 @@ def load_checkpoint(path: Path, key: str | None) -> dict[str, Tensor]:
             f"{path} holds more than tensors, and loading it would run code ({_first_line(error)}): save its"
             " weights alone"
         ) from error
-    tensors = {clean_name(n): x for n, x in _state(content, path, key).items() if isinstance(x, Tensor)}
+    found = {n: x for n, x in _state(content, path, key).items() if isinstance(x, Tensor)}
+    names = clean_names(found)
+    tensors = {names[n]: x for n, x in found.items()}
     if not tensors:
         raise ValueError(f"{path} holds no tensor")
     return tensors

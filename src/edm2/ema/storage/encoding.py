@@ -2,17 +2,15 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from edm2.ema.maths.profiles import sigma_rel_to_gamma
 from edm2.ema.storage.tensorfile import FileSums, TensorSpec, write_tensors
-from edm2.ema.tracking.window import LONG_RUN
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,28 +35,31 @@ class Track:
         averaged: The averaged tensors by name, whole, on the CPU.
         copied: The other tensors by name.
         distance: L2 distance of the average to the weights at that time.
-        arithmetic: Relative L2 error that the updates' own rounding left in it.
+        updates: Number of updates whose own rounding it holds; 0 where that is not counted.
+        complex_names: Averaged tensors that are complex, here as real and imaginary parts.
+        write_backs: When the model was set to an average: dicts of t, sigma_rel, keep.
     """
 
     sigma_rel: float
     averaged: dict[str, Tensor]
     copied: dict[str, Tensor]
     distance: float
-    arithmetic: float
+    updates: int = 0
+    complex_names: Sequence[str] = ()
+    write_backs: Sequence[dict[str, Any]] = ()
 
 
-def arithmetic_rounding(updates: int, sigma_rel: float) -> float:
+def arithmetic_rounding(updates: int, distance: float) -> float:
     """Relative L2 error that rounding leaves in an average tracked in float32.
 
-    Each update adds a rounding of float32's size, and forgets a share (gamma + 1) / updates of the older ones. In
-    long runs windows take the updates' place, fewer and with roundings that cancel (see `window`).
+    The average is rounded when it is read. While it is tracked, its offset from the weights is rounded at each update,
+    in long runs at each window; of these no more than about a thousand count (see `edm2.ema.tracking.averages`).
 
     Args:
-        updates: Number of updates so far, at least 1.
-        sigma_rel: Width of the average.
+        updates: Number of updates so far.
+        distance: Relative L2 distance of the average to the weights.
     """
-    remembered = min(updates, LONG_RUN) / (2 * (sigma_rel_to_gamma(sigma_rel) + 1))
-    return float(2.0**-24.5 * math.sqrt(max(remembered, 0.5)))
+    return math.hypot(2.0**-25, 1e-8 * min(updates, 1024) * distance)
 
 
 def write_track(
@@ -108,13 +109,17 @@ def write_track(
     specs = [TensorSpec(name=n, dtype=stored, shape=tuple(x.shape)) for n, x in track.averaged.items()]
     specs += [TensorSpec(name=n, dtype=x.dtype, shape=tuple(x.shape)) for n, x in track.copied.items()]
     metadata = {**metadata, "dtype": dtype, "copied": json.dumps(sorted(track.copied))}
+    optional = {"complex": list(track.complex_names), "write_backs": list(track.write_backs)}
+    metadata |= {key: json.dumps(value) for key, value in optional.items() if value}
     sums = write_tensors(path, specs, encoded, metadata, name=name)
     norm = math.sqrt(squares["norm"])
     own_rounding = math.sqrt(squares["rounding"]) / norm if norm else 0.0
+    distance = track.distance / norm if norm else 0.0
+    arithmetic = arithmetic_rounding(track.updates, distance) if track.updates else 0.0
     return sums, {
         "norm": _short(norm),
-        "rounding": _short(math.hypot(own_rounding, track.arithmetic)),
-        "distance": _short(track.distance / norm if norm else 0.0),
+        "rounding": _short(math.hypot(own_rounding, arithmetic)),
+        "distance": _short(distance),
     }
 
 

@@ -1,128 +1,202 @@
-"""The running averages themselves: one pass over a module's tensors for all tracks, in place."""
+"""Running averages of a module's tensors, updated in place and accurate in runs of any length.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+An update late in a run moves an average by less than one float32 rounding of the average itself, so a plain
+float32 average freezes. Two things prevent this:
+
+- Averages are stored as offsets from a base: a bfloat16 copy of the weights that is renewed whenever the training
+  time has grown by a quarter. Offsets are a few percent of the weights, and so are their roundings.
+- When updates are much shorter than the averages, they first go into the mean of the weights over a short window
+  of time, one window for all averages. A full window then goes into each average with its exact share. This also
+  costs less: most updates write one buffer instead of one buffer per average.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from edm2.ema.tracking.window import Step, Window
+from edm2.ema.maths.plans import WINDOWS_PER_RUN
+from edm2.ema.tracking.buffers import Block
 
-_SCRATCH_ELEMENTS = 1 << 24
-_CACHED_ELEMENTS = 1 << 19
-_FOLDED_ELEMENTS = 1 << 22
+Rule = Callable[[float, float], float]
+"""Share of the latest `dt` of time in an average: called with the time since training started, and dt."""
+
+_EVENNESS = (
+    64  # Within a window all weights count alike; the exact shares differ from that by less than 1/64.
+)
+_GROWTH = 1.25  # of the training time, after which the base is renewed
+_CHECK_EVERY = 100  # updates between checks for NaN
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Bucket:
-    """Tensors updated by one call a track, with room to convert them where the types differ."""
-
-    indices: list[int]
-    targets: list[list[Tensor]]
-    scratch: list[Tensor]
+def windows_per_run(gammas: Sequence[float]) -> float:
+    """Number of windows in the training so far that keeps power-function averages accurate."""
+    return max(WINDOWS_PER_RUN, _EVENNESS * (max(gammas) + 1))
 
 
 class Averages:
     """Several running averages of the same tensors.
 
     Args:
-        tensors: Local tensors at the start; every average starts as a copy.
-        num_tracks: Number of averages.
+        tensors: Local tensors at the start; every average starts as a copy of them.
+        names: Their names, for error messages.
+        rules: One per average.
+        start: Time at which training starts.
         dtype: Element type of the averages.
-
-    Attributes:
-        tracks: The averages, one list a track, without what is still in the window.
-        window: The mean of the weights that are not in them yet; None until the first one is needed.
+        windows: Number of windows in the training so far; None averages every update at once.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], num_tracks: int, *, dtype: torch.dtype) -> None:
-        self.tracks = [[x.detach().to(dtype, copy=True) for x in tensors] for _ in range(num_tracks)]
-        self.window: Window | None = None
-        self._kinds = [x.dtype for x in tensors]
-        self._buckets = list(self._make_buckets(tensors, dtype))
-
-    def update(self, tensors: Sequence[Tensor], step: Step) -> None:
-        """Move every average towards the tensors, at once or by way of the window.
-
-        Args:
-            tensors: The tensors now, in the order given at the start.
-            step: Shares of the new tensors.
-        """
-        if step.share < 1.0 or step.weights is None:
-            window = self.make_window()
-            window.gather(tensors, step.share)
-            if step.weights is not None:
-                window.fold(step.weights, step.dither)
-            return
-        for bucket in self._buckets:
-            source = [tensors[i] for i in bucket.indices]
-            if bucket.scratch:
-                torch._foreach_copy_(bucket.scratch, source)
-                source = bucket.scratch
-            for target, weight in zip(bucket.targets, step.weights, strict=True):
-                if weight == 1.0:
-                    torch._foreach_copy_(target, source)
-                else:
-                    torch._foreach_lerp_(target, source, weight)
-
-    def make_window(self) -> Window:
-        """The window, made where there is none yet."""
-        if self.window is None:
-            on_cpu = all(x.device.type == "cpu" for x in self.tracks[0])
-            self.window = Window(self.tracks, self._kinds, _CACHED_ELEMENTS if on_cpu else _FOLDED_ELEMENTS)
-        return self.window
-
-    def read(self, track: int, share: float) -> Iterator[Tensor]:
-        """An average with what is in the window, tensor by tensor; changes nothing.
-
-        Args:
-            track: Which average.
-            share: Share of the window in it; 0 gives the running average itself.
-        """
-        if not share:
-            yield from self.tracks[track]
-            return
-        for first, difference, average in zip(
-            self.tracks[0], self.make_window().difference, self.tracks[track], strict=True
-        ):
-            yield (first - average).add_(difference).mul_(share).add_(average)
-
-    def _make_buckets(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[_Bucket]:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        names: Sequence[str],
+        rules: Sequence[Rule],
+        *,
+        start: float,
+        dtype: torch.dtype,
+        windows: float | None,
+    ) -> None:
+        self._names, self._rules, self._windows = names, rules, windows
+        self._start = self._t = self._folded = self._based = start
+        self._updates, self._sound_until = 0, start
+        self._pending: tuple[Tensor, Any, float] | None = None
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i, tensor in enumerate(tensors):
             groups.setdefault((tensor.device, tensor.dtype), []).append(i)
-        buckets = []
-        for (device, source_dtype), indices in groups.items():
-            convert = source_dtype != dtype
-            # On a CPU a few tensors at a time stay in the cache while every track reads them; elsewhere
-            # fewer calls are better, and only the room for converted tensors is bounded.
-            limit = _CACHED_ELEMENTS if device.type == "cpu" else _SCRATCH_ELEMENTS if convert else None
-            parts = _split(indices, [tensors[i].numel() for i in indices], limit)
-            room = max(sum(tensors[i].numel() for i in part) for part in parts) if convert else 0
-            flat = torch.empty(room, dtype=dtype, device=device)
-            for part in parts:
-                targets = [[track[i] for i in part] for track in self.tracks]
-                scratch = _views(flat, [tensors[i] for i in part]) if convert else []
-                buckets.append(_Bucket(indices=part, targets=targets, scratch=scratch))
-        return buckets
+        self._blocks = [Block(indices, tensors, len(rules), dtype) for indices in groups.values()]
+        self._places = {i: (block, place) for block in self._blocks for i, place in block.places.items()}
+
+    def update(self, tensors: Sequence[Tensor], t: float) -> None:
+        """Move every average towards the tensors.
+
+        Args:
+            tensors: The tensors now, in the order given at the start.
+            t: The time now.
+
+        Raises:
+            FloatingPointError: If an earlier update brought a NaN or infinity; checked every 100 updates.
+        """
+        elapsed, dt, span = t - self._start, t - self._t, t - self._folded
+        full = self._windows is None or span * self._windows >= elapsed
+        shares = self._shares(elapsed, span) if full else None
+        if span == dt and elapsed >= _GROWTH * (self._based - self._start):
+            for block in self._blocks:
+                block.rebase(tensors)
+            self._based = t
+        for block in self._blocks:
+            block.update(tensors, dt / span, shares)
+        self._t = t
+        self._updates += 1
+        if full:
+            self._folded = t
+        if self._updates % _CHECK_EVERY == 0:
+            self._check_later()
+
+    def read(self, track: int) -> Iterator[Tensor]:
+        """One average with all updates so far: new tensors, in the order given at the start."""
+        share = 0.0
+        if self._folded < self._t:
+            share = self._rules[track](self._t - self._start, self._t - self._folded)
+        for i in range(len(self._places)):
+            block, place = self._places[i]
+            offset = place.of(block.offsets[track])
+            if share:
+                assert block.window is not None
+                offset = offset.lerp(place.of(block.window), share)
+            yield place.of(block.base).to(offset.dtype) - offset
+
+    def check(self) -> None:
+        """Raise if an average is not finite; waits for the device.
+
+        Raises:
+            FloatingPointError: If one is not.
+        """
+        if all(torch.isfinite(total) for total in self._totals()):
+            self._sound_until = self._t
+            return
+        broken = [
+            name for name, x in zip(self._names, self.read(0), strict=True) if not torch.isfinite(x).all()
+        ]
+        raise FloatingPointError(
+            f"the average of {broken[0] if broken else self._names[0]!r} is not finite ({len(broken)} of"
+            f" {len(self._names)} tensors): the weights held NaN or infinity at an update after t"
+            f" {self._sound_until:g}, at t {self._t:g} at the latest, and averages never recover from that; go back to"
+            " the last checkpoint with load_state_dict, or to the last snapshot with load_snapshot"
+        )
+
+    def parts(self, *, window: bool | None = None) -> dict[str, list[Tensor]]:
+        """The running tensors that make up the averages: `base`, `offset.0`, ... and an open `window`.
+
+        Args:
+            window: Whether the window is among them. Default: if it is open.
+        """
+        flats = [
+            {"base": b.base, **{f"offset.{i}": x for i, x in enumerate(b.offsets)}} for b in self._blocks
+        ]
+        if self._folded < self._t if window is None else window:
+            for block, named in zip(self._blocks, flats, strict=True):
+                named["window"] = block.make_window()
+        flat_of = dict(zip(map(id, self._blocks), flats, strict=True))
+        ordered = [self._places[i] for i in range(len(self._places))]
+        return {key: [place.of(flat_of[id(b)][key]) for b, place in ordered] for key in flats[0]}
+
+    def times(self) -> dict[str, float]:
+        """Time up to which windows are in the averages, and time of the base."""
+        return {"folded": self._folded, "based": self._based}
+
+    def set_times(self, start: float, t: float, *, folded: float, based: float) -> None:
+        """Say what times the content of `parts` belongs to, after it was overwritten."""
+        self._start, self._t, self._folded, self._based = start, t, folded, based
+        self._sound_until, self._pending = start, None
+
+    def take_over(self, other: "Averages") -> None:
+        """Become a copy of other averages of the same tensors, which may be on another device."""
+        theirs = other.parts()
+        for key, mine in self.parts(window="window" in theirs).items():
+            for to, x in zip(mine, theirs[key], strict=True):
+                to.copy_(x)
+        self.set_times(other._start, other._t, **other.times())
+
+    def adopt(self, averages: Sequence[Sequence[Tensor]], *, start: float, t: float) -> None:
+        """Take over averages of all rules as whole tensors, as of time t."""
+        for i, (block, place) in self._places.items():
+            base = place.of(block.base).copy_(averages[0][i])
+            for offsets, average in zip(block.offsets, averages, strict=True):
+                place.of(offsets).copy_(base).sub_(average[i].to(base.device))
+        self.set_times(start, t, folded=t, based=t)
+
+    def _shares(self, elapsed: float, span: float) -> list[float]:
+        return [rule(elapsed, span) for rule in self._rules]
+
+    def _totals(self) -> list[Tensor]:
+        """Sums that are finite where the averages are: NaN and infinity stay in every average and in the window."""
+        flats = [b.offsets[0] for b in self._blocks]
+        if self._folded < self._t:
+            flats += [b.window for b in self._blocks if b.window is not None]
+        return [x.sum() for x in flats]
+
+    def _check_later(self) -> None:
+        """Check without waiting: a device's answer is looked at 100 updates later."""
+        if self._pending is not None:
+            answer, event, t = self._pending
+            event.synchronize()
+            if not torch.isfinite(answer).all():
+                self.check()
+            self._pending, self._sound_until = None, t
+        totals = self._totals()
+        if any(x.is_cuda for x in totals):
+            device = next(x.device for x in totals if x.is_cuda)
+            answer = torch.empty(len(totals), pin_memory=True)
+            answer.copy_(torch.stack([x.to(device, answer.dtype) for x in totals]), non_blocking=True)
+            self._pending = (answer, recorded_event(device), self._t)
+        else:
+            self.check()
 
 
-def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    sizes = [x.numel() for x in like]
-    pieces = flat[: sum(sizes)].split(sizes)
-    return [piece.view(x.shape) for piece, x in zip(pieces, like, strict=True)]
-
-
-def _split(indices: list[int], sizes: list[int], limit: int | None) -> list[list[int]]:
-    """Cut a list into runs of at most `limit` elements together, or single larger ones."""
-    if limit is None:
-        return [indices]
-    parts: list[list[int]] = []
-    room = 0
-    for index, size in zip(indices, sizes, strict=True):
-        if not parts or size > room:
-            parts.append([])
-            room = limit
-        parts[-1].append(index)
-        room -= size
-    return parts
+def recorded_event(device: torch.device) -> Any:
+    """An event that passes once the device's stream has done what was queued so far."""
+    # The current stream of the process may belong to another device.
+    make: Any = torch.cuda.Event
+    event = make()
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -1,13 +1,55 @@
-"""What changes when tensors are spread over processes."""
+"""Tensors that are spread over processes (DTensor, FSDP2)."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from edm2.ema.tracking.tensors import clean_name, is_sharded, like_shard
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, without loading torch.distributed where nobody uses it."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other tensor as it is."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def like_shard(part: Tensor, template: Tensor) -> Tensor:
+    """A tensor sharded like `template` whose local part is `part`; `part` itself where `template` is not sharded."""
+    if not is_sharded(template):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(template, DTensor)
+    return DTensor.from_local(
+        part.to(template.device),
+        template.device_mesh,
+        template.placements,
+        run_check=False,
+        shape=template.shape,
+        stride=template.stride(),
+    )
+
+
+def shard_of(tensor: Tensor, template: Tensor) -> Tensor:
+    """The local part of a tensor that is sharded like `template`, or whole: then a collective call spreads it."""
+    if is_sharded(tensor) or not is_sharded(template):
+        return local(tensor)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(template, DTensor)
+    return local(distribute_tensor(tensor.to(template.device), template.device_mesh, template.placements))
+
+
+def full(part: Tensor, template: Tensor) -> Tensor:
+    """The whole of a tensor from the local part, a collective call where `template` is sharded."""
+    if not is_sharded(template):
+        return part
+    return torch.Tensor.detach(like_shard(part, template).full_tensor())  # type: ignore[attr-defined]
 
 
 def distance(averages: Sequence[Tensor], weights: Sequence[Tensor], templates: Sequence[Tensor]) -> float:
@@ -30,16 +72,27 @@ def distance(averages: Sequence[Tensor], weights: Sequence[Tensor], templates: S
     return math.sqrt(square)
 
 
-def is_other_replica(model: nn.Module) -> bool:
-    """Whether a module is a data-parallel replica (DDP) of one that the first process of its group holds."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False
-    for name, module in model.named_modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel) and (
-            not name or not clean_name(f"{name}.")
-        ):
-            return torch.distributed.get_rank(module.process_group) != 0
-    return False
+def raise_together(check: Callable[[], None], templates: Sequence[Tensor]) -> None:
+    """Run a check; where tensors are sharded, every process raises if it fails on one.
+
+    Raises:
+        FloatingPointError: What the check raises, or that it failed on another process.
+    """
+    sharded = next((x for x in templates if is_sharded(x)), None)
+    if sharded is None:
+        check()
+        return
+    error: FloatingPointError | None = None
+    try:
+        check()
+    except FloatingPointError as caught:  # the other processes wait for this one, so it raises after them
+        error = caught
+    failed = torch.tensor([error is not None], dtype=torch.int32, device=sharded.device)
+    torch.distributed.all_reduce(failed)
+    if error is not None:
+        raise error
+    if int(failed):
+        raise FloatingPointError("an average is not finite on another process: its own error says which")
 
 
 def write_from_first(

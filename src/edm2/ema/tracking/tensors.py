@@ -1,34 +1,36 @@
-"""Which tensors of a module are averaged, which are copied, and under what clean names."""
+"""Which tensors of a model are averaged, which are copied, and under what names."""
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    MutableMapping,
+    MutableSequence,
+    Sequence,
+)
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from edm2.ema.storage.tensorfile import DTYPES
+from edm2.ema.tracking.wrappers import modules_by_clean_name, refuse_empty_shard
 
 Include = Callable[[str, Tensor], bool]
-
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-
-def clean_name(name: str) -> str:
-    """Name of a tensor without what DDP, FSDP, torch.compile and checkpointing put into it."""
-    name = _WRAPPERS.sub("", name)
-    while name.startswith("module."):
-        name = _WRAPPERS.sub("", name.removeprefix("module."))
-    return name
+Tensors = MutableMapping[str, Any]
+"""Tensors by name, nested in dicts and lists at will."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """Place in a module where a tensor is found anew each time, also after it was replaced."""
+    """Place in a model where a tensor is found anew each time, also after it was replaced."""
 
     name: str
-    owner: dict[str, Tensor | None]
-    key: str
+    owner: Any
+    key: Any
 
     def get(self) -> Tensor:
         """The tensor that is there now.
@@ -36,22 +38,26 @@ class Slot:
         Raises:
             ValueError: If there is none any more.
         """
-        tensor = self.owner.get(self.key)
+        try:
+            tensor = self.owner[self.key]
+        except (KeyError, IndexError):
+            tensor = None
         if tensor is None:
             raise ValueError(
                 f"tensor {self.name!r} is no longer in the model: the averages need the tensors they were"
                 " made for; build a new PowerEMA after changing a model"
             )
+        assert isinstance(tensor, Tensor)
         return tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModuleTensors:
-    """The chosen tensors of a module, each once.
+class ModelTensors:
+    """The chosen tensors of a model, each once.
 
     Attributes:
-        averaged: Floating-point parameters.
-        copied: Buffers that `state_dict` holds, and parameters that are not floating point.
+        averaged: Floating-point and complex parameters, and buffers where asked for.
+        copied: All others that `state_dict` holds.
         aliases: Other names of tied tensors -> the name under which they are kept.
     """
 
@@ -60,77 +66,126 @@ class ModuleTensors:
     aliases: dict[str, str]
 
 
-def collect(model: nn.Module, include: Include | None = None) -> ModuleTensors:
-    """Find the tensors of a module that an average is about.
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the user wants of a model's tensors.
+
+    Attributes:
+        include: Says which take part, by name and tensor; None for all.
+        copied: Names of tensors that are copied instead of averaged, or a function that says so.
+        average_buffers: Floating-point buffers are averaged too.
+    """
+
+    include: Include | None = None
+    copied: Include | Collection[str] = ()
+    average_buffers: bool = False
+
+    def takes(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor takes part."""
+        return self.include is None or self.include(name, tensor)
+
+    def averages(self, name: str, tensor: Tensor, *, is_buffer: bool) -> bool:
+        """Whether a tensor that takes part is averaged."""
+        if not (tensor.is_floating_point() or tensor.is_complex()) or (
+            is_buffer and not self.average_buffers
+        ):
+            return False
+        return not (self.copied(name, tensor) if callable(self.copied) else name in self.copied)
+
+
+def is_unfinished(model: nn.Module | Tensors) -> bool:
+    """Whether a model has lazy parameters whose shapes the first batch will tell."""
+    return isinstance(model, nn.Module) and any(is_lazy(p) for p in [*model.parameters(), *model.buffers()])
+
+
+def collect(model: nn.Module | Tensors, choice: Choice) -> ModelTensors:
+    """Find the tensors of a model that an average is about.
 
     Args:
-        model: Any module, wrapped or not.
-        include: Called with the clean name and the tensor, of parameters and buffers; says which
-            take part. Default: all parameters and all buffers of `state_dict`.
+        model: Any module, wrapped or not, or tensors by name.
+        choice: Which of them.
 
     Returns:
         The chosen tensors; tied ones once.
 
     Raises:
-        ValueError: If two tensors get one name, nothing is chosen, or one has no storage or is of a type that
-            cannot be averaged or stored.
+        ValueError: If two tensors get one name, nothing is chosen, a name in `copied` is unknown, or a tensor has no
+            storage or a type that cannot be stored.
     """
     averaged: list[Slot] = []
     copied: list[Slot] = []
     aliases: dict[str, str] = {}
     first_name: dict[int, str] = {}
-    names: set[str] = set()
-    for name, owner, key, is_parameter in _all_places(model):
+    found: dict[str, Tensor] = {}
+    for name, owner, key, is_buffer in _all_places(model):
         tensor = owner[key]
-        if tensor is None or (include is not None and not include(name, tensor)):
+        if tensor is None or not choice.takes(name, tensor) or found.get(name) is tensor:
             continue
-        if name in names:
+        if name in found:
             raise ValueError(
                 f"two tensors are called {name!r} once wrappers' prefixes are removed: rename one"
             )
-        names.add(name)
+        found[name] = tensor
         if id(tensor) in first_name:
             aliases[name] = first_name[id(tensor)]
             continue
-        if tensor.is_complex() or tensor.is_meta:
-            kind = "complex" if tensor.is_complex() else "on the meta device"
-            raise ValueError(
-                f"tensor {name!r} is {kind}, which cannot be averaged: leave it out with include="
-            )
-        if tensor.dtype not in DTYPES.values():
-            raise ValueError(
-                f"tensor {name!r} is of type {tensor.dtype}, which snapshots cannot hold: leave it out with include="
-            )
+        is_averaged = choice.averages(name, tensor, is_buffer=is_buffer)
+        _refuse_unfit(name, tensor, is_averaged=is_averaged)
         first_name[id(tensor)] = name
-        slot = Slot(name=name, owner=owner, key=key)
-        (averaged if is_parameter and tensor.is_floating_point() else copied).append(slot)
+        (averaged if is_averaged else copied).append(Slot(name=name, owner=owner, key=key))
     if not averaged:
         raise ValueError(
             "no floating-point parameter was chosen: check include= and that the model has parameters"
         )
-    return ModuleTensors(averaged=tuple(averaged), copied=tuple(copied), aliases=aliases)
+    unknown = [] if callable(choice.copied) else sorted(set(choice.copied) - set(found))
+    if unknown:
+        raise ValueError(
+            f"copied={unknown} are not tensors of the model: its first names are {_listed([*found])}"
+        )
+    return ModelTensors(averaged=tuple(averaged), copied=tuple(copied), aliases=aliases)
+
+
+def _refuse_unfit(name: str, tensor: Tensor, *, is_averaged: bool) -> None:
+    refuse_empty_shard(name, tensor)
+    if is_lazy(tensor) or tensor.is_meta:
+        kind = "lazy and has no shape yet" if is_lazy(tensor) else "on the meta device"
+        raise ValueError(
+            f"tensor {name!r} is {kind}: give the model its tensors first, or leave it out with include="
+        )
+    if tensor.dtype not in DTYPES.values() and not (tensor.is_complex() and is_averaged):
+        raise ValueError(
+            f"tensor {name!r} is of type {tensor.dtype}, which snapshots cannot hold: leave it out with include="
+        )
 
 
 def check_names(given: Iterable[str], tracked: Iterable[str]) -> None:
-    """Refuse a model whose averaged tensors have other names than those tracked."""
+    """Refuse a model whose averaged tensors have other names than those tracked.
+
+    Raises:
+        ValueError: If names differ.
+    """
     given, tracked = set(given), set(tracked)
     missing, extra = sorted(tracked - given), sorted(given - tracked)
     if missing or extra:
         raise ValueError(
-            f"the model has other tensors than those tracked: it lacks {_listed(missing)}, and has {_listed(extra)}"
-            " besides; build a new PowerEMA after changing a model"
+            f"the model has other tensors than those tracked: missing {_listed(missing)}, unexpected {_listed(extra)};"
+            " build a new PowerEMA after changing a model"
         )
 
 
-def check_same(now: ModuleTensors, tracked: ModuleTensors) -> None:
-    """Refuse a model in which a tracked tensor has given way to another one."""
+def check_same(now: ModelTensors, tracked: ModelTensors) -> None:
+    """Refuse a model in which a tracked tensor has given way to another one.
+
+    Raises:
+        ValueError: If one has.
+    """
     check_names((slot.name for slot in now.averaged), (slot.name for slot in tracked.averaged))
     found = {slot.name: slot.get() for slot in (*now.averaged, *now.copied)}
     for slot in (*tracked.averaged, *tracked.copied):
         if found.get(slot.name) is not slot.get():
             raise ValueError(
-                f"tensor {slot.name!r} in the model is not the one that is followed: its module was replaced"
-                " after PowerEMA was built; build a new PowerEMA, and only once the model is whole"
+                f"tensor {slot.name!r} in the model is not the tracked one: its module was replaced"
+                " after PowerEMA was built; build a new PowerEMA, and only once the model is complete"
             )
 
 
@@ -138,53 +193,37 @@ def _listed(names: Sequence[str]) -> str:
     return (", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")) or "none"
 
 
-def _all_places(model: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | None], str, bool]]:
-    for prefix, module in model.named_modules(remove_duplicate=False):
+def _all_places(model: nn.Module | Tensors) -> Iterator[tuple[str, Any, Any, bool]]:
+    """Name, container, key and whether it is a buffer, of each place for a tensor."""
+    if not isinstance(model, nn.Module):
+        yield from _leaves("", model)
+        return
+    for prefix, module in modules_by_clean_name(model):
         dot = f"{prefix}." if prefix else ""
         for key in module._parameters:
-            yield clean_name(dot + key), module._parameters, key, True
+            yield dot + key, module._parameters, key, False
         for key in module._buffers:
             if key not in module._non_persistent_buffers_set:
-                yield clean_name(dot + key), module._buffers, key, False
+                yield dot + key, module._buffers, key, True
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; any other tensor as it is."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+def _leaves(prefix: str, tree: Any) -> Iterator[tuple[str, Any, Any, bool]]:
+    if isinstance(tree, MutableMapping):
+        items: Iterable[tuple[Any, Any]] = tree.items()
+    elif isinstance(tree, MutableSequence):
+        items = enumerate(tree)
+    else:
+        raise ValueError(
+            f"the model holds a {type(tree).__name__} at {prefix.rstrip('.') or 'its top'!r}: give a module, or dicts"
+            " and lists of tensors"
+        )
+    for key, value in items:
+        if value is None or isinstance(value, Tensor):
+            yield f"{prefix}{key}", tree, key, False
+        else:
+            yield from _leaves(f"{prefix}{key}.", value)
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, without loading torch.distributed where nobody uses it."""
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
-
-
-def like_shard(part: Tensor, template: Tensor) -> Tensor:
-    """A sharded tensor laid out like `template` whose local part is `part`."""
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(template, DTensor)
-    return DTensor.from_local(
-        part.to(template.device),
-        template.device_mesh,
-        template.placements,
-        run_check=False,
-        shape=template.shape,
-        stride=template.stride(),
-    )
-
-
-def shard_of(tensor: Tensor, template: Tensor) -> Tensor:
-    """The local part of a tensor that is sharded like `template`, or whole: then a collective call spreads it."""
-    if is_sharded(tensor) or not is_sharded(template):
-        return local(tensor)
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(template, DTensor)
-    return local(distribute_tensor(tensor.to(template.device), template.device_mesh, template.placements))
-
-
-def full(part: Tensor, template: Tensor) -> Tensor:
-    """The whole of a tensor from the local part, a collective call where `template` is sharded."""
-    if not is_sharded(template):
-        return part
-    return torch.Tensor.detach(like_shard(part, template).full_tensor())  # type: ignore[attr-defined]
+def real(tensor: Tensor) -> Tensor:
+    """A complex tensor as a view of its real and imaginary parts; any other as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

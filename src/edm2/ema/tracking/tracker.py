@@ -1,166 +1,117 @@
-"""Power-function averages of a module's weights, tracked while it trains."""
+"""The tracker that users hold: power-function averages of a model's weights while it trains."""
 
+import copy
 import math
-import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edm2.ema.maths.plans import Plan, named_plan
-from edm2.ema.maths.profiles import sigma_rel_to_gamma
+from edm2.ema.callbacks.optimizer import OptimizerHook
 from edm2.ema.maths.solve import solve_live
 from edm2.ema.storage import snapshots
-from edm2.ema.storage.encoding import Track, arithmetic_rounding
+from edm2.ema.storage.encoding import Track
 from edm2.ema.storage.manifest import RunInfo, layout_digest
-from edm2.ema.tracking.averages import Averages
-from edm2.ema.tracking.offload import HostAverages
-from edm2.ema.tracking.sharding import distance, is_other_replica, write_from_first
-from edm2.ema.tracking.state import check_state
-from edm2.ema.tracking.tensors import (
-    Include,
-    check_names,
-    check_same,
-    collect,
-    full,
-    is_sharded,
-    like_shard,
-    local,
-    shard_of,
-)
-from edm2.ema.tracking.window import next_step, shares
-
-_FORMAT = "edm2.ema.PowerEMA/1"
-
-_kind = attrgetter("shape", "device", "dtype")  # in one call, as it is asked of every tensor at every update
+from edm2.ema.tracking.sharding import distance, full, write_from_first
+from edm2.ema.tracking.tensors import Tensors
+from edm2.ema.tracking.tracked import TrackedAverages, Width
+from edm2.ema.tracking.wrappers import is_other_replica, unwrapped
 
 
-class PowerEMA:
-    """Running averages of a module's parameters with power-function profiles.
+class PowerEMA(TrackedAverages):
+    """Running averages of a model's parameters with power-function profiles.
 
     Each average weighs the weights at training time tau by `tau**gamma`. Time is what the caller says it is
-    (images, steps, tokens), so updates may come at any interval. Buffers are copied, never averaged.
+    (images, steps, tokens), so updates may come at any interval.
 
     Args:
-        model: Module to follow. Wrappers (DDP, FSDP2, torch.compile) leave no trace in the names.
+        model: Module to follow, or dicts and lists of tensors. Wrappers (DDP, FSDP2, torch.compile) leave no trace in
+            the names. A module with lazy parameters is taken up at the first update.
         sigma_rels: Width of each average as a fraction of training time, in (0, 0.2887]. Default: the paper's
             pair, 0.05 and 0.10.
         plan: A plan or the name of one, such as "compact", instead of `sigma_rels`.
-        include: Called with each clean name and tensor; says which take part. Default: all.
+        include: Called with each name and tensor; says which take part. Default: all.
+        average_buffers: Average floating-point buffers too, such as the statistics of batch normalisation. Default:
+            buffers are copied.
+        copied: Names of tensors that are copied instead of averaged, or a function that says so like `include`.
+        live: An ordinary EMA to track as well, for use during training: `average("live")`. Snapshots do not hold it.
         clock: Unit of time, a word for the reader of the snapshots.
         start: Time at which training starts: 0, or the clock's value where fine-tuning begins.
         run_id: Name of the training run. Snapshots of two runs never share a folder. Default: random, and taken
             over from the state that is loaded.
-        dtype: Element type of the averages; float64 for exact ones at twice the memory.
-        device: "cpu" keeps the averages in the host's memory. Default: beside the weights.
+        dtype: Element type of the averages: float32 (accurate to 1e-6 in runs of any length), or float64.
+        device: "cpu" keeps the averages in host memory. Default: beside the weights.
+
+    Attributes:
+        t: Time of the last update.
+        steps: Optimiser steps counted by `attach`.
 
     Raises:
-        ValueError: If a width is out of range or given twice, or the module has nothing to average.
+        ValueError: If a setting is out of range, or the model has nothing to average or cannot be followed.
 
     Ref: EDM2 Sec. 3.1.
     """
 
-    def __init__(
+    def attach(
         self,
-        model: nn.Module,
-        sigma_rels: Sequence[float] | None = None,
+        optimizer: torch.optim.Optimizer,
+        every: int = 1,
         *,
-        plan: Plan | str | None = None,
-        include: Include | None = None,
-        clock: str = "steps",
-        start: float = 0,
-        run_id: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: str | None = None,
-    ) -> None:
-        if plan is not None and sigma_rels is not None:
-            raise ValueError("give one of sigma_rels and plan: a plan says which widths are tracked")
-        if sigma_rels is None:
-            sigma_rels = (plan if isinstance(plan, Plan) else named_plan(plan or "paper")).sigma_rels
-        self.sigma_rels = tuple(float(s) for s in sigma_rels)
-        if not self.sigma_rels or len(set(self.sigma_rels)) < len(self.sigma_rels):
-            raise ValueError(f"sigma_rels needs one or more different widths, got {self.sigma_rels}")
-        self.gammas = tuple(sigma_rel_to_gamma(s) for s in self.sigma_rels)
-        self.clock, self.start = clock, start
-        self.run_id = secrets.token_hex(8) if run_id is None else run_id
-        self.t: float = start
-        self._updates = 0
-        self._folded: float = start
-        self._folds = 0
-        self._resumed = False
-        self._written: dict[Path, float] = {}
-        self._model = model
-        self._include = include
-        self._tensors = collect(model, include)
-        self._templates = [slot.get() for slot in self._tensors.averaged]
-        self._kinds = _kinds(self._templates)
-        weights = [local(x) for x in self._templates]
-        self._is_sharded = any(is_sharded(x) for x in self._templates)
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"dtype {dtype} is too coarse for averages, whose changes are far smaller than they are: choose"
-                " torch.float32 or torch.float64; snapshots may be stored in a smaller one"
-            )
-        self._exact = dtype == torch.float64
-        if device not in (None, "cpu"):
-            raise ValueError(
-                f"device {device!r} is not known: None keeps averages beside the weights, 'cpu' in host"
-                " memory"
-            )
-        offload = device == "cpu" and any(x.device.type != "cpu" for x in weights)
-        kind = HostAverages if offload else Averages
-        self._averages = kind(weights, len(self.sigma_rels), dtype=dtype)
+        snapshot_every: float | None = None,
+        folder: str | Path | None = None,
+        clock: Callable[[], float] | None = None,
+        **options: Any,
+    ) -> OptimizerHook:
+        """Update after the optimiser's steps, without a change to the training loop.
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the averaged tensors."""
-        return [slot.name for slot in self._tensors.averaged]
-
-    @torch.no_grad()
-    def update(self, t: float) -> None:
-        """Take the weights as they are now into the averages; call it after the optimiser's step.
+        Steps are counted in `steps`, which `state_dict` holds, so a resumed run goes on counting. Load the state of
+        this object and of the optimiser in any order, before or after attaching.
 
         Args:
-            t: Training time, in the clock's unit; must be finite and grow from call to call.
+            optimizer: Any PyTorch optimiser, also one wrapped by Accelerate or Lightning.
+            every: Steps between updates.
+            snapshot_every: Time between snapshots, in the clock's unit; needs `folder`.
+            folder: Folder for them.
+            clock: Called at each update; gives the time, such as the images so far. Default: the steps.
+            options: More arguments of `snapshot`: dtype, keep, metadata.
+
+        Returns:
+            A handle: `finish()` takes in the last steps and writes a last snapshot, `remove()` detaches.
 
         Raises:
-            ValueError: If t does not grow or is not finite, or a tensor went away or changed its shape, device or type.
+            ValueError: If `every` is below 1, or one of `snapshot_every` and `folder` is missing.
         """
-        t = t if isinstance(t, int | float) else float(t)
-        if not self.t < t < math.inf:
-            raise ValueError(
-                f"update({t:g}) after time {self.t:g}: t must increase from update to update, and be finite;"
-                " call it once after each optimiser step with the total so far, and load_state_dict when resuming"
-            )
-        current = self._current()
-        step = next_step(
-            self.gammas, elapsed=t - self.start, dt=t - self.t, span=t - self._folded, folds=self._folds,
-            exact=self._exact,
-        )  # fmt: skip
-        self._averages.update(current, step)
-        self.t = t
-        self._updates += 1
-        if step.weights is not None:
-            self._folds += step.share < 1.0
-            self._folded = t
+        if (snapshot_every is None) != (folder is None):
+            raise ValueError("snapshot_every and folder go together: how often, and where to write snapshots")
+        hook = OptimizerHook(self, optimizer, every, clock, folder, options)
+        if snapshot_every is not None and folder is not None:
+            self.snapshot_every(snapshot_every, folder, **options)
+        return hook
 
-    def _current(self) -> list[Tensor]:
-        """Local weights as they are now, found anew each time: frameworks replace tensors and their storage."""
-        tensors = [slot.get() for slot in self._tensors.averaged]
-        kinds = _kinds(tensors)
-        if kinds != self._kinds:
-            pairs = zip(self.names, kinds, self._kinds, strict=True)
-            name, new, old = next((n, new, old) for n, new, old in pairs if new != old)
+    def snapshot_every(self, interval: float, folder: str | Path, **options: Any) -> None:
+        """Write a snapshot by itself at the first update at or after each multiple of an interval.
+
+        Args:
+            interval: Time between snapshots, in the clock's unit, counted from `start`.
+            folder: Folder of this run's snapshots.
+            options: More arguments of `snapshot`: dtype, keep, metadata.
+
+        Raises:
+            ValueError: If the interval is not above 0.
+        """
+        if not interval > 0:
             raise ValueError(
-                f"tensor {name!r} changed from {_words(*old)} to {_words(*new)}: an average needs the same"
-                " tensors throughout; build a new PowerEMA, and only once the model is where it trains"
+                f"the interval between snapshots must be above 0, got {interval:g}: it is in {self.clock}"
             )
-        self._templates = tensors
-        return [local(x) for x in tensors] if self._is_sharded else tensors
+
+        def write_when_due(before: float) -> None:
+            if (self.t - self.start) // interval > (before - self.start) // interval:
+                self.snapshot(folder, **options)
+
+        self._automatic = write_when_due
 
     @torch.no_grad()
     def snapshot(
@@ -177,11 +128,11 @@ class PowerEMA:
         `DistributedDataParallel`, the first one writes, whether or not the others call it.
 
         Args:
-            folder: Folder of this run's snapshots; made where there is none.
+            folder: Folder of this run's snapshots; made if missing.
             metadata: Anything JSON can hold that describes the run, such as the model's arguments; the same
                 at every call.
             dtype: How tensors are stored: fp32, bf16, or fp16 with a scale for each tensor.
-            keep: Most snapshots (files) that the folder holds; the least useful times are given up. Default: all.
+            keep: Most snapshots (files) that the folder holds; the least useful times are deleted. Default: all.
 
         Returns:
             The files of this time, one a track; none on processes that do not write.
@@ -205,29 +156,31 @@ class PowerEMA:
             run_id=self.run_id,
             clock=self.clock,
             start=self.start,
-            aliases=self._tensors.aliases,
+            aliases=self._followed.aliases,
             metadata=metadata,
         )
-        weights = self._current()
-        check_same(collect(self._model, self._include), self._tensors)
-        if is_other_replica(self._model):
+        weights, templates = self._read_weights(), self._followed.templates
+        self._followed.check_unchanged()
+        if isinstance(self._model, nn.Module) and is_other_replica(self._model):
             return []
-        copied = {slot.name: slot.get() for slot in self._tensors.copied}
-        shapes = {n: tuple(x.shape) for n, x in zip(self.names, self._templates, strict=True)}
+        self._check()
+        copied = self._followed.copied()
+        shapes = {n: tuple(x.shape) for n, x in zip(self.names, templates, strict=True)}
         tracks = (
             Track(
                 sigma_rel=sigma_rel,
-                averaged=self._whole(averages),
+                averaged={n: x.cpu() for n, x in self._whole(averages)},
                 copied=copied,
-                distance=distance(averages, weights, self._templates),
-                arithmetic=arithmetic_rounding(self._updates, sigma_rel),
+                updates=self._updates,
+                complex_names=self._followed.complex_names,
+                distance=distance(averages, weights, templates),
+                write_backs=self._write_backs,
             )
             for sigma_rel, averages in zip(
-                self.sigma_rels, (list(self._read(i)) for i in range(len(self.gammas))), strict=True
+                self.sigma_rels, (list(self._averages.read(i)) for i in range(len(self.gammas))), strict=True
             )
         )
         layout = layout_digest({**shapes, **{n: tuple(x.shape) for n, x in copied.items()}})
-
         path = Path(folder).resolve()
         own_until = math.inf if self._resumed else self._written.get(path, -math.inf)
 
@@ -237,75 +190,62 @@ class PowerEMA:
                 own_until=own_until,
             )  # fmt: skip
 
-        paths = write_from_first(write, tracks, self._templates)
+        paths = write_from_first(write, tracks, templates)
         self._written[path] = self.t
         return paths
 
-    def _whole(self, averages: list[Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on the CPU by name, gathered where they are sharded."""
-        return {
-            name: full(part, template).cpu()
-            for name, part, template in zip(self.names, averages, self._templates, strict=True)
-        }
+    def _whole(self, averages: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors by name, gathered where they are sharded."""
+        for name, part, template in zip(self.names, averages, self._followed.templates, strict=True):
+            yield name, full(part, template)
 
-    def average(self, sigma_rel: float) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def average(self, sigma_rel: Width) -> dict[str, Tensor]:
         """An average as it is now, by name; whole tensors where the model is sharded.
 
         Args:
-            sigma_rel: A tracked width, or another one that the tracks together can express.
+            sigma_rel: A tracked width, another one that the tracks together can express, or "live".
 
         Returns:
-            Name -> tensor; those of a tracked width are the running averages: copy what must not change.
+            Name -> new tensor.
 
         Raises:
-            ValueError: If that width cannot be had.
+            ValueError: If the tracks cannot express that width.
+            FloatingPointError: If an average is not finite.
         """
-        averages = self._local_average(sigma_rel)
-        return {n: full(a, p) for n, a, p in zip(self.names, averages, self._templates, strict=True)}
+        values = self._local_average(sigma_rel)
+        return self._followed.named([x for _, x in self._whole(values)])
 
-    def _read(self, track: int) -> Iterator[Tensor]:
-        """Local parts of an average, with the updates that are still in the window."""
-        share = 0.0
-        if self._folded < self.t:
-            (share,) = shares([self.gammas[track]], self.t - self.start, self.t - self._folded)
-        return self._averages.read(track, share)
-
-    def _local_average(self, sigma_rel: float) -> list[Tensor]:
+    def _local_average(self, sigma_rel: Width) -> list[Tensor]:
+        self._check()
+        if sigma_rel == "live":
+            if self._live_average is None:
+                raise ValueError("no live average is tracked: build PowerEMA with live=LiveEMA(beta=0.9999)")
+            return list(self._live_average.read(0))
         if sigma_rel in self.sigma_rels:
-            return list(self._read(self.sigma_rels.index(sigma_rel)))
+            return list(self._averages.read(self.sigma_rels.index(sigma_rel)))
         coefficients = torch.from_numpy(solve_live(self.sigma_rels, sigma_rel))
         return [
             torch.stack(parts).mul_(coefficients.to(parts[0]).view(-1, *[1] * parts[0].dim())).sum(0)
-            for parts in zip(*(self._read(i) for i in range(len(self.gammas))), strict=True)
+            for parts in zip(*(self._averages.read(i) for i in range(len(self.gammas))), strict=True)
         ]
 
     @contextmanager
-    def applied(self, model: nn.Module, sigma_rel: float) -> Iterator[nn.Module]:
+    def applied(self, model: nn.Module | Tensors, sigma_rel: Width) -> Iterator[nn.Module | Tensors]:
         """Run a block with an average as the weights, which come back bit for bit, also after an error.
 
         Args:
-            model: The module tracked, or one with the same tensors.
-            sigma_rel: Width of the average.
+            model: The tracked model, or one with the same tensors.
+            sigma_rel: Width of the average, or "live".
 
         Yields:
             The model.
 
         Raises:
-            ValueError: If the model has other tensors, or that width cannot be had.
+            ValueError: If the model has other tensors, or the tracks cannot express that width.
         """
-        found = collect(model, self._include)
-        if model is self._model:
-            check_same(found, self._tensors)
-        given = {slot.name: slot.get() for slot in found.averaged}
-        check_names(given, self.names)
-        weights = [local(given[name]) for name in self.names]
+        weights = self._model_tensors().weights_of(model)
         values = self._local_average(sigma_rel)
-        for name, weight, value in zip(self.names, weights, values, strict=True):
-            if weight.shape != value.shape:
-                raise ValueError(
-                    f"tensor {name!r} has shape {tuple(weight.shape)} in the model, its average {tuple(value.shape)}:"
-                    " the averages fit the model that was tracked, or one made and spread over processes like it"
-                )
         saved = [x.detach().clone() for x in weights]
         try:
             _copy(weights, values)
@@ -313,66 +253,64 @@ class PowerEMA:
         finally:
             _copy(weights, saved)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on exactly: one flat dict of tensors and JSON values.
-
-        Keys of tensors begin with `average.`, in long runs also with `window.` (weights that are not in the
-        averages yet). Tensors are the running ones: copy what must not change.
-        """
-        state: dict[str, Any] = {
-            **self._settings(),
-            "run_id": self.run_id,
-            "start": self.start,
-            "t": self.t,
-            "updates": self._updates,
-            "folded": self._folded,
-            "folds": self._folds,
-        }
-        for key, (part, template) in self._parts(window=self._folded < self.t).items():
-            state[key] = like_shard(part, template) if is_sharded(template) else part
-        return state
-
-    def _settings(self) -> dict[str, Any]:
-        return {"format": _FORMAT, "clock": self.clock, "sigma_rels": list(self.sigma_rels)}
-
-    def _parts(self, *, window: bool) -> dict[str, tuple[Tensor, Tensor]]:
-        """Local parts of the averages and of the window, by key, with the tensors that they are parts of."""
-        lists = {f"average.{i}": averages for i, averages in enumerate(self._averages.tracks)}
-        if window:
-            lists["window"] = self._averages.make_window().difference
-        return {
-            f"{prefix}.{name}": (part, template)
-            for prefix, parts in lists.items()
-            for name, part, template in zip(self.names, parts, self._templates, strict=True)
-        }
-
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`, run id and time included.
+    def module(self, sigma_rel: Width, *, refresh: bool = True) -> nn.Module:
+        """A copy of the model with an average as its weights, in evaluation mode, to call like the model.
+
+        The copy is made once for each width and kept.
 
         Args:
-            state: What `state_dict` gave; its tensors sharded like the model's, or whole.
+            sigma_rel: Width of the average, or "live".
+            refresh: Bring the copy up to date; False returns it as it was last.
+
+        Returns:
+            The copy, without wrappers; its parameters need no gradients.
 
         Raises:
-            ValueError: If it is of other tracks, another clock, or another model, or not whole; nothing is loaded
-                then.
+            ValueError: If the model is sharded or is not a module, or the tracks cannot express that width.
         """
-        parts = self._parts(window=any(key.startswith("window.") for key in state))
-        check_state(state, self._settings(), {key: template for key, (_, template) in parts.items()})
-        for key, (part, template) in parts.items():
-            part.copy_(shard_of(state[key], template))
-        self.run_id, self.start, self.t = state["run_id"], state["start"], state["t"]
-        self._updates, self._folds = state["updates"], state.get("folds", 0)
-        self._folded = state.get("folded", self.t)
-        self._resumed = True
+        model = self._model_tensors().model
+        if not isinstance(model, nn.Module) or self._followed.is_sharded:
+            raise ValueError(
+                "module() copies a whole module, and this model is sharded or a dict of tensors: use applied() or"
+                " average()"
+            )
+        if sigma_rel not in self._modules:
+            values = self._local_average(sigma_rel)
+            made = copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
+            _copy(self._followed.weights_of(made), values)
+            self._modules[sigma_rel] = made
+        elif refresh:
+            made = self._modules[sigma_rel]
+            _copy(self._followed.weights_of(made), self._local_average(sigma_rel))
+            for to, x in self._followed.copied_pairs(made):
+                to.copy_(x)
+        return self._modules[sigma_rel]
 
+    @torch.no_grad()
+    def write_to(self, model: nn.Module | Tensors, sigma_rel: Width, keep: float = 0.0) -> None:
+        """Load an average into a model; with the tracked model, training goes on from it.
 
-def _kinds(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.device, torch.dtype]]:
-    return [*map(_kind, tensors)]
+        Later snapshots and states record it (`Reconstruction.write_backs`): averages stay exact, but the weights made
+        a jump at that time.
 
+        Args:
+            model: The tracked model, or one with the same tensors.
+            sigma_rel: Width of the average, or "live".
+            keep: Share of the model's own weights that stays, in [0, 1).
 
-def _words(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> str:
-    return f"{tuple(shape)} {str(dtype).removeprefix('torch.')} on {device}"
+        Raises:
+            ValueError: If `keep` is out of range, the model has other tensors, or the tracks cannot express that width.
+        """
+        if not 0 <= keep < 1:
+            raise ValueError(
+                f"keep {keep:g} must be in [0, 1): the share of the model's own weights that stays"
+            )
+        weights = self._model_tensors().weights_of(model)
+        for weight, value in zip(weights, self._local_average(sigma_rel), strict=True):
+            weight.copy_(torch.lerp(value, weight.to(value), keep) if keep else value)
+        if model is self._model:
+            self._write_backs.append({"t": self.t, "sigma_rel": sigma_rel, "keep": keep})
 
 
 @torch.no_grad()
