@@ -71,6 +71,16 @@ def tiny_digits() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory, tiny_digits: Callable[..., Any]) -> Path:
+    """The finished run of `tiny_digits`, trained once; copy it before changing anything in it."""
+    from edm2.train import train
+
+    out = tmp_path_factory.mktemp("digits") / "run"
+    train(tiny_digits(), out, quiet=True)
+    return out
+
+
+@pytest.fixture(scope="session")
 def golden() -> Callable[[str], Any]:
     """Load a golden file: .npz as a dict of arrays, .json as it is."""
 

@@ -40,6 +40,7 @@ def test_true_points_are_judged_as_such(example):
     assert (outliers, reached) == (1.0, 0.0)
 
 
+@pytest.mark.slow
 def test_shows_what_guidance_does_even_after_a_short_training(example, tmp_path):
     judged = example.run(tmp_path / "a" / "picture.png", steps=150, num_points=500)
     _, (plain, reached), (_, kept), (auto, auto_reached) = judged.values()

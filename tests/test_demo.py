@@ -123,6 +123,7 @@ def test_pictures(done: tuple[Path, Measured]) -> None:
         assert made.size[0] == real.size[0]
 
 
+@pytest.mark.slow
 def test_the_presets_commands_make_the_same_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +146,7 @@ def test_the_presets_commands_make_the_same_files(
         assert (by_hand / "samples" / file).read_bytes() == (out / "samples" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_continues_to_the_same_files(
     done: tuple[Path, Measured], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +170,7 @@ def test_an_interrupted_demo_continues_to_the_same_files(
     assert "last session" in (tmp_path / "demo" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_samples_that_are_there_are_kept(done: tuple[Path, Measured], tmp_path: Path) -> None:
     shutil.copytree(done[0], tmp_path / "demo")
     kept = tmp_path / "demo" / "samples" / "000003.png"
@@ -205,6 +208,7 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["notes.txt", "notes.txt", "run"]
 
 
+@pytest.mark.slow
 def test_another_run_is_left_alone(done: tuple[Path, Measured]) -> None:
     before = {path: path.stat().st_mtime_ns for path in done[0].rglob("*")}
     with pytest.raises(ValueError, match=r"holds another run \(seed 0 there, 1 here\)"):

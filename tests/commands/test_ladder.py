@@ -21,6 +21,7 @@ def test_two_rungs_from_the_command_line(tmp_path, capsys):
     assert lines[-1] == str(tmp_path / "ladder" / "report.html")
 
 
+@pytest.mark.slow
 def test_noise_levels_are_those_of_b_to_g(tmp_path):
     words = "--images 32 --seeds 0 --configs A G --rate-factors 1 --sigma-rels 0.1 --search-samples 4"
     words += " --final-samples 4 --num-steps 1 --p-mean -0.9 --p-std 1.5"
@@ -36,6 +37,7 @@ def test_noise_levels_are_those_of_b_to_g(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_one_dropout_for_all(tmp_path):
     words = "--images 32 --seeds 0 --configs F G --rate-factors 1 --sigma-rels 0.1 --search-samples 4"
     words += " --final-samples 4 --num-steps 1 --dropout 0.05"

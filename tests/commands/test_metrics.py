@@ -369,6 +369,7 @@ def test_a_classifier_of_another_training_is_refused(digits_ref, samples, tmp_pa
     assert "does not say what was measured by what: make it with `edm2 metrics ref`" in error
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(digits_ref, samples, tmp_path):
     run("metrics", "score", samples, "--ref", digits_ref, "--keep", 30)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "edm2"]

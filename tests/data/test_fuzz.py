@@ -3,7 +3,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_damaged_files_raise_only_what_is_documented():
     # A minute or more: EDM2_FUZZ_SECONDS=60 pytest tests/data/test_fuzz.py
     seconds = os.environ.get("EDM2_FUZZ_SECONDS", "5")

@@ -157,6 +157,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_processes_read_the_same_outlive_signals_and_end_with_their_parent(folder):
     script = folder.parent / "program.py"

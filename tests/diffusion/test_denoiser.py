@@ -177,6 +177,7 @@ def test_label_errors(tiny, conditional):
         Denoiser(8, 1, dtype="int8")
 
 
+@pytest.mark.slow
 def test_one_graph_for_compile(tiny):
     net = tiny().eval()
     x, sigma, labels = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 4.0]), torch.tensor([1, 7])

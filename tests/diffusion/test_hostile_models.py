@@ -99,6 +99,7 @@ def outcome(way: str, path: Path) -> str | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_mutated_descriptions_give_one_clear_error(tmp_path: Path, way: str) -> None:
     rng = random.Random(f"{way}")
@@ -246,6 +247,7 @@ GIANTS = [
 ]
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """Networks that would take terabytes are refused by a process that may take 400 MB more than it has."""
     for i, change in enumerate(GIANTS):

@@ -11,7 +11,6 @@ from edm2.diffusion import Denoiser, edm2_loss
 
 
 @pytest.mark.slow
-@pytest.mark.minutes
 @pytest.mark.filterwarnings("default")  # the compiler's own
 @pytest.mark.parametrize("config", ["A", "E", "G"])
 def test_the_compiled_network_is_the_network(config: str) -> None:

@@ -34,6 +34,7 @@ def cases(bench: ModuleType, paths: dict[str, Any]) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_tracks_are_exact(bench: ModuleType, paths: dict[str, Any], tmp_path: Path) -> None:
     for name, path in paths.items():
         for every in (1, 10, 100):
@@ -41,6 +42,7 @@ def test_tracks_are_exact(bench: ModuleType, paths: dict[str, Any], tmp_path: Pa
             assert max(own.values()) < 1e-6
 
 
+@pytest.mark.slow
 def test_reconstruction_is_never_worse_than_the_plain_solve(cases: list[Any]) -> None:
     # The least error to expect: one draw of the rounding of bf16 can be some percent in the plain solve's favour.
     assert len(cases) > 200

@@ -39,6 +39,7 @@ def write_until_killed(folder: Path, written: int) -> None:
         os.write(written, b".")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_hundred_kills_leave_a_folder_that_opens_and_verifies(tmp_path: Path) -> None:

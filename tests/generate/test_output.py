@@ -320,6 +320,7 @@ def two_processes(words: list[str]) -> tuple[list[int], list[str], list[str]]:
     return [process.returncode for process in processes], list(out), list(errors)
 
 
+@pytest.mark.slow
 def test_processes_share_the_seeds(tmp_path: Path) -> None:
     model = small_model(tmp_path / "m.safetensors")
     words = ["sample", str(model), "--num-steps", "2", "--seeds", "0-6", "--batch", "1", "--device", "cpu"]

@@ -296,6 +296,7 @@ def mutations(good: bytes, count: int, seed: int) -> Any:
         yield bytes(data if rng.random() > 0.05 else data[: rng.randrange(len(data) + 1)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_mutations_never_run_and_give_the_one_error(
     tiny_file: Path, tmp_path: Path, seed: int, watching: Callable[[], Any], caplog: Any
@@ -332,6 +333,7 @@ BOMBS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """A process that may take 1 GB more than it has reads every bomb, or refuses it; it never runs out."""
     for name, bomb in BOMBS.items():

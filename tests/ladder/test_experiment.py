@@ -77,6 +77,7 @@ def test_a_second_call_trains_nothing_again(done, settings):
     assert {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")} == models
 
 
+@pytest.mark.slow
 def test_an_experiment_stopped_within_a_run_continues_there(done, settings, tmp_path, monkeypatch):
     rungs, _ = done
     plan = dataclasses.replace(PLAN, configs=("G",), seeds=(0,))
@@ -158,6 +159,7 @@ SHORT = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["{", "{}", "[]"])
 def test_damaged_judgement(tmp_path, settings, content):
     found = tmp_path / "G" / "seed-0" / "judged.json"
@@ -167,6 +169,7 @@ def test_damaged_judgement(tmp_path, settings, content):
         run_ladder(settings, SHORT, tmp_path, quiet=True)
 
 
+@pytest.mark.slow
 def test_other_images_under_the_same_name(tmp_path, settings):
     def write(seed):
         pixels = np.random.default_rng(seed).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
@@ -180,6 +183,7 @@ def test_other_images_under_the_same_name(tmp_path, settings):
         run_ladder(settings, SHORT, tmp_path / "out", quiet=True)
 
 
+@pytest.mark.slow
 def test_another_process_with_other_configurations(tmp_path, settings):
     (rung,) = run_ladder(settings, SHORT, tmp_path, quiet=True)
     written = []
@@ -200,6 +204,7 @@ def test_another_process_with_other_configurations(tmp_path, settings):
     assert both == [other, rung]
 
 
+@pytest.mark.slow
 def test_a_single_record_says_nothing_of_growth(tmp_path, settings):
     settings = dataclasses.replace(settings, record_magnitudes=False, log_images=settings.num_images)
     (rung,) = run_ladder(settings, SHORT, tmp_path, quiet=True)
@@ -245,6 +250,7 @@ def test_diverged_runs_are_named_in_the_figure():
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a run", "median"]
 
 
+@pytest.mark.slow
 def test_everything_diverged(tmp_path, settings):
     plan = dataclasses.replace(SHORT, configs=("C", "G"), rate_factors=(1e30,))
     rungs = run_ladder(settings, plan, tmp_path, quiet=True)
@@ -269,6 +275,7 @@ def test_growth_is_relative_to_the_first_record():
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["A", "G"]
 
 
+@pytest.mark.slow
 def test_other_lengths_are_made_of_the_same_runs(tmp_path, settings, monkeypatch):
     plan = dataclasses.replace(SHORT, sigma_rels=(0.001,))
     with pytest.raises(ValueError, match=r"sigma_rel 0\.001 .* cannot be expressed"):

@@ -9,6 +9,7 @@ import pytest
 WORKER = Path(__file__).with_name("reduce_worker.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_equal_one(tmp_path: Path, size: int) -> None:
     workers = [

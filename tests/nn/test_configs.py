@@ -214,6 +214,7 @@ def test_labels_reach_the_embedding_at_the_scale_of_their_kind(config, kind, lab
     assert float(rms(out, (0, 1))) == pytest.approx(3**-0.5 if config == "C" else 1, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", LETTERS)
 def test_one_graph_for_compile(config, inputs):
     net, graphs = make(config, label_dim=3, channel_mult=(1,), attn_resolutions=()).train(), []

@@ -10,10 +10,12 @@ import pytest
 from edm2.report import Page, image_grid, loss_curve
 from edm2.report.style import DARK, LIGHT
 from edm2.run_page import write_run_report
-from edm2.train import train
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine: apt install chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine: apt install chromium"),
+]
 QUIET = (
     "--headless --no-sandbox --disable-gpu --no-first-run --hide-scrollbars --disable-background-networking "
     "--disable-component-update --disable-sync --disable-quic"
@@ -22,12 +24,12 @@ NARROWEST = 500  # that a window can be
 
 
 @pytest.fixture(scope="module")
-def run_page(tmp_path_factory, tiny_digits):
+def run_page(tmp_path_factory, digits_run):
     """The report of two tiny runs side by side."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [folder / "a-run-with-a-rather-long-name-without-any-space-in-it", folder / "other"]
     for run in runs:
-        train(tiny_digits(), run, quiet=True)
+        shutil.copytree(digits_run, run)
     return write_run_report(runs, folder / "report.html", quiet=True)
 
 

@@ -194,6 +194,7 @@ def pixels(images):
 FEATURES = CallableFeatures(pixels, name="pixels", num_features=64)
 
 
+@pytest.mark.slow
 def test_features_that_are_a_function_and_metrics_that_are_not_mixed(run):
     dataset = open_dataset("digits")
     kernel, frechet = (Judge(dataset, metric=m, extractor=FEATURES) for m in ("kernel", "frechet"))
@@ -218,6 +219,7 @@ def test_features_that_are_a_function_and_metrics_that_are_not_mixed(run):
         Judge(dataset, metric="fid")
 
 
+@pytest.mark.slow
 def test_kernel_metric_from_the_command_line(run, capsys):
     main(["tune", str(run), "--metric", "kernel", *WORDS])
     out = capsys.readouterr().out

@@ -76,6 +76,7 @@ def test_a_zip_in_the_official_layout_uncompressed(folder, tmp_path):
     assert image_name(1_234_567, ".png") == "01234/img01234567.png"
 
 
+@pytest.mark.slow
 def test_the_bytes_do_not_depend_on_workers_or_interruptions(folder, tmp_path, monkeypatch):
     hashes = set()
     for name, workers in (("one", 1), ("two", 2)):
@@ -275,6 +276,7 @@ def test_overlapping_processes_end_with_one_whole_output(folder, tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_damaged_images_are_named_or_skipped(folder, tmp_path, workers):
     path = folder / "b" / "3.png"

@@ -47,6 +47,7 @@ def test_accelerate_example_resumes_exactly(tmp_path: Path) -> None:
         assert all(torch.equal(other[name], value) for name, value in one.items())
 
 
+@pytest.mark.slow
 def test_accelerate_example_runs_in_two_processes(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     command = [

@@ -40,6 +40,7 @@ print("found", json.dumps([name, SQLiteStorage.get_logs("edm2", name), SQLiteSto
 """
 
 
+@pytest.mark.slow
 def test_trackio_continues_one_run(tmp_path):
     pytest.importorskip("trackio")
     # It decides where its data lie when it is imported.
@@ -53,6 +54,7 @@ def test_trackio_continues_one_run(tmp_path):
     assert config["seed"] == 7
 
 
+@pytest.mark.slow
 def test_wandb_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
