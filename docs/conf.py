@@ -10,8 +10,10 @@ from pathlib import Path
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.roles import XRefRole
+from sphinx.writers.html5 import HTML5Translator
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "src"))
@@ -28,7 +30,6 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
@@ -57,6 +58,7 @@ autodoc_mock_imports = [
 ]
 
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = f"edm2 {release}"
 html_show_copyright = False
 html_static_path: list[str] = ["_static"]
@@ -91,7 +93,15 @@ class Mention(XRefRole):
         return [nodes.literal(self.rawtext, self.text)], []
 
 
+def write_math(writer: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
+    """Formulas as MathML, which browsers show by themselves, also offline."""
+    formula = tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block))
+    writer.body.append(f"<p>{formula}</p>" if isinstance(node, nodes.math_block) else formula)
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
-    """Register the role of single backticks and the directive for help texts."""
+    """Register the role of single backticks, the directive for help texts, and formulas."""
+    app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))  # type: ignore[arg-type]
     app.add_role("mention", Mention())
     app.add_directive("command-help", CommandHelp)
