@@ -183,6 +183,7 @@ def test_samples_that_are_there_are_kept(done: tuple[Path, Measured], tmp_path: 
     )
 
 
+@pytest.mark.slow
 def test_a_longer_run_does_not_pass_off_the_old_model(done: tuple[Path, Measured], tmp_path: Path) -> None:
     shutil.copytree(done[0], tmp_path / "demo")
     model = next((tmp_path / "demo" / "ema").iterdir())

@@ -60,7 +60,7 @@ except ModuleNotFoundError as error:
 
 
 def test_a_missing_package_is_named_with_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.svm", None)
     with pytest.raises(MissingExtra) as caught:
         need("sklearn.svm", "the judge", instead=", or leave it out")
     assert str(caught.value) == (

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from edm2.extras import MissingExtra
 from edm2.interop import fetch as fetching
 from edm2.interop.fetch import check_there, fetch
 
@@ -161,7 +162,9 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_hub_without_its_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"hf://me/release needs the package 'huggingface_hub' .*edm2\[hub"):
+    with pytest.raises(
+        MissingExtra, match=r"hf://me/release needs the package 'huggingface_hub', .*\.\[hub\]"
+    ):
         fetch(NAME, "hf://me/release", tmp_path)
 
 

@@ -296,6 +296,7 @@ def train(config, *, steps, lr):
     return history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", LETTERS)
 def test_what_grows_in_training(config):
     """Activations grow in A to C, weights until E forces their norm; later configurations stay where they are."""

@@ -86,6 +86,7 @@ class Likeness:
         return min(float(np.abs(images.astype(float) - w).mean()) for w in (self.wanted, *self.held_out))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "run"])
 def test_an_unconditional_guide_that_helps_is_found_and_sampled_with(
     run, unconditional, tmp_path, kind, capsys
@@ -234,6 +235,7 @@ def test_kernel_metric_from_the_command_line(run, capsys):
     assert tuning_results(found)[0].metric == "kernel distance"
 
 
+@pytest.mark.slow
 def test_a_run_without_classes_is_tuned_in_other_features(unconditional, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["tune", str(unconditional), *WORDS])

@@ -431,6 +431,7 @@ def test_networks_are_opened_on_the_device(fresh, monkeypatch, run):
         main(["tune", str(run), "--device", "gpu"])
 
 
+@pytest.mark.slow
 def test_command_line(run, capsys):
     words = "--sigma-rels 0.05 0.1 --guide-moments 0.5 --guide-factors 1 --guidances 2 --highs 8 --lows 0.5"
     sizes = "--samples 16 --final-samples 16 --repeats 2 --num-steps 2 --sampler euler"

@@ -132,7 +132,9 @@ def check_ddp(rank: int, folder: Path) -> None:
     dist.all_gather_object(ids, resumed.run_id)
     assert ids[0] == ids[1]
     if rank == 1:
-        with pytest.raises(ValueError, match=r"if several processes train one model, call snapshot in the first one only"):
+        with pytest.raises(
+            ValueError, match=r"if several processes train one model, call snapshot in the first one only"
+        ):
             alone.snapshot(folder / "bare")
     for name, average in ema.average(0.1).items():
         assert torch.equal(average, alone.average(0.1)[name])
