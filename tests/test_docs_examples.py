@@ -1,6 +1,7 @@
 """Python in README and docs runs as it is printed."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,39 @@ def test_plan(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["plan"].storage_bytes(100_000_000) <= 6 << 30
 
 
+def test_attach_and_module(names: dict[str, Any]) -> None:
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(2500):
+            optimizer.step()
+
+    names |= {"optimizer": torch.optim.SGD(names["model"].parameters(), 0.1), "train": train}
+    exec(block("docs/ema_recipes.md", "ema.attach("), names)
+    assert {s.t for s in read_manifest("snapshots").snapshots} == {1000, 2000, 2500}
+    exec(block("docs/ema_recipes.md", "ema.module("), names)
+    assert torch.equal(names["averaged"].weight, names["ema"].average(0.1)["weight"])
+
+
+def test_live_average(names: dict[str, Any]) -> None:
+    names["loader"] = range(20)
+    exec(block("docs/ema_recipes.md", "LiveEMA"), names)
+    assert names["quality"] == 0.0
+
+
+def test_weights_that_turned_nan(names: dict[str, Any]) -> None:
+    model = names["model"]
+    ema = names["ema"] = edm2.ema.PowerEMA(model)
+    ema.update(1)
+    ema.snapshot("snapshots")
+    before = model.weight.clone()
+    model.weight.data.fill_(float("nan"))
+    ema.update(2)
+    with pytest.raises(FloatingPointError):
+        ema.snapshot("snapshots")
+    exec(block("docs/ema_recipes.md", "load_snapshot"), names)
+    assert torch.equal(model.weight, before)
+    assert ema.t == 1
+
+
 def test_applied_and_update_bn(names: dict[str, Any]) -> None:
     model = names["model"] = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     names["train_loader"] = [3 + torch.randn(8, 4) for _ in range(20)]
@@ -149,10 +183,8 @@ def test_condition_image(names: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def run(names: dict[str, Any], tiny_digits: Any) -> None:
-    from edm2.train import train
-
-    train(tiny_digits(), "runs/digits", quiet=True)
+def run(names: dict[str, Any], digits_run: Path) -> None:
+    shutil.copytree(digits_run, "runs/digits")
 
 
 @pytest.mark.usefixtures("run")
