@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_ERRORS = {"no space": errno.ENOSPC, "input/output error": errno.EIO}
+_ERRORS = {"no space": errno.ENOSPC, "failing disk": errno.EIO}
 KINDS = ("kill", "half written", "data lost", "names lost", *_ERRORS)
 _KILLED = 77
 

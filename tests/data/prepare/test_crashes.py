@@ -66,7 +66,7 @@ def test_the_check_finds_work_that_trusts_what_lies_there(tmp_path: Path) -> Non
             (root / "out").write_text("content")
             (root / "done").touch()
 
-    for kind in ("kill", "half written", "input/output error"):
+    for kind in ("kill", "half written", "failing disk"):
         (tmp_path / kind).mkdir()
         with pytest.raises(
             AssertionError, match=f"{kind} at operation 2 of 2: the same again gives something else"
