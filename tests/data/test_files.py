@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edm2.data import open_dataset
+from edm2.data import open_dataset, storage
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 7, 5, 3), dtype=np.uint8)
@@ -519,6 +519,22 @@ def test_folders_that_are_splits_are_not_classes(tmp_path):
     write_folder(tmp_path, labels="none", names=[f"{'train' if i else 'test'}/{i}.png" for i in range(6)])
     with pytest.raises(ValueError, match="are test, train: these look like splits, not classes"):
         open_dataset(tmp_path)
+
+
+def test_a_label_file_that_unpacks_to_far_more_than_labels_is_refused(folder, tmp_path):
+    (folder / "dataset.json").write_text('{"labels": [' + " " * 2_000_000 + "]}")
+    told = r"dataset.json has 2,000,014 bytes, more than the labels of 6 images take: write it"
+    for source in (folder, write_zip(folder, tmp_path / "a.zip", zipfile.ZIP_DEFLATED)):
+        with pytest.raises(ValueError, match=told):
+            open_dataset(source)
+
+
+def test_a_file_that_unpacks_to_gigabytes_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_MAX_UNPACKED", 100)
+    data = open_dataset(write_zip(folder, tmp_path / "stored.zip"))
+    assert data.images(np.arange(6)).shape == (6, 3, 7, 5)
+    with pytest.raises(ValueError, match=r"unpacks to \d+ bytes, more than 100: make the ZIP again"):
+        open_dataset(write_zip(folder, tmp_path / "packed.zip", zipfile.ZIP_DEFLATED))
 
 
 @pytest.mark.parametrize("suffix", ["jfif", "jpe", "JFIF", "pjpeg"])

@@ -10,42 +10,33 @@ from typing import Any
 import numpy as np
 
 from edm2.data.dataset import ArrayDataset, ImageDataset
-from edm2.data.npy import (
-    as_image,
-    as_stored,
-    channels_last,
-    image_layout,
-    read_array,
-    read_array_header,
-    stored_kind,
-)
+from edm2.data.npy import as_image, as_stored, channels_last, image_layout, stored_kind
 from edm2.data.pictures import refusing
 
 _IMAGE_KEYS, _LABEL_KEYS = ("images", "arr_0"), ("labels", "arr_1")
 _HASHED_BYTES = 1 << 28
-_HEADER_BYTES = 1 << 16  # more than NumPy reads of one
 
 
 class NpyDataset(ImageDataset):
-    """Images in one `.npy` file, read from the disk as they are asked for.
+    """Images in one `.npy` file, read from the disk when they are asked for.
 
-    The file holds `[N, C, H, W]`, `[N, H, W, C]` with up to 4 channels, or `[N, H, W]`, of bytes, or of floats
-    or 16-bit values, which become float32 unchanged. Labels lie beside it: `x.labels.npy` for `x.npy`, `[N]`.
+    The file holds `[N, C, H, W]`, `[N, H, W, C]` with up to 4 channels, or `[N, H, W]`: bytes, or floats or 16-bit
+    values, which become float32 unchanged. Labels lie beside it, `x.labels.npy` for `x.npy`, as `[N]` integers.
 
-    Its fingerprint is of all values up to 256 MiB; beyond, of the images drawn evenly that fill as much.
+    The fingerprint is of all values up to 256 MiB; of a larger file, of evenly spaced images that fill as much.
 
     Args:
-        path: the file.
-        labels: False leaves labels out.
+        path: The file.
+        labels: Whether to read labels.
 
     Raises:
-        ValueError: for a damaged file, another shape or type, or labels that do not fit.
+        ValueError: If the file is damaged, of another shape or type, or the labels do not fit.
     """
 
     def __init__(self, path: Path, *, labels: bool = True) -> None:
         self._path = path
-        self._array: np.ndarray | None = None
-        with _refusing(f"{path} is no array of images", "make it with numpy.save"):
+        self._array: Any = None
+        with _refusing(f"{path} is not an array of images", "make it with numpy.save"):
             array = self._open()
             if array.ndim not in (3, 4) or 0 in array.shape:
                 raise ValueError(
@@ -55,7 +46,10 @@ class NpyDataset(ImageDataset):
             shape, _ = image_layout(array.shape[1:])
             dtype = np.dtype(stored_kind(array.dtype))
         beside = path.with_suffix(".labels.npy")
-        values = _load(beside) if labels and beside.exists() else None
+        values = None
+        if labels and beside.exists():
+            with _refusing(f"{beside} does not hold labels", "make it with numpy.save, [N] integers"):
+                values = np.array(_mapped(beside))
         super().__init__(
             name=path.stem,
             image_shape=shape,
@@ -79,10 +73,9 @@ class NpyDataset(ImageDataset):
 
     def _open(self) -> np.ndarray:
         if self._array is None:
-            with open(self._path, "rb") as file:
-                read_array_header(file.read(_HEADER_BYTES), self._path.stat().st_size)
-            self._array = np.lib.format.open_memmap(self._path, mode="r")
-        return self._array
+            self._array = _mapped(self._path)
+        array: np.ndarray = self._array
+        return array
 
     def _read(self, indices: np.ndarray) -> np.ndarray:
         array = self._open()
@@ -103,22 +96,24 @@ def open_npz(path: Path, *, labels: bool = True) -> ArrayDataset:
     """Open images, and labels if any, from one `.npz` file, into memory.
 
     Args:
-        path: the file, with `images` (or `arr_0`) shaped as in `NpyDataset`, and `labels` (or `arr_1`).
-        labels: False leaves labels out.
+        path: The file, with `images` (or `arr_0`) shaped as in `NpyDataset`, and `labels` (or `arr_1`).
+        labels: Whether to read labels.
 
     Raises:
-        ValueError: for a damaged file, one without images, or labels that do not fit.
+        ValueError: If the file is damaged, has no images, or the labels do not fit.
     """
     advice = "make it with numpy.savez(path, images=[N, C, H, W], labels=[N])"
-    with _refusing(f"{path} is no data set", advice), zipfile.ZipFile(path) as archive:
-        keys = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-        image_key, label_key = (
-            next((k for k in wanted if k in keys), None) for wanted in (_IMAGE_KEYS, _LABEL_KEYS)
-        )
-        if image_key is None:
-            raise ValueError(f"it holds {', '.join(keys) or 'nothing'}, but no 'images'")
-        images = as_stored(_member(archive, image_key))
-        values = _member(archive, label_key) if labels and label_key else None
+    with _refusing(f"{path} is not a data set", advice):
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is not a whole .npz file")
+        with np.load(path, allow_pickle=False) as archive:
+            image_key, label_key = (
+                next((k for k in wanted if k in archive.files), None) for wanted in (_IMAGE_KEYS, _LABEL_KEYS)
+            )
+            if image_key is None:
+                raise ValueError(f"it holds {', '.join(archive.files) or 'nothing'}, but no 'images'")
+            images = as_stored(archive[image_key])
+            values = archive[label_key] if labels and label_key else None
     if images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4 and channels_last(images.shape[1:]):
@@ -126,18 +121,12 @@ def open_npz(path: Path, *, labels: bool = True) -> ArrayDataset:
     return ArrayDataset(images, values, name=path.stem)
 
 
-def _load(path: Path) -> np.ndarray:
-    with _refusing(f"{path} holds no labels", "make it with numpy.save, [N] integers"):
-        return read_array(path.read_bytes())
-
-
-def _member(archive: zipfile.ZipFile, key: str) -> np.ndarray:
-    # As numpy.load does, after a look at what its header asks for.
-    info = archive.getinfo(f"{key}.npy")
-    with archive.open(info) as file:
-        read_array_header(file.read(_HEADER_BYTES), info.file_size)
-    with archive.open(info) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
+def _mapped(path: Path) -> np.ndarray:
+    # Mapping refuses a header that promises more than there is.
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise ValueError("it is an .npz file by another name")
+    return array
 
 
 @contextmanager

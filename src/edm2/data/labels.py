@@ -14,6 +14,7 @@ from edm2.data.dataset import MAX_CLASSES, TOO_MANY_CLASSES
 from edm2.data.storage import Storage, plain_name
 
 LABEL_FILE = "dataset.json"
+_LABEL_BYTES = 1000  # most of an image's entry
 _SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
@@ -34,6 +35,12 @@ def read_labels(
         ValueError: for a label file that does not fit the images, or folders that are not classes.
     """
     if LABEL_FILE in storage.names:
+        size, most = storage.sizes[storage.names.index(LABEL_FILE)], _LABEL_BYTES * (1000 + len(names))
+        if size > most:  # a ZIP of kilobytes can hold gigabytes
+            raise ValueError(
+                f"{source / LABEL_FILE} has {size:,} bytes, more than the labels of {len(names):,} images take: "
+                "write it again with one entry an image"
+            )
         return _from_json(storage.read(LABEL_FILE), names, where=source / LABEL_FILE)
     misplaced = [name for name in storage.names if name.endswith("/" + LABEL_FILE)]
     if misplaced:

@@ -7,22 +7,19 @@ import numpy as np
 
 
 def read_array_header(data: bytes, size: int | None) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of the array in a `.npy` file.
+    """Read the shape and type of the array in a `.npy` file.
 
     Args:
-        data: the file, or as much of its beginning as holds its header.
-        size: of the whole file in bytes, which its values cannot exceed; None: not checked.
+        data: The file, or as much of its beginning as holds its header.
+        size: Size of the whole file in bytes, which its values cannot exceed; None if unknown.
 
     Raises:
-        ValueError: for no such file, a damaged header, or one that promises more than there is.
+        ValueError: If it is another file, its header is damaged, or promises more values than there are.
     """
     file = io.BytesIO(data)
-    if data[:6] != np.lib.format.MAGIC_PREFIX:
-        raise ValueError(f"it is no .npy file, but begins with {data[:6].hex(' ') or 'nothing'}")
-    version = (data[6], data[7]) if len(data) >= 8 else None
+    version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"its .npy format is version {version}: write it with numpy.save")
-    file.seek(8)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         shape, _, dtype = read(file)
@@ -30,7 +27,7 @@ def read_array_header(data: bytes, size: int | None) -> tuple[tuple[int, ...], n
         # NumPy reads it as Python, and lets through whatever that raises.
         raise ValueError("its .npy header is damaged") from error
     promised = math.prod(shape) * dtype.itemsize
-    # Believed, a forged shape would take all memory; Python objects fill any number of bytes, and are refused later.
+    # Python objects fill any number of bytes, and are refused later.
     if min(shape, default=0) < 0 or (size is not None and promised > size and not dtype.hasobject):
         raise ValueError(
             f"its header promises {promised:,} bytes of values {list(shape)}, more than there are"
@@ -39,10 +36,10 @@ def read_array_header(data: bytes, size: int | None) -> tuple[tuple[int, ...], n
 
 
 def read_array(data: bytes) -> np.ndarray:
-    """The array in a `.npy` file; never runs what is in it.
+    """Read the array in a `.npy` file; never runs what is in it.
 
     Raises:
-        ValueError: as in `read_array_header`, or for Python objects.
+        ValueError: As in `read_array_header`, or for Python objects.
     """
     read_array_header(data, len(data))
     return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)

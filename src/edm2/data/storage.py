@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 # Files up to this size are looked at whole, larger ones in four blocks that make up as much.
 _CHECKED_BYTES = 1 << 16
 _BLOCKS = 4
+# A ZIP of megabytes can unpack to gigabytes.
+_MAX_UNPACKED = 1 << 31
 
 
 class Storage(Protocol):
@@ -206,9 +208,14 @@ class ZipStorage:
         """The file's bytes, or the first `limit` of them.
 
         Raises:
-            ValueError: where the bytes do not agree with the ZIP's own checksum.
+            ValueError: If the bytes do not agree with the ZIP's own checksum, or would unpack to gigabytes.
         """
         entry = self._entries[name]
+        if entry.deflated and entry.size > _MAX_UNPACKED:
+            raise ValueError(
+                f"{name!r} in {self._path} unpacks to {entry.size:,} bytes, more than {_MAX_UNPACKED:,}: make the ZIP "
+                "again without compression (zip -0 -r data.zip folder)"
+            )
         with open(self._path, "rb") as file:
             # Beyond 63 bits, seeking raises an OverflowError.
             file.seek(min(max(entry.offset, 0), self._bytes))
