@@ -106,3 +106,37 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
         PowerEMACallback(tmp_path, every=0)
     with pytest.raises(ValueError, match="snapshot_every 5 must be a multiple of every 2"):
         PowerEMACallback(tmp_path, every=2, snapshot_every=5)
+
+
+def test_a_checkpoint_without_averages_is_refused(tmp_path: Path) -> None:
+    module = Line()
+    trainer = Trainer(
+        default_root_dir=tmp_path, max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(24, 3), torch.randn(24, 1)), 4))
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(
+        ValueError, match=r"resumes at step 12 but the checkpoint has no averages: .*start=12"
+    ):
+        fit(tmp_path, Line(), PowerEMACallback(tmp_path / "a"), 4, tmp_path / "plain.ckpt")
+    late = PowerEMACallback(tmp_path / "b", start=12)
+    fit(tmp_path, Line(), late, 4, tmp_path / "plain.ckpt")
+    assert late.ema is not None
+    assert (late.ema.start, late.ema.t) == (12, 24)
+
+
+def test_a_second_fit_of_one_trainer_goes_on(tmp_path: Path) -> None:
+    through, twice = PowerEMACallback(tmp_path / "through"), PowerEMACallback(tmp_path / "twice")
+    fit(tmp_path, Line(), through, 4)
+    module = Line()
+    trainer = fit(tmp_path, module, twice, 2)
+    ema = twice.ema
+    trainer.fit_loop.max_epochs = 4
+    g = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(24, 3, generator=g), torch.randn(24, 1, generator=g))
+    trainer.fit(module, DataLoader(data, 4), DataLoader(data, 12))
+    assert twice.ema is ema
+    assert through.ema is not None
+    assert ema is not None
+    assert ema.t == through.ema.t == 24

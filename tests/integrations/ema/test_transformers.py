@@ -37,7 +37,7 @@ class Watch(transformers.TrainerCallback):
         self.weights[state.global_step] = model.layer.weight.detach().double().clone()
 
 
-def trainer(folder: Path, callbacks: list[transformers.TrainerCallback], steps: int = 12):
+def trainer(folder: Path, callbacks: list[transformers.TrainerCallback], steps: int = 12, **options):
     generator = torch.Generator().manual_seed(0)
     data = [
         {"x": torch.randn(3, generator=generator), "labels": torch.randn(1, generator=generator)}
@@ -45,9 +45,12 @@ def trainer(folder: Path, callbacks: list[transformers.TrainerCallback], steps: 
     ]
     arguments = transformers.TrainingArguments(
         str(folder / "out"), per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=0.1,
-        max_steps=steps, save_steps=6, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=100,
+        max_steps=steps, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=100,
+        **{"save_steps": 6, **options},
     )  # fmt: skip
-    return transformers.Trainer(Line(), arguments, train_dataset=data, callbacks=callbacks)
+    return transformers.Trainer(
+        Line(), arguments, train_dataset=data, eval_dataset=data[:8], callbacks=callbacks
+    )
 
 
 def truth(weights: dict[int, torch.Tensor], sigma_rel: float) -> torch.Tensor:
@@ -111,3 +114,27 @@ def test_average_is_evaluated_and_the_last_step_counts(tmp_path: Path) -> None:
     assert averaged != job.evaluate(job.train_dataset)["eval_loss"]
     with pytest.raises(ValueError, match="every 0 must be at least 1"):
         PowerEMACallback(tmp_path, every=0)
+
+
+def test_best_weights_that_are_loaded_at_the_end_stay_out_of_the_average(tmp_path: Path) -> None:
+    """`on_train_end` comes after the Trainer has put the best checkpoint's weights into the model."""
+    watch, callback = Watch(), PowerEMACallback(tmp_path / "ema", (0.1,), every=5)
+    job = trainer(
+        tmp_path, [watch, callback], eval_strategy="steps", eval_steps=3, save_steps=3, load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=True,
+    )  # fmt: skip
+    job.train()
+    assert not job.state.best_model_checkpoint.endswith("-12")
+    assert not torch.equal(job.model.layer.weight.double(), watch.weights[12])
+    assert callback.ema is not None
+    exact = truth({step: watch.weights[step] for step in (5, 10, 12)}, 0.1)
+    assert (callback.ema.average(0.1)["layer.weight"] - exact).norm() < 1e-6 * exact.norm()
+    assert reconstruct(tmp_path / "ema", sigma_rel=0.1).t == 12
+
+
+def test_a_run_without_averages_may_start_them_late(tmp_path: Path) -> None:
+    trainer(tmp_path, []).train()
+    callback = PowerEMACallback(tmp_path / "ema", (0.1,), start=6)
+    trainer(tmp_path, [callback]).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
+    assert callback.ema is not None
+    assert (callback.ema.start, callback.ema.t) == (6, 12)

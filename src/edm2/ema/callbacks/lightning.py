@@ -12,24 +12,25 @@ from edm2.ema.callbacks.steps import check_every, track_steps
 
 
 class PowerEMACallback(Callback):
-    """Tracks averages while a Trainer fits; they are part of its checkpoints, so that resuming is exact.
+    """Tracks averages while a Trainer fits. They are part of its checkpoints, so resuming is exact.
 
-    Time is counted in steps of the optimiser, as in `trainer.global_step`.
+    Time is counted in optimiser steps, as in `trainer.global_step`.
 
     Args:
         folder: Folder for the snapshots, for `edm2.ema.reconstruct`.
         sigma_rels: Width of each average as a fraction of training time.
         every: Steps between updates.
         snapshot_every: Steps between snapshots, a multiple of `every`. Default: one, at the end.
-        validate_with: Validate with this average in place of the weights. Default: with the weights.
+        validate_with: Validate with the average of this width. Default: with the weights.
         dtype: How snapshots are stored: fp32, bf16 or fp16.
-        options: More arguments of `PowerEMA`: include, device.
+        options: More arguments of `PowerEMA`, such as include, device, live or start.
 
     Attributes:
         ema: The `PowerEMA`, from the start of the fit on.
 
     Raises:
-        ValueError: If `every` is below 1, or `snapshot_every` is no multiple of it.
+        ValueError: If `every` is below 1, or `snapshot_every` is not a multiple of it; when training starts, if the
+            checkpoint that is resumed has no averages.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class PowerEMACallback(Callback):
         self.ema: PowerEMA | None = None
         self._build = lambda module: track_steps(module, tuple(sigma_rels), **options)
         self._resumed: dict[str, Any] | None = None
+        self._knows_past = False
         self._applied = ExitStack()
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,11 +67,24 @@ class PowerEMACallback(Callback):
         self._resumed = state_dict
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the averages, or take them up from the checkpoint that is resumed."""
-        self.ema = self._build(pl_module)
+        """Start the averages, or continue those of the checkpoint or of this trainer's last fit."""
+        goes_on = self.ema is not None and self.ema.start < self.ema.t <= trainer.global_step
+        if self.ema is None or self._resumed or not goes_on:
+            self.ema = self._build(pl_module)
+        self._knows_past = goes_on or bool(self._resumed)
         if self._resumed:
             self.ema.load_state_dict(self._resumed)
             self._resumed = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to average from the middle of a training on."""
+        assert self.ema is not None
+        if trainer.global_step > self.ema.start and not self._knows_past:
+            raise ValueError(
+                f"training resumes at step {trainer.global_step} but the checkpoint has no averages: resume from a"
+                " checkpoint that was written with this callback, or start at that step with"
+                f" PowerEMACallback(..., start={trainer.global_step})"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -84,7 +99,7 @@ class PowerEMACallback(Callback):
             self._snapshot(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take in the last step, and write the last snapshot."""
+        """Take in the last step and write the last snapshot."""
         assert self.ema is not None
         if trainer.global_step > self.ema.t:
             self.ema.update(trainer.global_step)

@@ -18,17 +18,16 @@ STATE_FILE = "power_ema.safetensors"
 
 
 class PowerEMACallback(TrainerCallback):
-    """Tracks averages while a Trainer trains; a snapshot comes with every checkpoint and at the end.
+    """Tracks averages while a Trainer trains, and writes a snapshot with every checkpoint and at the end.
 
-    The running averages lie in each checkpoint too, so that resuming is exact. Time is counted in steps of the
-    optimiser.
+    Each checkpoint also holds the running averages, so resuming is exact. Time is counted in optimiser steps.
 
     Args:
         folder: Folder for the snapshots, for `edm2.ema.reconstruct`.
         sigma_rels: Width of each average as a fraction of training time.
         every: Steps between updates.
         dtype: How snapshots are stored: fp32, bf16 or fp16.
-        options: More arguments of `PowerEMA`: include, device.
+        options: More arguments of `PowerEMA`, such as include, device, live or start.
 
     Attributes:
         ema: The `PowerEMA`, from the start of training on; evaluate an average in
@@ -61,29 +60,30 @@ class PowerEMACallback(TrainerCallback):
         model: nn.Module,
         **_: Any,
     ) -> None:
-        """Start the averages, or take them up from the checkpoint that is resumed."""
+        """Start the averages, or continue those of the checkpoint."""
         self.ema = self._build(model)
-        if state.global_step > 0:
+        if state.global_step > self.ema.start:
             path = _checkpoint(args, state) / STATE_FILE
             if not path.exists():
                 raise ValueError(
                     f"training resumes at step {state.global_step} but {path} is missing: resume from a"
-                    " checkpoint in output_dir that was written with this callback"
+                    " checkpoint in output_dir that was written with this callback, or start at that step with"
+                    f" PowerEMACallback(..., start={state.global_step})"
                 )
             self.ema.load_state_dict(_read(path))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Update after the optimiser's step."""
+        """Update after the optimiser's step, and after the last one."""
         assert self.ema is not None
-        if state.global_step % self.every == 0:
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             self.ema.update(state.global_step)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Put the averages beside a checkpoint, and a snapshot into the folder."""
+        """Save the averages in the checkpoint, and a snapshot in the folder."""
         assert self.ema is not None
         if self.ema.t == self.ema.start:
             return
@@ -94,9 +94,10 @@ class PowerEMACallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Take in the last step, and write the last snapshot."""
+        """Take in the last step of a training that stopped early, and write the last snapshot."""
         assert self.ema is not None
-        if state.global_step > self.ema.t:
+        # With load_best_model_at_end, the model already holds the weights of an earlier step here.
+        if state.global_step > self.ema.t and not args.load_best_model_at_end:
             self.ema.update(state.global_step)
         if self.ema.t > self.ema.start:
             self._snapshot(state)

@@ -149,7 +149,9 @@ class TrackedAverages:
 
     def _check(self) -> None:
         """Raise FloatingPointError if an average is not finite."""
-        raise_together(self._averages.check, self._model_tensors().templates)
+        for averages in (self._averages, self._live_average):
+            if averages is not None:
+                raise_together(averages.check, self._model_tensors().templates)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly: one flat dict of tensors and JSON values.
@@ -221,7 +223,7 @@ class TrackedAverages:
         """Continue from the averages in a folder of snapshots, as after weights that turned NaN.
 
         The model's own weights are not in snapshots: load your checkpoint of that time, or go on from an average with
-        `write_to`. A live average starts anew from the weights.
+        `write_to`. A live average starts anew from the first track.
 
         Args:
             folder: Folder that `snapshot` wrote with these tracks.
@@ -251,7 +253,7 @@ class TrackedAverages:
         )  # fmt: skip
         self._averages.adopt(averages, start=self.start, t=self.t)
         if self._live_average is not None:
-            self._live_average.adopt([followed.weights], start=self.start, t=self.t)
+            self._live_average.adopt(averages[:1], start=self.start, t=self.t)
 
     def _resume(
         self,
