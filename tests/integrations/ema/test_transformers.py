@@ -54,7 +54,7 @@ def trainer(folder: Path, callbacks: list[transformers.TrainerCallback], steps: 
 
 
 def truth(weights: dict[int, torch.Tensor], sigma_rel: float) -> torch.Tensor:
-    holder = nn.ParameterDict({"w": nn.Parameter(weights[1].clone())})
+    holder = nn.ParameterDict({"w": nn.Parameter(next(iter(weights.values())).clone())})
     ema = PowerEMA(holder, (sigma_rel,), dtype=torch.float64)
     for step, weight in weights.items():
         holder["w"].data.copy_(weight)
