@@ -1,5 +1,6 @@
 """A NaN in the weights stays in every average: it is reported, and there is a way back."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from torch import nn
 
 from edm2.ema import LiveEMA, PowerEMA, reconstruct
+from edm2.ema.maths.profiles import step_weight
+from edm2.ema.tracking.offload import HostAverages
 
 
 class Scaled(nn.Linear):
@@ -130,3 +133,16 @@ def test_a_snapshot_that_is_not_there_is_refused(tmp_path: Path) -> None:
         PowerEMA(model, (0.1,), clock="images").load_snapshot(tmp_path)
     with pytest.raises(ValueError, match="missing 'scale'"):
         PowerEMA(Scaled(3, 3), (0.1,)).load_snapshot(tmp_path)
+
+
+def test_averages_in_host_memory_say_so_at_the_next_update() -> None:
+    tensors = [torch.ones(3), torch.ones(2)]
+    rule = partial(step_weight, gamma=3.0)
+    host = HostAverages(tensors, ["a", "b"], [rule], start=0, dtype=torch.float32, windows=1024)
+    for t in range(1, 201):
+        tensors[1].fill_(float("nan") if t == 150 else 1.0)
+        host.update(tensors, t)
+    with pytest.raises(
+        FloatingPointError, match=r"average of 'b' is not finite .* after t 100, at t 200 at the latest"
+    ):
+        host.update(tensors, 201)

@@ -111,11 +111,14 @@ class Averages:
         Raises:
             FloatingPointError: If one is not.
         """
+        self._check_now()
+
+    def _check_now(self) -> None:
         if all(torch.isfinite(total) for total in self._totals()):
             self._sound_until = self._t
             return
         broken = [
-            name for name, x in zip(self._names, self.read(0), strict=True) if not torch.isfinite(x).all()
+            name for name, x in zip(self._names, Averages.read(self, 0), strict=True) if not torch.isfinite(x).all()
         ]
         raise FloatingPointError(
             f"the average of {broken[0] if broken else self._names[0]!r} is not finite ({len(broken)} of"
@@ -181,7 +184,7 @@ class Averages:
             answer, event, t = self._pending
             event.synchronize()
             if not torch.isfinite(answer).all():
-                self.check()
+                self._check_now()
             self._pending, self._sound_until = None, t
         totals = self._totals()
         if any(x.is_cuda for x in totals):
@@ -190,7 +193,7 @@ class Averages:
             answer.copy_(torch.stack([x.to(device, answer.dtype) for x in totals]), non_blocking=True)
             self._pending = (answer, recorded_event(device), self._t)
         else:
-            self.check()
+            self._check_now()
 
 
 def recorded_event(device: torch.device) -> Any:
