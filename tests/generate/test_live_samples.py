@@ -57,7 +57,7 @@ def test_the_grid_is_of_the_chosen_average(tmp_path):
 def test_an_average_that_the_run_cannot_give_is_refused_before_it_starts(tmp_path):
     words = ["--preset", "digits", "--out", str(tmp_path / "run"), "--sample-images", "8"]
     with pytest.raises(
-        ValueError, match=r"sigma_rel 0.001 cannot be made of the tracked ones, \(0.05, 0.1\)"
+        ValueError, match=r"sigma_rel 0.001 cannot be made from the tracked ones, \(0.05, 0.1\)"
     ):
         run("edm2 train", [*words, "--sample-sigma-rel", "0.001"])
     assert not (tmp_path / "run").exists()

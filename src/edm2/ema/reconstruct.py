@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from edm2.ema.maths.fit_motion import fit_motion
+from edm2.ema.maths.grid import Grid
+from edm2.ema.maths.motion import WHITE, Motion
 from edm2.ema.maths.profiles import FloatArray
 from edm2.ema.maths.solve import HOPELESS_MISFIT, Solution, solve_motion
 from edm2.ema.maths.targets import PowerProfile, Profile, Target
-from edm2.ema.maths.weight_motion import WHITE, Grid, Motion
 from edm2.ema.storage.distances import sample_squares
 from edm2.ema.storage.guarded_json import read_json
 from edm2.ema.storage.locking import folder_lock

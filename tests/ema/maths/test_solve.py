@@ -6,10 +6,11 @@ from scipy.optimize import nnls
 
 from edm2.ema import sigma_rel_to_gamma, solve_coefficients
 from edm2.ema.maths.fit_motion import KINDS, fit_motion, nonnegative_least_squares
+from edm2.ema.maths.grid import Grid
+from edm2.ema.maths.motion import WHITE, Kind, Motion
 from edm2.ema.maths.profiles import power_inner
 from edm2.ema.maths.solve import solve_motion
 from edm2.ema.maths.targets import PowerProfile
-from edm2.ema.maths.weight_motion import WHITE, Grid, Kind, Motion
 
 WALK = Motion(powers={Kind(order=1, slowing=0.0): 1.0}, misfit=0.0)
 PAPER = [(t, s) for t in np.arange(1, 17) / 16 for s in (0.05, 0.1)]

@@ -193,7 +193,7 @@ def test_any_width_between_the_tracks_is_at_hand() -> None:
         with ema.applied(model, sigma_rel):
             assert torch.equal(model.weight, ema.average(sigma_rel)["weight"])
     with pytest.raises(
-        ValueError, match=r"sigma_rel 0\.25 cannot be made of the tracked ones, \(0\.05, 0\.1\)"
+        ValueError, match=r"sigma_rel 0\.25 cannot be made from the tracked ones, \(0\.05, 0\.1\)"
     ):
         PowerEMA(model).average(0.25)
 

@@ -1,4 +1,4 @@
-"""How a run's weights moved, judged from how far its stored averages lie apart."""
+"""How a run's weights moved, estimated from the distances between its stored averages."""
 
 import math
 from collections.abc import Sequence
@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from edm2.ema.maths.grid import Grid
+from edm2.ema.maths.motion import TYPICAL, Kind, Motion
 from edm2.ema.maths.profiles import FloatArray
 from edm2.ema.maths.targets import Profile
-from edm2.ema.maths.weight_motion import TYPICAL, Grid, Kind, Motion
 
 _SLOWINGS = (0.0, 1.0, 2.0, 4.0)
 KINDS = tuple(Kind(order=order, slowing=slowing) for order in (0, 1, 2) for slowing in _SLOWINGS)
 _PRIOR = np.array([0.05 if kind.order == 0 else 1.0 for kind in KINDS] + [0.1])
 _FAINT = 0.05
-_TYPICAL_DISTANCE = 0.05  # of weights from their averages, if they move as `TYPICAL` says
+_TYPICAL_DISTANCE = 0.05  # of weights from their averages under TYPICAL motion
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,19 @@ def fit_motion(
 ) -> Motion:
     """Find the motion that explains the distances between stored averages.
 
-    A faint prior shares the motion out over all kinds, so that a few distances never leave one of them
-    with all of it: coefficients that suit every kind a little are safe where the judgement is poor. Motion
-    below the stored rounding is not seen; so much of the typical kind is taken to be there.
+    A faint prior spreads the motion over all kinds, so that a few distances never put all of it into one kind:
+    coefficients that suit every kind a little are safe where the estimate is poor. Motion below the stored rounding
+    is invisible, so that much typical motion is assumed.
 
     Args:
         grid: Times that resolve the profiles.
         profiles: Profile of each stored average [n].
         squares: Squared distances between them, relative to the squared norm [n, n].
         rounding: Relative L2 error of each as stored [n].
-        weight_squares: Squared distance of each to the weights at its time; not finite where unknown [n].
+        weight_squares: Squared distance of each average to the weights of its time; NaN where unknown [n].
 
     Returns:
-        The motion, of the kinds in `KINDS`.
+        The motion: a power for each of `KINDS`.
     """
     first, second = np.triu_indices(len(profiles), 1)
     rows = [grid.rows(p, KINDS) for p in profiles]
@@ -89,7 +90,7 @@ def _pair_squares(rows: FloatArray, first: npt.NDArray[np.intp], second: npt.NDA
 
 
 def _weight_row(grid: Grid, profile: Profile, rows: list[FloatArray]) -> list[float]:
-    """Squared distance of an average to the weights at its end, a kind each, and the jitter of the weights."""
+    """Squared distance of an average to the weights at its end, one per kind, and the jitter of the weights."""
     instant = _Instant(profile.t)
     out = []
     for kind, row in zip(KINDS, rows, strict=True):
@@ -125,7 +126,7 @@ def nonnegative_least_squares(a: FloatArray, b: FloatArray) -> FloatArray:
 
 
 def _step_inside(a: FloatArray, b: FloatArray, x: FloatArray, free: npt.NDArray[np.bool_]) -> FloatArray:
-    """Solve for the free variables, fixing at 0 in turn those that would become negative."""
+    """Solve for the free variables; fix those that would become negative at 0, one after the other."""
     while True:
         trial = np.zeros_like(x)
         trial[free] = np.linalg.lstsq(a[:, free], b, rcond=1e-12)[0]

@@ -1,4 +1,4 @@
-"""Finds the tracks and times that give a range of widths at the least worst error."""
+"""Search for the tracks and times whose worst error over a range of widths is smallest."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -27,22 +27,22 @@ def plan(
     dtype: str = "fp32",
     mid_run: bool = False,
 ) -> Plan:
-    """Find the tracks and the times of snapshots with the least worst error over a range of widths.
+    """Find the tracks and snapshot times whose worst error over a range of widths is smallest.
 
     Args:
         sigma_range: Narrowest and widest width wanted, in (0, 0.2887).
-        tracks: Number of averages to track, 1 to 12. Default: 8, or fewer where budgets ask for it.
-        times: Number of times at which they are stored. Default: as many as the storage allows, up to 64;
-            without that budget the end alone, or 8 times in mid-run.
+        tracks: Number of averages to track, 1 to 12. Default: 8, or as many as the budgets allow.
+        times: Number of times at which they are stored. Default: as many as `storage_bytes` allows, up to 64;
+            without that budget only the end, or 8 times with `mid_run`.
         num_params: Number of averaged parameters; needed for budgets.
         memory_bytes: Room for the running averages, in float32. Their base and window take 1.5 times as much as one
             average on top of that.
-        storage_bytes: Room for the snapshots.
+        storage_bytes: Room for all snapshots.
         dtype: How they are stored: fp32, bf16 or fp16.
-        mid_run: Every width is wanted at each stored time, not only at the end.
+        mid_run: Whether every width is wanted at each stored time, not only at the end.
 
     Returns:
-        The plan. It depends on nothing but the arguments, and is computed once a process.
+        The plan. It depends on the arguments only, and is computed once per process.
 
     Raises:
         ValueError: If a range, number or budget cannot be met.
@@ -114,7 +114,7 @@ def _found(low: float, high: float, tracks: int, times: int, dtype: str, mid_run
 
 
 def best_widths(low: float, high: float, count: int) -> tuple[float, ...]:
-    """The widths whose averages at one time come closest to every width of a range.
+    """Widths whose averages at one time come closest to every width of a range.
 
     The relative L2 distance of the profile `x**g` to the span of `x**g_i` is the product of
     `|h - h_i| / (h + h_i)` with `h = g + 1/2` (Muntz). Its largest value over a range of h is least
@@ -150,7 +150,7 @@ def _delta_amplitude(parts: FloatArray, k: float) -> FloatArray:
 def _search(
     low: float, high: float, start: tuple[float, ...], times: int, dtype: str
 ) -> tuple[tuple[float, ...], float]:
-    """Widths and power of the spacing for several times; there is no closed form."""
+    """Widths, and power of the spacing, for several times; this has no closed form."""
     wanted = spread((low, high), 41)
 
     def cost(x: FloatArray) -> float:
@@ -177,12 +177,12 @@ def _spaced(times: int, power: float) -> list[float]:
 
 
 def minimise(cost: Callable[[FloatArray], float], start: FloatArray, *, steps: int) -> FloatArray:
-    """Nelder and Mead's simplex search, restarted twice from where it ended; no randomness.
+    """Minimise by the Nelder-Mead simplex search, restarted twice from where it ended; deterministic.
 
     Args:
-        cost: Function to minimise; infinite where it is not defined.
+        cost: Function to minimise; infinite where it is undefined.
         start: First guess [n].
-        steps: Most steps altogether.
+        steps: Largest total number of steps.
 
     Returns:
         The best point found [n].
@@ -209,7 +209,7 @@ def minimise(cost: Callable[[FloatArray], float], start: FloatArray, *, steps: i
 def _moved(
     cost: Callable[[FloatArray], float], points: FloatArray, values: FloatArray
 ) -> tuple[FloatArray, float]:
-    """The worst point reflected, stretched or drawn in, whichever serves."""
+    """The worst point, reflected, stretched or drawn in."""
     centre = points[:-1].mean(axis=0)
     away = centre - points[-1]
     reflected = centre + away

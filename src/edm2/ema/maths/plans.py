@@ -1,4 +1,4 @@
-"""Plans: which averages are tracked, when they are stored, and the error to expect of it."""
+"""Plans: which averages are tracked, when they are stored, and the expected error."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ MOVEMENT = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is tracked and when it is stored.
+    """Which averages are tracked and when they are stored.
 
-    Errors are in units of the profile: the L2 distance between the profile made and the one wanted, relative
-    to the norm of the one wanted. Rounding of the stored type counts in the same unit: its relative size,
-    amplified by the coefficients, over `MOVEMENT`, the typical distance of weights from their averages. So
-    an error of 0.01 is about 0.01 * 0.05 = 5e-4 of the parameters.
+    Errors are in units of the profile: the L2 distance of the reconstructed profile to the wanted one, relative to
+    the norm of the wanted one. Rounding of the stored type counts in the same unit: its relative size, amplified by
+    the coefficients, divided by `MOVEMENT`, the typical distance of weights from their averages. So an error of 0.01
+    is about 0.01 * 0.05 = 5e-4 of the parameters.
 
     Attributes:
         name: Short name.
-        sigma_rels: Widths that are tracked.
-        times: When they are stored, as fractions of the run; the last one is 1.
+        sigma_rels: Tracked widths.
+        times: Times of the snapshots, as fractions of the run; the last one is 1.
         dtype: How they are stored: fp32, bf16 or fp16.
         sigma_range: Narrowest and widest width wanted.
     """
@@ -53,7 +53,7 @@ class Plan:
         return num_params * self.num_files * (4 if self.dtype == "fp32" else 2)
 
     def errors(self, sigma_rels: npt.ArrayLike, *, at: float = 1.0) -> FloatArray:
-        """Error of each wanted width, profile and rounding together.
+        """Error of each wanted width, including rounding.
 
         Args:
             sigma_rels: Wanted widths [n], in (0, 0.2887].
@@ -92,7 +92,7 @@ def spread(sigma_range: tuple[float, float], count: int) -> FloatArray:
 def best_errors(
     times: Sequence[float], sigma_rels: Sequence[float], at: float, wanted: FloatArray, dtype: str
 ) -> tuple[FloatArray, FloatArray]:
-    """Least error of wanted widths from all tracks at all times.
+    """Smallest error of wanted widths, from all tracks at all times.
 
     Args:
         times: When they are stored.
@@ -142,7 +142,7 @@ PLANS = {
         Plan(name="small", sigma_rels=(0.0321, 0.0494, 0.0876, 0.146, 0.2079, 0.2452), times=(1.0,)),
     )
 }
-"""The paper's plan; eight and six averages at the last time alone; and four with a little history."""
+"""The paper's plan; eight and six averages at the last time only; four averages at four times."""
 
 
 def named_plan(name: str) -> Plan:

@@ -74,7 +74,7 @@ def gamma_to_sigma_rel(gamma: npt.ArrayLike) -> float | FloatArray:
 
 
 def decay(t: float, dt: float, gamma: float) -> float:
-    """Factor that an update at time t leaves on the average.
+    """Share of the old average that an update at time t keeps.
 
     Args:
         t: Training time of the update, any unit that starts at 0.
@@ -87,7 +87,7 @@ def decay(t: float, dt: float, gamma: float) -> float:
     Raises:
         ValueError: If dt is not in (0, t].
 
-    Ref: EDM2 Sec. 3.1, with dt measured.
+    Ref: EDM2 Sec. 3.1.
     """
     return 1.0 - step_weight(t, dt, gamma)
 

@@ -1,4 +1,4 @@
-"""Coefficients that turn stored averages into a wanted one."""
+"""Coefficients that combine stored averages into a wanted one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from edm2.ema.maths.grid import Grid
+from edm2.ema.maths.motion import TYPICAL, WHITE, Motion
 from edm2.ema.maths.profiles import FloatArray, power_inner, sigma_rel_to_gamma
 from edm2.ema.maths.targets import PowerProfile, Profile
-from edm2.ema.maths.weight_motion import TYPICAL, WHITE, Grid, Motion
 
 HOPELESS_MISFIT = 0.75
-"""Share of a profile's norm that no combination may leave out, or it is refused."""
+"""Largest misfit of a combination, relative to the norm of the wanted profile; above it, it is refused."""
 
 
 def solve_coefficients(
@@ -25,7 +26,7 @@ def solve_coefficients(
     Args:
         times: Time of each snapshot, > 0 [in].
         sigma_rels: Width of each snapshot's profile [in].
-        target_time: Time of the target; later snapshots take no part.
+        target_time: Time of the target; later snapshots are not used.
         target_sigma_rels: Wanted widths [out].
 
     Returns:
@@ -66,13 +67,13 @@ def solve_coefficients(
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """A combination of stored averages, and what is wrong with it.
+    """A combination of stored averages, and its errors.
 
     Attributes:
         coefficients: Weight of each average; they sum to 1 [in].
         moved: Relative L2 error of the parameters from the profile's misfit, if weights move as assumed.
-        rounding: Relative L2 error from the averages' own rounding, at least what is left where they
-            are all rounded alike, because the weights hardly moved between them.
+        rounding: Relative L2 error from the averages' own rounding. If weights hardly move, all averages are rounded
+            alike and their errors do not cancel; the value covers that case.
         profile_misfit: L2 distance to the wanted profile, relative to its norm.
     """
 
@@ -83,16 +84,16 @@ class Solution:
 
     @property
     def amplification(self) -> float:
-        """Root of the sum of squared coefficients: how much the averages' rounding grows."""
+        """Root of the sum of squared coefficients: the factor by which rounding grows."""
         return float(np.linalg.norm(self.coefficients))
 
 
 def solve_motion(
     grid: Grid, profiles: Sequence[Profile], rounding: FloatArray, targets: Sequence[Profile], motion: Motion
 ) -> list[Solution]:
-    """The combinations with the least error to expect: misfit under the motion plus amplified rounding.
+    """Find the combinations with the least expected error: misfit under the motion plus amplified rounding.
 
-    Least squares by a QR factorisation: unlike normal equations it stays exact with hundreds of averages.
+    It solves least squares by QR factorisation, which stays exact with hundreds of averages.
 
     Args:
         grid: Times that resolve all profiles.
@@ -102,7 +103,7 @@ def solve_motion(
         motion: How the weights moved.
 
     Returns:
-        One solution a target.
+        One solution per target.
     """
     num_in = len(profiles)
     moving = np.stack([grid.column(p, motion) for p in profiles], axis=1)
@@ -134,17 +135,17 @@ def solve_motion(
 
 
 def solve_live(sigma_rels: Sequence[float], sigma_rel: float) -> FloatArray:
-    """Combine averages of one moment, in float32, into another width, whatever way the weights move.
+    """Combine averages of one moment, in float32, into another width, without knowing how the weights move.
 
     Args:
-        sigma_rels: Widths at hand [in].
+        sigma_rels: Tracked widths [in].
         sigma_rel: Wanted width.
 
     Returns:
         Coefficients [in].
 
     Raises:
-        ValueError: If no combination comes near.
+        ValueError: If every combination is far from it.
     """
     profiles = [PowerProfile(1.0, sigma_rel_to_gamma(s)) for s in sigma_rels]
     target = PowerProfile(1.0, sigma_rel_to_gamma(sigma_rel))
@@ -152,7 +153,7 @@ def solve_live(sigma_rels: Sequence[float], sigma_rel: float) -> FloatArray:
     (solution,) = solve_motion(Grid([*profiles, target]), profiles, rounding, [target], TYPICAL)
     if solution.profile_misfit > HOPELESS_MISFIT:
         raise ValueError(
-            f"sigma_rel {sigma_rel:g} cannot be made of the tracked ones, {tuple(sigma_rels)} (misfit"
+            f"sigma_rel {sigma_rel:g} cannot be made from the tracked ones, {tuple(sigma_rels)} (misfit"
             f" {solution.profile_misfit:.0%}): choose one nearer to them, or track another"
         )
     return solution.coefficients

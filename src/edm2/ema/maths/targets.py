@@ -1,4 +1,4 @@
-"""Profiles that a reconstruction can aim at: power functions, exponentials, windows, decays, any callable."""
+"""Profiles that can be reconstructed: power functions, exponentials, windows, learning-rate decays, any function."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Profile(Protocol):
 
     @property
     def breaks(self) -> tuple[float, ...]:
-        """Times, besides 0 and t, at which it is not smooth."""
+        """Times other than 0 and t at which it is not smooth."""
 
     def density(self, tau: FloatArray) -> FloatArray:
         """Weight per unit of time at times tau."""
@@ -65,11 +65,11 @@ class PowerProfile:
 
 
 class TableProfile:
-    """A profile given by its mass at many times: constant density between them.
+    """A profile given by its mass at many times, with constant density between them.
 
     Args:
         edges: Increasing times, the first >= 0, the last one t.
-        mass: Mass up to each, from 0 to 1.
+        mass: Mass up to each of them, from 0 to 1.
         breaks: Times at which the profile is not smooth.
     """
 
@@ -105,14 +105,12 @@ class TableProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A wanted average: a kind of profile, before it is known at which time it ends.
-
-    Make one with the class methods.
+    """A wanted average: a kind of profile, whose end is not fixed yet. Make one with the class methods.
 
     Attributes:
-        label: What it is, in words.
-        at: Gives the profile that ends at a time.
-        sigma_rel: Width relative to training time, where it is a power function.
+        label: Short description.
+        at: Returns the profile that ends at a given time.
+        sigma_rel: Width relative to training time, if it is a power function.
     """
 
     label: str
@@ -133,17 +131,17 @@ class Target:
 
     @classmethod
     def exponential(cls, half_life: float, *, rampup_ratio: float | None = None) -> "Target":
-        """The usual EMA: weight halves every `half_life`, in the clock's unit; cut off at the start of training.
+        """The usual EMA: weights halve every `half_life`, back to the start of training.
 
         Args:
             half_life: In the clock's unit.
-            rampup_ratio: Bound on the half-life as a share of the time at that moment, so that the average grows
-                with training at first: up to time `half_life / rampup_ratio` it is a power function. None: no bound.
+            rampup_ratio: Largest half-life as a fraction of the training time so far, so that the average grows with
+                training at first: until time `half_life / rampup_ratio` it is a power function. None: no limit.
         """
         _positive("half_life", half_life)
         if rampup_ratio is not None and not rampup_ratio > 0:
             raise ValueError(
-                f"rampup_ratio {rampup_ratio:g} must be above 0: 0.05 is usual, None for no bound"
+                f"rampup_ratio {rampup_ratio:g} must be above 0: 0.05 is usual, None for no limit"
             )
 
         def at(t: float) -> Profile:
@@ -174,7 +172,7 @@ class Target:
 
     @classmethod
     def minus_sqrt(cls, window: float) -> "Target":
-        """What a learning rate falling by 1 - sqrt over the last `window` would do: mass sqrt(u) up to its part u."""
+        """Like a learning rate that falls as 1 - sqrt over the last `window`: mass sqrt(u) in its first fraction u."""
         return cls._window("minus-sqrt", window, np.sqrt)
 
     @classmethod
@@ -182,8 +180,8 @@ class Target:
         """Any profile.
 
         Args:
-            density: Weight at times that run from 0 to 1 at the target's time, >= 0, any scale.
-            label: What it is, in words.
+            density: Weight at times from 0 to 1, the target's time; >= 0, any scale.
+            label: Short description.
         """
         u = _edges(0.0, 1.0)
         weight = np.asarray(density((u[1:] + u[:-1]) / 2), dtype=np.float64)
@@ -222,5 +220,5 @@ def _table(mass: Callable[[FloatArray], FloatArray], begin: float, end: float) -
 
 
 def _edges(begin: float, end: float) -> FloatArray:
-    """Times that lie denser towards both ends."""
+    """Times that are denser towards both ends."""
     return np.asarray(begin + (end - begin) * np.sin(np.linspace(0, np.pi / 2, _NUM_EDGES)) ** 2)

@@ -1,16 +1,16 @@
-"""How far a combination of averages is from a wanted one, for weights that move in a given way.
+"""Distances between averages of moving weights, as least squares on a grid of times.
 
-If the weights move like white noise around a mean, the error of a combination is the L2 norm of its profile's
-misfit. If they wander like a random walk, it is the norm of the misfit's running integral; if they drift
+If the weights move like white noise around a mean, the error of a combination of averages is the L2 norm of its
+profile's misfit. If they move like a random walk, it is the norm of the misfit's running integral; if they drift
 smoothly, that of the double integral. Each is a least-squares problem on a grid of times.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from edm2.ema.maths.motion import Kind, Motion
 from edm2.ema.maths.profiles import FloatArray
 from edm2.ema.maths.targets import Profile
 
@@ -19,7 +19,7 @@ _SOFTEN = 0.01
 
 
 class Integrable(Protocol):
-    """What is asked of a profile where only its integrals count."""
+    """What a profile must offer where only its integrals count."""
 
     def cumulative(self, tau: FloatArray) -> FloatArray:
         """Mass up to times tau."""
@@ -28,48 +28,8 @@ class Integrable(Protocol):
         """Integral of the cumulative mass."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """A way in which weights move.
-
-    Attributes:
-        order: 0 white noise, 1 random walk, 2 smooth drift.
-        slowing: How the motion calms down: its power falls as `time**-slowing`.
-    """
-
-    order: int
-    slowing: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Motion:
-    """A model of how weights move: a sum of independent motions.
-
-    Attributes:
-        powers: Strength of each kind, for distances relative to the norm of the weights.
-        misfit: How far off it is, as the relative RMS error of the distances it was judged from.
-    """
-
-    powers: dict[Kind, float]
-    misfit: float
-
-
-WHITE = Motion(powers={Kind(order=0, slowing=0.0): 1.0}, misfit=0.0)
-"""White noise: the plain L2 norm of profiles."""
-
-TYPICAL = Motion(
-    powers={
-        Kind(order=0, slowing=0.0): 1e-6,
-        Kind(order=1, slowing=1.0): 1e-2,
-        Kind(order=2, slowing=2.0): 1e-1,
-    },
-    misfit=0.0,
-)
-"""What trainings usually do, where no stored average is there to judge from."""
-
-
 class Grid:
-    """Times and integration weights that resolve some profiles; time is scaled so that the last one ends at 1.
+    """Times and integration weights that resolve some profiles. Time is scaled so that the last profile ends at 1.
 
     Args:
         profiles: All profiles that will be compared.
@@ -85,7 +45,7 @@ class Grid:
         self.weights = (half * _NODE_WEIGHTS).ravel()
 
     def row(self, profile: Integrable, kind: Kind) -> FloatArray:
-        """Vector [nodes] of a profile; differences' squared norms are the errors if weights move so."""
+        """Vector [nodes] of a profile: squared norms of differences are squared errors if weights move like this."""
         return self._integral(profile, kind.order) * np.sqrt(self.weights * self._power(kind))
 
     def rows(self, profile: Profile, kinds: Sequence[Kind]) -> list[FloatArray]:
@@ -94,7 +54,7 @@ class Grid:
         return [integrals[kind.order] * np.sqrt(self.weights * self._power(kind)) for kind in kinds]
 
     def column(self, profile: Profile, motion: Motion) -> FloatArray:
-        """Vector of a profile; differences' squared norms are the errors if weights move as given."""
+        """Vector of a profile: squared norms of differences are squared errors under this motion."""
         blocks = []
         for order in sorted({kind.order for kind in motion.powers}):
             power = sum(p * self._power(kind) for kind, p in motion.powers.items() if kind.order == order)
