@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from edm2.generate import ImageGenerator
+from edm2.ladder import LadderPlan, run_ladder, with_length, write_ladder_report
 from edm2.ladder import experiment as ladder_experiment
-from edm2.ladder.experiment import LadderPlan, growth, run_ladder, spread, with_length
-from edm2.ladder.page import table, write_ladder_report
+from edm2.ladder.experiment import growth, spread
+from edm2.ladder.page import table
 from edm2.presets import get_preset
 from edm2.report.ladder_figures import growth_figure, ladder_figure
 from edm2.train.signals import Stopped
@@ -143,7 +144,7 @@ def test_another_experiment_in_the_folder(done, plan, training, message, setting
 
 
 def test_damaged_file_of_an_experiment(tmp_path, settings):
-    (tmp_path / "ladder.json").write_text("{}")
+    (tmp_path / "ladder.json").write_text("{")
     with pytest.raises(ValueError, match=r"ladder.json is damaged .*: move it away"):
         run_ladder(settings, PLAN, tmp_path, quiet=True)
 
@@ -159,8 +160,7 @@ SHORT = dataclasses.replace(
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+@pytest.mark.parametrize("content", ["{", "[]"])
 def test_damaged_judgement(tmp_path, settings, content):
     found = tmp_path / "G" / "seed-0" / "judged.json"
     found.parent.mkdir(parents=True)
@@ -259,7 +259,7 @@ def test_everything_diverged(tmp_path, settings):
     assert row[headers.index("parameters")] == "unknown"
     page = write_ladder_report(rungs, settings, plan, tmp_path).read_text()
     assert "Every run diverged: try lower rate factors." in page
-    assert "Left out, since a distance is not finite: C, G." in page
+    assert "Left out, because a distance is not finite: C, G." in page
 
 
 def test_growth_is_relative_to_the_first_record():
@@ -298,8 +298,8 @@ def test_other_lengths_are_made_of_the_same_runs(tmp_path, settings, monkeypatch
         (dict(final_samples=1), "final_samples 1 must be at least 2"),
         (dict(rate_images=0), "rate_images 0 must be at least 1"),
         (dict(sigma_rels=(0.1, 0.5)), r"sigma_rel 0\.5 is outside"),
-        (dict(seeds=(0, 1000)), "seed 1000 is that of the search for rates: choose others"),
-        (dict(search_samples=1_000_001), "search_samples 1000001 must be at most 1000000"),
+        (dict(seeds=(0, 1000)), "seed 1000 belongs to the search for learning rates: choose other seeds"),
+        (dict(search_samples=1_000_001), "search_samples 1000001 would reach the seeds of the result: give at most 1000000"),
         (dict(sampler="plms"), "unknown sampler 'plms': there are heun, euler, dpmpp-2m"),
         (dict(rate_factors=(0.0,)), r"rate_factors \(0.0,\) must be above 0 and finite"),
         (dict(rate_factors=(1.0, math.nan)), r"rate_factors \(1.0, nan\) must be above 0 and finite"),

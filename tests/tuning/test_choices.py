@@ -177,15 +177,11 @@ def test_a_file_of_settings_from_before_there_were_such_guides(run):
     )  # fmt: skip
     path = save_tuned(run, tuned) / "tuned.json"
     content = json.loads(path.read_text())
-    for name in ("metric", "features", "is_share"):
+    for name in ("metric", "features", "is_share", "is_better", "num_images", "sha256"):
         del content[name]
     del content["knobs"]["guide"]
     path.write_text(json.dumps(content))
     assert read_tuned(run) == tuned
-    content["knobs"]["guide"] = 3
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"tuned\.json is damaged \(a guide is named by its path\)"):
-        read_tuned(run)
 
 
 def pixels(images):

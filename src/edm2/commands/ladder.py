@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from edm2.ladder.experiment import LadderPlan, run_ladder, with_length
-from edm2.ladder.page import table, write_ladder_report
+from edm2.ladder import LadderPlan, run_ladder, with_length, write_ladder_report
+from edm2.ladder.page import table
 from edm2.presets import get_preset
 from edm2.progress import show
 
@@ -18,19 +18,19 @@ from edm2.progress import show
 class _Ladder:
     """Train configurations A to G alike and compare them, each at its own best EMA length.
 
-    The same command continues where it was stopped.
+    Run the same command again to continue after a stop.
     """
 
     out: Path
     """Folder for all runs, ladder.json and report.html."""
     preset: str = "digits"
-    """Settings of config G; the other configurations are made of it in the paper's proportions."""
+    """Settings of config G; those of the other configurations follow in the paper's proportions."""
     data: str | None = None
     """Images with classes; default: the preset's."""
     images: int | None = None
-    """Training images of each run; default: the preset's. The learning rate's course is stretched or shrunk with it."""
+    """Training images of each run; default: the preset's. The course of the learning rate scales with it."""
     batch: int | None = None
-    """Images a step; default: the preset's."""
+    """Images per step; default: the preset's."""
     p_mean: float | None = None
     """Mean of ln sigma in training, configs B to G; default: the preset's. A keeps the paper's -1.2."""
     p_std: float | None = None

@@ -16,83 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from edm2.diffusion import SamplerName, find_sampler
-from edm2.ema.maths.profiles import sigma_rel_to_gamma
 from edm2.evaluation.judge import Judge
-from edm2.files import write_json
+from edm2.files import read_sealed, write_sealed
 from edm2.generate import ImageGenerator
 from edm2.generate.lengths import generators
-from edm2.nn import CONFIGS
+from edm2.ladder.plan import FINAL_SEED, RATE_RUN_SEED, SEARCH_SEED, LadderPlan, with_length
 from edm2.progress import show
 from edm2.train import TrainConfig, train
 from edm2.train.build import open_training_data, pick_device
 from edm2.train.logs import MAGNITUDES_FILE, read_log
-from edm2.train.run_folder import SNAPSHOTS, flat_settings
+from edm2.train.run_folder import SNAPSHOTS, difference, flat_settings
 from edm2.train.with_config import with_config
 
-# Seeds of samples: the search for rate and length never sees those that the result is measured with.
-_SEARCH_SEED, _FINAL_SEED = 1_000_000, 2_000_000
-_RATE_RUN_SEED = 1_000
-_MOMENTS = 16
-_MAX_RAMPUP = 0.1  # of a run
+_MOMENTS = 16  # at which a run writes snapshots
 _FILE = "ladder.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LadderPlan:
-    """What is trained and how it is judged; the same for every configuration.
-
-    Attributes:
-        configs: letters, in the order of the table.
-        seeds: of the training runs.
-        dropout: probability in every configuration; default: each one's own, 0.1 in A to F unless the settings say
-            another, 0 in G.
-        rate_factors: tried on the learning rate that the paper's proportions give, in runs of their own; the
-            factor with the lowest Frechet distance is used. One factor: no search.
-        rate_images: length of these runs.
-        sigma_rels: EMA lengths tried after training.
-        search_samples: images for each choice, of learning rate and of EMA length.
-        final_samples: images for the result.
-        num_steps: of the sampler.
-        sampler: name in `edm2.diffusion.SAMPLERS`.
-    """
-
-    configs: tuple[str, ...] = tuple(CONFIGS)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    dropout: float | None = None
-    rate_factors: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)
-    rate_images: int = 10_000
-    sigma_rels: tuple[float, ...] = (0.03, 0.05, 0.075, 0.10, 0.14, 0.20, 0.25)
-    search_samples: int = 500
-    final_samples: int = 1000
-    num_steps: int = 16
-    sampler: SamplerName = "heun"
-
-    def __post_init__(self) -> None:
-        unknown = [c for c in self.configs if c not in CONFIGS]
-        if unknown:
-            raise ValueError(f"config {unknown[0]!r} is not one of {', '.join(CONFIGS)}")
-        for name in ("configs", "seeds", "rate_factors", "sigma_rels"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} {values} must be one or more different values")
-        least = {"rate_images": 1, "search_samples": 2, "final_samples": 2, "num_steps": 1}
-        for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least {lowest}")
-        sigma_rel_to_gamma(self.sigma_rels)
-        if _RATE_RUN_SEED in self.seeds:
-            raise ValueError(f"seed {_RATE_RUN_SEED} is that of the search for rates: choose others")
-        if min(self.seeds) < 0:
-            raise ValueError(f"seeds {self.seeds} must be 0 or more")
-        if not all(0 < factor < math.inf for factor in self.rate_factors):
-            raise ValueError(f"rate_factors {self.rate_factors} must be above 0 and finite")
-        if self.search_samples > _FINAL_SEED - _SEARCH_SEED:
-            raise ValueError(
-                f"search_samples {self.search_samples} must be at most {_FINAL_SEED - _SEARCH_SEED}: more would be "
-                "judged again in the result"
-            )
-        find_sampler(self.sampler)
 
 
 @dataclass(kw_only=True)
@@ -100,18 +37,17 @@ class Rung:
     """What came out for one configuration.
 
     Attributes:
-        config: its letter.
+        config: Its letter.
         rate_scores: Frechet distance by factor on the learning rate; empty without a search.
-        rate_factor: the factor used.
-        frechet: distance of each seed, at that run's best EMA length.
-        sigma_rel: that length, of each seed.
+        rate_factor: Factor used.
+        frechet: Distance of each seed, at the best EMA length of that run.
+        sigma_rel: That length, of each seed.
         by_length: Frechet distance in the search by EMA length, of each seed.
-        images_per_second: of each seed.
-        activations: RMS of block outputs, the largest block's, in the last record over the first, of each seed. The
-            first record is not that of the initial network: it comes after the first `log_images` of training; NaN
-            where it is the only one.
+        images_per_second: Training speed of each seed.
+        activations: RMS of the outputs of the largest block, in the last record over the first, of each seed. The first
+            record comes after the first `log_images` of training; NaN if it is the only one.
         weights: RMS of the weights, likewise.
-        num_params: parameters; 0 where every run diverged.
+        num_params: Number of parameters; 0 if every run diverged.
     """
 
     config: str
@@ -129,28 +65,28 @@ class Rung:
 def run_ladder(
     settings: TrainConfig, plan: LadderPlan, out: str | Path, *, quiet: bool = False
 ) -> list[Rung]:
-    """Train and judge every configuration; what is done already, in `out`, is not done again.
+    """Train and judge every configuration; what `out` holds already is not done again.
 
     Args:
-        settings: of config G; the others are made of it by `edm2.train.with_config.with_config`.
-        plan: see `LadderPlan`.
-        out: folder for runs and `ladder.json`. Several processes may share it, each with its own configurations;
-            a last call with all of them puts the results together.
-        quiet: show no progress.
+        settings: Settings of config G; `edm2.train.with_config` makes the others from them.
+        plan: What to train and how to judge.
+        out: Folder for runs and `ladder.json`. Several processes may share it, each with its own configurations; a
+            last call with all of them collects the results.
+        quiet: Whether to show nothing.
 
     Returns:
-        One rung a configuration, in the plan's order; `ladder.json` holds the same.
+        One rung per configuration, in the plan's order; `ladder.json` holds the same.
 
     Raises:
-        ValueError: for data without classes, settings that do not fit every configuration, or a folder that
-            holds runs of other settings.
+        ValueError: If the data has no classes, the settings do not fit every configuration, or the folder holds an
+            experiment with other settings.
     """
     out = Path(out)
     _check_folder(out, settings, plan)
     dataset = open_training_data(settings)
     if not dataset.num_classes:
         raise ValueError(
-            f"{settings.data} has no classes: the features to compare in come from a classifier of them; give labels"
+            f"{settings.data} has no classes, and the images are compared in features of a classifier: give labels"
         )
     prepared = {letter: _prepared(settings, letter, plan) for letter in plan.configs}
     judge = Judge(dataset)
@@ -160,14 +96,10 @@ def run_ladder(
     for letter, own in prepared.items():
         rung = Rung(config=letter)
         for factor in plan.rate_factors if len(plan.rate_factors) > 1 else ():
-            config = _with_rate(own, factor, plan.rate_images, _RATE_RUN_SEED)
+            config = _with_rate(own, factor, plan.rate_images, RATE_RUN_SEED)
             run = out / letter / f"rate-{factor:g}"
             rung.rate_scores[factor] = min(_trained(config, plan, judge, run, quiet)["by_length"])
-        rung.rate_factor = (
-            min(rung.rate_scores, key=rung.rate_scores.__getitem__)
-            if rung.rate_scores
-            else plan.rate_factors[0]
-        )
+        rung.rate_factor = min(plan.rate_factors, key=lambda factor: rung.rate_scores.get(factor, 0.0))
         for seed in plan.seeds:
             config = _with_rate(own, rung.rate_factor, own.num_images, seed)
             found = _trained(config, plan, judge, out / letter / f"seed-{seed}", quiet, final=True)
@@ -177,44 +109,16 @@ def run_ladder(
         rungs.append(rung)
         _write(out, settings, plan, rungs)
         if not quiet:
-            show(_line(rung))
+            show(
+                f"config {letter}: Frechet distance {spread(rung.frechet)} at EMA length {spread(rung.sigma_rel)}"
+            )
     return rungs
 
 
-def with_length(
-    config: TrainConfig, num_images: int | None = None, batch_size: int | None = None
-) -> TrainConfig:
-    """The same run with another length or batch, and a learning rate that takes the same course.
-
-    The rate decays from the same share of the run on, where it decays. The ramp-up keeps its length, because Adam's
-    moments need so many steps in a short run too, but is never more than a tenth of the run.
-
-    Args:
-        config: any settings.
-        num_images: length in images; default: the same.
-        batch_size: images a step; default: the same.
-
-    Raises:
-        ValueError: for a length or batch below 1.
-    """
-    resized = dataclasses.replace(
-        config,
-        num_images=config.num_images if num_images is None else num_images,
-        batch_size=config.batch_size if batch_size is None else batch_size,
-    )
-    stretch = (resized.num_images / config.num_images) / (resized.batch_size / config.batch_size)
-    optimizer = dataclasses.replace(
-        config.optimizer,
-        ref_batches=config.optimizer.ref_batches * stretch,
-        rampup_mimg=min(config.optimizer.rampup_mimg, _MAX_RAMPUP * resized.num_images / 1e6),
-    )
-    return dataclasses.replace(resized, optimizer=optimizer)
-
-
 def _settings(settings: TrainConfig, plan: LadderPlan) -> dict[str, Any]:
-    """What must stay the same when an experiment is continued; configurations and seeds may be added.
+    """Return what must stay the same when an experiment continues; configurations and seeds may be added.
 
-    But for the EMA lengths, which cost no training: with others, everything is judged again.
+    EMA lengths are an exception: they cost no training, and with others everything is judged again.
     """
     judged = {k: v for k, v in dataclasses.asdict(plan).items() if k not in ("configs", "seeds")}
     trained = {"num_images": settings.num_images, **settings.identity()}
@@ -225,20 +129,21 @@ def _settings(settings: TrainConfig, plan: LadderPlan) -> dict[str, Any]:
 def _check_folder(out: Path, settings: TrainConfig, plan: LadderPlan) -> None:
     if not (out / _FILE).exists():
         return
-    try:
-        known = flat_settings(json.loads((out / _FILE).read_text())["settings"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{out / _FILE} is damaged ({error}): move it away to continue the runs") from error
+    known = flat_settings(_read(out / _FILE, "move it away to continue the runs").get("settings", {}))
     given = flat_settings(_settings(settings, plan))
-    # Other lengths can be made of the same runs, which are then judged again.
-    fixed = sorted((known.keys() | given.keys()) - {"plan.sigma_rels"})
-    other = [name for name in fixed if known.get(name) != given.get(name)]
-    if other:
-        parts = [f"{name} {known.get(name)} there, {given.get(name)} here" for name in other[:4]]
+    given["plan.sigma_rels"] = known.get("plan.sigma_rels")  # may change
+    if known != given:
         raise ValueError(
-            f"{out} holds an experiment with other settings ({'; '.join(parts)}): choose another --out, or give the "
-            "same settings to continue it"
+            f"{out} holds an experiment with other settings ({difference(known, given)}): choose another --out, or "
+            "give the same settings to continue it"
         )
+
+
+def _read(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        return read_sealed(path, finite=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
 
 
 def _write(out: Path, settings: TrainConfig, plan: LadderPlan, rungs: Sequence[Rung]) -> None:
@@ -248,7 +153,7 @@ def _write(out: Path, settings: TrainConfig, plan: LadderPlan, rungs: Sequence[R
         "seeds": plan.seeds,
         "rungs": [dataclasses.asdict(rung) for rung in rungs],
     }
-    write_json(out / _FILE, content)
+    write_sealed(out / _FILE, content)
 
 
 def _prepared(settings: TrainConfig, letter: str, plan: LadderPlan) -> TrainConfig:
@@ -276,12 +181,8 @@ def _trained(
     key = hashlib.sha256(identity.encode()).hexdigest()
     cache = run / "judged.json"
     if cache.exists():
-        try:
-            known: dict[str, Any] = json.loads(cache.read_text())
-            same = known.pop("key") == key
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{cache} is damaged ({error}): delete it to judge this run again") from error
-        if same:
+        known = _read(cache, "delete it to judge this run again")
+        if known.pop("key", None) == key:
             return known
     try:
         train(config, run, quiet=quiet)
@@ -289,25 +190,25 @@ def _trained(
         found = _diverged(plan)
     else:
         found = _judged(run, plan, judge, final, pick_device(config.device))
-    write_json(cache, {"key": key, **found})
+    write_sealed(cache, {"key": key, **found})
     return found
 
 
 def _diverged(plan: LadderPlan) -> dict[str, Any]:
-    """Of a run that left the finite numbers: worse than any other."""
+    """Result of a run that left the finite numbers, worse than any other."""
     return {"by_length": [math.inf] * len(plan.sigma_rels), "frechet": math.inf, "sigma_rel": math.nan,
             "images_per_second": math.nan, "activations": math.inf, "weights": math.inf, "num_params": 0}  # fmt: skip
 
 
 def _judged(run: Path, plan: LadderPlan, judge: Judge, final: bool, device: torch.device) -> dict[str, Any]:
-    search = range(_SEARCH_SEED, _SEARCH_SEED + plan.search_samples)
+    search = range(SEARCH_SEED, SEARCH_SEED + plan.search_samples)
     tried = generators(run / SNAPSHOTS, plan.sigma_rels, device=device)
     by_length = [_score(judge, generator, search, plan) for generator in tried]
     if not final:
         return {"by_length": by_length}
     best = plan.sigma_rels[int(np.argmin(by_length))]
     (generator,) = generators(run / SNAPSHOTS, [best], device=device)
-    seeds = range(_FINAL_SEED, _FINAL_SEED + plan.final_samples)
+    seeds = range(FINAL_SEED, FINAL_SEED + plan.final_samples)
     log = read_log(run)
     activations, weights = growth(read_log(run, MAGNITUDES_FILE))
     return {
@@ -322,7 +223,7 @@ def _judged(run: Path, plan: LadderPlan, judge: Judge, final: bool, device: torc
 
 
 def _score(judge: Judge, generator: ImageGenerator, seeds: range, plan: LadderPlan) -> float:
-    """Frechet distance, infinite for a network that trained into uselessness with weights still finite."""
+    """Return the Frechet distance, infinite if the images are not finite."""
     try:
         return judge.score(generator, seeds, plan.num_steps, plan.sampler)
     except FloatingPointError:
@@ -330,29 +231,21 @@ def _score(judge: Judge, generator: ImageGenerator, seeds: range, plan: LadderPl
 
 
 def growth(records: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
-    """How far activations, the largest block's RMS, and weights, their RMS over layers, have moved.
+    """Return how activations (RMS of the largest block) and weights (RMS over layers) grow.
 
     Args:
-        records: lines of a run's `magnitudes.jsonl`.
+        records: Lines of a run's `magnitudes.jsonl`.
 
     Returns:
         Activations and weights at each record over those at the first.
     """
     largest = [max(record["activations"].values()) for record in records]
-    weights = [_rms(record["weights"]) for record in records]
+    weights = [math.sqrt(statistics.fmean(v**2 for v in record["weights"].values())) for record in records]
     return [value / largest[0] for value in largest], [value / weights[0] for value in weights]
 
 
-def _rms(values: dict[str, float]) -> float:
-    return math.sqrt(statistics.fmean(value**2 for value in values.values()))
-
-
-def _line(rung: Rung) -> str:
-    return f"config {rung.config}: Frechet distance {spread(rung.frechet)} at EMA length {spread(rung.sigma_rel)}"
-
-
 def spread(values: Sequence[float]) -> str:
-    """Median, and the range where the values differ; those that are not known, NaN, do not count."""
+    """Write the median, and the range if the values differ; NaN stands for unknown values, which do not count."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return "unknown"

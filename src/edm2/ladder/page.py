@@ -1,4 +1,4 @@
-"""The page and the table about the ladder's configurations, trained and judged alike.
+"""The table and the page about the configurations, trained and judged alike.
 
 Ref: EDM2 Table 1, Fig. 3.
 """
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edm2.ladder.experiment import LadderPlan, Rung, growth, spread
+from edm2.ladder.experiment import Rung, growth, spread
+from edm2.ladder.plan import LadderPlan
 from edm2.nn import CONFIGS
 from edm2.report import Page
 from edm2.report.ladder_figures import growth_figure, ladder_figure, length_curves
@@ -26,10 +27,10 @@ def write_ladder_report(
     """Write `report.html` beside the runs: table, distances, EMA lengths, magnitudes.
 
     Args:
-        rungs: what `run_ladder` returned.
-        settings: of config G.
-        plan: how it was judged.
-        out: the folder that `run_ladder` filled.
+        rungs: What `run_ladder` returned.
+        settings: Settings of config G.
+        plan: What was trained and how it was judged.
+        out: The folder that `run_ladder` filled.
 
     Returns:
         The file.
@@ -66,23 +67,25 @@ def write_ladder_report(
         )
     else:
         page.text("Every run diverged: try lower rate factors.")
-    page.section("EMA length", "First seed. Lengths were put together after training, from one run each.")
+    page.section(
+        "EMA length", "First seed. All lengths were reconstructed after training, from one run each."
+    )
     curves = {r.config: r.by_length[0] for r in rungs if np.isfinite(r.by_length[0]).all()}
     if curves:
         page.figure(
             length_curves(plan.sigma_rels, curves),
             "Frechet distance against EMA length",
-            "Curves of Frechet distance against EMA length, one each configuration",
+            "Curves of Frechet distance against EMA length, one per configuration",
         )
     left_out = [r.config for r in rungs if r.config not in curves]
     if left_out:
-        page.text(f"Left out, since a distance is not finite: {', '.join(left_out)}.")
+        page.text(f"Left out, because a distance is not finite: {', '.join(left_out)}.")
     if len(plan.rate_factors) > 1:
         page.section(
             "Learning rate",
-            "The paper's rates in proportion, times a factor found the same way for every configuration: runs of "
-            f"{plan.rate_images:,} images, in which the rate takes the same course in small; the lowest Frechet "
-            "distance over all EMA lengths wins.",
+            "The paper's rates in proportion, times a factor found in the same way for every configuration: in runs of "
+            f"{plan.rate_images:,} images, over which the rate takes the same course, the lowest Frechet distance over "
+            "all EMA lengths wins.",
         )
         rows = [
             [r.config, *(f"{r.rate_scores[f]:.3g}" for f in plan.rate_factors), r.rate_factor] for r in rungs
@@ -95,7 +98,7 @@ def write_ladder_report(
         page.figure(
             growth_figure({c: ([r["num_images"] for r in log], *growth(log)) for c, log in logs.items()}),
             "Activations of the largest block, and RMS of all weights, over their first record",
-            "Curves of the growth of activations and of weights in training, one each configuration",
+            "Curves of the growth of activations and of weights in training, one per configuration",
         )
     named = [(f"{config}, {CONFIGS[config].title}", records) for config, records in logs.items()]
     add_magnitudes(page, named, kinds=("activations", "weights"))
@@ -103,7 +106,7 @@ def write_ladder_report(
 
 
 def _at_the_edge(rungs: Sequence[Rung], plan: LadderPlan) -> list[str]:
-    """One sentence for each choice that lies at an end of what was tried, where a better one may lie beyond."""
+    """Write a sentence for each choice at an end of the range tried, beyond which a better one may lie."""
     found = []
     for rung in rungs:
         factors, lengths = plan.rate_factors, plan.sigma_rels
@@ -119,7 +122,7 @@ def _at_the_edge(rungs: Sequence[Rung], plan: LadderPlan) -> list[str]:
 
 
 def table(rungs: Sequence[Rung]) -> tuple[list[str], list[list[object]]]:
-    """Headers and rows: one configuration a row."""
+    """Return headers and rows, one row per configuration."""
     headers = [
         "config", "name", "Frechet distance", "EMA length", "rate factor", "images/s",
         "activations, last/first record", "weights, last/first record", "parameters", "paper's FID",

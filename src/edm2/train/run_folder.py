@@ -55,7 +55,7 @@ def claim(out: Path, settings: dict[str, Any], identity: dict[str, Any], run_id:
         old = read_config(out)
         if old["run_id"] != run_id:
             raise ValueError(
-                f"{out} holds another run ({_difference(old['identity'], identity)}): choose another --out, or "
+                f"{out} holds another run ({difference(old['identity'], identity)}): choose another --out, or "
                 "give the same settings to continue that run"
             )
     else:
@@ -147,7 +147,8 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Say which settings differ, up to four of them."""
     old, new = flat_settings(old), flat_settings(new)
     parts = [
         f"{key} {old.get(key)} there, {new.get(key)} here"

@@ -10,13 +10,15 @@ from typing import Any
 from edm2.diffusion import MODEL_FILE, load_model, save_model
 from edm2.ema.storage.manifest import read_manifest
 from edm2.evaluation.judge import FRECHET, OWN_CLASSIFIER
-from edm2.files import read_json, write_json
+from edm2.files import read_sealed, write_sealed
 from edm2.generate import reconstruct_denoiser, snapshots_of
 
 BASELINE_SIGMA_REL = 0.10
 FOLDER = "tuning"
 GUIDE_FILE = "guide.safetensors"
 _FILE = "tuned.json"
+# Fields of `Tuned` that are JSON values.
+_PLAIN = ("num_images", "num_steps", "sampler", "held_out", "baseline", "metric", "features")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,25 +65,9 @@ class Knobs:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Knobs":
-        """Read what `to_json` returned.
-
-        Raises:
-            ValueError: If the guide is described in part.
-        """
+        """Read what `to_json` returned."""
         low, high = content["interval"]
-        images, length, guide = content["guide_images"], content["guide_sigma_rel"], content.get("guide")
-        if guide is None and (images is None) != (length is None):
-            raise ValueError("a guide needs both its moment and its EMA length")
-        if not isinstance(guide, str | None):
-            raise ValueError("a guide is named by its path")
-        return cls(
-            sigma_rel=float(content["sigma_rel"]),
-            guide_images=_float(images),
-            guide_sigma_rel=_float(length),
-            guidance=float(content["guidance"]),
-            interval=(float(low), math.inf if high is None else float(high)),
-            guide=guide,
-        )
+        return cls(**{**content, "interval": (low, math.inf if high is None else high)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,18 +190,13 @@ def save_tuned(run: str | Path, tuned: Tuned) -> Path:
             (folder / name).unlink(missing_ok=True)
     for name, (denoiser, info) in networks.items():
         save_model(folder / name, denoiser.config, denoiser.state_dict(), info, overwrite=True)
+    derived = ("is_better", "is_share", "improvements", "improvement", "improvement_error")
     content = {
-        **dataclasses.asdict(tuned),
         "knobs": knobs.to_json(),
-        "tried": [{"stage": t.stage, "score": t.score, "knobs": t.knobs.to_json()} for t in tuned.tried],
-        "is_better": tuned.is_better,
-        "is_share": tuned.is_share,
-        "improvements": tuned.improvements,
-        "improvement": tuned.improvement,
-        "improvement_error": tuned.improvement_error,
+        "tried": [{**vars(t), "knobs": t.knobs.to_json()} for t in tuned.tried],
+        **{name: getattr(tuned, name) for name in (*_PLAIN, *derived)},
     }
-    del content["best"]
-    write_json(folder / _FILE, content)
+    write_sealed(folder / _FILE, content)
     return folder
 
 
@@ -229,22 +210,13 @@ def read_tuned(run: str | Path) -> Tuned | None:
     if not path.exists():
         return None
     try:
-        content = read_json(path, finite=False)
+        content = read_sealed(path, finite=False)
         return Tuned(
             best=Knobs.from_json(content["knobs"]),
-            num_steps=int(content["num_steps"]),
-            sampler=str(content["sampler"]),
-            tried=[
-                Tried(stage=str(t["stage"]), knobs=Knobs.from_json(t["knobs"]), score=float(t["score"]))
-                for t in content["tried"]
-            ],
-            held_out=[float(score) for score in content["held_out"]],
-            baseline=[float(score) for score in content["baseline"]],
-            metric=str(content.get("metric", FRECHET)),
-            features=str(content.get("features", OWN_CLASSIFIER)),
-            num_images=_float(content.get("num_images")),
+            tried=[Tried(**{**t, "knobs": Knobs.from_json(t["knobs"])}) for t in content["tried"]],
+            **{name: content[name] for name in _PLAIN if name in content},
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): run `edm2 tune` again; it reuses its evaluations"
         ) from error
@@ -272,11 +244,7 @@ def tuned_settings(run: Path) -> tuple[dict[str, Any], list[str]]:
             f"the settings were tuned after {found.num_images:,.0f} training images, and the newest snapshot, which is "
             f"sampled, comes after {newest:,.0f}: run `edm2 tune` again to tune that"
         )
-    settings: dict[str, Any] = {
-        "num_steps": found.num_steps,
-        "sampler": found.sampler,
-        "ema": knobs.sigma_rel,
-    }
+    settings: dict[str, Any] = dict(num_steps=found.num_steps, sampler=found.sampler, ema=knobs.sigma_rel)
     if knobs.is_guided:
         settings |= {"guidance": knobs.guidance, "interval": knobs.interval}
     if knobs.guide is not None:
@@ -284,7 +252,3 @@ def tuned_settings(run: Path) -> tuple[dict[str, Any], list[str]]:
     elif knobs.is_guided:
         settings |= {"guide_ema": knobs.guide_sigma_rel, "guide_images": knobs.guide_images}
     return settings, remarks
-
-
-def _float(value: Any) -> float | None:
-    return None if value is None else float(value)
