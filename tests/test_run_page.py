@@ -1,9 +1,7 @@
 import html
 import json
 import shutil
-import tempfile
 import types
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -14,7 +12,6 @@ from edm2.evaluation.noise_errors import errors_by_noise
 from edm2.run_page import write_run_report
 from edm2.train import train
 from edm2.train.config import EMAConfig
-from edm2.train.logs import append_log
 from edm2.train.with_config import with_config
 from edm2.tuning.result import Knobs, Tried, Tuned, save_tuned
 
@@ -107,7 +104,7 @@ def test_a_run_without_its_data_or_snapshots(run, tmp_path):
     config["settings"]["data"] = str(tmp_path / "gone")
     del config["sha256"]
     (other / "config.json").write_text(json.dumps(config))
-    assert "The training data cannot be opened any more" in page_of([other], tmp_path)
+    assert "The training data can no longer be opened" in page_of([other], tmp_path)
     shutil.rmtree(other / "snapshots")
     assert page_of([other], tmp_path).count("No snapshot yet.") == 3
 
@@ -131,37 +128,12 @@ def test_a_damaged_line_of_a_log_is_left_out(run, tmp_path):
         assert "Training" in page_of([other], tmp_path)
 
 
-def of_another_network(line):
-    with tempfile.TemporaryDirectory() as folder:
-        record = {k: v for k, v in json.loads(line.replace("block0", "block9")).items() if k != "crc32"}
-        append_log(Path(folder), record)
-        return (Path(folder) / "log.jsonl").read_text()
-
-
-@pytest.mark.parametrize(
-    ("file", "change"),
-    [
-        ("log.jsonl", lambda lines: [*lines, lines[-1]]),
-        ("magnitudes.jsonl", lambda lines: [*lines, lines[0]]),
-        ("magnitudes.jsonl", lambda lines: [of_another_network(lines[0]), *lines[1:]]),
-    ],
-)
-def test_records_that_are_of_no_single_run(run, tmp_path, file, change):
-    other = tmp_path / "other"
-    shutil.copytree(run, other)
-    lines = (other / file).read_text().splitlines(keepends=True)
-    assert len(lines) > 1
-    (other / file).write_text("".join(change(lines)))
-    with pytest.raises(ValueError, match=f"{file} is damaged: restore it from a copy"):
-        page_of([other], tmp_path)
-
-
 @pytest.mark.usefixtures("quick")
 def test_lengths_that_the_snapshots_cannot_give_are_said_to_be_so(tmp_path, tiny_digits):
     train(tiny_digits(snapshot_images=64, ema=EMAConfig(sigma_rels=(0.05,))), tmp_path / "run", quiet=True)
     page = page_of([tmp_path / "run"], tmp_path, samples=False)
-    assert page.count("one snapshot only, of sigma_rel 0.05, cannot give") == 3
-    assert "Averages made of all snapshots" in page
+    assert page.count("a single snapshot, of sigma_rel 0.05, cannot give") == 3
+    assert "Averages reconstructed from all snapshots" in page
 
 
 @pytest.mark.usefixtures("quick")
@@ -223,8 +195,6 @@ def test_tuning_results_are_drawn(run, tmp_path):
 
 def test_bad_input_writes_nothing(run, tmp_path):
     out = tmp_path / "report.html"
-    with pytest.raises(ValueError, match="no run was given"):
-        write_run_report([], out)
     with pytest.raises(ValueError, match="is not a training run"):
         write_run_report([run, tmp_path], out)
     other = tmp_path / "other"

@@ -1,25 +1,24 @@
-"""`report.html` of one training run, or of several side by side."""
+"""The page about one training run, or about several side by side."""
 
-import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edm2.ema import reconstruct_many
-from edm2.ema.storage.manifest import read_manifest
+from edm2.ema.storage.manifest import MANIFEST, read_manifest
 from edm2.evaluation.noise_errors import errors_by_noise, noise_density
 from edm2.generate import ImageGenerator
 from edm2.generate.lengths import generators
 from edm2.progress import Progress, time_text
 from edm2.report import Page, image_grid, loss_curve, uncertainty_curve
 from edm2.report.ema_figures import reconstruction_figure, tracked_figure
-from edm2.report.magnitudes import KINDS, Records, add_magnitudes, magnitude_curve
+from edm2.report.magnitudes import add_magnitudes, magnitude_curve
 from edm2.train.build import open_run_data
-from edm2.train.logs import LOG_FILE, MAGNITUDES_FILE, read_log
+from edm2.train.logs import MAGNITUDES_FILE, read_log
 from edm2.train.run_folder import SNAPSHOTS, flat_settings, read_config
 from edm2.tuning.page import add_knobs, add_ranking, add_result
 from edm2.tuning.result import read_tuned
@@ -40,36 +39,26 @@ class _Run:
         if not self.log:
             raise ValueError(f"{folder} has no line in its log yet: train on before asking for a report")
         self.magnitudes = read_log(folder, MAGNITUDES_FILE)
-        for name, records in ((LOG_FILE, self.log), (MAGNITUDES_FILE, self.magnitudes)):
-            if not _is_one_course(records):
-                raise ValueError(f"{folder / name} is damaged: restore it from a copy")
-        found = (folder / SNAPSHOTS / "manifest.json").exists()
-        self.manifest = read_manifest(folder / SNAPSHOTS) if found else None
+        self.snapshots = folder / SNAPSHOTS
+        self.manifest = read_manifest(self.snapshots) if (self.snapshots / MANIFEST).exists() else None
+        self.times = sorted({s.t for s in self.manifest.snapshots}) if self.manifest else []
         self.tuned = read_tuned(folder)
 
-    def generator(self, t: float | None = None) -> ImageGenerator | None:
-        """The longest tracked average at a time (default: the last), or None before the first snapshot."""
-        if self.manifest is None or not self.manifest.snapshots:
-            return None
-        longest = max(s.sigma_rel for s in self.manifest.snapshots)
-        return next(generators(self.folder / SNAPSHOTS, [longest], t))
+    @property
+    def sigma_rel(self) -> float:
+        """Longest tracked average."""
+        assert self.manifest is not None
+        return max(s.sigma_rel for s in self.manifest.snapshots)
+
+    def generator(self, t: float | None = None) -> ImageGenerator:
+        """Return the model with the longest tracked average at a time; default: the last."""
+        return next(generators(self.snapshots, [self.sigma_rel], t))
 
     def moments(self) -> list[float]:
-        """Up to six times of snapshots, each about twice the one before."""
-        assert self.manifest is not None
-        times = sorted({s.t for s in self.manifest.snapshots})
-        wanted = [times[-1] / 2**k for k in reversed(range(_MOMENTS))]
-        logs = np.log(times)
-        return sorted({times[int(np.abs(logs - math.log(w)).argmin())] for w in wanted})
-
-
-def _is_one_course(records: Records) -> bool:
-    """Whether images grow from record to record, and magnitudes are of the same parts throughout."""
-    return all(
-        a["num_images"] < b["num_images"]
-        and all(set(a.get(kind, ())) == set(b.get(kind, ())) for kind in KINDS)
-        for a, b in itertools.pairwise(records)
-    )
+        """Return up to six times of snapshots, each about twice the one before."""
+        wanted = [self.times[-1] / 2**k for k in reversed(range(_MOMENTS))]
+        logs = np.log(self.times)
+        return sorted({self.times[int(np.abs(logs - math.log(w)).argmin())] for w in wanted})
 
 
 def write_run_report(
@@ -78,20 +67,18 @@ def write_run_report(
     """Write one self-contained page about training runs.
 
     Args:
-        runs: folders of runs, finished or under way; several are shown side by side.
-        out: the HTML file.
-        samples: whether to run the networks: samples over time, and errors by noise level.
-        quiet: show no progress.
+        runs: Folders of one or more runs, finished or under way; several are shown side by side.
+        out: The HTML file.
+        samples: Whether to run the networks: samples over time, and errors by noise level.
+        quiet: Whether to show no progress.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: if a folder is no run or has logged nothing yet; nothing is written then.
+        ValueError: If a folder is not a run or has logged nothing yet; nothing is written then.
     """
     opened = [_Run(Path(run)) for run in runs]
-    if not opened:
-        raise ValueError("no run was given: name the folder of at least one")
     if len({run.name for run in opened}) < len(opened):
         for run in opened:
             run.name = str(run.folder)
@@ -99,30 +86,27 @@ def write_run_report(
         f"Training of {', '.join(run.name for run in opened)}",
         lead="What happened in training, drawn from the files of the run.",
     )
-    parts: dict[str, Callable[[Page, _Run], None]] = {"EMA profiles": _averages}
+    parts = {"Training": _training, "EMA profiles": _averages}
     if samples:
         parts |= {"Error by noise level": _noise, "Samples over time": _samples}
     if any(run.tuned for run in opened):
         parts["Tuning"] = _tuning
-    with Progress("report", (2 + len(parts)) * len(opened), "parts", quiet=quiet) as progress:
+    with Progress("report", len(parts) * len(opened), "parts", quiet=quiet) as progress:
         _overview(page, opened)
-        _each(page, opened, "Training", _training, progress)
-        _magnitudes(page, opened, progress)
         for heading, draw in parts.items():
-            _each(page, opened, heading, draw, progress)
+            page.section(heading)
+            for run in opened:
+                if len(opened) > 1:
+                    page.text(run.name)
+                if draw in _OF_SNAPSHOTS and not run.times:
+                    page.text("No snapshot yet.")
+                else:
+                    draw(page, run)
+                progress.advance(1)
+            if draw is _training:
+                _magnitudes(page, opened)
     _settings(page, opened)
     return page.write(out)
-
-
-def _each(
-    page: Page, runs: Sequence[_Run], heading: str, draw: Callable[[Page, _Run], None], progress: Progress
-) -> None:
-    page.section(heading)
-    for run in runs:
-        if len(runs) > 1:
-            page.text(run.name)
-        draw(page, run)
-        progress.advance(1)
 
 
 def _overview(page: Page, runs: Sequence[_Run]) -> None:
@@ -164,45 +148,43 @@ def _training(page: Page, run: _Run) -> None:
 
 
 def _below_zero(run: _Run) -> str:
-    # Ref: EDM2 Eq. 21, of which config A has the first term alone.
+    # Ref: EDM2 Eq. 21; config A has its first term only.
     if run.settings.get("architecture") == "A":
         return ""
     return "; the loss includes the learned uncertainty u(σ), so that it may fall below 0"
 
 
-def _magnitudes(page: Page, runs: Sequence[_Run], progress: Progress) -> None:
+def _magnitudes(page: Page, runs: Sequence[_Run]) -> None:
     page.section("Magnitudes")
     for run in runs:
         if not run.magnitudes:
             of = f"Of {run.name} they were" if len(runs) > 1 else "They were"
             page.text(f"{of} not recorded: train with --record-magnitudes.")
     add_magnitudes(page, [(run.name, run.magnitudes) for run in runs if run.magnitudes])
-    progress.advance(len(runs))
 
 
 def _averages(page: Page, run: _Run) -> None:
-    if run.manifest is None or not run.manifest.snapshots:
-        return page.text("No snapshot yet.")
+    assert run.manifest is not None
     results, refused = [], []
     for length in _LENGTHS:
         try:
-            results += reconstruct_many(run.folder / SNAPSHOTS, [length], warn_above=math.inf, read=False)
+            results += reconstruct_many(run.snapshots, [length], warn_above=math.inf, read=False)
         except ValueError as error:
             refused.append([f"{length:g}", str(error)])
     with page.columns():
         page.figure(
             tracked_figure(run.manifest, run.moments()),
-            "Weight that the tracked averages give to each moment, as stored at some times",
+            "Weight that the tracked averages give to each moment, at some of the stored times",
             "Curves of the power-function profiles of the tracked averages against training time",
         )
         if results:
             page.figure(
                 reconstruction_figure(run.manifest, results),
-                "Averages made of all snapshots, and the power functions they aim at",
+                "Averages reconstructed from all snapshots, and the power functions that were wanted",
                 "Curves of wanted and made profiles against training time, and their difference",
             )
     rows = [[f"{r.sigma_rel:g}", f"{r.expected_error:.1e}"] for r in results] + refused
-    page.table(["EMA length", "error to expect"], rows, caption="Relative error of the reconstructed weights")
+    page.table(["EMA length", "expected error"], rows, caption="Relative error of the reconstructed weights")
 
 
 def _tuning(page: Page, run: _Run) -> None:
@@ -215,12 +197,10 @@ def _tuning(page: Page, run: _Run) -> None:
 
 def _noise(page: Page, run: _Run) -> None:
     generator, settings = run.generator(), run.settings
-    if generator is None:
-        return page.text("No snapshot yet.")
     try:
         dataset = open_run_data(run.folder)
     except (ValueError, OSError) as error:
-        return page.text(f"The training data cannot be opened any more: {error}")
+        return page.text(f"The training data can no longer be opened: {error}")
     chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), _NOISE_IMAGES)).astype(np.int64)
     labels = dataset.labels(chosen) if dataset.num_classes else None
     sigma, learned, errors = errors_by_noise(generator, dataset.images(chosen), labels)
@@ -237,12 +217,9 @@ def _noise(page: Page, run: _Run) -> None:
 
 
 def _samples(page: Page, run: _Run) -> None:
-    if run.manifest is None or not run.manifest.snapshots:
-        return page.text("No snapshot yet.")
     rows, moments, classes = [], run.moments(), ""
     for t in moments:
         generator = run.generator(t)
-        assert generator is not None
         classes = _classes(generator)
         try:
             rows.append(generator.images(range(_SEEDS_SHOWN), num_steps=_STEPS))
@@ -250,13 +227,13 @@ def _samples(page: Page, run: _Run) -> None:
             return page.text(f"Not drawn: {error}")
     images = np.concatenate(rows)
     if images.dtype != np.uint8:
-        return page.text("The model makes no pixels, so there is nothing to look at.")
+        return page.text("Not drawn: the model does not make pixels.")
     scale = max(1, 48 // images.shape[-1])
     times = ", ".join(f"{t:,.0f}" for t in moments)
     page.image(
         image_grid(images, columns=_SEEDS_SHOWN, scale=scale),
         f"Seeds 0 to {_SEEDS_SHOWN - 1}, one column each, after {times} images (top to bottom); "
-        f"EMA length {max(s.sigma_rel for s in run.manifest.snapshots):g}, {_STEPS} steps{classes}",
+        f"EMA length {run.sigma_rel:g}, {_STEPS} steps{classes}",
         "Grid of samples from the same seeds at several moments of the training",
     )
 
@@ -266,6 +243,9 @@ def _classes(generator: ImageGenerator) -> str:
         return ""
     names = generator.class_names or [str(label) for label in range(generator.num_classes)]
     return f"; classes {', '.join(names[label] for label in generator.labels_for(range(_SEEDS_SHOWN)))}"
+
+
+_OF_SNAPSHOTS = (_averages, _noise, _samples)
 
 
 def _settings(page: Page, runs: Sequence[_Run]) -> None:
