@@ -2,6 +2,7 @@ import html
 import json
 import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import PIL.Image

@@ -1,6 +1,8 @@
 """`edm2 ema` on folders of snapshots."""
 
+import importlib
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,10 @@ from torch import nn
 
 from edm2.cli import main
 from edm2.ema import AccuracyWarning, PowerEMA, reconstruct, reconstruct_many
+from edm2.ema.reconstruct import reconstruct_each
+from edm2.ema.storage.manifest import read_manifest
+from edm2.ema.storage.memory import free_memory
+from edm2.generate import reconstructed
 from edm2.report.ema_figures import Profiles, profile_figure
 from edm2.report.style import figure_png
 
@@ -86,6 +92,73 @@ def test_reconstruct_writes_plain_files_that_load(
     assert sorted(p.name for p in out.iterdir()) == [f"ema-{s}.safetensors" for s in ("0.04", "0.1", "0.2")]
 
 
+def test_reconstruct_continues_after_a_kill_at_any_file(
+    snapshots: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["ema", "reconstruct", str(snapshots), "--sigma-rel", "0.05,0.08,...,0.20", "--out"]
+    main([*command, str(snapshots.parent / "whole")])
+    whole = {p.name: p.read_bytes() for p in (snapshots.parent / "whole").iterdir()}
+    assert len(whole) == 6
+    original, out = reconstructed.save_tensors, snapshots.parent / "out"
+    for killed_at in range(6):
+        left = [killed_at]
+
+        def killed(*args: object, left: list[int] = left) -> object:
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return original(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(reconstructed, "save_tensors", killed)
+        with pytest.raises(SystemExit):
+            main([*command, str(out)])
+        monkeypatch.undo()
+        assert len(list(out.iterdir())) == killed_at if out.exists() else killed_at == 0
+        for _ in range(2):
+            main([*command, str(out)])
+            assert {p.name: p.read_bytes() for p in out.iterdir()} == whole
+        shutil.rmtree(out)
+
+
+def test_reconstruct_keeps_what_is_there_and_takes_a_choice_of_tracks(
+    snapshots: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = snapshots.parent / "out"
+    out.mkdir()
+    (out / "ema-0.1.safetensors").write_bytes(b"mine")
+    command = ["reconstruct", str(snapshots), "--out", str(out), "--sigma-rel", "0.06,0.1"]
+    code, error = failing(command, capsys)
+    assert (code, "keep it with --skip-existing" in error) == (2, True)
+    main(["ema", *command, "--skip-existing", "--tracks", "0.05"])
+    assert (out / "ema-0.1.safetensors").read_bytes() == b"mine"
+    alone = reconstruct(snapshots, sigma_rel=0.06, tracks=[0.05]).tensors
+    torch.testing.assert_close(load_file(out / "ema-0.06.safetensors"), alone)
+    code, error = failing([*command, "--tracks", "0.3", "--skip-existing"], capsys)
+    assert (code, "track 0.3 is not stored in" in error) == (2, True)
+    for words in ("0.01,0.02,...,0.025", "0.02,0.02,...,0.1", "...,0.1", "0.1,...,0.2"):
+        code, error = failing([*command[:-1], words], capsys)
+        assert (code, "in equal steps, 0.01,0.02,...,0.1" in error) == (2, True)
+
+
+def test_many_targets_come_in_groups_that_fit(snapshots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("edm2.ema.reconstruct")
+    asked: list[int] = []
+    original = module._chosen
+
+    def counted(folder: Path, targets: list[float], chosen: list[int], *args: object) -> object:
+        asked.append(len(chosen))
+        return original(folder, targets, chosen, *args)
+
+    monkeypatch.setattr(module, "_chosen", counted)
+    targets = [0.05 + 0.01 * i for i in range(7)]
+    size = max(s.num_bytes for s in read_manifest(snapshots).snapshots)
+    made = [r.sigma_rel for r in reconstruct_each(snapshots, targets, memory_bytes=3.5 * size)]
+    assert made == targets
+    assert asked == [3, 3, 1]
+    assert free_memory() > 1 << 20
+    assert [*reconstruct_each(snapshots, [])] == []
+
+
 def test_reconstruct_refuses_to_overwrite_and_bad_lengths(
     snapshots: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,7 +168,7 @@ def test_reconstruct_refuses_to_overwrite_and_bad_lengths(
     before = (out / "ema-0.1.safetensors").read_bytes()
     code, error = failing([*command, "0.05,0.1"], capsys)
     assert code == 2
-    assert "ema-0.1.safetensors exists already" in error
+    assert "ema-0.1.safetensors exists already and holds another average" in error
     assert [p.name for p in out.iterdir()] == ["ema-0.1.safetensors"]
     assert (out / "ema-0.1.safetensors").read_bytes() == before
     for words, message in (

@@ -43,9 +43,17 @@ def test_a_length_on_the_fly_is_the_model_that_would_be_written(run: Path, tmp_p
     written, made = ImageGenerator.load(path), ImageGenerator.load(run, 0.08)
     assert written.identity() == made.identity()
     assert torch.equal(written.latents([1], num_steps=2), made.latents([1], num_steps=2))
-    with pytest.raises(FileExistsError, match=r"ema-0\.08\.safetensors exists already: choose another --out"):
-        reconstruct_models(run, [0.06, 0.08], tmp_path)
+    with pytest.raises(
+        FileExistsError, match=r"ema-0\.08\.safetensors exists already and holds another average"
+    ):
+        reconstruct_models(run, [0.06, 0.08], tmp_path, t=120)
     assert not (tmp_path / "ema-0.06.safetensors").exists()
+    before = path.stat().st_mtime_ns
+    assert [p.name for p, _ in reconstruct_models(run, [0.06, 0.08], tmp_path)] == [
+        "ema-0.06.safetensors",
+        "ema-0.08.safetensors",
+    ]
+    assert path.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"EMA lengths \[0\.07, 0\.07\] must be different"):
         reconstruct_models(run, [0.07, 0.07], tmp_path)
     near = [path.name for path, _ in reconstruct_models(run, [0.08123, 0.08124], tmp_path)]

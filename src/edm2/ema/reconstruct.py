@@ -14,6 +14,7 @@ from torch import Tensor
 from edm2.ema.maths.fit_motion import fit_motion
 from edm2.ema.maths.grid import Grid
 from edm2.ema.maths.motion import WHITE, Motion
+from edm2.ema.maths.plans import MOVEMENT
 from edm2.ema.maths.profiles import FloatArray
 from edm2.ema.maths.solve import HOPELESS_MISFIT, Solution, solve_motion
 from edm2.ema.maths.targets import PowerProfile, Profile, Target
@@ -134,13 +135,7 @@ def reconstruct_many(
     Returns:
         One average for each target.
     """
-    wanted = [x if isinstance(x, Target) else Target.power(x) for x in targets]
-
-    def attempt(manifest: Manifest) -> list[Reconstruction]:
-        chosen = _with_tracks(folder, manifest, tracks)
-        return _reconstruct(folder, chosen, wanted, _target_time(folder, chosen, t), warn_above, read=read)
-
-    return _while_files_vanish(folder, attempt)
+    return _chosen(folder, targets, range(len(targets)) if read else (), t, tracks, warn_above)
 
 
 def reconstruct_each(
@@ -151,8 +146,11 @@ def reconstruct_each(
     tracks: Sequence[float] | None = None,
     warn_above: float = 0.01,
     memory_bytes: float | None = None,
+    only: Sequence[int] | None = None,
 ) -> Iterator[Reconstruction]:
     """Make any number of averages in bounded memory: as many as fit in each pass over the files.
+
+    The averages do not depend on how many fit, nor on which are asked for.
 
     Args:
         folder: Folder that `PowerEMA.snapshot` wrote.
@@ -161,23 +159,43 @@ def reconstruct_each(
         tracks: Use the snapshots of these widths only. Default: all.
         warn_above: Warn if the expected relative error is larger.
         memory_bytes: Memory for the averages of a pass. Default: half of what is free.
+        only: Which of the targets, by their positions. Default: all.
 
     Yields:
-        One average for each target, in order. Drop each before asking for the next.
+        One average for each of these targets, in order. Drop each before asking for the next.
     """
-    if not targets:
+    left = [*range(len(targets))] if only is None else [*only]
+    if not left:
         return
     manifest = read_manifest(folder)
     t = _target_time(folder, manifest, t)
     room = _SHARE_OF_MEMORY * free_memory() if memory_bytes is None else memory_bytes
     size = max((4 if s.dtype == "fp32" else 2, s.num_bytes) for s in manifest.snapshots)
     at_once = max(1, int(room // max(1, size[1] * 4 // size[0])))
-    for first in range(0, len(targets), at_once):
-        group = reconstruct_many(
-            folder, targets[first : first + at_once], t, tracks=tracks, warn_above=warn_above
-        )
-        while group:
-            yield group.pop(0)
+    while left:
+        group, left = left[:at_once], left[at_once:]
+        made = _chosen(folder, targets, group, t, tracks, warn_above)
+        for i in group:
+            yield made[i]
+            made[i] = made[group[-1]]  # lets go of it
+
+
+def _chosen(
+    folder: str | Path | ForeignSnapshots,
+    targets: Sequence[float | Target],
+    chosen: Sequence[int],
+    t: float | None,
+    tracks: Sequence[float] | None,
+    warn_above: float,
+) -> list[Reconstruction]:
+    """All targets; tensors for the chosen ones only. Solving for all together keeps their bits the same."""
+    wanted = [x if isinstance(x, Target) else Target.power(x) for x in targets]
+
+    def attempt(manifest: Manifest) -> list[Reconstruction]:
+        part = _with_tracks(folder, manifest, tracks)
+        return _reconstruct(folder, part, wanted, chosen, _target_time(folder, part, t), warn_above)
+
+    return _while_files_vanish(folder, attempt)
 
 
 def _while_files_vanish(
@@ -204,10 +222,9 @@ def _reconstruct(
     folder: str | Path | ForeignSnapshots,
     manifest: Manifest,
     wanted: Sequence[Target],
+    chosen: Sequence[int],
     t: float,
     warn_above: float,
-    *,
-    read: bool,
 ) -> list[Reconstruction]:
     used = _useful(manifest, t)
     stored = _Stored(folder, manifest, used)
@@ -222,13 +239,15 @@ def _reconstruct(
         _refuse_hopeless(target, misfit, t, used)
     sums: list[dict[str, Tensor]] = [{} for _ in solutions]
     copied: dict[str, Tensor] = {}
-    if read:
-        sums, copied = stored.add_up(np.stack([s.coefficients for s in solutions], axis=1), t)
+    if len(chosen):
+        added, copied = stored.add_up(np.stack([solutions[i].coefficients for i in chosen], axis=1), t)
+        for i, averaged in zip(chosen, added, strict=True):
+            sums[i] = averaged
     results = []
-    for target, solution, averaged in zip(wanted, solutions, sums, strict=True):
-        tensors = {**averaged, **copied}
-        tensors |= {alias: tensors[name] for alias, name in manifest.run.aliases.items() if read}
-        error = expected_error(solution, stored.motion)
+    for target, profile, solution, averaged in zip(wanted, profiles, solutions, sums, strict=True):
+        tensors = {**averaged, **copied} if averaged else {}
+        tensors |= {alias: tensors[name] for alias, name in manifest.run.aliases.items() if tensors}
+        error = stored.expected_error(solution, profile)
         if error > warn_above:
             warnings.warn(_advice(target, solution, error, used, t), AccuracyWarning, stacklevel=5)
         coefficients = zip((s.file for s in used), solution.coefficients.tolist(), strict=True)
@@ -279,6 +298,7 @@ class _Stored:
         self._profiles: list[Profile] = [
             known.get(s.file) or PowerProfile(s.t - manifest.run.start, s.gamma) for s in used
         ]
+        self._interval = folder.interval if isinstance(folder, ForeignSnapshots) else 0.0
         self._norm = used[-1].norm or 1.0
         self._rounding = np.array([s.rounding * s.norm / self._norm for s in used])
 
@@ -297,6 +317,19 @@ class _Stored:
             np.array([(self._used[i].distance * self._used[i].norm / self._norm) ** 2 for i in judged]),
         )
         return solve_motion(grid, self._profiles, self._rounding, targets, self.motion)
+
+    def expected_error(self, solution: Solution, target: Profile) -> float:
+        """Expected relative L2 error of a solution.
+
+        Averages that were updated at intervals hold the weights of single moments. How far these lie from the weights
+        around them is in no file, so a typical distance is assumed (docs/ema.md has measurements).
+        """
+        error = expected_error(solution, self.motion)
+        size = float(np.linalg.norm(Grid([target]).column(target, WHITE)))
+        interval = self._interval / target.t
+        walk = sum(power for kind, power in self.motion.powers.items() if kind.order == 1)
+        moments = MOVEMENT * size * math.sqrt(interval)
+        return math.hypot(error, 2 * size * interval * math.sqrt(walk / 12), moments) if interval else error
 
     def least_misfit(self, target: Profile) -> float:
         """Distance of the nearest of all combinations from a profile, whatever its rounding."""

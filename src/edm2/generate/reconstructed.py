@@ -1,14 +1,16 @@
 """Models with any EMA length from a run's snapshots."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from edm2.diffusion import MODEL_FILE, Denoiser, read_model_header, save_model
 from edm2.diffusion.description import build_on_meta, check_info
 from edm2.ema import Reconstruction, reconstruct_many
+from edm2.ema.reconstruct import reconstruct_each
 from edm2.ema.storage.manifest import ForeignSnapshots, read_manifest
+from edm2.ema.storage.tensorfile import read_header, save_tensors
 from edm2.train.logs import read_log
 from edm2.train.run_folder import CHECKPOINTS, CONFIG_FILE, SNAPSHOTS, read_config
 
@@ -79,35 +81,114 @@ def reconstruct_models(
     out: str | Path,
     *,
     t: float | None = None,
+    tracks: Sequence[float] | None = None,
+    skip_existing: bool = False,
 ) -> list[tuple[Path, float]]:
     """Write one model file for each wanted EMA length.
 
+    Files that an earlier call wrote from the same snapshots are kept, so that an interrupted call can be repeated.
+
     Args:
-        run: folder of a training run, or of its snapshots; or official snapshots.
-        sigma_rels: wanted lengths.
-        out: folder for files called `ema-0.1.safetensors`, after their lengths.
-        t: time in images; default: that of the last snapshot.
+        run: Folder of a training run, or of its snapshots; or official snapshots.
+        sigma_rels: Wanted lengths.
+        out: Folder for files called `ema-0.1.safetensors`, after their lengths.
+        t: Time in images. Default: that of the last snapshot.
+        tracks: Use the snapshots of these lengths only. Default: all.
+        skip_existing: Keep every file that exists, whatever it was made from.
 
     Returns:
-        Each file with the relative L2 error to expect of its parameters.
+        Each file with the expected relative L2 error of its parameters.
 
     Raises:
-        ValueError: as in `edm2.ema.reconstruct`, or if the snapshots are not of an edm2 network.
-        FileExistsError: if a file of that name is there.
+        ValueError: As in `edm2.ema.reconstruct`, or if the snapshots are not of an edm2 network.
+        FileExistsError: If a file of that name exists and holds another average.
     """
+    folder = run.folder if isinstance(run, ForeignSnapshots) else run
+
+    def save(path: Path, result: Reconstruction) -> None:
+        network, info = _description(folder, result)
+        save_model(path, network, result.tensors, info)
+
+    def facts(path: Path) -> dict[str, object]:
+        info = read_model_header(path)[1]["info"]
+        return {
+            "run_id": info.get("run_id"),
+            "t": info.get("num_images"),
+            "error": info.get("expected_error"),
+        }
+
+    return list(_written(run, sigma_rels, Path(out), t, tracks, skip_existing, save, facts))
+
+
+def reconstruct_tensors(
+    run: str | Path | ForeignSnapshots,
+    sigma_rels: Sequence[float],
+    out: str | Path,
+    *,
+    t: float | None = None,
+    tracks: Sequence[float] | None = None,
+    skip_existing: bool = False,
+) -> list[tuple[Path, float]]:
+    """Write one safetensors file of tensors for each wanted EMA length of any model; see `reconstruct_models`."""
+
+    def save(path: Path, result: Reconstruction) -> None:
+        facts = ("label", "t", "clock", "run_id", "expected_error")
+        save_tensors(path, result.tensors, {name: str(getattr(result, name)) for name in facts})
+
+    def facts(path: Path) -> dict[str, object]:
+        found = read_header(path).metadata
+        return {"run_id": found.get("run_id"), "t": found.get("t"), "error": found.get("expected_error")}
+
+    return list(_written(run, sigma_rels, Path(out), t, tracks, skip_existing, save, facts))
+
+
+def _written(
+    run: str | Path | ForeignSnapshots,
+    sigma_rels: Sequence[float],
+    out: Path,
+    t: float | None,
+    tracks: Sequence[float] | None,
+    skip_existing: bool,
+    save: Callable[[Path, Reconstruction], None],
+    facts: Callable[[Path], dict[str, object]],
+) -> Iterator[tuple[Path, float]]:
+    """Reconstruct and save the averages whose files are missing, as many at a time as fit into memory."""
     if len(set(sigma_rels)) < len(sigma_rels):
         raise ValueError(f"EMA lengths {list(sigma_rels)} must be different")
-    names = [ema_file_name(sigma_rel) for sigma_rel in sigma_rels]
-    for name in names:
-        if (Path(out) / name).exists():
-            raise FileExistsError(f"{Path(out) / name} exists already: choose another --out or move it away")
-    source, folder = (run, run.folder) if isinstance(run, ForeignSnapshots) else (snapshots_of(run), run)
-    results = reconstruct_many(source, sigma_rels, t)
-    written = []
-    for name, result in zip(names, results, strict=True):
-        network, info = _description(folder, result)
-        written.append((save_model(Path(out) / name, network, result.tensors, info), result.expected_error))
-    return written
+    source = run if isinstance(run, ForeignSnapshots) else snapshots_of(run)
+    expected = reconstruct_many(source, sigma_rels, t, tracks=tracks, read=False)
+    paths = {s: out / ema_file_name(s) for s in sigma_rels}
+    missing = []
+    for i, result in enumerate(expected):
+        path = paths[sigma_rels[i]]
+        if not path.exists():
+            missing.append(i)
+        elif not skip_existing and not _is_same(facts, path, result):
+            raise FileExistsError(
+                f"{path} exists already and holds another average: choose another --out, move it away, or keep it with"
+                " --skip-existing"
+            )
+    made = reconstruct_each(
+        source, sigma_rels, expected[0].t, tracks=tracks, warn_above=math.inf, only=missing
+    )
+    for i, result in enumerate(expected):
+        if i in missing:
+            save(paths[sigma_rels[i]], next(made))
+        yield paths[sigma_rels[i]], result.expected_error
+
+
+def _is_same(facts: Callable[[Path], dict[str, object]], path: Path, result: Reconstruction) -> bool:
+    """Whether a file holds this average, as far as its header tells."""
+    try:
+        found = facts(path)
+        error, t = (float(found[name]) for name in ("error", "t"))  # type: ignore[arg-type]
+    except (ValueError, TypeError, KeyError):
+        return False
+    return (
+        found["run_id"] == result.run_id
+        and t in (result.t, int(result.t))
+        and math.isclose(error, result.expected_error, rel_tol=1e-3)
+    )
 
 
 def reconstruct_denoiser(

@@ -1,1 +1,5 @@
-"""Other people's files: the official release, read without running anything in it."""
+"""Other people's files, read without running anything in them: the official release, other libraries' averages."""
+
+from edm2.interop.ema_folders import open_ema_folder
+
+__all__ = ["open_ema_folder"]

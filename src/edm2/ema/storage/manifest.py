@@ -91,12 +91,14 @@ class ForeignSnapshots:
         files: File name -> where its tensors lie, as plain little-endian numbers in row-major order. The metadata need
             `copied` only.
         profiles: File name -> profile of its average, where it is not the power function of its `gamma`.
+        interval: Time between the updates of the averages: the weights between them are in no file.
     """
 
     folder: Path
     manifest: Manifest
     files: Mapping[str, TensorFile]
     profiles: Mapping[str, Profile] = field(default_factory=dict)
+    interval: float = 0.0
 
     def __str__(self) -> str:
         return str(self.folder)

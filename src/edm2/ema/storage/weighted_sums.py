@@ -17,6 +17,7 @@ from edm2.ema.storage.tensorfile import DTYPES, TensorFile
 # Pieces of some files at a time stay in the processor's cache while they are checked and added up to all sums.
 _PIECE, _FILES = 1 << 16, 8
 _MAX_OPEN = 256
+_ROWS = 4
 
 
 class WeightedSums:
@@ -63,10 +64,12 @@ class WeightedSums:
 
     def _add_tensor(self, name: str, handles: dict[int, FileIO], sums: list[Tensor]) -> None:
         scales = np.array([s.get(name, 1.0) for s in self._scales])
-        weights = torch.from_numpy((self._coefficients * scales[:, None]).astype(np.float32)).T.contiguous()
+        # Products of fewer than four rows are rounded otherwise: a sum shall not depend on those made with it.
+        weights = torch.zeros(max(len(sums), _ROWS), len(scales))
+        weights[: len(sums)] = torch.from_numpy(self._coefficients * scales[:, None]).T
         numel = sums[0].numel()
         rows = torch.empty(_FILES, min(numel, _PIECE))
-        totals = torch.empty(len(sums), min(numel, _PIECE))
+        totals = torch.empty(len(weights), min(numel, _PIECE))
         order = list(handles)
         for begin in range(0, numel, _PIECE):
             pieces = [out[begin : begin + _PIECE] for out in sums]
@@ -77,7 +80,7 @@ class WeightedSums:
                 for row, i in zip(part, group, strict=True):
                     _read_into(row, handles[i], self._files[i], name, begin, self.data_sums[i])
                 total.addmm_(weights[:, group], part)
-            for piece, row in zip(pieces, total, strict=True):
+            for piece, row in zip(pieces, total, strict=False):
                 piece.add_(row)
 
 

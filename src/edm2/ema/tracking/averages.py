@@ -118,7 +118,9 @@ class Averages:
             self._sound_until = self._t
             return
         broken = [
-            name for name, x in zip(self._names, Averages.read(self, 0), strict=True) if not torch.isfinite(x).all()
+            name
+            for name, x in zip(self._names, Averages.read(self, 0), strict=True)
+            if not torch.isfinite(x).all()
         ]
         raise FloatingPointError(
             f"the average of {broken[0] if broken else self._names[0]!r} is not finite ({len(broken)} of"
