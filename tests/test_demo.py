@@ -190,9 +190,7 @@ def test_a_longer_run_does_not_pass_off_the_old_model(done: tuple[Path, Measured
     for sigma_rel in SWEEP:
         if not (other := model.with_name(f"ema-{sigma_rel:.4g}.safetensors")).exists():
             shutil.copy(model, other)
-    with pytest.raises(
-        ValueError, match=r"run had seen 128 images, and it has seen 160 since: move .*ema and"
-    ):
+    with pytest.raises(ValueError, match=r"run had seen 128 images, and now it has seen 160: move .*ema and"):
         run_demo(tmp_path / "demo", config=tiny(num_images=160), num_images=COUNT, quiet=True)
 
 
@@ -222,6 +220,8 @@ def test_bad_settings_come_before_work(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_images 1 must be at least 2"):
         run_demo(out, config=tiny(), num_images=1)
     unlabelled = dataclasses.replace(tiny().dataset, labels=False)
-    with pytest.raises(ValueError, match="digits has no classes: the demo judges images by their class"):
+    with pytest.raises(
+        ValueError, match="digits has no classes, by which the demo judges images: give labels"
+    ):
         run_demo(out, config=tiny(dataset=unlabelled))
     assert not out.exists()

@@ -1,4 +1,4 @@
-"""The main job from one end to the other: train on digits, tune the EMA length, sample, measure, report."""
+"""The whole job in minutes: train on digits, choose the EMA length, sample, measure, report."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from edm2.train import TrainConfig, train
 from edm2.train.logs import read_log
 from edm2.train.run_folder import SNAPSHOTS, flat_settings
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SWEEP = (0.05, 0.07, 0.09, 0.11, 0.13, 0.16, 0.20, 0.25)
 _SWEEP_SEED, _SWEEP_IMAGES, _SWEEP_STEPS = 1_000_000, 300, 16
 _SWEEP_SAMPLER = "dpmpp-2m"  # as good as Heun with twice the evaluations, for choosing
@@ -36,21 +39,21 @@ _SHOWN = 10  # of each class
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What the demo measured; lengths are relative EMA lengths, distances are of pixels scaled to [0, 1].
+    """What the demo measured. Distances between images are of pixels scaled to [0, 1].
 
     Attributes:
-        sigma_rels: EMA lengths of the sweep.
-        scores: Frechet distance of each.
-        best: the length chosen.
+        sigma_rels: Relative EMA lengths that were tried.
+        scores: Frechet distance at each.
+        best: Length chosen.
         frechet: Frechet distance of the final images to the training images.
-        frechet_real: the same for real test images.
-        agreement: share of the final images whose class, by an independent classifier, is the intended one.
-        accuracy_real: that classifier's accuracy on real test images.
-        nearest: median distance of the final images to the nearest training image.
-        nearest_real: the same for real test images.
-        copies: share of final images nearer to a training image than 99% of the test images are.
-        seconds: time of this session.
-        continued: whether there was a session before, so that `seconds` is not the whole job.
+        frechet_real: The same for real test images.
+        agreement: Share of the final images whose class, by an independent classifier, is the intended one.
+        accuracy_real: Accuracy of that classifier on real test images.
+        nearest: Median distance of the final images to the nearest training image.
+        nearest_real: The same for real test images.
+        copies: Share of the final images nearer to a training image than 99% of the test images are.
+        seconds: Time of this session.
+        continued: Whether an earlier session did a part, so that `seconds` is not the whole job.
     """
 
     sigma_rels: tuple[float, ...]
@@ -74,33 +77,33 @@ def run_demo(
     num_images: int = _FINAL_IMAGES,
     quiet: bool = False,
 ) -> Measured:
-    """Run the whole job and write `report.html`, PNGs, the run and the chosen model below `out`.
+    """Run the whole job and write `report.html`, PNGs, the run and the chosen model into `out`.
 
     Args:
-        out: folder; a demo that was interrupted there is continued.
-        config: settings of the run, on a data set with classes and a test split; default: the preset `digits`.
-        num_images: images to sample and measure at the end, at least 2.
-        quiet: show no progress.
+        out: Folder; a demo that was interrupted there continues.
+        config: Settings of the run, on a data set with classes and a test split; default: the preset `digits`.
+        num_images: Images to sample and measure at the end, at least 2.
+        quiet: Whether to show no progress.
 
     Returns:
         What was measured.
 
     Raises:
-        ValueError: if the folder holds something else, the data has no classes, or as in `edm2.train.train`.
-        Stopped: as in `edm2.train.train`; the same call continues.
+        ValueError: If the folder holds something else, the data has no classes, or as in `edm2.train.train`.
+        Stopped: As in `edm2.train.train`; the same call continues.
     """
     out, start = Path(out), time.monotonic()
     _check_folder(out)
     continued = (out / "run").is_dir()
     if num_images < 2:
-        raise ValueError(f"num_images {num_images} must be at least 2, to be compared with the real ones")
+        raise ValueError(f"num_images {num_images} must be at least 2, for a comparison with real images")
     config = get_preset(_PRESET) if config is None else config
     real, test = (
         open_dataset(config.data, split=split, labels=config.dataset.labels, pad_to=config.dataset.pad_to)
         for split in ("train", "test")
     )
     if not real.num_classes:
-        raise ValueError(f"{config.data} has no classes: the demo judges images by their class; give labels")
+        raise ValueError(f"{config.data} has no classes, by which the demo judges images: give labels")
     images, labels = _everything(real)
     test_images, test_labels = _everything(test)
 
@@ -147,7 +150,7 @@ def _check_folder(out: Path) -> None:
 
 
 def _model(out: Path, sigma_rel: float) -> Path:
-    """The model with an EMA length; put together unless an earlier session did."""
+    """Return the file of the model with an EMA length; reconstruct it unless an earlier session did."""
     path = out / "ema" / ema_file_name(sigma_rel)
     if not path.exists():
         return reconstruct_models(out / "run", [sigma_rel], out / "ema")[0][0]
@@ -155,7 +158,7 @@ def _model(out: Path, sigma_rel: float) -> Path:
     was = read_model_header(path)[1]["info"].get("num_images")
     if was != seen:
         raise ValueError(
-            f"{path} was made when the run had seen {was} images, and it has seen {seen} since: move {out / 'ema'} "
+            f"{path} was made when the run had seen {was} images, and now it has seen {seen}: move {out / 'ema'} "
             f"and {out / 'samples'} away, or choose another --out"
         )
     return path
@@ -205,8 +208,6 @@ def _write_report(
     save_png(real_grid, out / "real.png")
 
     log = read_log(out / "run")
-    sigma, learned, errors = errors_by_noise(generator, test_images, test_labels)
-    density = noise_density(sigma, p_mean=config.loss.p_mean, p_std=config.loss.p_std)
     page = Page(
         "Digits, from nothing to a tuned generator",
         lead=f"A config-{config.architecture} diffusion model trained on {log[-1]['num_images']:,} images, its EMA "
@@ -215,76 +216,59 @@ def _write_report(
     page.facts(
         {
             "intended class recognised": f"{100 * measured.agreement:.1f}%",
-            "same judge on real test digits": f"{100 * measured.accuracy_real:.1f}%",
+            "the same for real test digits": f"{100 * measured.accuracy_real:.1f}%",
             "Frechet distance": f"{measured.frechet:.2f}",
             "of real test digits": f"{measured.frechet_real:.2f}",
             "best EMA length": f"{100 * measured.best:.3g}%",
             "last session" if measured.continued else "whole job": time_text(measured.seconds),
         }
     )
-    page.section("Samples", "One column a class. No sample was picked: these are the first seeds.")
+    page.section("Samples", "One column per class. No sample was picked: these are the first seeds.")
     with page.columns():
-        page.image(made_grid, "Generated", "Grid of generated digits, one column a class", scale=1)
-        page.image(
-            real_grid, "Real, from the held-out test set", "Grid of real digits, one column a class", scale=1
-        )
+        page.image(made_grid, "Generated", "Grid of generated digits, one column per class")
+        page.image(real_grid, "Real, from the held-out test set", "Grid of real digits, one column per class")
     page.section(
         "Are they copies?",
         "Distance to the nearest training image, root mean square over pixels scaled to [0, 1]. A generator that "
         "copied its training set would lie far below the real test digits.",
     )
-    page.table(
-        ["", "generated", "real test digits"],
-        [
-            [
-                "median distance to the nearest training image",
-                f"{measured.nearest:.4f}",
-                f"{measured.nearest_real:.4f}",
-            ],
-            ["share nearer than 99% of the test digits", f"{100 * measured.copies:.1f}%", "1.0%"],
-        ],
-    )
-    _add_curves(page, out, config, measured, log, (sigma, learned, errors, density))
+    nearest = [f"{measured.nearest:.4f}", f"{measured.nearest_real:.4f}"]
+    rows = [
+        ["median distance to the nearest training image", *nearest],
+        ["share nearer than 99% of the test digits", f"{100 * measured.copies:.1f}%", "1.0%"],
+    ]
+    page.table(["", "generated", "real test digits"], rows)
+    sigma, learned, errors = errors_by_noise(generator, test_images, test_labels)
+    density = noise_density(sigma, p_mean=config.loss.p_mean, p_std=config.loss.p_std)
+    uncertainty = uncertainty_curve(sigma, learned, measured=errors, density=density)
+    _add_curves(page, out, config, measured, uncertainty)
     _add_settings(page, out, config, generator, num_images=len(made))
     page.write(out / "report.html")
 
 
 def _add_curves(
-    page: Page,
-    out: Path,
-    config: TrainConfig,
-    measured: Measured,
-    log: list[dict[str, Any]],
-    noise: tuple[Any, ...],
+    page: Page, out: Path, config: TrainConfig, measured: Measured, uncertainty: "Figure"
 ) -> None:
-    seen = [record for record in log if record["loss"] is not None]
-    figures = {
-        "ema": score_curve(
-            measured.sigma_rels,
-            measured.scores,
-            best=measured.best,
-            tracked=config.ema.sigma_rels,
-            reference=measured.frechet_real,
-        ),
-        "loss": loss_curve([r["num_images"] for r in seen], [r["loss"] for r in seen]),
-        "uncertainty": uncertainty_curve(noise[0], noise[1], measured=noise[2], density=noise[3]),
-    }
-    for name, figure in figures.items():
+    seen = [record for record in read_log(out / "run") if record["loss"] is not None]
+    tracked = config.ema.sigma_rels
+    ema = score_curve(
+        SWEEP, measured.scores, best=measured.best, tracked=tracked, reference=measured.frechet_real
+    )
+    loss = loss_curve([r["num_images"] for r in seen], [r["loss"] for r in seen])
+    for name, figure in (("ema", ema), ("loss", loss), ("uncertainty", uncertainty)):
         write_atomic(out / f"{name}.png", figure_png(figure))
     page.section(
         "EMA length, chosen after training",
-        f"Tracked: {_lengths(config.ema.sigma_rels)}; the others were put together from snapshots. Each was scored "
-        f"with {_SWEEP_IMAGES} images in {_SWEEP_STEPS} steps of DPM-Solver++, in the features of a classifier trained "
-        f"on the real training images; the final score above is of {_FINAL_STEPS} steps and other seeds.",
+        f"Tracked: {_lengths(tracked)}; the other lengths were reconstructed from snapshots. Each was scored with "
+        f"{_SWEEP_IMAGES} images in {_SWEEP_STEPS} steps of DPM-Solver++, in the features of a classifier trained on "
+        f"the real training images; the final score above takes {_FINAL_STEPS} steps and other seeds.",
     )
-    page.figure(
-        figures["ema"], "Frechet distance against EMA length", "Curve of Frechet distance by EMA length"
-    )
+    page.figure(ema, "Frechet distance against EMA length", "Curve of Frechet distance by EMA length")
     page.section("Training")
     with page.columns():
-        page.figure(figures["loss"], "Training loss", "Curve of the training loss against images")
+        page.figure(loss, "Training loss", "Curve of the training loss against images")
         page.figure(
-            figures["uncertainty"],
+            uncertainty,
             "Learned uncertainty beside the error measured on test digits",
             "Curve of learned uncertainty against noise level",
         )
@@ -293,7 +277,6 @@ def _add_curves(
 def _add_settings(
     page: Page, out: Path, config: TrainConfig, generator: ImageGenerator, *, num_images: int
 ) -> None:
-    parameters = sum(p.numel() for p in generator.denoiser.parameters())
     best = generator.info["sigma_rel"]
     # Folders of their own: nothing is ever overwritten.
     run, ema, samples = (shlex.quote(f"{out}-by-hand/{name}") for name in ("run", "ema", "samples"))
@@ -303,21 +286,18 @@ def _add_settings(
         f"edm2 sample --model {ema}/{ema_file_name(best)} --num-steps {_FINAL_STEPS} "
         f"--seeds 0-{num_images - 1} --out {samples}",
     ]
-    if config == get_preset(_PRESET):
-        page.section("The same by hand")
-    else:
-        page.section("The same by hand", "After training with the settings below, from Python.")
-        commands = commands[1:]
-    page.code("\n".join(commands))
+    by_command = config == get_preset(_PRESET)
+    page.section(
+        "The same by hand", "" if by_command else "After training with the settings below, from Python."
+    )
+    page.code("\n".join(commands if by_command else commands[1:]))
     page.section(
         "Settings",
-        f"{parameters:,} parameters. Expected error of the reconstructed parameters: "
-        f"{generator.info['expected_error']:.1e} (relative L2).",
+        f"{sum(p.numel() for p in generator.denoiser.parameters()):,} parameters. Expected error of the reconstructed "
+        f"parameters: {generator.info['expected_error']:.1e} (relative L2).",
     )
-    page.table(
-        ["setting", "value"],
-        [[name, json.dumps(value)] for name, value in flat_settings(config.to_json()).items()],
-    )
+    rows = [[name, json.dumps(value)] for name, value in flat_settings(config.to_json()).items()]
+    page.table(["setting", "value"], rows)
 
 
 def _lengths(sigma_rels: tuple[float, ...]) -> str:
