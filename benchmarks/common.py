@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from edm2.diffusion import Denoiser
+from edm2.diffusion import Denoiser, build_denoiser
 
 
 def options(description: str, **defaults: object) -> argparse.Namespace:
@@ -112,7 +112,7 @@ def table(
 def make_denoiser(arguments: argparse.Namespace, **extra: object) -> Denoiser:
     """The network described by the options, with weights from seed 0 and gains above 0."""
     torch.manual_seed(0)
-    denoiser = Denoiser(
+    denoiser = build_denoiser(
         arguments.resolution,
         arguments.channels,
         10,

@@ -23,7 +23,7 @@ from common import machine
 from sklearn.datasets import load_digits
 from torch import nn
 
-from edm2.diffusion import Denoiser, draw_sigma, edm2_loss
+from edm2.diffusion import build_denoiser, draw_sigma, edm2_loss
 from edm2.ema import (
     PLANS,
     PowerEMA,
@@ -87,7 +87,7 @@ def training(steps: int, *, channels: int = 8, batch: int = 16, seed: int = 0) -
     data = load_digits()
     images = torch.from_numpy(data.images[:, None] / 8 - 1).float() * 0.5
     labels = nn.functional.one_hot(torch.from_numpy(data.target), 10).float()
-    model = Denoiser(
+    model = build_denoiser(
         8, 1, 10, model_channels=channels, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,),
         channels_per_head=8,
     )  # fmt: skip

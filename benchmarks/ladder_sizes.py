@@ -8,7 +8,7 @@ Nothing is trained or timed, and the networks take no memory.
 import torch
 from common import options
 
-from edm2.diffusion import Denoiser
+from edm2.diffusion import build_denoiser
 from edm2.nn import CONFIGS, count_flops
 
 
@@ -17,7 +17,9 @@ def size(
 ) -> tuple[int, int, float]:
     """Parameters of the network and of its uncertainty head, and Gflops of an evaluation of one image."""
     with torch.device("meta"):
-        net = Denoiser(resolution, channels, classes, config=config, model_channels=model_channels).eval()
+        net = build_denoiser(
+            resolution, channels, classes, config=config, model_channels=model_channels
+        ).eval()
         image, labels = torch.zeros(1, channels, resolution, resolution), torch.zeros(1, classes)
         flops = count_flops(net, image, torch.ones(1), labels if classes else None)
     network = sum(p.numel() for p in net.unet.parameters())

@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from edm2.diffusion import Denoiser
+from edm2.diffusion import build_denoiser
 from edm2.nn import count_flops
 from edm2.presets import PRESETS, get_preset, image_shape
 
@@ -21,7 +21,7 @@ def multiply_accumulates(name: str) -> tuple[int, float]:
     """Parameters of a preset, and multiply-accumulates of one forward pass."""
     channels, size, _, classes = image_shape(name)
     with torch.device("meta"):
-        net = Denoiser(size, channels, classes, **vars(get_preset(name).network)).eval()
+        net = build_denoiser(size, channels, classes, **vars(get_preset(name).network)).eval()
         image = torch.zeros(1, channels, size, size)
         flops = count_flops(net, image, torch.ones(1), torch.zeros(1, classes))
     return sum(p.numel() for p in net.parameters()), flops

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from edm2.diffusion import Denoiser
+from edm2.diffusion import Denoiser, build_denoiser
 from edm2.presets import PRESETS, fashion_mnist, fashion_mnist_small, get_preset, image_shape, img64, img512
 from edm2.presets import digits as digits_preset
 from edm2.train import EMAConfig
@@ -32,7 +32,7 @@ def build(name: str) -> Denoiser:
     config = get_preset(name)
     channels, height, _, classes = image_shape(name)
     with torch.device("meta"):
-        return Denoiser(height, channels, classes, **vars(config.network))
+        return build_denoiser(height, channels, classes, **vars(config.network))
 
 
 def test_presets_of_the_table_are_all_there() -> None:

@@ -114,11 +114,17 @@ def _run(words: list[str]) -> None:
     _, command, *rest = name.split()
     # No module can be named after a Python keyword, as the command `import` is.
     module = importlib.import_module(f"edm2.commands.{command}{'_' * keyword.iskeyword(command)}")
+    from edm2.commands.common import HELP, take_common
     from edm2.train.signals import Stopped
     from edm2.train.world import FirstFailed
 
+    words = take_common(name, words)
     try:
         getattr(module, rest[0] if rest else "run")(name, words)
+    except SystemExit:
+        if not {"-h", "--help"}.isdisjoint(words):
+            show(HELP)
+        raise
     except Stopped as stop:
         end(str(stop), EXIT_STOPPED)
     except FirstFailed:  # the first process says why

@@ -210,7 +210,7 @@ def _write_report(
     log = read_log(out / "run")
     page = Page(
         "Digits, from nothing to a tuned generator",
-        lead=f"A config-{config.architecture} diffusion model trained on {log[-1]['num_images']:,} images, its EMA "
+        lead=f"A config-{config.config} diffusion model trained on {log[-1]['num_images']:,} images, its EMA "
         "length chosen after training.",
     )
     page.facts(

@@ -149,7 +149,7 @@ def _training(page: Page, run: _Run) -> None:
 
 def _below_zero(run: _Run) -> str:
     # Ref: EDM2 Eq. 21; config A has its first term only.
-    if run.settings.get("architecture") == "A":
+    if (run.settings.get("config") or run.settings.get("architecture")) == "A":
         return ""
     return "; the loss includes the learned uncertainty u(σ), so that it may fall below 0"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edm2.commands.info import describe_path, describe_preset, describe_released
-from edm2.diffusion import Denoiser, save_model
+from edm2.diffusion import build_denoiser, save_model
 from edm2.hub import save_pretrained
 from edm2.presets import digits
 from edm2.train import Stopped, train
@@ -26,7 +26,7 @@ def test_preset() -> None:
 
 
 def test_model(tmp_path: Path) -> None:
-    denoiser = Denoiser((4, 8), 2, **OPTIONS)  # type: ignore[arg-type]
+    denoiser = build_denoiser((4, 8), 2, **OPTIONS)  # type: ignore[arg-type]
     info = {
         "sigma_rel": 0.1,
         "num_images": 12345,
@@ -34,7 +34,7 @@ def test_model(tmp_path: Path) -> None:
         "expected_error": 0.00123,
         "license": "free",
     }
-    file = save_model(tmp_path, denoiser.config, denoiser.state_dict(), info)
+    file = save_model(tmp_path, denoiser.options, denoiser.state_dict(), info)
     text = describe_path(tmp_path)
     count = sum(p.numel() for p in denoiser.parameters())
     for line in (
@@ -52,8 +52,8 @@ def test_model(tmp_path: Path) -> None:
 
 
 def test_texts_from_the_file_cannot_command_the_terminal(tmp_path: Path) -> None:
-    denoiser = Denoiser(8, 1, **OPTIONS)  # type: ignore[arg-type]
-    save_model(tmp_path, denoiser.config, denoiser.state_dict(), {"data": "\x1b[31mred\nlicence  free"})
+    denoiser = build_denoiser(8, 1, **OPTIONS)  # type: ignore[arg-type]
+    save_model(tmp_path, denoiser.options, denoiser.state_dict(), {"data": "\x1b[31mred\nlicence  free"})
     assert "trained on  \\x1b[31mred licence free\n" in describe_path(tmp_path)
 
 
@@ -71,8 +71,8 @@ def test_damaged_settings_of_a_run(tmp_path: Path, change: str) -> None:
 
 
 def test_model_with_an_image_condition(tmp_path: Path) -> None:
-    denoiser = Denoiser(8, 1, cond_channels=3, **OPTIONS)  # type: ignore[arg-type]
-    text = describe_path(save_model(tmp_path, denoiser.config, denoiser.state_dict()))
+    denoiser = build_denoiser(8, 1, cond_channels=3, **OPTIONS)  # type: ignore[arg-type]
+    text = describe_path(save_model(tmp_path, denoiser.options, denoiser.state_dict()))
     assert "Gflops" in text
 
 
@@ -104,9 +104,9 @@ def test_run_under_way_and_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_settings_with_their_models(tmp_path: Path) -> None:
-    denoiser = Denoiser(8, 1, **OPTIONS)  # type: ignore[arg-type]
+    denoiser = build_denoiser(8, 1, **OPTIONS)  # type: ignore[arg-type]
     for name in ("a", "b"):
-        save_model(tmp_path / f"{name}.safetensors", denoiser.config, denoiser.state_dict())
+        save_model(tmp_path / f"{name}.safetensors", denoiser.options, denoiser.state_dict())
     settings = tmp_path / "edm2-img64-s-autog-fid.json"
     content = {"format": "edm2.sampling/1", "preset": "x", "model": "a.safetensors", "guide": "b.safetensors"}
     content |= {"guidance": 1.7, "reported": {"metric": "FID", "value": 1.01}}
@@ -120,9 +120,9 @@ def test_settings_with_their_models(tmp_path: Path) -> None:
 
 
 def test_a_shared_folder(tmp_path: Path) -> None:
-    denoiser = Denoiser(8, 1, **OPTIONS)  # type: ignore[arg-type]
+    denoiser = build_denoiser(8, 1, **OPTIONS)  # type: ignore[arg-type]
     coding = {"kind": "pixels", "num_channels": 1, "mean": [0.0], "std": [0.5], "sigma_data": 0.5}
-    save_model(tmp_path / "m.safetensors", denoiser.config, denoiser.state_dict(), {"coding": coding})
+    save_model(tmp_path / "m.safetensors", denoiser.options, denoiser.state_dict(), {"coding": coding})
     folder = save_pretrained(tmp_path / "m.safetensors", tmp_path / "shared")
     assert describe_path(folder).startswith(f"settings    {folder}, heun, 32 steps\nmodel       {folder}")
 

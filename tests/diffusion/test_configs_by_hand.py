@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edm2.diffusion import Denoiser
+from edm2.diffusion import build_denoiser
 
 WIDTH, HEAD, CLASSES, SIGMA_DATA = 16, 16, 5, 0.5
 NORMALISED, GROUP_NORMS, AFFINE = "DEFG", "ABCDE", "AB"
@@ -148,7 +148,7 @@ def resample(x, mode):
 @pytest.mark.parametrize("config", "ABCDEFG")
 def test_the_whole_denoiser_equals_its_definition(config, speak):
     torch.manual_seed(0)
-    net = Denoiser(
+    net = build_denoiser(
         32, 2, CLASSES, config=config, model_channels=WIDTH, channel_mult=(1, 2, 3), num_blocks=2,
         channels_per_head=HEAD,
     ).eval()  # fmt: skip

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from edm2.diffusion import Denoiser, edm2_loss
+from edm2.diffusion import build_denoiser, edm2_loss
 from edm2.nn import count_flops
 from edm2.train import learning_rate
 
@@ -19,7 +19,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def tiny(golden, fill_by_rule):
-    return lambda: fill_by_rule(Denoiser(**golden("net_tiny_state.json")["config"]))
+    return lambda: fill_by_rule(build_denoiser(**golden("net_tiny_state.json")["config"]))
 
 
 def tensors(data, *names):
@@ -96,7 +96,7 @@ def test_parameters_and_gflops_of_every_size(channels):
     expected = SIZES[channels]
     with torch.device("meta"):
         kinds = [(4, 1000), (4, 0), (3, 1000), (3, 0)]
-        nets = [Denoiser(64, c, classes, model_channels=channels).eval() for c, classes in kinds]
+        nets = [build_denoiser(64, c, classes, model_channels=channels).eval() for c, classes in kinds]
         assert tuple(sum(p.numel() for p in net.parameters()) for net in nets) == expected[:4]
         for net, gflops in ((nets[0], expected[4]), (nets[2], expected[5])):
             inputs = torch.zeros(1, net.img_channels, 64, 64), torch.ones(1), torch.zeros(1, 1000)
@@ -105,7 +105,7 @@ def test_parameters_and_gflops_of_every_size(channels):
 
 def test_untrained_denoiser_is_c_skip_x():
     torch.manual_seed(0)
-    net = Denoiser(8, 1, model_channels=16, channel_mult=(1, 2), num_blocks=1, channels_per_head=16)
+    net = build_denoiser(8, 1, model_channels=16, channel_mult=(1, 2), num_blocks=1, channels_per_head=16)
     x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 0.5, 20.0])
     assert torch.allclose(net(x, sigma), 0.25 / (sigma**2 + 0.25).reshape(-1, 1, 1, 1) * x)
 
@@ -115,7 +115,7 @@ def conditional(fill_by_rule):
     options = dict(
         model_channels=16, channel_mult=(1, 2), num_blocks=1, channels_per_head=16, cond_channels=2
     )
-    return fill_by_rule(Denoiser((8, 16), 4, 6, label_kind="vector", **options)).eval()
+    return fill_by_rule(build_denoiser((8, 16), 4, 6, label_kind="vector", **options)).eval()
 
 
 def test_image_condition_enters_clean_and_vectors_unscaled(conditional):
@@ -139,9 +139,9 @@ def test_image_condition_enters_clean_and_vectors_unscaled(conditional):
 def test_config_rebuilds_the_same_network(conditional):
     import json
 
-    twin = Denoiser(**json.loads(json.dumps(conditional.config)))
+    twin = build_denoiser(**json.loads(json.dumps(conditional.options)))
     twin.load_state_dict(conditional.state_dict())
-    assert twin.config == conditional.config
+    assert twin.options == conditional.options
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -174,7 +174,7 @@ def test_label_errors(tiny, conditional):
     with pytest.raises(ValueError, match="cond_channels=2 and was not given a condition"):
         conditional(torch.zeros(1, 4, 8, 16), torch.ones(1))
     with pytest.raises(ValueError, match="dtype 'int8' is not float32, bfloat16 or float16"):
-        Denoiser(8, 1, dtype="int8")
+        build_denoiser(8, 1, dtype="int8")
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from edm2.commands.info import describe_path
-from edm2.diffusion import Denoiser, load_model, save_model
+from edm2.diffusion import Denoiser, build_denoiser, load_model, save_model
 from edm2.generate import ImageGenerator
 from edm2.hub import Pretrained, Sampling, open_pretrained, save_pretrained
 
@@ -49,7 +49,7 @@ COUNT = {"info": 80, "load_model": 300, "sample": 250, "from_pretrained": 250}
 
 def tiny() -> Denoiser:
     torch.manual_seed(0)
-    return Denoiser(
+    return build_denoiser(
         8,
         1,
         3,
@@ -103,7 +103,7 @@ def outcome(way: str, path: Path) -> str | None:
 @pytest.mark.parametrize("way", WAYS)
 def test_mutated_descriptions_give_one_clear_error(tmp_path: Path, way: str) -> None:
     rng = random.Random(f"{way}")
-    description = {"format": "edm2.model/1", "network": tiny().config, "info": INFO}
+    description = {"format": "edm2.model/1", "network": tiny().options, "info": INFO}
     told = []
     for _ in range(COUNT[way]):
         changed = description
@@ -125,7 +125,7 @@ def test_mutated_descriptions_give_one_clear_error(tmp_path: Path, way: str) -> 
 @pytest.mark.parametrize("way", WAYS)
 def test_mutated_bytes_give_one_clear_error(tmp_path: Path, way: str) -> None:
     rng = random.Random(way)
-    good = save_model(tmp_path / "good.safetensors", tiny().config, tiny().state_dict(), INFO).read_bytes()
+    good = save_model(tmp_path / "good.safetensors", tiny().options, tiny().state_dict(), INFO).read_bytes()
     header = 8 + struct.unpack("<Q", good[:8])[0]
     errors = 0
     for _ in range(COUNT[way]):
@@ -143,20 +143,20 @@ def test_mutated_bytes_give_one_clear_error(tmp_path: Path, way: str) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"network": {"num_blocks": 10**9}}, "num_blocks = 1000000000 is nothing that a network has"),
+        ({"network": {"num_blocks": 10**9}}, "num_blocks = 1000000000 does not describe a network"),
         ({"network": {"num_blocks": 64}}, "fewer tensors than its network has blocks"),
-        ({"network": {"model_channels": "8"}}, "model_channels = '8' is nothing that a network has"),
-        ({"network": {"img_resolution": 2**40}}, "img_resolution = 1099511627776 is nothing"),
+        ({"network": {"model_channels": "8"}}, "model_channels = '8' does not describe a network"),
+        ({"network": {"img_resolution": 2**40}}, "img_resolution = 1099511627776 does not"),
         ({"network": {"config": "Z"}}, "config 'Z' is not one of A, B, C, D, E, F, G"),
-        ({"network": {"channel_mult": [1, 2] * 500}}, "channel_mult = a list is nothing"),
-        ({"network": {"sigma_data": float("nan")}}, "sigma_data = nan is nothing"),
-        ({"info": {"num_images": "many"}}, "num_images = 'many' is nothing that edm2 writes"),
-        ({"info": {"class_names": "ab"}}, "class_names = 'ab' is nothing that edm2 writes"),
+        ({"network": {"channel_mult": [1, 2] * 500}}, "channel_mult = a list does not describe"),
+        ({"network": {"sigma_data": float("nan")}}, "sigma_data = nan does not"),
+        ({"info": {"num_images": "many"}}, "num_images = 'many' is not a value that edm2 writes"),
+        ({"info": {"class_names": "ab"}}, "class_names = 'ab' is not a value that edm2 writes"),
         ({"info": {"data": "\x1b[31m"}, "network": {"config": "\x1b[31m"}}, r"'\\x1b\[31m' is not one of"),
     ],
 )
 def test_the_error_says_what_is_wrong(tmp_path: Path, change: dict[str, Any], told: str) -> None:
-    network, info = tiny().config | change.get("network", {}), INFO | change.get("info", {})
+    network, info = tiny().options | change.get("network", {}), INFO | change.get("info", {})
     path = save_model(tmp_path / "m.safetensors", network, tiny().state_dict(), info)
     for way in WAYS:
         with pytest.raises(ValueError, match=f"m.safetensors: the tensors do not fit .*{told}"):
@@ -164,7 +164,7 @@ def test_the_error_says_what_is_wrong(tmp_path: Path, change: dict[str, Any], to
 
 
 def test_a_missing_argument_and_deep_nesting(tmp_path: Path) -> None:
-    network = {key: value for key, value in tiny().config.items() if key != "img_channels"}
+    network = {key: value for key, value in tiny().options.items() if key != "img_channels"}
     path = save_model(tmp_path / "m.safetensors", network, tiny().state_dict(), INFO)
     with pytest.raises(ValueError, match="missing 1 required positional argument: 'img_channels'"):
         describe_path(path)
@@ -177,8 +177,10 @@ def test_a_missing_argument_and_deep_nesting(tmp_path: Path) -> None:
 def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
     state = tiny().state_dict()
     state["unet.out_gain"] = torch.tensor(value)
-    path = save_model(tmp_path / "m.safetensors", tiny().config, state, INFO)
-    with pytest.raises(ValueError, match=r"unet.out_gain has values that are not finite: the training went"):
+    path = save_model(tmp_path / "m.safetensors", tiny().options, state, INFO)
+    with pytest.raises(
+        ValueError, match=r"unet.out_gain has values that are not finite: the training diverged"
+    ):
         load_model(path)
 
 
@@ -187,14 +189,14 @@ def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
 )
 def test_a_coding_that_is_none(tmp_path: Path, coding: dict[str, Any]) -> None:
     info = {**INFO, "coding": {**INFO["coding"], **coding}}  # type: ignore[dict-item]
-    path = save_model(tmp_path / "m.safetensors", tiny().config, tiny().state_dict(), info)
+    path = save_model(tmp_path / "m.safetensors", tiny().options, tiny().state_dict(), info)
     with pytest.raises(ValueError, match=r"m.safetensors describes a coding of images that edm2 does not"):
         ImageGenerator.load(path)
 
 
 def test_integers_where_weights_are_floats(tmp_path: Path) -> None:
     state = {name: x.to(torch.int8) for name, x in tiny().state_dict().items()}
-    path = save_model(tmp_path / "m.safetensors", tiny().config, state, INFO)
+    path = save_model(tmp_path / "m.safetensors", tiny().options, state, INFO)
     with pytest.raises(ValueError, match="of type I8, where weights are floats"):
         load_model(path)
 
@@ -203,7 +205,7 @@ def test_integers_where_weights_are_floats(tmp_path: Path) -> None:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of `save_pretrained` with a guide."""
     folder = tmp_path_factory.mktemp("shared")
-    model = save_model(folder / "m.safetensors", tiny().config, tiny().state_dict(), INFO)
+    model = save_model(folder / "m.safetensors", tiny().options, tiny().state_dict(), INFO)
     generator = ImageGenerator.load(model)
     sampling = Sampling(guidance=1.5, interval=(0.1, 5.0))
     return save_pretrained(Pretrained(generator, guide=generator, sampling=sampling), folder / "out")
@@ -251,7 +253,7 @@ GIANTS = [
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """Networks that would take terabytes are refused by a process that may take 400 MB more than it has."""
     for i, change in enumerate(GIANTS):
-        save_model(tmp_path / f"{i}.safetensors", {**tiny().config, **change}, tiny().state_dict(), INFO)
+        save_model(tmp_path / f"{i}.safetensors", {**tiny().options, **change}, tiny().state_dict(), INFO)
     code = f"""
 import re, resource, sys
 import edm2.diffusion, edm2.generate, edm2.commands.info, torch, safetensors.torch

@@ -7,7 +7,7 @@ and gave no gradients to the layers before an upsampling, see `resample`.
 import pytest
 import torch
 
-from edm2.diffusion import Denoiser, edm2_loss
+from edm2.diffusion import build_denoiser, edm2_loss
 
 
 @pytest.mark.slow
@@ -15,7 +15,7 @@ from edm2.diffusion import Denoiser, edm2_loss
 @pytest.mark.parametrize("config", ["A", "E", "G"])
 def test_the_compiled_network_is_the_network(config: str) -> None:
     torch.manual_seed(0)
-    denoiser = Denoiser(
+    denoiser = build_denoiser(
         8, 2, 5, config=config, augment_dim=9, model_channels=16, channel_mult=(1, 2), num_blocks=1,
         channels_per_head=16, attn_resolutions=(4,), dropout=0.0,
     )  # fmt: skip

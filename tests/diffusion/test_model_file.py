@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from edm2.diffusion import Denoiser, load_model, read_model_header, save_model
+from edm2.diffusion import Denoiser, build_denoiser, load_model, read_model_header, save_model
 
 
 def make_denoiser(**options: Any) -> Denoiser:
@@ -16,7 +16,7 @@ def make_denoiser(**options: Any) -> Denoiser:
     settings: dict[str, Any] = dict(
         model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8
     )
-    denoiser = Denoiser(8, 1, 3, **{**settings, **options})
+    denoiser = build_denoiser(8, 1, 3, **{**settings, **options})
     with torch.no_grad():
         for parameter in denoiser.parameters():  # gains start at 0, which would hide most of the network
             if parameter.ndim == 0:
@@ -27,7 +27,7 @@ def make_denoiser(**options: Any) -> Denoiser:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     denoiser = make_denoiser()
-    return save_model(tmp_path / "m.safetensors", denoiser.config, denoiser.state_dict(), {"data": "test"})
+    return save_model(tmp_path / "m.safetensors", denoiser.options, denoiser.state_dict(), {"data": "test"})
 
 
 def write_raw(path: Path, header: str | None) -> Path:
@@ -39,34 +39,36 @@ def write_raw(path: Path, header: str | None) -> Path:
 @pytest.mark.parametrize("options", [{}, {"config": "C"}, {"cond_channels": 2}, {"label_kind": "vector"}])
 def test_round_trip_gives_the_same_network(tmp_path: Path, options: dict[str, Any]) -> None:
     denoiser = make_denoiser(**options)
-    file = save_model(tmp_path / "folder", denoiser.config, denoiser.state_dict(), {"sigma_rel": 0.1})
+    file = save_model(tmp_path / "folder", denoiser.options, denoiser.state_dict(), {"sigma_rel": 0.1})
     loaded, info = load_model(file)
     assert file == tmp_path / "folder" / "model.safetensors"
     assert info == {"sigma_rel": 0.1}
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert loaded.config == denoiser.config
+    assert loaded.options == denoiser.options
     x, labels = torch.randn(3, 1, 8, 8), torch.eye(3)
     extra = {"condition": torch.randn(3, 2, 8, 8)} if "cond_channels" in options else {}
     assert torch.equal(loaded(x, torch.ones(3), labels, **extra), denoiser(x, torch.ones(3), labels, **extra))
 
 
 def test_images_that_are_not_square(tmp_path: Path) -> None:
-    denoiser = Denoiser((4, 8), 1, model_channels=8, channel_mult=(1,), num_blocks=1, channels_per_head=8)
-    loaded, _ = load_model(save_model(tmp_path, denoiser.config, denoiser.state_dict()))
+    denoiser = build_denoiser(
+        (4, 8), 1, model_channels=8, channel_mult=(1,), num_blocks=1, channels_per_head=8
+    )
+    loaded, _ = load_model(save_model(tmp_path, denoiser.options, denoiser.state_dict()))
     assert loaded.img_resolution == (4, 8)
 
 
 def test_half_precision_is_loaded_as_float32(tmp_path: Path) -> None:
     denoiser = make_denoiser().half()
-    loaded, _ = load_model(save_model(tmp_path, denoiser.config, denoiser.state_dict()))
+    loaded, _ = load_model(save_model(tmp_path, denoiser.options, denoiser.state_dict()))
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
 def test_equal_models_are_equal_bytes(tmp_path: Path, saved: Path) -> None:
     denoiser = make_denoiser()
     again = save_model(
-        tmp_path / "again.safetensors", denoiser.config, denoiser.state_dict(), {"data": "test"}
+        tmp_path / "again.safetensors", denoiser.options, denoiser.state_dict(), {"data": "test"}
     )
     assert again.read_bytes() == saved.read_bytes()
 
@@ -88,9 +90,7 @@ def test_paths_without_a_model(tmp_path: Path, saved: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere does not exist: give a model file, or a folder"):
         load_model(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        ValueError, match=r"empty holds no model\.safetensors: give a model file or the folder"
-    ):
+    with pytest.raises(ValueError, match=r"empty has no model\.safetensors: give a model file or the folder"):
         load_model(tmp_path / "empty")
     (tmp_path / "other.safetensors").write_bytes(saved.read_bytes())
     with pytest.raises(
@@ -101,14 +101,14 @@ def test_paths_without_a_model(tmp_path: Path, saved: Path) -> None:
 
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "network.pkl").write_bytes(b"\x80\x04K\x01.")
-    with pytest.raises(ValueError, match=r"network.pkl is a pickle, which is not opened here: `edm2 import`"):
+    with pytest.raises(ValueError, match=r"network.pkl is a pickle, which is not opened here: convert it to"):
         load_model(tmp_path / "network.pkl")
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1])
 def test_file_that_was_cut_short(saved: Path, size: int) -> None:
     saved.write_bytes(saved.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"is damaged or no safetensors file .*: restore it from a copy"):
+    with pytest.raises(ValueError, match=r"is damaged or not a safetensors file .*: restore it from a copy"):
         load_model(saved)
 
 
@@ -147,7 +147,7 @@ def test_format_of_another_version(tmp_path: Path) -> None:
 )
 def test_description_that_does_not_fit_the_tensors(tmp_path: Path, change: dict[str, Any], told: str) -> None:
     denoiser = make_denoiser()
-    path = save_model(tmp_path, {**denoiser.config, **change}, denoiser.state_dict())
+    path = save_model(tmp_path, {**denoiser.options, **change}, denoiser.state_dict())
     with pytest.raises(ValueError, match=r"the tensors do not fit the network .*: restore it") as caught:
         load_model(path)
     assert told in str(caught.value)

@@ -9,9 +9,9 @@ import torch
 from edm2.diffusion import (
     SAMPLERS,
     Churn,
-    Denoiser,
     SamplerName,
     WithoutLabels,
+    build_denoiser,
     clipped,
     draw_sigma,
     edm2_loss,
@@ -29,7 +29,7 @@ SHAPE = (3, 16, 16)
 
 @pytest.fixture(scope="module")
 def tiny(golden, fill_by_rule):
-    return fill_by_rule(Denoiser(**golden("net_tiny_state.json")["config"])).eval()
+    return fill_by_rule(build_denoiser(**golden("net_tiny_state.json")["config"])).eval()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def guide(golden, fill_by_rule):
     config = dict(
         golden("net_tiny_state.json")["config"], model_channels=16, channels_per_head=16, label_dim=0
     )
-    return fill_by_rule(Denoiser(**config), "guide.").eval()
+    return fill_by_rule(build_denoiser(**config), "guide.").eval()
 
 
 def test_heun_equals_golden(golden, tiny, guide, relative_error):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from edm2.data import FloatCoding, PixelCoding
-from edm2.diffusion import Denoiser, save_model
+from edm2.diffusion import Denoiser, build_denoiser, save_model
 from edm2.generate import ImageGenerator
 from edm2.train.coding import Coding
 
@@ -20,7 +20,7 @@ def small_denoiser(seed: int = 0, label_dim: int = 3, channels: int = 1, **optio
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        denoiser = Denoiser(8, channels, label_dim, **{**settings, **options})
+        denoiser = build_denoiser(8, channels, label_dim, **{**settings, **options})
     with torch.no_grad():
         for parameter in denoiser.parameters():  # gains start at 0, which would hide most of the network
             if parameter.ndim == 0:
@@ -41,4 +41,4 @@ def latent_coding() -> Coding:
 
 def small_model(path: Path, seed: int = 0, **options: Any) -> Path:
     denoiser = small_denoiser(seed, **options)
-    return save_model(path, denoiser.config, denoiser.state_dict(), {**INFO})
+    return save_model(path, denoiser.options, denoiser.state_dict(), {**INFO})

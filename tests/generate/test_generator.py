@@ -208,14 +208,14 @@ def test_load(tmp_path: Path) -> None:
 
 def test_models_that_cannot_be_sampled(tmp_path: Path) -> None:
     denoiser = small_denoiser()
-    path = save_model(tmp_path / "m.safetensors", denoiser.config, denoiser.state_dict())
+    path = save_model(tmp_path / "m.safetensors", denoiser.options, denoiser.state_dict())
     with pytest.raises(ValueError, match="does not say how its images are coded: load it with"):
         ImageGenerator.load(path)
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
     with pytest.raises(
-        ValueError, match=r"run holds no model.safetensors: give a model file or the folder of a fin"
+        ValueError, match=r"run has no model.safetensors: give a model file or the folder of a fin"
     ):
         ImageGenerator.load(run)
     (run / "snapshots").mkdir()

@@ -37,7 +37,7 @@ class Bright:
 def model(tmp_path: Path) -> Path:
     denoiser = small_denoiser(channels=2)
     info = {**INFO, "coding": latent_coding().to_json()}
-    return save_model(tmp_path / "latent.safetensors", denoiser.config, denoiser.state_dict(), info)
+    return save_model(tmp_path / "latent.safetensors", denoiser.options, denoiser.state_dict(), info)
 
 
 def test_a_generator_decodes_what_its_coding_gives(model: Path) -> None:

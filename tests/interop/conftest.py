@@ -108,9 +108,9 @@ def official(monkeypatch: pytest.MonkeyPatch) -> Official:
 @pytest.fixture
 def tiny_state() -> dict[str, Tensor]:
     """State of a denoiser with the arguments `TINY`, float16."""
-    from edm2.diffusion import Denoiser
+    from edm2.diffusion import build_denoiser
 
-    state = Denoiser(**TINY).state_dict()
+    state = build_denoiser(**TINY).state_dict()
     rng = np.random.default_rng(0)
     return {n: torch.from_numpy(rng.standard_normal(tuple(v.shape))).half() for n, v in state.items()}
 

@@ -59,10 +59,10 @@ def test_imported_pixels_are_sampled_in_bytes(golden_network: Path, tmp_path: Pa
 
 
 def test_latents_are_coded_as_the_released_models_expect(official: Any, tmp_path: Path) -> None:
-    from edm2.diffusion import Denoiser
+    from edm2.diffusion import build_denoiser
 
     kwargs = {**official.tiny, "img_channels": 4}
-    state = Denoiser(**kwargs).state_dict()
+    state = build_denoiser(**kwargs).state_dict()
     path = official.write(tmp_path / "net.pkl", official.network(state, kwargs), encoder="SomeVAEEncoder")
     generator = ImageGenerator.load(import_path(path, tmp_path / "out").path)
     assert generator.coding.kind == "latents"

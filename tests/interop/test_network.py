@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from edm2.diffusion import Denoiser
+from edm2.diffusion import build_denoiser
 from edm2.interop.nvlabs import load_network, read_network
 from edm2.interop.pickle_file import read_pickle
 
@@ -21,7 +21,7 @@ def test_golden_network_is_rebuilt_exactly(
     golden_network: Path, fill_by_rule: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     found = load_network(golden_network)
-    expected = fill_by_rule(Denoiser(**found.config), prefix="8-0.050.").half().float().eval()
+    expected = fill_by_rule(build_denoiser(**found.config), prefix="8-0.050.").half().float().eval()
     assert not found.training
     for name, value in expected.state_dict().items():
         assert torch.equal(found.state_dict()[name], value), name

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from edm2.cli import main
-from edm2.diffusion import Denoiser, load_model
+from edm2.diffusion import build_denoiser, load_model
 from edm2.ema import AccuracyWarning, reconstruct, reconstruct_many
 from edm2.generate import ImageGenerator
 from edm2.interop.nvlabs import open_snapshots
@@ -81,7 +81,7 @@ def test_other_lengths_are_the_weighted_sum_of_the_files(folder: tuple[Path, Sta
             assert (tensor - expected).abs().max() < 1e-5
     assert result.metadata is not None
     assert result.metadata["info"]["license"] == "CC BY-NC-SA 4.0"
-    Denoiser(**result.metadata["network"]).load_state_dict(result.tensors)
+    build_denoiser(**result.metadata["network"]).load_state_dict(result.tensors)
 
 
 def test_golden_snapshot_is_read_in_place(golden_network: Path, fill_by_rule: Callable[..., Any]) -> None:
@@ -90,7 +90,7 @@ def test_golden_snapshot_is_read_in_place(golden_network: Path, fill_by_rule: Ca
     result = reconstruct(snapshots, 0.05)
     assert result.t == 8192
     assert result.metadata is not None
-    expected = fill_by_rule(Denoiser(**result.metadata["network"]), prefix="8-0.050.")
+    expected = fill_by_rule(build_denoiser(**result.metadata["network"]), prefix="8-0.050.")
     for name, tensor in expected.state_dict().items():
         assert torch.equal(result.tensors[name], tensor.half().to(result.tensors[name].dtype)), name
     norm = sum(float(p.detach().half().double().square().sum()) for p in expected.parameters()) ** 0.5

@@ -81,7 +81,7 @@ def test_normalize_of_what_is_empty_or_a_vector():
     assert normalize(torch.zeros(0, 4, 2)).shape == (0, 4, 2)
     assert normalize(torch.zeros(3, 0)).shape == (3, 0)
     with pytest.raises(
-        ValueError, match=r"x of shape \(3,\) has no dimension but the first to normalise: give dim"
+        ValueError, match=r"x of shape \(3,\) has only one dimension to normalise over: give dim"
     ):
         normalize(torch.ones(3))
     assert normalize(torch.full((3,), 5.0), dim=0, eps=0).tolist() == [1, 1, 1]

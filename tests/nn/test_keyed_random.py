@@ -71,8 +71,3 @@ def test_dropout_share_scale_and_key():
         assert float(((y == 0) & (z == 0)).float().mean()) == pytest.approx(0.09, abs=5e-3)
     pairs = (y[:-1] == 0) & (y[1:] == 0)
     assert float(pairs.float().mean()) == pytest.approx(0.09, abs=5e-3)
-
-
-def test_stream_out_of_range():
-    with pytest.raises(ValueError, match=r"stream -1 must be in \[0, 2\^32\)"):
-        keyed_bits(torch.arange(2), 1, stream=-1)

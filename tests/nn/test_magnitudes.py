@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from edm2.diffusion import Denoiser
+from edm2.diffusion import build_denoiser
 from edm2.nn import ForcedWeightNorm
 from edm2.nn.magnitudes import MagnitudeRecorder
 
@@ -61,7 +61,9 @@ def test_changes_nothing_and_leaves_no_hook():
 
 def test_blocks_of_the_unet_have_unit_magnitude_at_the_start():
     torch.manual_seed(0)
-    net = Denoiser(16, 3, model_channels=32, channel_mult=(1, 2), num_blocks=1, channels_per_head=16).train()
+    net = build_denoiser(
+        16, 3, model_channels=32, channel_mult=(1, 2), num_blocks=1, channels_per_head=16
+    ).train()
     ForcedWeightNorm(net)()
     recorder = MagnitudeRecorder(net)
     with recorder.step():

@@ -45,9 +45,9 @@ def test_the_network_sees_what_the_labels_say(tmp_path: Path) -> None:
     assert torch.allclose(parts, whole, atol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", list("ABCDEFG"))
-def test_stopped_and_continued_is_the_whole_run(tmp_path: Path, architecture: Any) -> None:
-    config = tiny_config(architecture=architecture, dataset=DataConfig(augment=0.3, mirror=True))
+@pytest.mark.parametrize("letter", list("ABCDEFG"))
+def test_stopped_and_continued_is_the_whole_run(tmp_path: Path, letter: Any) -> None:
+    config = tiny_config(config=letter, dataset=DataConfig(augment=0.3, mirror=True))
 
     def stop(trainer: Trainer) -> None:
         if trainer.num_images == 72:
@@ -60,7 +60,7 @@ def test_stopped_and_continued_is_the_whole_run(tmp_path: Path, architecture: An
     assert files_of(tmp_path / "pieces") == files_of(tmp_path / "whole")
     assert log_of(tmp_path / "pieces") == log_of(tmp_path / "whole")
     denoiser, _ = load_model(tmp_path / "whole")
-    assert denoiser.config["augment_dim"] == AUGMENT_DIM
+    assert denoiser.options["augment_dim"] == AUGMENT_DIM
     assert denoiser.unet.emb_augment is not None
 
 
@@ -71,7 +71,7 @@ def test_runs_without_it_are_what_they_were(tmp_path: Path) -> None:
     augmented = tiny_config(dataset=DataConfig(augment=0.12))
     assert augmented.run_id("x") != tiny_config().run_id("x")
     train(tiny_config(num_images=16), tmp_path / "run", dataset=tiny_data(), quiet=True)
-    assert "augment_dim" not in load_model(tmp_path / "run")[0].config
+    assert load_model(tmp_path / "run")[0].options["augment_dim"] == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["dataset"]["augment"] == 0
     with pytest.raises(ValueError, match=r"holds another run \(dataset.augment None there, 0.12 here\)"):
         train(augmented, tmp_path / "run", dataset=tiny_data(), quiet=True)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tiny_run import files_of, log_of, tiny_config
 
-from edm2.diffusion import Denoiser
+from edm2.diffusion import build_denoiser
 from edm2.train.parallel import shard
 from edm2.train.world import World, join_world
 
@@ -175,4 +175,4 @@ def test_sharding_is_no_part_of_a_run() -> None:
 def test_sharding_needs_a_torch_that_can_leave_scalars_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, *, mesh=None: None)
     with pytest.raises(ValueError, match=r"sharding full needs torch 2.7 or newer, .*: use sharding none"):
-        shard(Denoiser(8, 1, model_channels=8, channel_mult=(1,), channels_per_head=8), world(2))
+        shard(build_denoiser(8, 1, model_channels=8, channel_mult=(1,), channels_per_head=8), world(2))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_run import log_of, tiny_config, tiny_data
 
-from edm2.diffusion import Denoiser
+from edm2.diffusion import build_denoiser
 from edm2.generate import ImageGenerator
 from edm2.nn import faster_channels_last
 from edm2.train import train
@@ -18,16 +18,16 @@ def is_last(net: torch.nn.Module) -> bool:
 @pytest.mark.parametrize("config", "ABCDEFG")
 def test_group_norm_of_a_and_b_is_slow_channels_last_on_the_cpu_only(config):
     options = dict(config=config, model_channels=16, channel_mult=(1,), num_blocks=1, channels_per_head=16)
-    assert faster_channels_last(Denoiser(8, 1, **options)) is (config not in "AB")
+    assert faster_channels_last(build_denoiser(8, 1, **options)) is (config not in "AB")
     with torch.device("meta"):
-        assert faster_channels_last(Denoiser(8, 1, **options))
+        assert faster_channels_last(build_denoiser(8, 1, **options))
 
 
 @pytest.mark.parametrize("config", "AG")
 def test_training_and_sampling_choose_the_layout_and_may_be_told(config, tmp_path):
     losses = {}
     for wanted in (None, True, False):
-        settings = tiny_config(architecture=config, channels_last=wanted)
+        settings = tiny_config(config=config, channels_last=wanted)
         seen = set()
         out = tmp_path / str(wanted)
         train(

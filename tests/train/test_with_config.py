@@ -87,4 +87,4 @@ def test_bad_input():
     with pytest.raises(ValueError, match="config 'H' is not one of A, B, C, D, E, F, G"):
         with_config(settings, "H")
     with pytest.raises(ValueError, match="these settings are of config C"):
-        with_config(dataclasses.replace(settings, architecture="C"), "D")
+        with_config(dataclasses.replace(settings, config="C"), "D")

@@ -130,7 +130,7 @@ def test_a_guide_is_known_by_what_is_in_it(run, unconditional, tmp_path):
     assert score.calls == calls
     denoiser, info = load_model(renamed)
     state = {name: tensor * 1.5 for name, tensor in denoiser.state_dict().items()}
-    save_model(renamed, denoiser.config, state, info, overwrite=True)
+    save_model(renamed, denoiser.options, state, info, overwrite=True)
     changed = tune(run, score, dataclasses.replace(PLAN, guide=renamed))
     assert score.calls > calls
     assert all(t.score > 0 for t in changed.tried)
@@ -152,9 +152,9 @@ def test_a_guide_that_does_not_fit_is_refused_before_work_starts(
 ):
     denoiser, info = load_model(unconditional)
     other = {**info, "coding": {**info["coding"], "mean": [0.5]}}
-    save_model(tmp_path / "coded.safetensors", denoiser.config, denoiser.state_dict(), other)
-    wide = type(denoiser)(**{**denoiser.config, "img_resolution": 16, "attn_resolutions": ()})
-    save_model(tmp_path / "wide.safetensors", wide.config, wide.state_dict(), info)
+    save_model(tmp_path / "coded.safetensors", denoiser.options, denoiser.state_dict(), other)
+    wide = type(denoiser)(**{**denoiser.options, "img_resolution": 16, "attn_resolutions": ()})
+    save_model(tmp_path / "wide.safetensors", wide.options, wide.state_dict(), info)
     for name, told in (
         ("coded", "the guide's images are coded as"),
         ("wide", r"the guide has images \(1, 16, 16\), the model \(1, 8, 8\)"),

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from edm2.diffusion import Denoiser, read_model
+from edm2.diffusion import Denoiser, build_denoiser, read_model
 from edm2.ema.storage.manifest import read_manifest
 from edm2.hub import Parts, find_parts
 from edm2.interop.released import SAMPLING_PRESETS, sampling_preset
@@ -54,7 +54,7 @@ def describe_preset(name: str) -> str:
     channels, height, width, classes = image_shape(name)
     assert height == width
     with torch.device("meta"):
-        denoiser = Denoiser(height, channels, classes, **vars(config.network)).eval()
+        denoiser = build_denoiser(height, channels, classes, **vars(config.network)).eval()
     lines = [f"preset {name}", *_network_lines(denoiser)]
     lines.append(
         f"training    {config.num_images:,} images in {config.num_steps:,} steps of {config.batch_size}"
@@ -120,16 +120,16 @@ def _one_line(text: object) -> str:
 
 def _network_lines(denoiser: Denoiser) -> list[str]:
     with torch.device("meta"):
-        height, width = denoiser.img_resolution
-        image = torch.zeros(1, denoiser.img_channels, height, width)
+        channels, height, width = denoiser.img_shape
+        image = torch.zeros(1, channels, height, width)
         labels = torch.zeros(1, denoiser.label_dim) if denoiser.label_dim else None
-        condition: Any = denoiser.config.get("cond_channels", 0)
+        condition = denoiser.cond_channels
         extra = {"condition": torch.zeros(1, condition, height, width)} if condition else {}
         flops = count_flops(denoiser, image, torch.ones(1), labels, **extra)
-    letter = str(denoiser.config["config"])
+    letter = str(denoiser.options["config"])
     return [
         f"config      {letter}, {CONFIGS[letter].title}",
-        f"images      {denoiser.img_channels} x {height} x {width}, "
+        f"images      {channels} x {height} x {width}, "
         + (f"{denoiser.label_dim} classes" if denoiser.label_dim else "unconditional"),
         f"parameters  {sum(p.numel() for p in denoiser.parameters()):,}",
         f"Gflops      {flops / 1e9:.4g} an evaluation of one image, a multiply-accumulate counted once",

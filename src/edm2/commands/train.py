@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from edm2.cli import EXIT_STOPPED, end
+from edm2.commands.common import take_option
 from edm2.generate.live_samples import LiveSamples
 from edm2.presets import get_preset
 from edm2.progress import show
@@ -49,9 +50,9 @@ class _Train:
 
 def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 train`."""
-    name = _value_of("--preset", words)
+    name = take_option("--preset", list(words))[0]
     settings = get_preset("digits" if name is None else name)
-    letter = _value_of("--config", words)
+    letter = take_option("--config", list(words))[0]
     if letter is not None:
         settings = with_config(settings, letter)
     default: Any = _Train(preset=tyro.MISSING if name is None else name, out=tyro.MISSING, config=settings)
@@ -79,15 +80,3 @@ def run(prog: str, words: Sequence[str]) -> None:
         end(str(stop), code)
     if is_first:
         show(f"model:     {model}\nsnapshots: {chosen.out / SNAPSHOTS}\nlog:       {chosen.out / LOG_FILE}")
-
-
-def _value_of(option: str, words: Sequence[str]) -> str | None:
-    found = []
-    for i, word in enumerate(words):
-        if word == option and i + 1 < len(words):
-            found.append(words[i + 1])
-        elif word.startswith(f"{option}="):
-            found.append(word.split("=", 1)[1])
-    if len(found) > 1:
-        raise ValueError(f"{option} is given {len(found)} times ({', '.join(found)}): give it once")
-    return found[0] if found else None

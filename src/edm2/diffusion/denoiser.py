@@ -1,88 +1,107 @@
-"""The denoiser: the network behind EDM's preconditioning, with its learned uncertainty.
+"""The denoiser: any network behind EDM's preconditioning.
 
-Ref: EDM2 Eq. 4-8 and 21; SPEC sections 2 and 3.
+Ref: EDM2 Eq. 4-8 and 21; EDM (arXiv 2206.00364) Sec. 5, Table 1.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edm2.nn import UNet
+from edm2.diffusion.uncertainty import LearnedUncertainty
 
-# State of every config but G, whose state names are those of the released weights: which one it is.
-_LETTER = "ladder_config"
+# State of A to F before their letter was a buffer of the network.
+_OLD_CONFIG = "ladder_config"
 
 
 class Denoiser(nn.Module):
-    """`D(x; sigma) = c_skip x + c_out F(c_in x, c_noise, label)`, with F the U-Net of a configuration.
+    """`D(x; sigma) = c_skip x + c_out F(c_in x, c_noise, labels)` for any network F.
 
     Args:
-        img_resolution: side of square images, or (height, width).
-        img_channels: channels of the images.
-        label_dim: number of classes, or length of a conditioning vector; 0 for an unconditional denoiser.
-        config: configuration of the paper, `A` to `G`: network, preconditioning and uncertainty;
-            `edm2.train.training_rules` has what training must do for it.
-        dtype: precision of F: float32, bfloat16 or float16. The preconditioning stays in float32, the
-            parameters in theirs; so do the embedding and the logits of attention in A and B.
-        sigma_data: standard deviation of the data.
-        logvar_channels: features of the uncertainty head, by default 128: the released G's number, and the
-            paper gives none for B to F (LADDER section 16.3). Config A has no head.
-        **unet_options: options of `edm2.nn.UNet`: model_channels, channel_mult, num_blocks,
-            attn_resolutions, channels_per_head, dropout, label_kind, cond_channels, augment_dim and so on.
+        network: F, called as `network(x, c_noise, labels)` with x `[B, C, H, W]` of unit magnitude in `dtype`, c_noise
+            `[B]` float32, and labels `[B, label_dim]` float32 or None; it returns `[B, C, H, W]`. If its `forward` has
+            arguments called dropout_index, dropout_seed or augment_labels, it is given those too, as described in
+            `edm2.nn.UNet.forward`.
+        sigma_data: Standard deviation of the data.
+        uncertainty: Module from sigma to u(sigma), such as `LearnedUncertainty`. None: u is 0.
+        dtype: Precision of F: float32, bfloat16 or float16. The preconditioning stays in float32, the parameters
+            in theirs.
+        img_resolution: Side of square images, or (height, width). None, here and below: the network's attribute of
+            that name; where it has none, images of any size are accepted.
+        img_channels: Channels of the images.
+        label_dim: Number of classes, or length of a label vector; 0 for a denoiser that ignores labels. Where it is
+            unknown, the network is given labels as they are.
+        options: Arguments that build the same denoiser again, as JSON values; `build_denoiser` fills them in.
 
     Attributes:
-        dtype: as above; may be changed at any time.
-        config: the constructor's arguments as JSON-able values; `Denoiser(**config)` builds the same network.
+        dtype: As above; may be changed at any time.
+        unet: The network, under the name that it has in the states of the released models.
+        options: As above; empty if unknown.
 
     Raises:
-        ValueError: for options that `UNet` refuses, or logvar_channels in config A.
+        ValueError: If dtype is not one of the three.
     """
+
+    img_resolution: tuple[int, int] | None
+    img_channels: int | None
+    label_dim: int | None
 
     def __init__(
         self,
-        img_resolution: int | Sequence[int],
-        img_channels: int,
-        label_dim: int = 0,
+        network: nn.Module,
         *,
-        config: str = "G",
-        dtype: torch.dtype | str = torch.float32,
         sigma_data: float = 0.5,
-        logvar_channels: int | None = None,
-        **unet_options: Any,
+        uncertainty: nn.Module | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        img_resolution: int | Sequence[int] | None = None,
+        img_channels: int | None = None,
+        label_dim: int | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.dtype = _float_dtype(dtype)
         self.sigma_data = sigma_data
-        self.img_channels = img_channels
-        self.img_resolution = (
-            (img_resolution,) * 2 if isinstance(img_resolution, int) else tuple(img_resolution)
-        )
-        self.label_dim = label_dim
-        options = {key: list(v) if isinstance(v, (tuple, list)) else v for key, v in unet_options.items()}
-        self.config = {
-            "config": config,
-            "img_resolution": img_resolution if isinstance(img_resolution, int) else list(img_resolution),
-            "img_channels": img_channels,
-            "label_dim": label_dim,
-            "sigma_data": sigma_data,
-            **options,
-        }
-        self.unet = UNet(img_resolution, img_channels, label_dim, config=config, **unet_options)
-        features = self.unet.features
-        self.logvar_linear: nn.Module | None = None
-        if features.uncertainty:
-            logvar_channels = 128 if logvar_channels is None else logvar_channels
-            self.config["logvar_channels"] = logvar_channels
-            self.logvar_fourier = features.fixed_functions.fourier(logvar_channels)
-            self.logvar_linear = features.conv(logvar_channels, 1)
-        elif logvar_channels is not None:
+        self.unet = network
+        if isinstance(uncertainty, LearnedUncertainty):
+            # The released states have its layers beside the network: these are registered, and it is not.
+            self.logvar_fourier, self.logvar_linear = uncertainty.fourier, uncertainty.linear
+            self.__dict__["uncertainty"] = uncertainty
+        else:
+            self.uncertainty = uncertainty
+        size: Any = getattr(network, "img_resolution", None) if img_resolution is None else img_resolution
+        self.img_resolution = (size, size) if isinstance(size, int) else size and (size[0], size[1])
+        self.img_channels = getattr(network, "img_channels", None) if img_channels is None else img_channels
+        self.label_dim = getattr(network, "label_dim", None) if label_dim is None else label_dim
+        self.takes_vectors = bool(self.label_dim) and getattr(network, "label_kind", "class") == "vector"
+        self.cond_channels: int = getattr(network, "cond_channels", 0)
+        self.augment_dim: int = getattr(network, "augment_dim", 0)
+        self.options = dict(options or {})
+        self._arguments = set(inspect.signature(network.forward).parameters)
+
+    @property
+    def network(self) -> nn.Module:
+        """The network F."""
+        return self.unet
+
+    @property
+    def img_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images.
+
+        Raises:
+            ValueError: If they are unknown.
+        """
+        if self.img_resolution is None or self.img_channels is None:
             raise ValueError(
-                f"config {config} has no learned uncertainty, so no logvar_channels={logvar_channels}: leave it out"
+                "the denoiser does not know the size of its images: give Denoiser img_resolution and img_channels"
             )
-        if config != "G":
-            self.register_buffer(_LETTER, torch.tensor(ord(config), dtype=torch.uint8))
+        return (self.img_channels, *self.img_resolution)
+
+    @property
+    def has_keyed_dropout(self) -> bool:
+        """Whether dropout is a function of the image; otherwise it draws from torch's generator."""
+        return "dropout_index" in self._arguments
 
     def forward(
         self,
@@ -100,25 +119,24 @@ class Denoiser(nn.Module):
 
         Args:
             x: `[B, C, H, W]` noisy images, in the data's units.
-            sigma: `[B]`, scalar, or any shape with B elements; standard deviation of the noise, > 0.
-            labels: `[B]` class indices (int), `[B, label_dim]` one-hot or vector (float), or None for a
-                missing label. An unconditional denoiser ignores them, so that it can guide a conditional one.
-            return_logvar: return `(denoised, logvar)`, with logvar `[B, 1, 1, 1]` the learned u(sigma), which
-                is 0 in config A.
-            condition: `[B, cond_channels, H, W]` image given as a condition, of unit magnitude; it enters
-                clean, not scaled by c_in.
-            augment_labels: `[B, augment_dim]`, how the images were augmented; None, and zero, for not at all, as
-                in sampling.
+            sigma: Standard deviation of the noise, > 0: a scalar, or any shape with B elements.
+            labels: `[B]` class indices (int), `[B, label_dim]` one-hot or vector (float), or None for a missing
+                label. An unconditional denoiser ignores them, so that it can guide a conditional one.
+            return_logvar: Whether to return `(denoised, logvar)`, with logvar `[B, 1, 1, 1]` the learned u(sigma).
+            condition: `[B, cond_channels, H, W]` image given as a condition, of unit magnitude; it enters clean, not
+                scaled by c_in.
+            augment_labels: `[B, augment_dim]`, how the images were augmented; None, like zeros, for not at all.
             dropout_index: `[B]` int64, see `edm2.nn.UNet.forward`.
-            dropout_seed: see `edm2.nn.UNet.forward`.
+            dropout_seed: See `edm2.nn.UNet.forward`.
 
         Returns:
             `[B, C, H, W]` float32.
 
         Raises:
-            ValueError: for labels of the wrong form, a missing condition, augment_labels that do not fit, or class
-                indices out of range (checked on the CPU only: elsewhere the check would wait for the device).
+            ValueError: If images, noise levels, labels, condition or augment_labels do not fit. Class indices are
+                checked on the CPU only: elsewhere the check would wait for the device.
         """
+        self._check(x, sigma, condition, augment_labels)
         x = x.to(torch.float32)
         sigma = sigma.to(x.device, torch.float32, non_blocking=x.is_cuda).reshape(-1, 1, 1, 1)
         variance = sigma.square() + self.sigma_data**2
@@ -128,63 +146,73 @@ class Denoiser(nn.Module):
         c_noise = sigma.flatten().log() / 4
 
         inputs = c_in * x
-        if (condition is None) != (self.config.get("cond_channels", 0) == 0):
-            raise ValueError(
-                f"this denoiser has cond_channels={self.config.get('cond_channels', 0)} and was "
-                f"{'not ' if condition is None else ''}given a condition; it takes [B, cond_channels, H, W]"
-            )
         if condition is not None:
             inputs = torch.cat([inputs, condition.to(torch.float32)], dim=1)
-        self._check_augment(augment_labels)
-        raw = self.unet(
-            inputs.to(self.dtype), c_noise, self._encode(labels), dropout_index, dropout_seed, augment_labels
-        )
+        given = {
+            "dropout_index": dropout_index,
+            "dropout_seed": dropout_seed,
+            "augment_labels": augment_labels,
+        }
+        extra = {name: value for name, value in given.items() if name in self._arguments}
+        raw = self.unet(inputs.to(self.dtype), c_noise, self._encode(labels), **extra)
         denoised = c_skip * x + c_out * raw.to(torch.float32)
         return (denoised, self.logvar(sigma)) if return_logvar else denoised
 
     def logvar(self, sigma: Tensor) -> Tensor:
-        """Learned uncertainty u(sigma), `[B, 1, 1, 1]`: the log of the weighted squared error to expect."""
-        if self.logvar_linear is None:
+        """u(sigma), the log of the expected weighted squared error, `[B, 1, 1, 1]`; 0 without an uncertainty."""
+        if self.uncertainty is None:
             return torch.zeros_like(sigma, dtype=torch.float32).reshape(-1, 1, 1, 1)
-        c_noise = sigma.to(torch.float32).flatten().log() / 4
-        return self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)  # type: ignore[no-any-return]
+        u: Tensor = self.uncertainty(sigma)
+        return u
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        own, theirs = self.config["config"], None
-        if prefix + _LETTER in state_dict:
-            theirs = chr(int(state_dict[prefix + _LETTER]))
-        elif prefix + "unet.out_gain" in state_dict:
-            theirs = "G"
-        if theirs not in (None, own):
-            raise ValueError(
-                f"this state is of config {theirs} and cannot be loaded into config {own}: build the denoiser "
-                f"with config={theirs!r}"
-            )
+        if prefix + _OLD_CONFIG in state_dict:
+            state_dict[f"{prefix}unet.config"] = state_dict.pop(prefix + _OLD_CONFIG)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _check_augment(self, labels: Tensor | None) -> None:
-        if labels is None:
-            return
-        dim = self.unet.augment_dim
-        if dim == 0:
+    def _check(
+        self, x: Tensor, sigma: Tensor, condition: Tensor | None, augment_labels: Tensor | None
+    ) -> None:
+        if x.ndim != 4:
+            raise ValueError(f"images of shape {_shape(x)} must be [B, C, H, W]")
+        channels = x.shape[1] if self.img_channels is None else self.img_channels
+        height, width = x.shape[2:] if self.img_resolution is None else self.img_resolution
+        if x.shape[1:] != (channels, height, width):
+            raise ValueError(
+                f"images of shape {_shape(x)}: this denoiser was built for {channels} x {height} x {width}, and where "
+                "it has attention depends on that; resize the images, or build it with their img_resolution and "
+                "img_channels"
+            )
+        if sigma.numel() not in (1, len(x)):
+            raise ValueError(
+                f"{sigma.numel()} noise levels for {len(x)} images: give one for all, or one for each"
+            )
+        if (condition is None) != (self.cond_channels == 0):
+            raise ValueError(
+                f"this denoiser has cond_channels={self.cond_channels} and was {'not ' if condition is None else ''}"
+                "given a condition; it takes [B, cond_channels, H, W]"
+            )
+        if augment_labels is not None and self.augment_dim == 0:
             raise ValueError(
                 "this denoiser was given augment_labels and has no augment_dim: leave them out, or build it with "
-                f"augment_dim={labels.shape[-1]}"
+                f"augment_dim={augment_labels.shape[-1]}"
             )
-        if labels.ndim != 2 or labels.shape[1] != dim:
-            raise ValueError(f"augment_labels of shape {tuple(labels.shape)} must be [B, {dim}]")
+        if augment_labels is not None and augment_labels.shape[1:] != (self.augment_dim,):
+            raise ValueError(
+                f"augment_labels of shape {_shape(augment_labels)} must be [B, {self.augment_dim}]"
+            )
 
     def _encode(self, labels: Tensor | None) -> Tensor | None:
-        if labels is None or self.label_dim == 0:
+        if labels is None or self.label_dim is None:
+            return labels
+        if self.label_dim == 0:
             return None
         if labels.is_floating_point():
             if labels.ndim != 2 or labels.shape[1] != self.label_dim:
-                raise ValueError(f"float labels of shape {tuple(labels.shape)} must be [B, {self.label_dim}]")
+                raise ValueError(f"float labels of shape {_shape(labels)} must be [B, {self.label_dim}]")
             return labels
         if labels.ndim != 1:
-            raise ValueError(
-                f"class indices of shape {tuple(labels.shape)} must be [B]; one-hot labels are float"
-            )
+            raise ValueError(f"class indices of shape {_shape(labels)} must be [B]; one-hot labels are float")
         if labels.device.type == "cpu" and not torch.compiler.is_compiling() and labels.numel():
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self.label_dim:
@@ -193,6 +221,10 @@ class Denoiser(nn.Module):
                     "pass labels=None for a missing label"
                 )
         return (labels[:, None] == torch.arange(self.label_dim, device=labels.device)).float()
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
 
 
 def _float_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -1,101 +1,99 @@
-"""Whether the description in a file can be that of a network: files come from anywhere.
+"""Networks from the descriptions in files, which come from anywhere.
 
-Values are checked for type and size before anything is built from them, so that a damaged or hostile description
-costs neither time nor memory.
+Values are checked for type and size before anything is built from them, and the network is built on the meta device,
+so that a damaged or hostile description costs neither time nor memory.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from edm2.diffusion.build import build_denoiser
 from edm2.diffusion.denoiser import Denoiser
+from edm2.diffusion.own_network import build_own_denoiser
 
-_MOST_LEVELS = 16
-_LARGEST_SIDE = 1 << 13
-# Constructor argument -> smallest and largest value that is believed.
+_LARGEST_SIZE, _LARGEST_REAL = 1 << 20, 1e6
+_MOST_LEVELS, _MOST_BLOCKS = 16, 1024
+# Smallest value of each argument that is a whole number.
 _INTS = {
-    "img_channels": (1, 1 << 10),
-    "label_dim": (0, 1 << 20),
-    "model_channels": (1, 1 << 13),
-    "channel_mult_noise": (1, 64),
-    "channel_mult_emb": (1, 64),
-    "num_blocks": (1, 64),
-    "channels_per_head": (1, 1 << 13),
-    "cond_channels": (0, 1 << 10),
-    "augment_dim": (0, 1 << 10),
-    "logvar_channels": (1, 1 << 16),
-    "channels_per_group": (1, 1 << 16),
+    **dict.fromkeys(("label_dim", "cond_channels", "augment_dim"), 0),
+    **dict.fromkeys(("img_channels", "model_channels", "channel_mult_noise", "channel_mult_emb"), 1),
+    **dict.fromkeys(("num_blocks", "channels_per_head", "logvar_channels"), 1),
 }
-_LISTS = {"channel_mult": 64, "attn_resolutions": _LARGEST_SIDE}
+_LISTS = ("img_resolution", "channel_mult", "attn_resolutions")
 _REALS = (
-    "sigma_data",
-    "dropout",
-    "clip_act",
-    "init_bound",
-    "res_balance",
-    "attn_balance",
-    "label_balance",
-    "concat_balance",
+    *("sigma_data", "dropout", "clip_act"),
+    *("res_balance", "attn_balance", "label_balance", "concat_balance"),
 )
-_TEXTS = ("config", "label_kind", "fp32_attention")
-_FLAGS = ("eps_inside_root", "middle_pixel_norm")
+_TEXTS = ("config", "label_kind", "network_from")
+_ARGUMENTS = (*_INTS, *_LISTS, *_REALS, *_TEXTS)
 _NOT_NONE = ("img_resolution", "img_channels", "label_dim", "sigma_data", "config", "channel_mult")
-_LARGEST_REAL = 1e6
 # What building raises for values that are plausible one by one and do not go together.
 _CANNOT_BE_BUILT = (TypeError, ValueError, RuntimeError, OverflowError, ArithmeticError)
 
 
 def is_plausible(name: object, value: object) -> bool:
-    """Whether a value can be that of an argument of `Denoiser`; False for names that are none of its arguments."""
+    """Whether a value can be that of an argument of `build_denoiser`; False for other names."""
+    if name not in _ARGUMENTS:
+        return False
     if value is None:
         return name not in _NOT_NONE
-    if name in _INTS:
-        low, high = _INTS[name]
-        return type(value) is int and low <= value <= high
-    if name == "img_resolution":
-        return _are_sizes([value] if type(value) is int else value, _LARGEST_SIDE)
+    if name == "img_resolution" and type(value) is int:
+        return _is_size(value)
     if name in _LISTS:
-        return _are_sizes(value, _LISTS[name])
+        return isinstance(value, (list, tuple)) and len(value) <= _MOST_LEVELS and all(map(_is_size, value))
+    if name in _INTS:
+        return _is_size(value) or (value == 0 and type(value) is int and _INTS[name] == 0)
     if name in _REALS:
         smallest = 1e-6 if name == "sigma_data" else 0.0
-        return type(value) in (int, float) and smallest <= value <= _LARGEST_REAL  # type: ignore[operator]
-    return type(value) is (str if name in _TEXTS else bool) and name in (*_TEXTS, *_FLAGS)
+        return type(value) in (int, float) and (
+            smallest <= value <= _LARGEST_REAL or (name == "clip_act" and value == math.inf)  # type: ignore[operator]
+        )
+    return type(value) is str
 
 
-def build_on_meta(network: Mapping[str, Any], *, num_tensors: int | None = None) -> Denoiser:
-    """Build a network without values from the description that a file holds.
+def build_from(
+    options: Mapping[str, Any], *, num_tensors: int | None = None, device: torch.device | str = "meta"
+) -> Denoiser:
+    """Build a network from the description that a file holds.
 
     Args:
-        network: arguments of `Denoiser`.
-        num_tensors: tensors that the file has for it; a network of more blocks is not built.
+        options: `Denoiser.options`.
+        num_tensors: Number of tensors that the file has for it; a network with more blocks is not built.
+        device: Where the network is built; on the default, meta, it has no values. A network of the user's own is
+            built on the CPU, because it may have tensors that are not in the file.
 
     Returns:
-        The denoiser in eval mode, on the meta device.
+        The denoiser in eval mode.
 
     Raises:
-        ValueError: for values that no network has, or that do not go together.
+        ValueError: If no network has such values, they do not go together, or it takes a function that was not
+            registered.
     """
-    for name, value in network.items():
-        known = name in (*_INTS, *_LISTS, *_REALS, *_TEXTS, *_FLAGS, "img_resolution")
-        if known and not is_plausible(name, value):
-            raise ValueError(f"{name} = {shown(value)} is nothing that a network has")
-    if num_tensors is not None and num_tensors < network.get("num_blocks", 1) * len(
-        network.get("channel_mult", ())
-    ):
+    for name, value in options.items():
+        if name in _ARGUMENTS and not is_plausible(name, value):
+            raise ValueError(f"{name} = {shown(value)} does not describe a network")
+    # Files that say "no bound" as None.
+    options = {k: math.inf if k == "clip_act" and v is None else v for k, v in options.items()}
+    if "network_from" in options:
+        return build_own_denoiser(**options).eval()
+    blocks = options.get("num_blocks", 1) * len(options.get("channel_mult", ()))
+    if num_tensors is not None and num_tensors < blocks:
         raise ValueError("fewer tensors than its network has blocks")
+    if blocks > _MOST_BLOCKS:
+        raise ValueError(f"{blocks} blocks in the encoder are more than any network has")
     try:
-        with torch.device("meta"):
-            return Denoiser(**network).eval()
+        with torch.device(device):
+            return build_denoiser(**options).eval()
     except _CANNOT_BE_BUILT as error:
         reason = str(error).strip() or type(error).__name__
-        raise ValueError(reason.splitlines()[0].removeprefix("Denoiser.__init__() ")[:300]) from error
+        raise ValueError(reason.splitlines()[0].removeprefix("build_denoiser() ")[:300]) from error
 
 
 def check_info(info: Mapping[str, Any]) -> None:
-    """Raise ValueError unless what a model says about itself beside its network is of the kinds that edm2 writes."""
+    """Raise ValueError unless what a model says about itself, apart from its network, is of edm2's kinds."""
     rules: dict[str, Callable[[Any], bool]] = {
         "sigma_rel": _is_positive,
         "num_images": lambda x: _is_count(x) or (type(x) is float and _is_positive(x)),
@@ -108,30 +106,16 @@ def check_info(info: Mapping[str, Any]) -> None:
     for name, fits in rules.items():
         value = info.get(name)
         if value is not None and not fits(value):
-            raise ValueError(f"{name} = {shown(value)} is nothing that edm2 writes")
-
-
-def read_json(text: str | bytes) -> Any:
-    """Parse JSON from elsewhere.
-
-    Raises:
-        ValueError: whatever is wrong with it; the parser itself has another error for deep nesting.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("values nested too deep") from None
+            raise ValueError(f"{name} = {shown(value)} is not a value that edm2 writes")
 
 
 def shown(value: object) -> str:
-    """A value from a file for a message: short, and without what a terminal would obey."""
+    """A value from a file, short and without control characters."""
     return repr(value)[:60] if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
 
 
-def _are_sizes(value: object, largest: int) -> bool:
-    if not isinstance(value, (list, tuple)) or len(value) > _MOST_LEVELS:
-        return False
-    return all(type(size) is int and 1 <= size <= largest for size in value)
+def _is_size(value: object) -> bool:
+    return type(value) is int and 1 <= value <= _LARGEST_SIZE
 
 
 def _is_positive(value: object) -> bool:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from edm2.diffusion.denoiser import Denoiser
-from edm2.diffusion.description import build_on_meta, check_info, read_json
-from edm2.files import write_atomic
+from edm2.diffusion.description import build_from, check_info
+from edm2.files import read_json, write_atomic
 from edm2.progress import clean
 
 MODEL_FILE = "model.safetensors"
@@ -22,7 +22,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 def save_model(
     path: str | Path,
-    network: dict[str, Any],
+    options: dict[str, Any],
     tensors: dict[str, Tensor],
     info: dict[str, Any] | None = None,
     *,
@@ -31,24 +31,24 @@ def save_model(
     """Write a model as one self-describing safetensors file.
 
     Args:
-        path: the file, or a folder, where it becomes `model.safetensors`.
-        network: the denoiser's constructor arguments, `Denoiser.config`.
-        tensors: its state, by name.
-        info: what else a user of the model needs, as JSON values: pixel coding, class names, EMA length.
-        overwrite: replace a file that is there.
+        path: The file, or a folder, where it becomes `model.safetensors`.
+        options: Arguments that build the denoiser, `Denoiser.options`.
+        tensors: Its state, by name.
+        info: What else a user of the model needs, as JSON values: pixel coding, class names, EMA length.
+        overwrite: Whether to replace an existing file.
 
     Returns:
         The file written.
 
     Raises:
-        FileExistsError: if the file is there already.
+        FileExistsError: If the file exists.
     """
     path = Path(path)
     path = path if path.suffix == ".safetensors" else path / MODEL_FILE
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already: choose another name or move it away")
     # One metadata key only: safetensors does not keep the order of several, and equal models are equal bytes.
-    description = {"format": f"{_KIND}/{_VERSION}", "network": network, "info": info or {}}
+    description = {"format": f"{_KIND}/{_VERSION}", "network": options, "info": info or {}}
     header = json.dumps(description, sort_keys=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomic(path, safetensors.torch.save(contiguous, metadata={_KEY: header}))
@@ -59,29 +59,29 @@ def read_model_header(path: str | Path) -> tuple[Path, dict[str, Any]]:
     """Find a model's file and read its description without its tensors.
 
     Args:
-        path: a model file, or a folder that holds `model.safetensors` or just one .safetensors file.
+        path: A model file, or a folder that holds `model.safetensors` or just one .safetensors file.
 
     Returns:
         The file, and a dict with `network` and `info`.
 
     Raises:
-        ValueError: if there is no such file, it is damaged, or it is no edm2 model. Whether the network can be
-            built, `read_model` tells.
+        ValueError: If there is no such file, it is damaged, or it is not an edm2 model. Whether the network can be
+            built is checked by `read_model`.
     """
     file = _find(Path(path))
     if file.suffix == ".pkl":
         raise ValueError(
-            f"{file} is a pickle, which is not opened here: `edm2 import` makes a model file of it"
+            f"{file} is a pickle, which is not opened here: convert it to a model file with `edm2 import`"
         )
     try:
         with safetensors.safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
-            f"{file} is damaged or no safetensors file ({error}): restore it from a copy"
+            f"{file} is damaged or not a safetensors file ({error}): restore it from a copy"
         ) from error
     try:
-        header = read_json(metadata[_KEY])
+        header = read_json(metadata[_KEY], finite=False)
         kind, _, version = header["format"].partition("/")
         if kind != _KIND or not isinstance(header["network"], dict) or not isinstance(header["info"], dict):
             raise KeyError("format")
@@ -106,19 +106,19 @@ def read_model(path: str | Path) -> tuple[Path, Denoiser, dict[str, Any]]:
     """Check all of a saved model but the values of its tensors.
 
     Args:
-        path: as in `read_model_header`.
+        path: See `read_model_header`.
 
     Returns:
         The file; its network on the meta device, in eval mode; and the model's `info`.
 
     Raises:
-        ValueError: as in `read_model_header`, or if the tensors do not fit the description.
+        ValueError: As in `read_model_header`, or if the tensors do not fit the description.
     """
     file, header = read_model_header(path)
     try:
         with safetensors.safe_open(file, framework="pt") as content:
             names = content.keys()
-            denoiser = build_on_meta(header["network"], num_tensors=len(names))
+            denoiser = build_from(header["network"], num_tensors=len(names))
             denoiser.load_state_dict({name: _without_values(content, name) for name in names}, assign=True)
     except (ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise _damaged(file, error) from error
@@ -129,28 +129,28 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple
     """Build a denoiser from a saved model.
 
     Args:
-        path: as in `read_model_header`.
-        device: where its tensors go.
+        path: See `read_model_header`.
+        device: Device of its tensors.
 
     Returns:
         The denoiser in eval mode, without gradients, and the model's `info`.
 
     Raises:
-        ValueError: as in `read_model`, or for weights that are not finite.
+        ValueError: As in `read_model`, or if weights are not finite.
     """
     file, denoiser, info = read_model(path)
     state = safetensors.torch.load_file(file, device=str(device))
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(
-                f"{file}: {name} has values that are not finite: the training went astray, or the file is damaged"
+                f"{file}: {name} has values that are not finite: the training diverged, or the file is damaged"
             )
     denoiser.load_state_dict(state, assign=True)
-    return denoiser.float().requires_grad_(False), info
+    return denoiser.to(device).float().requires_grad_(False), info
 
 
 def _without_values(content: Any, name: str) -> Tensor:
-    """A tensor as the file's header describes it. What is no float is small, and read: it names the configuration."""
+    """A tensor as the file's header describes it; only the byte that names a configuration is read."""
     header = content.get_slice(name)
     if header.get_dtype() in _FLOATS:
         return torch.empty(header.get_shape(), dtype=_FLOATS[header.get_dtype()], device="meta")
@@ -162,7 +162,7 @@ def _without_values(content: Any, name: str) -> Tensor:
 
 def _damaged(file: Path, error: Exception) -> ValueError:
     reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
-    # Names from the file come along, and a terminal would obey what is hidden in them.
+    # Names from the file may hold characters that a terminal would obey.
     plain = clean(reason[:400], keep="")
     return ValueError(
         f"{file}: the tensors do not fit the network that its header describes ({plain}): restore it from a copy"
@@ -182,4 +182,4 @@ def _find(path: Path) -> Path:
     if files:
         names = ", ".join(f.name for f in files[:8])
         raise ValueError(f"{path} holds {len(files)} models ({names}): give the one you mean")
-    raise ValueError(f"{path} holds no {MODEL_FILE}: give a model file or the folder of a finished run")
+    raise ValueError(f"{path} has no {MODEL_FILE}: give a model file or the folder of a finished run")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from edm2.diffusion import Denoiser
-from edm2.nn import NormalizedConv
+from edm2.nn import NormalizedConv, UNet
 from edm2.nn.layers import apply_weight
 
 # Layers that are called with a gain -> the parent's parameter that holds it.
@@ -41,7 +41,11 @@ class SamplingNetwork:
         self._copy = copy.deepcopy(denoiser).eval().requires_grad_(False)
         self._fixed: dict[str, FixedConv] = {}
         for name, layer in list(self._copy.named_modules()):
-            if isinstance(layer, NormalizedConv) and name.startswith("unet."):
+            if (
+                isinstance(layer, NormalizedConv)
+                and name.startswith("unet.")
+                and isinstance(denoiser.unet, UNet)
+            ):
                 parent, _, own = name.rpartition(".")
                 self._fixed[name] = FixedConv(_effective_weight(denoiser, name))
                 setattr(self._copy.get_submodule(parent), own, self._fixed[name])

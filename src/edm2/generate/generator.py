@@ -58,8 +58,8 @@ class ImageGenerator:
             check_decoder(decoder, coding)
         self.denoiser, self.coding, self.decoder = denoiser, coding, decoder
         self.info = info or {}
-        self.takes_vectors = denoiser.label_dim > 0 and denoiser.config.get("label_kind") == "vector"
-        self.num_classes = 0 if self.takes_vectors else denoiser.label_dim
+        self.takes_vectors = denoiser.takes_vectors
+        self.num_classes = 0 if self.takes_vectors else denoiser.label_dim or 0
         self.class_names = tuple(self.info.get("class_names", ()))
         self.pixel_channels = coding.num_channels if coding.kind == "pixels" else 0
         if decoder is not None:
@@ -122,7 +122,7 @@ class ImageGenerator:
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from any other: a digest of all that its images depend on, and where it is from."""
-        network = [self.denoiser.config, self.coding.to_json()]
+        network = [self.denoiser.options, self.coding.to_json()]
         digest = hashlib.sha256(json.dumps(network, sort_keys=True).encode())
         for name, tensor in sorted(self.denoiser.state_dict().items()):
             digest.update(name.encode())
@@ -147,7 +147,7 @@ class ImageGenerator:
         """Raise ValueError unless labels and conditions fit the model and `count` images."""
         if labels is not None and len(labels) != count:
             raise ValueError(f"{len(labels)} labels for {count} seeds: give one each")
-        size = self.denoiser.label_dim
+        size = self.denoiser.label_dim or 0
         if self.takes_vectors:
             if labels is None or labels.ndim != 2 or labels.shape[1] != size:
                 got = "none were given" if labels is None else f"not of shape {labels.shape}"
@@ -162,8 +162,8 @@ class ImageGenerator:
             wrong = labels[(labels < 0) | (labels >= size)]
             if len(wrong):
                 raise ValueError(f"class {wrong[0]} is outside 0..{size - 1}")
-        channels = self.denoiser.config.get("cond_channels", 0)
-        wanted = (count, channels, *self.denoiser.img_resolution)
+        channels = self.denoiser.cond_channels
+        wanted = (count, channels, *self.denoiser.img_shape[1:])
         if conditions is None and channels:
             raise ValueError(f"this model is conditioned on images: give conditions {list(wanted)}")
         if conditions is not None and tuple(conditions.shape) != wanted:
@@ -174,9 +174,9 @@ class ImageGenerator:
         """Raise ValueError unless another model can guide this one."""
         ours, theirs = self.denoiser, guide.denoiser
         for what, own, other, fits in (
-            ("images", _shape(ours), _shape(theirs), ()),
+            ("images", ours.img_shape, theirs.img_shape, ()),
             ("label size", ours.label_dim, theirs.label_dim, (0,)),
-            ("condition channels", _condition(ours), _condition(theirs), (0,)),
+            ("condition channels", ours.cond_channels, theirs.cond_channels, (0,)),
         ):
             if other != own and other not in fits:
                 raise ValueError(f"the guide has {what} {other}, the model {own}: choose a guide that fits")
@@ -263,7 +263,7 @@ class ImageGenerator:
 
     def _bind(self, condition: Tensor | None) -> DenoiserFn:
         network: Any = self.denoiser if self._fixed is None else self._fixed
-        if condition is None or not _condition(self.denoiser):
+        if condition is None or not self.denoiser.cond_channels:
             plain: DenoiserFn = network
             return plain
         return lambda x, sigma, labels, /: network(x, sigma, labels, condition=condition)
@@ -278,7 +278,7 @@ class ImageGenerator:
     ) -> Tensor:
         device = next(self.denoiser.parameters()).device
         index = torch.tensor(list(seeds), dtype=torch.int64, device=device)
-        shape = (self.denoiser.img_channels, *self.denoiser.img_resolution)
+        shape = self.denoiser.img_shape
         chosen = None if labels is None else np.asarray(labels)
         if chosen is None and self.num_classes:
             chosen = self.labels_for(seeds)
@@ -342,15 +342,6 @@ def check_decoder(decoder: LatentDecoder, coding: Coding) -> None:
             f"the autoencoder decodes latents of {decoder.latent_channels} channels and the model's have "
             f"{coding.num_channels}: name the one that its training data was encoded with"
         )
-
-
-def _shape(denoiser: Denoiser) -> tuple[int, ...]:
-    return (denoiser.img_channels, *denoiser.img_resolution)
-
-
-def _condition(denoiser: Denoiser) -> int:
-    channels: Any = denoiser.config.get("cond_channels", 0)
-    return int(channels)
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

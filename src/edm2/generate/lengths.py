@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from edm2.diffusion import Denoiser
+from edm2.diffusion.description import build_from
 from edm2.ema import reconstruct_many
 from edm2.generate.generator import ImageGenerator
 from edm2.nn import faster_channels_last, use_channels_last
@@ -36,7 +36,9 @@ def generators(
     for result in reconstruct_many(snapshots, sigma_rels, t, warn_above=math.inf):
         assert result.metadata is not None
         if denoiser is None:
-            denoiser = Denoiser(**result.metadata["network"]).to(device).eval().requires_grad_(False)
+            denoiser = (
+                build_from(result.metadata["network"], device="cpu").to(device).eval().requires_grad_(False)
+            )
             if faster_channels_last(denoiser):
                 use_channels_last(denoiser)
         denoiser.load_state_dict(result.tensors)

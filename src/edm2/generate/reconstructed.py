@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edm2.diffusion import MODEL_FILE, Denoiser, read_model_header, save_model
-from edm2.diffusion.description import build_on_meta, check_info
+from edm2.diffusion.description import build_from, check_info
 from edm2.ema import Reconstruction, reconstruct_many
 from edm2.ema.reconstruct import reconstruct_each
 from edm2.ema.storage.manifest import ForeignSnapshots, read_manifest
@@ -201,7 +201,7 @@ def reconstruct_denoiser(
     """
     result = reconstruct_many(snapshots_of(run), [sigma_rel], t)[0]
     network, info = _description(run, result)
-    denoiser = build_on_meta(network)
+    denoiser = build_from(network)
     try:
         denoiser.load_state_dict(result.tensors, assign=True)
     except (ValueError, RuntimeError) as error:
@@ -231,7 +231,7 @@ def _metadata(run: str | Path, metadata: dict[str, Any] | None) -> dict[str, Any
     if not isinstance(network, dict) or not isinstance(info, dict):
         raise _damaged(run, "no table of network and info")
     try:
-        build_on_meta(network)
+        build_from(network)
         check_info(info)
     except ValueError as error:
         raise _damaged(run, error) from error

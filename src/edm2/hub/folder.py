@@ -168,7 +168,7 @@ def write_pretrained(model: Pretrained, folder: str | Path) -> Path:
     for name, part in ((MODEL_FILE, model.generator), (GUIDE_FILE, model.guide)):
         if part is not None:
             tensors = {key: _stored(tensor) for key, tensor in part.denoiser.state_dict().items()}
-            save_model(folder / name, part.denoiser.config, tensors, part.info)
+            save_model(folder / name, part.denoiser.options, tensors, part.info)
     if model.carried_license == LICENCE:
         write_atomic(folder / NOTICE_FILE, NOTICE.encode())
     content = {

@@ -50,12 +50,12 @@ def _front_matter(model: Pretrained) -> str:
 def _what(model: Pretrained) -> str:
     generator, info = model.generator, model.generator.info
     denoiser = generator.denoiser
-    shape = " x ".join(map(str, (*denoiser.img_resolution, denoiser.img_channels)))
+    shape = "{1} x {2} x {0}".format(*denoiser.img_shape)
     made = {"pixels": "images", "latents": "latents of an autoencoder", "floats": "arrays"}
     facts = {
         "Makes": f"{made[generator.coding.kind]}, {shape}",
         "Conditioned on": _condition(model),
-        "Network": f"config {denoiser.config['config']}, {sum(p.numel() for p in denoiser.parameters()):,} parameters",
+        "Network": f"config {denoiser.options['config']}, {sum(p.numel() for p in denoiser.parameters()):,} parameters",
         "Trained on": info.get("data"),
         "Training images seen": None if info.get("num_images") is None else f"{info['num_images']:,}",
         "EMA length (sigma_rel)": None if info.get("sigma_rel") is None else f"{info['sigma_rel']:g}",
@@ -99,8 +99,8 @@ def _usage(model: Pretrained, name: str) -> str:
         given = f"class_labels={classes}"
     elif generator.takes_vectors:
         given = f"class_labels=[[0.0] * {generator.denoiser.label_dim}] * 4"
-    if generator.denoiser.config.get("cond_channels", 0):
-        channels, sides = generator.denoiser.config["cond_channels"], generator.denoiser.img_resolution
+    if generator.denoiser.cond_channels:
+        channels, sides = generator.denoiser.cond_channels, generator.denoiser.img_shape[1:]
         given += f", conditions=torch.zeros(4, {channels}, {sides[0]}, {sides[1]})"
     picture = generator.coding.kind != "floats"
     result = 'images[0].save("sample.png")' if picture else "print(images.shape)"

@@ -134,7 +134,7 @@ class EDM2Pipeline(ModelHubMixin):
 
     def _check_output(self, output_type: str) -> bool:
         generator = self.model.generator
-        kind, channels = generator.coding.kind, generator.denoiser.img_channels
+        kind, channels = generator.coding.kind, generator.denoiser.img_shape[0]
         if output_type not in _OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r}: there are {', '.join(_OUTPUT_TYPES)}")
         if output_type == "latent" and kind != "latents":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edm2.diffusion.description import build_on_meta, is_plausible, shown
+from edm2.diffusion.description import build_from, is_plausible, shown
 from edm2.interop.pickle_file import read_pickle, refusal
 from edm2.interop.pickle_values import Record, StoredTensor
 
@@ -44,7 +44,7 @@ class NetworkFile:
 
     Attributes:
         path: the file.
-        config: arguments for `edm2.diffusion.Denoiser`.
+        config: arguments for `edm2.diffusion.build_denoiser`.
         parameters: name -> trained tensor.
         buffers: name -> fixed tensor.
         encoder: name of the class that encoded its training images, or None.
@@ -153,13 +153,13 @@ def _config(path: Path, network: Record, *, num_tensors: int) -> dict[str, Any]:
             )
         config[name] = value
     try:
-        return build_on_meta(config, num_tensors=num_tensors).config
+        return build_from(config, num_tensors=num_tensors).options
     except ValueError as error:
         raise refusal(path, f"a network that cannot be built ({error})") from None
 
 
 def _check_state(found: NetworkFile) -> None:
-    network = build_on_meta(found.config)
+    network = build_from(found.config)
     wanted = {name: tuple(x.shape) for name, x in network.state_dict().items()}
     given = {name: x.shape for name, x in {**found.parameters, **found.buffers}.items()}
     for name in sorted(wanted.keys() | given.keys()):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from edm2.diffusion import Denoiser
+from edm2.diffusion import Denoiser, build_denoiser
 from edm2.interop.licence import NOTICE_LINE
 from edm2.interop.network_file import NetworkFile, read_network
 from edm2.interop.reference import ReferenceStatistics, read_reference_statistics
@@ -40,7 +40,7 @@ def load_network(path: str | Path) -> Denoiser:
     """
     found = read_network(path)
     with torch.device("meta"):
-        denoiser = Denoiser(**found.config)
+        denoiser = build_denoiser(**found.config)
     denoiser.load_state_dict({name: x.float() for name, x in found.read_tensors().items()}, assign=True)
     _log.warning("%s: %s", path, NOTICE_LINE)
     return denoiser.eval().requires_grad_(False)

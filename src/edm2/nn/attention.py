@@ -11,7 +11,7 @@ from torch import Tensor
 def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
     """`[B, 3C, H, W]` -> `[B, heads, C / heads, 3, H W]`.
 
-    The q/k/v index is the fastest part of the channel axis, so that released weights load.
+    The q/k/v index is the fastest part of the channel axis, as in the released weights.
     """
     batch, channels, height, width = qkv.shape
     return qkv.reshape(batch, num_heads, channels // (3 * num_heads), 3, height * width)
@@ -29,13 +29,13 @@ def attend(
     """Self-attention over the pixels, `[B, C, H, W]` -> same.
 
     Args:
-        x: input.
-        qkv: layer from C to 3C channels.
-        proj: layer from C to C channels.
-        num_heads: number of heads, a divisor of C.
-        normalize: norm of queries, keys and values over a head's channels, which makes the logits cosines
+        x: Input.
+        qkv: Layer from C to 3C channels.
+        proj: Layer from C to C channels.
+        num_heads: Number of heads, a divisor of C.
+        normalize: Norm of queries, keys and values over a head's channels, which makes the logits cosines
             (config C and later). None: plain dot products.
-        fp32_logits: whether logits and softmax are float32 whatever x is.
+        fp32_logits: Whether logits and softmax are float32 whatever the precision of x.
 
     Ref: EDM2 Sec. 2.1, App. B.1, B.3.
     """

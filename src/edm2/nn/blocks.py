@@ -1,10 +1,11 @@
-"""The encoder and decoder blocks of configs F and G, and what they share with those of A to E.
+"""The encoder and decoder blocks of configs F and G, and functions that they share with those of A to E.
 
-Ref: EDM2 Fig. 21-22, App. B.6-B.7; LADDER sections 8-9; SPEC section 2.
+Ref: EDM2 Fig. 21-22, App. B.6-B.7.
 
 Shapes: B batch, C channels, H x W resolution, E width of the embedding.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -22,18 +23,18 @@ class Block(nn.Module):
     """One residual block of config F or G, with optional resampling before it and attention after it.
 
     Args:
-        in_channels: width of the input (after concatenation with a skip, in the decoder).
-        out_channels: width of the output.
-        emb_channels: width E of the conditioning vector.
-        features: of the configuration.
+        in_channels: Width of the input (after concatenation with a skip, in the decoder).
+        out_channels: Width of the output.
+        emb_channels: Width E of the conditioning vector.
+        features: Features of the configuration.
         flavor: `enc` or `dec`; they differ in where the width changes and in the pixel norm.
         resample_mode: `keep`, `up` or `down`, applied to the input.
-        attention: whether self-attention follows the residual branch.
-        channels_per_head: width of an attention head.
-        dropout_stream: number that tells this block's dropout masks from other blocks'.
+        attention: Whether self-attention follows the residual branch.
+        channels_per_head: Width of an attention head.
+        dropout_stream: Number that distinguishes this block's dropout masks from those of other blocks.
 
     Raises:
-        ValueError: if the width cannot be split into attention heads.
+        ValueError: If the width does not split into attention heads.
     """
 
     def __init__(
@@ -95,19 +96,20 @@ def head_count(channels: int, channels_per_head: int) -> int:
     """Number of attention heads.
 
     Raises:
-        ValueError: if the channels do not split into heads.
+        ValueError: If the channels do not split into heads.
     """
     heads, rest = divmod(channels, channels_per_head)
     if heads == 0 or rest:
+        fitting = next(n for n in range(min(channels, channels_per_head), 0, -1) if channels % n == 0)
         raise ValueError(
-            f"channels_per_head={channels_per_head} does not divide the {channels} channels of a "
-            "block with attention; choose a divisor of model_channels"
+            f"channels_per_head {channels_per_head} does not divide the {channels} channels of a block with attention: "
+            f"choose a divisor, such as {fitting}"
         )
     return heads
 
 
 def drop(x: Tensor, p: float, index: Tensor | None, *, seed: int, stream: int) -> Tensor:
-    """Dropout with masks from (seed, index, stream), or without an index from torch's generator."""
+    """Dropout with masks from (seed, index, stream); without an index, from torch's generator."""
     if p == 0:
         return x
     if index is None:
@@ -115,7 +117,7 @@ def drop(x: Tensor, p: float, index: Tensor | None, *, seed: int, stream: int) -
     return keyed_dropout(x, p, index, seed=seed, stream=stream)
 
 
-def clip(x: Tensor, bound: float | None) -> Tensor:
-    """Clamp to +-bound, a safeguard for float16; None for no bound."""
-    # As `clamp`, but for the gradient at the bound itself; its backward is one pass instead of several.
-    return x if bound is None else F.hardtanh(x, -bound, bound)
+def clip(x: Tensor, bound: float) -> Tensor:
+    """Clamp to +-bound, a safeguard for float16."""
+    # Differs from `clamp` only in the gradient at the bound itself; its backward takes one pass instead of several.
+    return x if bound == math.inf else F.hardtanh(x, -bound, bound)

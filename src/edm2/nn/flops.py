@@ -31,9 +31,9 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Run `function(*args, **kwargs)` and count what it computes.
 
     Args:
-        function: a module or function; on the meta device it costs no arithmetic and no memory.
-        *args: its arguments.
-        **kwargs: its keyword arguments.
+        function: Module or function; on the meta device it takes neither time for arithmetic nor memory.
+        *args: Its arguments.
+        **kwargs: Its keyword arguments.
 
     Returns:
         Operations in the convention above, weight normalisation included.

@@ -5,6 +5,7 @@ Ref: EDM2 Sec. 2.3 and App. B; the definitions are in docs/paper_map.md.
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,8 @@ def rms(x: Tensor, dim: int | Sequence[int]) -> Tensor:
     """Root mean square over `dim`, kept as size 1, computed in float32 or better.
 
     Args:
-        x: any real tensor.
-        dim: dimension or dimensions to reduce.
+        x: Any real tensor.
+        dim: Dimension or dimensions to reduce.
 
     Returns:
         float32 (float64 for a float64 `x`), shaped like `x` with `dim` of size 1.
@@ -36,21 +37,21 @@ def normalize(x: Tensor, dim: int | Sequence[int] | None = None, eps: float = 1e
 
     Args:
         x: `[B, ...]`.
-        dim: dimensions the RMS is taken over; all but the first by default.
-        eps: added to the RMS, not inside the root.
+        dim: Dimensions of the RMS; by default all but the first.
+        eps: Added to the RMS, outside the root.
 
     Returns:
         Same shape and dtype as `x`.
 
     Raises:
-        ValueError: for an `x` of fewer than two dimensions without `dim`.
+        ValueError: If `x` has one dimension and dim is not given.
 
-    Ref: EDM2 Eq. 30, 47 (eps placed as in SPEC section 1).
+    Ref: EDM2 Eq. 30, 47, with eps where the released networks have it.
     """
     if dim is None:
         if x.ndim < 2:
             raise ValueError(
-                f"x of shape {tuple(x.shape)} has no dimension but the first to normalise: give dim"
+                f"x of shape {tuple(x.shape)} has only one dimension to normalise over: give dim"
             )
         dim = tuple(range(1, x.ndim))
     return x / (eps + rms(x, dim)).to(x.dtype)
@@ -62,9 +63,9 @@ def rms_norm(x: Tensor, dim: int | Sequence[int], eps: float = 1e-4) -> Tensor:
     `normalize` is the form of the released networks, config G; this one serves configs C to F.
 
     Args:
-        x: any real tensor.
-        dim: dimensions the mean is taken over, in float32 or better.
-        eps: added to the mean square, inside the root.
+        x: Any real tensor.
+        dim: Dimensions of the mean, which is taken in float32 or better.
+        eps: Added to the mean square, inside the root.
 
     Returns:
         Same shape and dtype as `x`.
@@ -97,12 +98,12 @@ def mp_sum(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
 def mp_add(a: Tensor, b: Tensor, rms_b: Tensor) -> Tensor:
     """`(a + b) / sqrt(1 + rms_b^2)`: unit RMS for independent `a` of unit RMS and `b` of a known one.
 
-    Unlike `mp_sum`, a `b` of zero leaves `a` exactly as it is.
+    Unlike in `mp_sum`, a `b` of zero leaves `a` exactly as it is.
 
     Args:
         a: `[B, C]`.
         b: `[B, C]`.
-        rms_b: `[B, 1]`, the RMS of `b` to expect.
+        rms_b: `[B, 1]`, the expected RMS of `b`.
 
     Returns:
         `[B, C]` in a's dtype.
@@ -113,7 +114,7 @@ def mp_add(a: Tensor, b: Tensor, rms_b: Tensor) -> Tensor:
 
 
 def mp_cat(a: Tensor, b: Tensor, dim: int = 1, t: float = 0.5) -> Tensor:
-    """Concatenate along `dim`, weighing the inputs' contributions by `1 - t` and `t` whatever their widths.
+    """Concatenate along `dim`, weighting the inputs' contributions by `1 - t` and `t` whatever their widths.
 
     Ref: EDM2 Eq. 103.
     """
@@ -124,7 +125,7 @@ def mp_cat(a: Tensor, b: Tensor, dim: int = 1, t: float = 0.5) -> Tensor:
     )
 
 
-def resample(x: Tensor, mode: str = "keep") -> Tensor:
+def resample(x: Tensor, mode: Literal["keep", "down", "up"] = "keep") -> Tensor:
     """Halve or double the resolution with the separable filter [1, 1].
 
     Args:
@@ -132,17 +133,19 @@ def resample(x: Tensor, mode: str = "keep") -> Tensor:
         mode: `keep` returns `x`; `down` averages each 2x2 cell; `up` repeats each pixel 2x2.
 
     Raises:
-        ValueError: for another mode.
+        ValueError: If the mode is none of these.
+
+    Ref: EDM2 App. B.1.
     """
     if mode == "keep":
         return x
     if mode == "down":
         return F.avg_pool2d(x, 2)
-    if mode == "up":
-        if torch.compiler.is_compiling():
-            # Inductor (torch 2.13, CPU) can make gradients of what comes before `interpolate` zero.
-            batch, channels, height, width = x.shape
-            cells = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
-            return cells.reshape(batch, channels, 2 * height, 2 * width)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
-    raise ValueError(f"resample mode {mode!r} is not one of 'keep', 'down', 'up'")
+    if mode != "up":
+        raise ValueError(f"resample mode {mode!r} is not one of 'keep', 'down', 'up'")
+    if torch.compiler.is_compiling():
+        # Inductor (torch 2.13, CPU) can make gradients of what comes before `interpolate` zero.
+        batch, channels, height, width = x.shape
+        cells = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
+        return cells.reshape(batch, channels, 2 * height, 2 * width)
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")

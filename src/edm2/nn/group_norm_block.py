@@ -1,6 +1,6 @@
 """The blocks of configs A to E, which rely on group norms to keep magnitudes in check.
 
-Ref: EDM2 Fig. 16-20, App. B.1-B.5; LADDER sections 3 and 5.
+Ref: EDM2 Fig. 16-20, App. B.1-B.5.
 """
 
 from typing import Literal
@@ -16,11 +16,11 @@ from edm2.nn.functional import resample
 class GroupNormBlock(nn.Module):
     """One residual block of config A to E, the same in encoder and decoder.
 
-    Compare `Block`: here the residual branch normalises its input and its middle, nothing normalises the main
-    path, and resampling happens in both. Arguments as in `Block`, but for `flavor`.
+    Unlike in `Block`, the residual branch normalises its input and its middle, nothing normalises the main path, and
+    both are resampled. Arguments as in `Block`, without `flavor`.
 
     Raises:
-        ValueError: if the width cannot be split into attention heads, or into groups of the wanted size.
+        ValueError: If the width does not split into attention heads.
     """
 
     def __init__(
@@ -78,17 +78,15 @@ class GroupNormBlock(nn.Module):
         return clip(x, f.clip_act)
 
     def attention_branch(self, x: Tensor) -> Tensor:
-        """Attention as the configuration has it, `[B, C, H, W]` -> same."""
+        """Attention of the configuration, `[B, C, H, W]` -> same."""
         assert self.attn_qkv is not None
         assert self.attn_proj is not None
         f = self.features
-        y = x.float() if f.fp32_attention == "block" else x
-        y = attend(
-            y if self.attn_norm is None else self.attn_norm(y),
+        return attend(
+            x if self.attn_norm is None else self.attn_norm(x),
             self.attn_qkv,
             self.attn_proj,
             num_heads=self.num_heads,
             normalize=f.normalize if f.cosine_attention else None,
-            fp32_logits=f.fp32_attention is not None,
+            fp32_logits=f.partial_float16,
         )
-        return y.to(x.dtype)

@@ -1,9 +1,8 @@
-"""Random numbers that are a function of (seed, index, stream), with no state to store.
+"""Random numbers that are a function of (seed, index, stream), without a state to store.
 
-Training noise belongs to an image's position in the run, sampling noise to the image's own seed; neither
-changes with the batch size, the number of processes or a restart. The generator is Philox-4x32-10 (Salmon et
-al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written with int64 tensor operations so that
-every device gives the same bits.
+Training noise depends on an image's position in the run, sampling noise on the image's own seed; neither changes with
+the batch size, the number of processes or a restart. The generator is Philox-4x32-10 (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011), written with int64 tensor operations so that every device gives the same bits.
 """
 
 import math
@@ -21,8 +20,8 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Te
     """Ten rounds of Philox-4x32 on broadcastable int64 tensors that hold 32-bit words.
 
     Args:
-        counter: four words.
-        key: two words.
+        counter: Four words.
+        key: Two words.
 
     Returns:
         Four words in [0, 2^32).
@@ -30,7 +29,7 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Te
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # The product wraps around int64; its bits are right all the same, and the mask drops the sign.
+        # The product wraps around in int64, but its low 64 bits are right, and the mask drops the sign.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c2 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, ((p0 >> 32) & _MASK) ^ c3 ^ k1
         c1, c3 = p1 & _MASK, p0 & _MASK
@@ -43,18 +42,14 @@ def keyed_bits(index: Tensor, count: int, *, seed: int = 0, stream: int = 0) -> 
 
     Args:
         index: `[B]` int64, such as image positions in a run, or one seed per image.
-        count: words per index.
+        count: Number of words per index.
         seed: 64-bit seed shared by all.
-        stream: in [0, 2^32); separates uses of the same index.
+        stream: Number in [0, 2^32) that separates uses of the same index.
 
     Returns:
         `[B, count]` int64 in [0, 2^32).
-
-    Raises:
-        ValueError: for a stream outside its range.
     """
-    if not 0 <= stream <= _MASK:
-        raise ValueError(f"stream {stream} must be in [0, 2^32)")
+    assert 0 <= stream <= _MASK, stream
     index = index.long()[:, None]
     block = torch.arange(-(-count // 4), device=index.device)[None, :]
     zero = torch.zeros_like(block)
@@ -66,14 +61,14 @@ def keyed_bits(index: Tensor, count: int, *, seed: int = 0, stream: int = 0) -> 
 def keyed_uniform(index: Tensor, shape: Sequence[int] = (), *, seed: int = 0, stream: int = 0) -> Tensor:
     """Uniform numbers in (0, 1), `[B, *shape]` float32; arguments as in `keyed_bits`."""
     bits = keyed_bits(index, math.prod(shape), seed=seed, stream=stream)
-    # 23 bits and a half step: exact in float32, never 0 and never 1.
+    # 23 bits and half a step: exact in float32, never 0 and never 1.
     return (((bits >> 9).float() + 0.5) * 2**-23).reshape(len(index), *shape)
 
 
 def keyed_normal(index: Tensor, shape: Sequence[int] = (), *, seed: int = 0, stream: int = 0) -> Tensor:
     """Standard normal numbers by Box and Muller, `[B, *shape]` float32; arguments as in `keyed_bits`.
 
-    Values end at 5.77 standard deviations, beyond which a normal has 8e-9 of its mass.
+    Values stay within 5.77 standard deviations, beyond which a normal has 8e-9 of its mass.
     """
     count = math.prod(shape)
     half = -(-count // 2)
@@ -88,13 +83,13 @@ def keyed_dropout(x: Tensor, p: float, index: Tensor, *, seed: int = 0, stream: 
 
     Args:
         x: `[B, ...]`.
-        p: probability that an element becomes 0; the others are divided by 1 - p.
-        index: `[B]` int64, one per element of the batch.
+        p: Probability that an element becomes 0; the others are divided by 1 - p.
+        index: `[B]` int64, one for each image of the batch.
         seed: 64-bit seed shared by all.
-        stream: in [0, 2^32); one per dropout layer.
+        stream: Number in [0, 2^32), one for each dropout layer.
     """
-    # A full Philox per activation would cost as much as the convolution; a multiplicative hash of the
-    # element's number, started from one Philox word per image, is ample for a mask.
+    # Philox for every activation would cost as much as the convolution; a multiplicative hash of the element's
+    # number, started from one Philox word per image, is good enough for a mask.
     start = keyed_bits(index, 1, seed=seed, stream=stream)
     h = (torch.arange(x[0].numel(), device=x.device)[None, :] * 0x9E3779B1 + start) & _MASK
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _MASK

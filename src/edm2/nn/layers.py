@@ -1,4 +1,4 @@
-"""Fourier features, and layers that keep magnitudes: one class for convolutions and linear maps, in two steps.
+"""Fourier features, and magnitude-preserving convolutions and linear maps.
 
 Ref: EDM2 Sec. 2.2-2.3, App. B.3-B.7.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edm2.nn.functional import normalize, rms
 
-EPS = 1e-4  # added to the RMS of weights; SPEC section 1
+EPS = 1e-4  # added to the RMS of weights, as in the released networks
 
 
 class Fourier(nn.Module):
@@ -22,8 +22,8 @@ class Fourier(nn.Module):
     `freqs` and `phases` are fixed buffers, saved with the model and never trained.
 
     Args:
-        num_channels: number of features.
-        bandwidth: standard deviation of the frequencies, in cycles per unit of the input.
+        num_channels: Number of features.
+        bandwidth: Standard deviation of the frequencies, in cycles per unit of the input.
 
     Ref: EDM2 App. B.3.
     """
@@ -56,26 +56,29 @@ class NormalizedConv(nn.Module):
     """Convolution or linear map whose weight vectors always act with unit norm.
 
     The effective weight is `normalize(w) * gain / sqrt(fan_in)`, one norm per output channel, so that unit
-    inputs give unit outputs. The normalisation is part of the graph, so that gradients are orthogonal to each
-    weight vector; the stored weights may still grow (config D). No bias; zero padding keeps the size.
+    inputs give unit outputs. The normalisation is part of the graph, so gradients are orthogonal to each weight
+    vector; the stored weights may still grow (config D). There is no bias; zero padding keeps the size.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel: `()` for a linear map, `(1, 1)`, `(3, 3)` or any odd `(kh, kw)` for a convolution.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel: `()` for a linear map, two odd sizes such as `(3, 3)` for a convolution.
 
     Attributes:
-        weight: `[out_channels, in_channels, *kernel]`, always kept and normalised in the parameter's dtype.
+        weight: `[out_channels, in_channels, *kernel]`, kept and normalised in the parameter's dtype.
 
     Raises:
-        ValueError: for a kernel of another form.
+        ValueError: If the kernel has another form.
 
     Ref: EDM2 Sec. 2.2, Eq. 47, 66.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int] = ()) -> None:
         super().__init__()
-        check_kernel(kernel)
+        if len(kernel) not in (0, 2) or any(k < 1 or k % 2 == 0 for k in kernel):
+            raise ValueError(
+                f"kernel {tuple(kernel)} must be () for a linear map, or two odd sizes such as (3, 3)"
+            )
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
@@ -83,7 +86,7 @@ class NormalizedConv(nn.Module):
 
         Args:
             x: `[B, in_channels]` for a linear map, `[B, in_channels, H, W]` for a convolution.
-            gain: scalar that multiplies the output; may be learned.
+            gain: Scalar that multiplies the output; may be learned.
 
         Returns:
             `[B, out_channels]` or `[B, out_channels, H, W]`, in x's dtype.
@@ -106,16 +109,17 @@ class NormalizedConv(nn.Module):
 class MPConv(NormalizedConv):
     """`NormalizedConv` with forced weight normalisation: the stored weights keep unit RMS, too.
 
-    In training mode the stored weight is first overwritten by `normalize(w)` outside the autograd graph, so
-    that Adam's step size is the relative change of the weight (config E). Arguments as in `NormalizedConv`.
+    In training mode, the forward pass first overwrites the stored weight by `normalize(w)` outside the autograd
+    graph, so that Adam's step size is the relative change of the weight (config E). Arguments as in
+    `NormalizedConv`.
 
-    A second forward pass in training mode overwrites what the first one's graph needs, so that a backward pass
-    through both fails: where a graph has several passes, as with recomputed activations or a network that is fed its
-    own output, use `ForcedWeightNorm`.
+    A second forward pass in training mode overwrites what the graph of the first one needs, and a backward pass
+    through both fails. Use `ForcedWeightNorm` where a graph has several passes, such as with recomputed activations
+    or a network that is fed its own output.
 
     Attributes:
-        forces_norm: whether a forward pass in training mode overwrites the weight. A training loop that
-            calls `ForcedWeightNorm` once a step switches it off.
+        forces_norm: Whether a forward pass in training mode overwrites the weight. `ForcedWeightNorm` sets it to
+            False.
 
     Ref: EDM2 Sec. 2.3, Eq. 47, 66, Algorithm 1.
     """
@@ -139,24 +143,15 @@ def apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return F.conv2d(x, weight, bias, padding=(weight.shape[-2] // 2, weight.shape[-1] // 2))
 
 
-def check_kernel(kernel: Sequence[int]) -> None:
-    """Raise ValueError unless `kernel` is `()` or two odd sizes."""
-    if len(kernel) not in (0, 2) or any(k < 1 or k % 2 == 0 for k in kernel):
-        raise ValueError(
-            f"kernel {tuple(kernel)} must be () for a linear map, or two odd sizes such as (3, 3)"
-        )
-
-
 class ForcedWeightNorm:
-    """Forced weight normalisation of a whole model as one pass over its weights, called once a step.
+    """Forced weight normalisation of a whole model in one pass over its weights, called once a step.
 
-    Equal to what every `MPConv` does by itself in a training-mode forward pass, but outside of it: the
-    forward pass then mutates nothing, which suits torch.compile, gradient accumulation and wrappers.
-    Making one switches the layers' own pass off. Where there are no `MPConv` layers (configs A to D), a call
-    does nothing.
+    It does what every `MPConv` does by itself in a training-mode forward pass, but outside of it: forward passes
+    then change no weights, which suits torch.compile, gradient accumulation and wrappers. Creating it switches off
+    the layers' own normalisation. A model without `MPConv` layers (configs A to D) is left as it is.
 
     Args:
-        module: any module.
+        module: Any module.
 
     Example:
         >>> force = ForcedWeightNorm(model)
@@ -177,7 +172,7 @@ class ForcedWeightNorm:
         """Overwrite each weight by `normalize(weight)`, without synchronising with the host."""
         if not self.layers:
             return
-        # Looked up anew, since loading or moving a model may replace them; those that layers share count once.
+        # Loading or moving a model may replace parameters, so they are looked up anew; shared ones count once.
         unique: list[Any] = list({id(layer.weight): layer.weight for layer in self.layers}.values())
         # FSDP2 spreads whole rows over processes, and each row has its own norm.
         weights = [w.to_local() if hasattr(w, "to_local") else w for w in unique]

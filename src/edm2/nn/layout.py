@@ -1,4 +1,4 @@
-"""Memory layout of convolutions: a matter of speed alone."""
+"""Memory layout of convolutions, which affects only their speed."""
 
 import torch
 from torch import nn
@@ -7,18 +7,18 @@ from edm2.nn.plain_layers import GroupNorm
 
 
 def faster_channels_last(module: nn.Module) -> bool:
-    """Whether a model runs faster channels last: all do but, on the CPU, those with the group norm of configs A and B.
+    """Whether a model runs faster channels last: all do except, on the CPU, those with PyTorch's group norm.
 
-    PyTorch's group norm is 2 to 8 times slower in that layout there, which is more than the convolutions gain.
+    There, the group norm of configs A and B is 2 to 8 times slower in that layout, more than the convolutions gain.
     """
     on_cpu = all(p.device.type == "cpu" for p in module.parameters())
-    return not (on_cpu and any(isinstance(layer, GroupNorm) for layer in module.modules()))
+    return not (on_cpu and any(isinstance(layer, (GroupNorm, nn.GroupNorm)) for layer in module.modules()))
 
 
 def use_channels_last(module: nn.Module) -> None:
     """Store convolution weights channels last, which makes convolutions faster on most machines.
 
-    Changes no value. Activations follow the layout of the input images.
+    Values do not change. Activations follow the layout of the input images.
     """
     for parameter in module.parameters():
         if parameter.ndim == 4:

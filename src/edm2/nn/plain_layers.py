@@ -1,8 +1,8 @@
-"""Layers from before magnitudes were preserved: plain weights, group norms, positional features.
+"""Layers that do not preserve magnitudes: plain weights, group norms, positional features.
 
-Configs A to C are made of them, D and E keep the RMS group norm, and F has none left.
+Configs A to C are made of them; D and E keep the RMS group norm, F none.
 
-Ref: EDM2 App. B.1-B.3; LADDER sections 3 and 5.
+Ref: EDM2 App. B.1-B.3.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edm2.nn.functional import rms
-from edm2.nn.layers import apply_weight, check_kernel
+from edm2.nn.layers import apply_weight
 
 MAX_GROUPS = 32
 EPS = 1e-4
@@ -23,14 +23,11 @@ class PlainConv(nn.Module):
     """Convolution or linear map with a free weight; zero padding keeps the size.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel: as in `edm2.nn.MPConv`.
-        bias: whether a bias is added.
-        init_bound: weight and bias start uniform in +-init_bound / sqrt(fan_in); 0 makes them zero.
-
-    Raises:
-        ValueError: for a kernel of another form.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel: As in `edm2.nn.MPConv`.
+        bias: Whether a bias is added.
+        zero_init: Whether weight and bias start at zero; otherwise uniform in +-1 / sqrt(fan_in).
 
     Ref: EDM2 App. B.1.
     """
@@ -42,11 +39,10 @@ class PlainConv(nn.Module):
         kernel: Sequence[int] = (),
         *,
         bias: bool = False,
-        init_bound: float = 1.0,
+        zero_init: bool = False,
     ) -> None:
         super().__init__()
-        check_kernel(kernel)
-        bound = init_bound / math.sqrt(in_channels * math.prod(kernel))
+        bound = 0.0 if zero_init else 1 / math.sqrt(in_channels * math.prod(kernel))
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *kernel).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound)) if bias else None
 
@@ -64,15 +60,14 @@ class GroupNorm(nn.Module):
     """Group norm of configs A and B: zero mean and unit variance per group, then a scale and shift per channel.
 
     Args:
-        num_channels: channels of the input.
-        channels_per_group: as in `group_count`.
+        num_channels: Channels of the input.
 
     Ref: EDM2 App. B.1.
     """
 
-    def __init__(self, num_channels: int, channels_per_group: int | None = None) -> None:
+    def __init__(self, num_channels: int) -> None:
         super().__init__()
-        self.num_groups = group_count(num_channels, channels_per_group)
+        self.num_groups = group_count(num_channels)
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
@@ -86,26 +81,20 @@ class RMSGroupNorm(nn.Module):
     """Group norm of configs C to E: unit RMS per group; no mean is subtracted, nothing is learned.
 
     Args:
-        num_channels: channels of the input.
-        channels_per_group: as in `group_count`.
-        eps_inside_root: where eps stands: as in `rms_norm` if true, else as in `normalize`.
+        num_channels: Channels of the input.
 
     Ref: EDM2 Sec. 2.1, Eq. 29.
     """
 
-    def __init__(
-        self, num_channels: int, channels_per_group: int | None = None, *, eps_inside_root: bool = True
-    ) -> None:
+    def __init__(self, num_channels: int) -> None:
         super().__init__()
-        self.num_groups = group_count(num_channels, channels_per_group)
-        self.eps_inside_root = eps_inside_root
+        self.num_groups = group_count(num_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` -> same shape and dtype."""
-        # Channel by channel first: whole groups of channels-last images are several times slower to sum and scale.
+        # Channel by channel first: summing and scaling whole groups of channels-last images is several times slower.
         channels = rms(x, (2, 3)).unflatten(1, (self.num_groups, -1))
-        size = rms(channels, 2)
-        size = (size.square() + EPS).sqrt() if self.eps_inside_root else size + EPS
+        size = (rms(channels, 2).square() + EPS).sqrt()
         return x * size.reciprocal().to(x.dtype).expand_as(channels).flatten(1, 2)
 
 
@@ -113,18 +102,20 @@ class Positional(nn.Module):
     """Features of the noise level in configs A and B: cosines, then sines, of 1 to 1/10000 radians per unit.
 
     Args:
-        num_channels: number of features, even.
+        num_channels: Number of features, even.
 
     Raises:
-        ValueError: for an odd number.
+        ValueError: If the number is odd.
 
-    Ref: EDM2 Fig. 16; LADDER section 3.
+    Ref: EDM2 Fig. 16.
     """
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
         if num_channels % 2:
-            raise ValueError(f"positional features come in pairs: {num_channels} must be even")
+            raise ValueError(
+                f"positional features come in pairs, and {num_channels} is odd: choose an even model_channels"
+            )
         self.num_channels = num_channels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,23 +126,10 @@ class Positional(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], dim=1).to(x.dtype)
 
 
-def group_count(num_channels: int, channels_per_group: int | None = None) -> int:
-    """Number of groups that a group norm splits its channels into.
+def group_count(num_channels: int) -> int:
+    """Number of groups of a group norm: min(32, C / 4), or the next lower number that divides the channels.
 
-    Args:
-        num_channels: channels of the input.
-        channels_per_group: size of a group. None: min(32, C/4) groups, or the next lower number that divides
-            the channels; from a base width of 128 on, the paper's widths have 32.
-
-    Raises:
-        ValueError: if `channels_per_group` does not divide the channels.
+    The paper's widths have 32 groups from a base width of 128 on.
     """
-    if channels_per_group is not None:
-        if num_channels % channels_per_group:
-            raise ValueError(
-                f"channels_per_group={channels_per_group} does not divide the {num_channels} channels of a group "
-                "norm; choose a divisor of model_channels"
-            )
-        return num_channels // channels_per_group
     most = max(min(MAX_GROUPS, num_channels // 4), 1)
     return next(n for n in range(most, 0, -1) if num_channels % n == 0)

@@ -1,6 +1,6 @@
 """The U-Net: embedding, encoder, decoder, and the layout that all configurations share.
 
-Ref: EDM2 Fig. 16-22, Table 6; SPEC section 2, LADDER section 2.
+Ref: EDM2 Fig. 16-22, Table 6.
 """
 
 import itertools
@@ -21,35 +21,37 @@ class UNet(nn.Module):
     """The U-Net of any configuration of the paper; G, the default, preserves magnitudes throughout.
 
     Args:
-        img_resolution: side of square images, or (height, width). Every level but the last halves both.
-        img_channels: channels of the noisy image and of the output.
-        label_dim: number of classes, or length of the conditioning vector; 0 for an unconditional network.
+        img_resolution: Side of square images, or (height, width). Every level but the last halves both.
+        img_channels: Channels of the noisy image and of the output.
+        label_dim: Number of classes, or length of the conditioning vector; 0 for an unconditional network.
         config: `A` to `G`, see `edm2.nn.configs`.
-        model_channels: base width.
-        channel_mult: width of each level, in units of model_channels.
-        channel_mult_noise: noise features, in units of model_channels; default: the first level's width.
-        channel_mult_emb: width of the embedding, in units of model_channels; default: the widest level's.
-        num_blocks: residual blocks a level in the encoder; the decoder has one more.
-        channels_per_head: width of an attention head.
-        label_kind: `class` for one-hot labels; `vector` for float vectors, which should have unit RMS as they
-            come.
-        cond_channels: channels of an image given as a condition, appended to the input as it is.
-        augment_dim: length of the labels that say how an image was augmented, see `edm2.data.Augmentation`; 0 for a
-            network without them. An image that was not augmented has the label zero, which changes nothing: the
-            network then computes exactly what it would without.
-        **options: options of the configuration, described in `edm2.nn.configs.Features`: dropout,
-            attn_resolutions, clip_act, res_balance and so on.
+        model_channels: Base width.
+        channel_mult: Width of each level, in units of model_channels.
+        channel_mult_noise: Noise features, in units of model_channels. None: the first level's width.
+        channel_mult_emb: Width of the embedding, in units of model_channels. None: the widest level's.
+        num_blocks: Residual blocks per level of the encoder; the decoder has one more.
+        channels_per_head: Width of an attention head.
+        label_kind: `class` for one-hot labels; `vector` for float vectors, which should have unit RMS.
+        cond_channels: Channels of an image given as a condition, appended to the input as it is.
+        augment_dim: Length of the labels that describe an image's augmentation, see `edm2.data.Augmentation`; 0 for
+            none. A label of zeros has no effect.
+        dropout: Dropout probability. None, here and below: the configuration's own, see `edm2.nn.configs.Features`.
+        attn_resolutions: Resolutions (of the shorter side) with attention.
+        clip_act: Bound on a block's output; inf for none.
+        res_balance: Share of the residual branch in a sum, for config G.
+        attn_balance: Share of the attention branch in a sum, for config G.
+        label_balance: Share of the label in the embedding, for config G.
+        concat_balance: Share of the skip in a concatenation, for config G.
 
     Attributes:
-        features: what the configuration is made of, with its options.
+        features: What the configuration is made of, with its options.
 
-    Its own state does not name the configuration, and C, D and E have the same tensors: load states through
-    `edm2.diffusion.Denoiser`, which refuses that of another one.
+    The state of every config but G names it in the buffer `config`, since C, D and E have equal tensors; states of
+    another configuration are refused.
 
     Raises:
-        ValueError: for an unknown configuration, an option that it does not have, a resolution that cannot be
-            halved often enough, an attention resolution that no level has, or a width that does not split into
-            heads.
+        ValueError: If the configuration does not exist or lacks an option, the resolution cannot be halved often
+            enough, no level has an attention resolution, or a width does not split into heads.
     """
 
     def __init__(
@@ -65,27 +67,41 @@ class UNet(nn.Module):
         channel_mult_emb: int | None = None,
         num_blocks: int = 3,
         channels_per_head: int = 64,
-        label_kind: str = "class",
+        label_kind: Literal["class", "vector"] = "class",
         cond_channels: int = 0,
         augment_dim: int = 0,
-        **options: Any,
+        dropout: float | None = None,
+        attn_resolutions: Sequence[int] | None = None,
+        clip_act: float | None = None,
+        res_balance: float | None = None,
+        attn_balance: float | None = None,
+        label_balance: float | None = None,
+        concat_balance: float | None = None,
     ) -> None:
         super().__init__()
-        f = self.features = get_features(config, **options)
+        f = self.features = get_features(
+            config,
+            dropout=dropout,
+            attn_resolutions=attn_resolutions,
+            clip_act=clip_act,
+            res_balance=res_balance,
+            attn_balance=attn_balance,
+            label_balance=label_balance,
+            concat_balance=concat_balance,
+        )
         levels = level_resolutions(img_resolution, len(channel_mult))
-        with_attention = attention_levels(levels, options.get("attn_resolutions"), f.attn_resolutions)
+        with_attention = attention_levels(levels, attn_resolutions, f.attn_resolutions)
         if label_kind not in ("class", "vector"):
             raise ValueError(f"label_kind {label_kind!r} is not 'class' or 'vector'")
-        if augment_dim < 0:
-            raise ValueError(f"augment_dim {augment_dim} must be 0, for none, or more")
+        self.img_resolution, self.img_channels, self.label_dim = levels[0], img_channels, label_dim
+        self.label_kind, self.cond_channels, self.augment_dim = label_kind, cond_channels, augment_dim
         widths = [model_channels * mult for mult in channel_mult]
         noise_channels = model_channels * channel_mult_noise if channel_mult_noise is not None else widths[0]
         emb_channels = model_channels * channel_mult_emb if channel_mult_emb is not None else max(widths)
-        # One-hot labels have norm 1, vectors RMS 1. The label layer is made for norm 1 in A and B, later for RMS 1.
+        # One-hot labels have norm 1, vectors RMS 1. The label layer expects norm 1 in A and B, RMS 1 later.
         unit = math.sqrt(label_dim) if label_kind == "class" else 1.0
         self.label_scale = unit if f.unit_labels else unit / math.sqrt(max(label_dim, 1))
 
-        self.label_dim = label_dim
         self.emb_fourier = (
             Positional(noise_channels) if f.positional else f.fixed_functions.fourier(noise_channels)
         )
@@ -120,9 +136,8 @@ class UNet(nn.Module):
         for i in reversed(range(len(levels))):
             name = _name(levels[i])
             if i == len(levels) - 1:
-                middle: Literal["enc", "dec"] = "enc" if f.middle_pixel_norm else "dec"
-                self.dec[f"{name}_in0"] = block(width, width, middle, attention=True)
-                self.dec[f"{name}_in1"] = block(width, width, middle)
+                self.dec[f"{name}_in0"] = block(width, width, "dec", attention=True)
+                self.dec[f"{name}_in1"] = block(width, width, "dec")
             else:
                 self.dec[f"{name}_up"] = block(width, width, "dec", resample_mode="up")
             for j in range(num_blocks + 1):
@@ -132,9 +147,10 @@ class UNet(nn.Module):
                 width = widths[i]
         self.out_norm = None if f.group_norm is None else f.norm(width)
         self.out_conv = f.conv(width, img_channels, (3, 3), ends_branch=True)
-        # Made last, so that the other weights start as they do without it.
-        self.augment_dim = augment_dim
+        # Last, so that the other weights start as they do without it.
         self.emb_augment = f.augment_layer(augment_dim, emb_channels) if augment_dim else None
+        if config != "G":  # whose state has the names of the released weights and no others
+            self.register_buffer("config", torch.tensor(ord(config), dtype=torch.uint8))
 
     def forward(
         self,
@@ -149,17 +165,17 @@ class UNet(nn.Module):
 
         Args:
             x: `[B, img_channels + cond_channels, H, W]`, of unit magnitude.
-            c_noise: `[B]` noise level as the network sees it.
+            c_noise: `[B]` noise level as the network sees it, ln(sigma) / 4.
             labels: `[B, label_dim]` one-hot or vector, or None for a missing label.
-            dropout_index: `[B]` int64; makes dropout a function of (dropout_seed, index). None: torch's own.
-            dropout_seed: seed of the dropout masks.
+            dropout_index: `[B]` int64 that makes dropout a function of (dropout_seed, index). None: torch's own.
+            dropout_seed: Seed of the dropout masks.
             augment_labels: `[B, augment_dim]`, or None where nothing was augmented.
 
         Returns:
             `[B, img_channels, H, W]` in x's dtype.
         """
         f = self.features
-        dtype = torch.float32 if f.fp32_embedding else x.dtype
+        dtype = torch.float32 if f.partial_float16 else x.dtype
         emb = self.embed(c_noise, labels, dtype, augment_labels)
         if f.constant_channel:
             x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
@@ -198,19 +214,34 @@ class UNet(nn.Module):
             emb = fixed.add_known(emb, added, torch.linalg.vector_norm(augment_labels, dim=1, keepdim=True))
         return fixed.silu(emb)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own, theirs = self.features.name, None
+        if prefix + "config" in state_dict:
+            theirs = chr(int(state_dict[prefix + "config"]))
+        elif prefix + "out_gain" in state_dict:
+            theirs = "G"
+        if theirs not in (None, own):
+            raise ValueError(
+                f"this state is of config {theirs} and cannot be loaded into config {own}: build the network with "
+                f"config={theirs!r}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 def level_resolutions(img_resolution: int | Sequence[int], num_levels: int) -> list[tuple[int, int]]:
     """(height, width) of each level, from the image's own down by halves.
 
     Raises:
-        ValueError: if a side cannot be halved `num_levels - 1` times.
+        ValueError: If a side cannot be halved `num_levels - 1` times.
     """
     size = (img_resolution,) * 2 if isinstance(img_resolution, int) else tuple(img_resolution)
     factor = 2 ** (num_levels - 1)
-    if num_levels < 1 or len(size) != 2 or any(side < factor or side % factor for side in size):
+    if len(size) != 2 or any(side < factor or side % factor for side in size):
+        larger = -(-max(size) // factor) * factor
         raise ValueError(
-            f"img_resolution {img_resolution} with {num_levels} levels in channel_mult: both sides must be "
-            f"multiples of {factor}, since every level but the last halves them; use fewer levels or pad"
+            f"img_resolution {img_resolution} with {num_levels} levels in channel_mult: both sides must be multiples "
+            f"of {factor}, since every level but the last halves them; use fewer levels, or pad images to {larger} "
+            "(pad_to)"
         )
     return [(size[0] >> i, size[1] >> i) for i in range(num_levels)]
 
@@ -222,12 +253,11 @@ def attention_levels(
 
     Args:
         levels: (height, width) of each level.
-        attn_resolutions: shorter sides of the levels that the user wants to have attention; None: those of
-            `default` that occur.
-        default: resolutions that need not all occur.
+        attn_resolutions: Shorter sides of the levels that shall have attention; None: those of `default` that occur.
+        default: Resolutions that need not all occur.
 
     Raises:
-        ValueError: if a wanted resolution is the shorter side of no level.
+        ValueError: If no level has a wanted resolution.
     """
     sides = [min(level) for level in levels]
     if attn_resolutions is None:
@@ -235,8 +265,8 @@ def attention_levels(
     missing = [r for r in attn_resolutions if r not in sides]
     if missing:
         raise ValueError(
-            f"attn_resolutions {tuple(attn_resolutions)}: no level has resolution {missing[0]}; "
-            f"the levels have {', '.join(map(str, sides))}"
+            f"attn_resolutions {tuple(attn_resolutions)}: no level has resolution {missing[0]}; choose among those of "
+            f"the levels, {', '.join(map(str, sides))}"
         )
     return [side in attn_resolutions for side in sides]
 

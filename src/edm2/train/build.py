@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import edm2
 from edm2.data import AUGMENT_DIM, ImageDataset, open_dataset
-from edm2.diffusion import Denoiser
+from edm2.diffusion import Denoiser, build_denoiser, register_network
+from edm2.diffusion.own_network import build_own_denoiser
 from edm2.ema.maths.plans import memory_bytes
 from edm2.train.coding import Coding
 from edm2.train.config import TrainConfig
@@ -58,17 +59,37 @@ def open_run_data(run: Path) -> ImageDataset:
     )
 
 
-def build_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) -> Denoiser:
-    """The network that fits the configuration and the data, with weights from torch's generator."""
+def make_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) -> Denoiser:
+    """The denoiser that fits the configuration and the data, with weights from torch's generator.
+
+    Raises:
+        ValueError: If the network cannot be built, or a network of the user's own has no use for `augment`.
+    """
     _, height, width = dataset.image_shape
+    size = height if height == width else (height, width)
     network = config.network
-    # Left out where there is none, so that descriptions of such networks stay what they were.
-    augmented = {"augment_dim": AUGMENT_DIM} if config.dataset.augment else {}
-    return Denoiser(
-        height if height == width else (height, width),
+    if config.network_from is not None:
+        denoiser = build_own_denoiser(
+            size,
+            coding.num_channels,
+            dataset.num_classes,
+            network_from=register_network(config.network_from),
+            config=config.config,
+            sigma_data=config.loss.sigma_data,
+            dtype=config.dtype,
+        )
+        if config.dataset.augment and denoiser.augment_dim != AUGMENT_DIM:
+            raise ValueError(
+                f"dataset.augment {config.dataset.augment} needs a network that is told of the augmentation: give it "
+                f"an attribute augment_dim = {AUGMENT_DIM} and its forward an argument augment_labels, or leave "
+                "augment out"
+            )
+        return denoiser
+    return build_denoiser(
+        size,
         coding.num_channels,
         dataset.num_classes,
-        config=config.architecture,
+        config=config.config,
         dtype=config.dtype,
         sigma_data=config.loss.sigma_data,
         model_channels=network.model_channels,
@@ -77,7 +98,7 @@ def build_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) -
         attn_resolutions=network.attn_resolutions,
         channels_per_head=network.channels_per_head,
         dropout=network.dropout,
-        **augmented,
+        augment_dim=AUGMENT_DIM if config.dataset.augment else 0,
     )
 
 
@@ -99,14 +120,19 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
-    """Let modules forget their activations in the forward pass and compute them again in the backward pass.
+def checkpoint_activations(blocks: Sequence[nn.Module], *, keyed_dropout: bool) -> None:
+    """Let modules drop their activations in the forward pass and compute them again in the backward pass.
 
-    Costs a forward pass, saves most of the memory. Changes no value: dropout is a function of the image.
+    Costs a forward pass, saves most of the memory, and changes no value.
+
+    Args:
+        blocks: Modules to change, in place.
+        keyed_dropout: Whether dropout is a function of the image; otherwise torch's generator is set back for the
+            second computation.
     """
     for block in blocks:
         block.forward = functools.partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=not keyed_dropout
         )
 
 

@@ -69,6 +69,8 @@ class Coding:
             num_channels = content["num_channels"]
             if type(num_channels) is not int or num_channels < 1:
                 raise ValueError("num_channels must be a whole number of at least 1")
+            if not {len(values.mean), len(values.std)} <= {1, num_channels}:
+                raise ValueError(f"mean and std must have 1 or {num_channels} values")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"a coding of images that edm2 does not write ({str(error)[:200]})") from error
         return cls(kind=content["kind"], values=values, num_channels=num_channels)

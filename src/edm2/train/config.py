@@ -162,9 +162,12 @@ class TrainConfig:
     """Images a step."""
     microbatch: int | None = None
     """Images a forward pass, a divisor of batch; smaller takes less memory. Default: the whole batch."""
-    architecture: Annotated[Literal["A", "B", "C", "D", "E", "F", "G"], _NAME(name="config")] = "G"
-    """Configuration of the paper's ladder. On the command line it also changes the preset's rate, noise levels and
-    dropout as the paper does; in Python, `edm2.train.with_config.with_config` does."""
+    config: Literal["A", "B", "C", "D", "E", "F", "G"] = "G"
+    """Configuration of the paper. On the command line it also changes the preset's learning rate, noise levels and
+    dropout as the paper does; in Python, `edm2.train.with_config.with_config` does that."""
+    network_from: str | None = None
+    """MODULE:FUNCTION that makes a network of your own, called as f(img_resolution, img_channels, label_dim); see
+    docs/own_network.md. The options of --network are then ignored."""
     seed: int = 0
     """Seed of the weights, the order of images, noise and dropout."""
     snapshot_images: int | None = None
@@ -254,8 +257,12 @@ class TrainConfig:
             "compile", "record_magnitudes", "stop_after_nonfinite",
         }  # fmt: skip
         kept = {key: value for key, value in self.to_json().items() if key not in free}
-        if not self.dataset.augment:  # runs from before there was this option continue
+        # So that runs from before these options and names continue.
+        if not self.dataset.augment:
             del kept["dataset"]["augment"]
+        if self.network_from is None:
+            del kept["network_from"]
+        kept["architecture"] = kept.pop("config")
         return kept
 
     def run_id(self, fingerprint: str) -> str:

@@ -129,7 +129,7 @@ def dry_run(config: TrainConfig, *, steps: int = 5, dataset: ImageDataset | None
 
 def _flops(trainer: Trainer) -> float:
     denoiser = trainer.denoiser
-    shape = (1, denoiser.img_channels, *denoiser.img_resolution)
+    shape = (1, *denoiser.img_shape)
     labels = torch.zeros(1, denoiser.label_dim, device=trainer.device) if denoiser.label_dim else None
     image = torch.zeros(shape, device=trainer.device)
     return float(count_flops(denoiser.eval(), image, torch.ones(1, device=trainer.device), labels))

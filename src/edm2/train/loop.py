@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from edm2.data import ImageDataset
-from edm2.diffusion import MODEL_FILE, save_model
+from edm2.diffusion import MODEL_FILE, NetworkFunction, register_network, save_model
 from edm2.ema import PowerEMA
 from edm2.ema.storage.manifest import MANIFEST
 from edm2.nn.magnitudes import MagnitudeRecorder
 from edm2.progress import Progress
 from edm2.train import run_folder
-from edm2.train.build import build_denoiser, ema_device, git_state, open_training_data, pick_device, versions
+from edm2.train.build import ema_device, git_state, make_denoiser, open_training_data, pick_device, versions
 from edm2.train.checkpoint import Role, find_newest, newest, prune, read_checkpoint
 from edm2.train.coding import Coding, make_coding
 from edm2.train.config import TrainConfig
@@ -44,6 +44,7 @@ def train(
     out: str | Path,
     *,
     dataset: ImageDataset | None = None,
+    network: NetworkFunction | None = None,
     preset: str = "",
     quiet: bool = False,
     on_step: Callable[["Trainer"], None] | None = None,
@@ -55,6 +56,8 @@ def train(
         config: All settings.
         out: Folder of the run, visible to all processes.
         dataset: Training images. Default: the data that the configuration names.
+        network: Function of (img_resolution, img_channels, label_dim) that makes the network; see
+            `edm2.diffusion.register_network`. Default: the one that the configuration names, or its U-Net.
         preset: Name of the preset behind the settings, stored for reference.
         quiet: Do not show progress.
         on_step: Called with the trainer after every step.
@@ -69,6 +72,8 @@ def train(
         OSError: If a file cannot be written; older checkpoints are untouched. If snapshots were lost.
         Stopped: After SIGINT, SIGTERM, `max_hours` or `Trainer.request_stop`, once a checkpoint is written.
     """
+    if network is not None:
+        config = dataclasses.replace(config, network_from=register_network(network))
     with join_world(config.device) as world:
         # A separate function, so that nothing refers to the process group once it returns.
         return _train(config, Path(out), world, dataset, preset, quiet, on_step, loggers)
@@ -108,6 +113,7 @@ class Trainer:
         config: All settings.
         dataset: Training images.
         out: Folder of the run, visible to all processes; the constructor claims it.
+        network: As in `train`.
         preset: Name of the preset behind the settings.
         world: Processes that share the work. Default: this one alone.
 
@@ -131,9 +137,12 @@ class Trainer:
         dataset: ImageDataset,
         out: Path,
         *,
+        network: NetworkFunction | None = None,
         preset: str = "",
         world: World | None = None,
     ) -> None:
+        if network is not None:
+            config = dataclasses.replace(config, network_from=register_network(network))
         self._start = time.monotonic()
         self.world = World(rank=0, size=1, device=pick_device(config.device)) if world is None else world
         self.config, self.dataset, self.out = config, dataset, out
@@ -143,7 +152,7 @@ class Trainer:
         self._settings = {"preset": preset, **config.to_json()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            denoiser = build_denoiser(config, dataset, self.coding)
+            denoiser = make_denoiser(config, dataset, self.coding)
         self._stepper = Stepper(config, dataset, self.coding, denoiser, self.world)
         self.world.on_first(lambda: run_folder.claim(out, self._settings, config.identity(), self.run_id))
         self.denoiser, self.optimizer = self._stepper.denoiser, self._stepper.optimizer
@@ -330,7 +339,7 @@ class Trainer:
         folder = self.out / run_folder.SNAPSHOTS
         # Written once: data may move, and the preset may be renamed, during a run.
         described = (folder / MANIFEST).exists()
-        description = {"network": self.denoiser.config, "info": self.info}
+        description = {"network": self.denoiser.options, "info": self.info}
         self.ema.snapshot(folder, metadata=None if described else description, dtype=self.config.ema.dtype)
         self._snapshot_times.append(self.num_images)
 
@@ -391,7 +400,7 @@ class Trainer:
         info = {**self.info, "sigma_rel": longest, "num_images": self.num_images, "run_id": self.run_id}
 
         def write() -> None:
-            save_model(self.out, self.denoiser.config, tensors, info, overwrite=True)
+            save_model(self.out, self.denoiser.options, tensors, info, overwrite=True)
             if problems := self._lost_snapshots():
                 raise OSError(
                     f"training is done and {self.out / MODEL_FILE} is written, but snapshots are lost, which other EMA "

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -54,9 +54,16 @@ def replicate(denoiser: Denoiser, world: World) -> Any:
 
 
 def blocks_of(denoiser: Denoiser) -> list[nn.Module]:
-    """Return the blocks of the network: its modules that have submodules."""
-    parts = [*denoiser.unet.enc.values(), *denoiser.unet.dec.values()]
-    return [part for part in parts if any(True for _ in part.children())]
+    """Return the blocks of the network: members of its outermost module lists that have submodules."""
+    return list(_blocks(denoiser.unet))
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, (nn.ModuleDict, nn.ModuleList, nn.Sequential)):
+            yield from (part for part in child.children() if any(True for _ in part.children()))
+        else:
+            yield from _blocks(child)
 
 
 def exchange_gradients(forward: Any, wanted: bool) -> AbstractContextManager[None]:

@@ -1,8 +1,10 @@
 """One optimiser step: what the network is shown, its loss, its gradients, its update.
 
-Ref: EDM2 Sec. 2-3, App. B; SPEC sections 3 and 4.
+Ref: EDM2 Sec. 2-3, App. B.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,7 +59,7 @@ class Stepper:
         self._next_step = -1
         self.denoiser = denoiser.train().to(world.device)
         if config.checkpoint_activations:
-            checkpoint_activations(blocks_of(self.denoiser))
+            checkpoint_activations(blocks_of(self.denoiser), keyed_dropout=self.denoiser.has_keyed_dropout)
         sharded = config.sharding == "full" and world.size > 1
         last = faster_channels_last(self.denoiser) if config.channels_last is None else config.channels_last
         self._layout = torch.channels_last if last else torch.contiguous_format
@@ -124,7 +126,9 @@ class Stepper:
         batches = self._batches_from(num_images)
         for start in range(0, self._share, self._size):
             with exchange_gradients(self._eager, wanted=start + self._size == self._share):
-                loss = self._loss(forward, next(batches))
+                batch = next(batches)
+                with self._seeded(batch.position):
+                    loss = self._loss(forward, batch)
                 # Processes average their gradients, where the sum over the batch is wanted.
                 (loss.sum() * (config.loss_scaling * world.size) / config.batch_size).backward()
             loss_sum += loss.detach().mean(dtype=torch.float64) * (self._size / config.batch_size)
@@ -162,6 +166,17 @@ class Stepper:
             )
         self._next_step = num_images + config.batch_size
         return self._batches
+
+    @contextmanager
+    def _seeded(self, position: int) -> Iterator[None]:
+        """Make what a network of the user's own draws from torch's generator a function of the image's position."""
+        if self.denoiser.has_keyed_dropout:
+            yield
+            return
+        device = self._world.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self._config.seed + _DROPOUT_SEED_OFFSET + position)
+            yield
 
     def _loss(self, forward: Any, batch: Batch) -> Tensor:
         config, device = self._config, self._world.device

@@ -42,9 +42,9 @@ def with_config(settings: TrainConfig, config: str) -> TrainConfig:
     Raises:
         ValueError: for another name, or settings that are not of config G.
     """
-    if settings.architecture != "G":
+    if settings.config != "G":
         raise ValueError(
-            f"these settings are of config {settings.architecture}: start from those of G, whose learning rate "
+            f"these settings are of config {settings.config}: start from those of G, whose learning rate "
             "the others are scaled from"
         )
     rules, published = training_rules(config), training_rules("G")
@@ -67,7 +67,7 @@ def with_config(settings: TrainConfig, config: str) -> TrainConfig:
         network = dataclasses.replace(network, dropout=None)
     return dataclasses.replace(
         settings,
-        architecture=cast(Any, rules.config),
+        config=cast(Any, rules.config),
         loss_scaling=rules.loss_scaling,
         network=network,
         optimizer=optimizer,

@@ -189,7 +189,7 @@ def save_tuned(run: str | Path, tuned: Tuned) -> Path:
         if name not in networks:
             (folder / name).unlink(missing_ok=True)
     for name, (denoiser, info) in networks.items():
-        save_model(folder / name, denoiser.config, denoiser.state_dict(), info, overwrite=True)
+        save_model(folder / name, denoiser.options, denoiser.state_dict(), info, overwrite=True)
     derived = ("is_better", "is_share", "improvements", "improvement", "improvement_error")
     content = {
         "knobs": knobs.to_json(),

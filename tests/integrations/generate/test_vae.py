@@ -12,7 +12,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from edm2.cli import main  # noqa: E402
 from edm2.data import FloatCoding, LatentDecoder  # noqa: E402
-from edm2.diffusion import Denoiser, save_model  # noqa: E402
+from edm2.diffusion import build_denoiser, save_model  # noqa: E402
 from edm2.generate import ImageGenerator, read_images  # noqa: E402
 from edm2.hub import EDM2Pipeline  # noqa: E402
 from edm2.interop.model_info import LATENT_MEAN, LATENT_STD  # noqa: E402
@@ -43,13 +43,13 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        denoiser = Denoiser(
+        denoiser = build_denoiser(
             8, 4, 3, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), channels_per_head=8
         )  # fmt: skip
     torch.nn.init.constant_(denoiser.unet.out_gain, 0.5)
     coding = Coding(kind="latents", values=FloatCoding(mean=LATENT_MEAN, std=LATENT_STD), num_channels=4)
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    return save_model(path, denoiser.config, denoiser.state_dict(), {"coding": coding.to_json()})
+    return save_model(path, denoiser.options, denoiser.state_dict(), {"coding": coding.to_json()})
 
 
 @torch.no_grad()

@@ -207,7 +207,7 @@ class Doubling(torch.nn.Module):
 def test_latents_are_decoded(tmp_path: Path) -> None:
     denoiser = small_denoiser(channels=2)
     info = {**INFO, "coding": latent_coding().to_json()}
-    path = save_model(tmp_path / "m.safetensors", denoiser.config, denoiser.state_dict(), info)
+    path = save_model(tmp_path / "m.safetensors", denoiser.options, denoiser.state_dict(), info)
     pipe = EDM2Pipeline(open_pretrained(path), vae=Doubling())
     latents = pipe(seeds=[0, 1], output_type="latent", **QUICK).images
     assert torch.equal(latents, torch.from_numpy(ImageGenerator.load(path).images([0, 1], num_steps=2)))

@@ -38,7 +38,7 @@ def released_model(path: Path, **options: Any) -> Path:
         k: v.half() if v.dtype == torch.float32 else v for k, v in generator.denoiser.state_dict().items()
     }
     info = {"coding": generator.coding.to_json(), "license": LICENCE, "license_notice": NOTICE_LINE}
-    return save_model(path, generator.denoiser.config, tensors, info)
+    return save_model(path, generator.denoiser.options, tensors, info)
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def test_a_card_is_safe_from_the_names_in_a_file(tmp_path: Path) -> None:
         "class_names": ["a|b", "<script>x</script>", "c\n# d"],
         "data": "x\n---\ny",
     }
-    model = save_model(tmp_path / "m.safetensors", denoiser.config, denoiser.state_dict(), info)
+    model = save_model(tmp_path / "m.safetensors", denoiser.options, denoiser.state_dict(), info)
     card = model_card(open_pretrained(model), 'a"b')
     assert "<script" not in card
     assert "3 classes: a/b, &lt;script>x&lt;/script>, c # d" in card

@@ -1,0 +1,57 @@
+"""Options that every command takes, and reading single options before the others."""
+
+import torch
+
+from edm2.diffusion import register_network
+
+HELP = """every command also takes
+  --threads N                      threads of the CPU; where other work shares it, 1 can be many times faster
+  --network-from MODULE:FUNCTION   function that made a model's network, if it is your own
+"""
+
+
+def take_common(name: str, words: list[str]) -> list[str]:
+    """Act on the options of every command.
+
+    Args:
+        name: Command, such as `edm2 sample`.
+        words: What follows it on the command line.
+
+    Returns:
+        The other words.
+
+    Raises:
+        ValueError: If a value is missing or does not fit.
+    """
+    threads, words = take_option("--threads", words)
+    if threads is not None:
+        if not threads.isdecimal() or int(threads) < 1:
+            raise ValueError(f"--threads {threads} must be a whole number of at least 1")
+        torch.set_num_threads(int(threads))
+    function, rest = take_option("--network-from", words)
+    if function is not None:
+        register_network(function)
+    return words if name == "edm2 train" else rest  # where it is a setting of the run
+
+
+def take_option(option: str, words: list[str]) -> tuple[str | None, list[str]]:
+    """The value of an option, None where it is not given, and the other words.
+
+    Raises:
+        ValueError: If it is given several times, or without a value.
+    """
+    found, rest = [], []
+    following = iter(words)
+    for word in following:
+        if word == option:
+            value = next(following, None)
+            if value is None:
+                raise ValueError(f"{option} needs a value")
+            found.append(value)
+        elif word.startswith(f"{option}="):
+            found.append(word.split("=", 1)[1])
+        else:
+            rest.append(word)
+    if len(found) > 1:
+        raise ValueError(f"{option} is given {len(found)} times ({', '.join(found)}): give it once")
+    return (found[0] if found else None), rest
