@@ -1,7 +1,7 @@
-"""Presets: one function a training run, each with a receipt.
+"""Presets: one function for each training run.
 
-A receipt says where the settings come from, what the run costs, the command, and what came out, or that it
-was not run here. `edm2 info NAME` prints parameters and operations of each.
+Each docstring says where the settings come from, what the run costs, and what came out of it, or that it was not run
+here. `edm2 info NAME` prints parameters and operations.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from edm2.train.config import (
 )
 
 _MI = 1 << 20
-# Table of SPEC section 4: size -> channels, ref_lr, dropout, Mi images at img512 and img64.
+# EDM2 Table 6: size -> channels, ref_lr, dropout, Mi images at img512 and img64.
 _SIZES = {
     "xxs": (64, 0.0170, 0.0, 2048, None),
     "xs": (128, 0.0120, 0.0, 2048, 1024),
@@ -27,7 +27,7 @@ _SIZES = {
     "xl": (384, 0.0070, 0.1, 1280, 640),
     "xxl": (448, 0.0065, 0.1, 896, None),
 }
-# Mean and standard deviation of the latents of stabilityai/sd-vae-ft-mse on ImageNet (SPEC section 7).
+# Mean and standard deviation of the latents of stabilityai/sd-vae-ft-mse on ImageNet.
 _LATENT_MEAN = (5.81, 3.25, 0.12, -2.15)
 _LATENT_STD = (4.17, 4.62, 3.71, 3.28)
 
@@ -60,8 +60,7 @@ def digits() -> TrainConfig:
 def fashion_mnist() -> TrainConfig:
     """Fashion-MNIST, padded to 32x32, on one GPU or in a long evening on a CPU.
 
-    Source: ours; the network is that of FIELD's reference training step (1.7M parameters).
-    Not run to its end here.
+    Source: ours (1.7M parameters). Not run to its end here.
     """
     return TrainConfig(
         data="fashion-mnist",
@@ -113,8 +112,8 @@ def fashion_mnist_small() -> TrainConfig:
 def img512(size: str) -> TrainConfig:
     """ImageNet-512 latents, 64x64x4, 1000 classes.
 
-    Source: EDM2 Table 6; SPEC section 4. The paper's cost: 2048 Mi images at batch 2048. Data: latents with 8
-    channels, means then standard deviations. Not run here.
+    Source: EDM2 Table 6. The paper's cost: 2048 Mi images at batch 2048. Data: latents with 8 channels, means then
+    standard deviations. Not run here.
     """
     channels, lr, dropout, mimg, _ = _SIZES[size]
     return TrainConfig(
@@ -132,7 +131,7 @@ def img512(size: str) -> TrainConfig:
 def img64(size: str) -> TrainConfig:
     """ImageNet-64 pixels, 64x64x3, 1000 classes.
 
-    Source: EDM2 Table 6; SPEC section 4. Not run here.
+    Source: EDM2 Table 6. Not run here.
     """
     channels, lr, dropout, _, mimg = _SIZES[size]
     assert mimg is not None

@@ -1,4 +1,4 @@
-"""Whole denoisers of all configurations against a second writing of LADDER sections 2 to 9, in float64."""
+"""Whole denoisers of all configurations against their definition written a second time, in float64."""
 
 import math
 

@@ -5,7 +5,8 @@ from edm2.diffusion import build_denoiser, edm2_loss
 from edm2.nn import count_flops
 from edm2.train import learning_rate
 
-# LADDER section 14: parameters with the uncertainty head, and Gflops of 512 cond and 64 cond.
+# Parameters with the uncertainty head: 4 channels with and without 1000 classes, 3 channels likewise; Gflops of the
+# first and third. EDM2 Table 6 has both, rounded.
 SIZES = {
     64: (31_309_029, 31_053_029, 31_307_877, 31_051_877, 11.525, 11.520),
     128: (124_713_253, 124_201_253, 124_710_949, 124_198_949, 45.498, 45.488),
@@ -175,6 +176,30 @@ def test_label_errors(tiny, conditional):
         conditional(torch.zeros(1, 4, 8, 16), torch.ones(1))
     with pytest.raises(ValueError, match="dtype 'int8' is not float32, bfloat16 or float16"):
         build_denoiser(8, 1, dtype="int8")
+
+
+def test_images_and_noise_levels_that_do_not_fit(tiny):
+    net = tiny().eval()
+    with pytest.raises(
+        ValueError, match=r"\(1, 3, 32, 32\): this denoiser was built for 3 x 16 x 16, .* resize"
+    ):
+        net(torch.zeros(1, 3, 32, 32), torch.ones(1))
+    with pytest.raises(ValueError, match=r"\(1, 4, 16, 16\): this denoiser was built for 3 x 16 x 16"):
+        net(torch.zeros(1, 4, 16, 16), torch.ones(1))
+    with pytest.raises(ValueError, match=r"images of shape \(3, 16, 16\) must be \[B, C, H, W\]"):
+        net(torch.zeros(3, 16, 16), torch.ones(1))
+    with pytest.raises(ValueError, match="3 noise levels for 2 images: give one for all, or one for each"):
+        net(torch.zeros(2, 3, 16, 16), torch.ones(3))
+
+
+def test_a_state_from_before_the_network_named_its_configuration_loads():
+    options = dict(config="D", model_channels=16, channel_mult=(1,), num_blocks=1, channels_per_head=16)
+    net = build_denoiser(8, 1, **options)
+    state = net.state_dict()
+    state["ladder_config"] = state.pop("unet.config")
+    build_denoiser(8, 1, **options).load_state_dict(state)
+    with pytest.raises(ValueError, match="of config D and cannot be loaded into config C"):
+        build_denoiser(8, 1, **{**options, "config": "C"}).load_state_dict(state)
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_untrained_output(config, inputs):
 
 @pytest.mark.parametrize(("config", "expected"), [("C", 0.36), ("D", 0.54), ("E", 0.54), ("F", 1.89)])
 def test_magnitude_of_the_untrained_output(config, expected):
-    """Sanity values of LADDER section 5, there from one seed."""
+    """Values that another implementation gave from one seed."""
     torch.manual_seed(0)
     net = UNet(32, 4, 1000, config=config, model_channels=64).eval()
     with torch.no_grad():

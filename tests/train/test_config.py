@@ -14,7 +14,11 @@ from edm2.train.build import ema_device
 @pytest.mark.parametrize(
     ("kind", "wrong", "message"),
     [
-        (TrainConfig, {"num_images": 0}, "num_images 0 must be at least 1"),
+        (
+            TrainConfig,
+            {"num_images": -5},
+            r"num_images -5 must be at least 1: change --images \(num_images in Python\)",
+        ),
         (TrainConfig, {"batch_size": 0}, "batch_size 0 must be at least 1"),
         (TrainConfig, {"snapshot_images": 0}, "snapshot_images 0 must be at least 1"),
         (TrainConfig, {"checkpoint_images": -1}, "checkpoint_images -1 must be at least 1"),
@@ -30,7 +34,11 @@ from edm2.train.build import ema_device
         (TrainConfig, {"batch_size": 8, "microbatch": 3}, "microbatch 3 must be a divisor of batch 8"),
         (TrainConfig, {"batch_size": 8, "microbatch": 0}, "microbatch 0 must be a divisor of batch 8"),
         (TrainConfig, {"batch_size": 8, "microbatch": 16}, "microbatch 16 must be a divisor of batch 8"),
-        (NetworkConfig, {"model_channels": 0}, "model_channels 0 must be at least 1"),
+        (
+            NetworkConfig,
+            {"model_channels": 0},
+            "model_channels 0 must be at least 1: change --network.model-channels ",
+        ),
         (NetworkConfig, {"num_blocks": 0}, "num_blocks 0 must be at least 1"),
         (NetworkConfig, {"channels_per_head": 0}, "channels_per_head 0 must be at least 1"),
         (NetworkConfig, {"channel_mult": ()}, r"channel_mult \(\) must be one or more numbers"),

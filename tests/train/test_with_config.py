@@ -10,7 +10,7 @@ from edm2.presets import get_preset
 from edm2.train import traditional_decay
 from edm2.train.with_config import traditional_average, with_config
 
-# Width of config A's average in runs of up to 1000 M images, LADDER section 3.
+# Width of config A's average in runs of up to 1000 M images.
 SHORT_RUN = gamma_to_sigma_rel(math.log(2) / 0.05 - 1)
 
 

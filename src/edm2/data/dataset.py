@@ -191,7 +191,7 @@ class PaddedDataset(ImageDataset):
         if size < max(height, width):
             raise ValueError(
                 f"pad_to {size} is smaller than the images of {dataset.name!r} ({height}x{width}): "
-                f"give at least {max(height, width)}, or leave it out"
+                f"give at least {max(height, width)}, or None for no padding (--dataset.pad-to None)"
             )
         self._dataset = dataset
         top, left = (size - height) // 2, (size - width) // 2

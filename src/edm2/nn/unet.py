@@ -266,7 +266,7 @@ def attention_levels(
     if missing:
         raise ValueError(
             f"attn_resolutions {tuple(attn_resolutions)}: no level has resolution {missing[0]}; choose among those of "
-            f"the levels, {', '.join(map(str, sides))}"
+            f"the levels, {', '.join(map(str, sides))}, or None for the default (--network.attn-resolutions None)"
         )
     return [side in attn_resolutions for side in sides]
 

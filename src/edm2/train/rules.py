@@ -1,8 +1,8 @@
-"""What training must do for each configuration of the ladder, as data.
+"""What training must do for each configuration, as data.
 
-Each configuration is written as its difference from the one before, as its network is in `edm2.nn.configs`.
+Each configuration is written as its difference from the one before, like its network in `edm2.nn.configs`.
 
-Ref: EDM2 Table 1, Fig. 16-22, App. B.1-B.7; LADDER section 10.
+Ref: EDM2 Table 1, Fig. 16-22, App. B.1-B.7.
 """
 
 from dataclasses import dataclass, replace
@@ -15,8 +15,8 @@ from edm2.nn import CONFIGS
 class TrainingRules:
     """How the paper trains one configuration at size S on ImageNet-512. The defaults are those of config A.
 
-    What a scaled-down run takes over as it is: betas, eps, loss_scaling, p_mean, p_std, forced_weight_norm,
-    dropout, and whether the learning rate decays. Lengths, batch and rates belong to the paper's scale.
+    A smaller run keeps betas, eps, loss_scaling, p_mean, p_std, forced_weight_norm, dropout, and whether the
+    learning rate decays. Lengths, batch size and rates belong to the paper's scale.
     """
 
     config: str
@@ -34,38 +34,38 @@ class TrainingRules:
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's moments. No weight decay and no clipping of gradients in any configuration."""
     eps: float = 1e-8
-    """Adam's epsilon. Known for A and G; the paper names none for B to F, which take the same."""
+    """Adam's epsilon. Known for A and G; the paper gives none for B to F, which use the same."""
     loss_scaling: float = 100.0
-    """Factor on the loss, never undone: Adam does not see it, but for eps, and float16 gradients underflow less."""
+    """Factor on the loss, never undone: it keeps float16 gradients from underflow and reaches Adam through eps only."""
     p_mean: float = -1.2
     """Mean of ln sigma in training."""
     p_std: float = 1.2
     """Standard deviation of ln sigma in training."""
     ema: Literal["traditional", "power"] = "traditional"
-    """One average that forgets exponentially, or power-function averages from which others can be made."""
+    """One exponential average, or power-function averages from which others can be reconstructed."""
     ema_halflife_mimg: float = 50.0
-    """Half-life of the traditional average, in millions of images; see `traditional_decay`."""
+    """Half-life of the exponential average, in millions of images; see `traditional_decay`."""
     sigma_rels: tuple[float, ...] = ()
     """Lengths of the power-function averages that are tracked."""
     best_sigma_rel: float = 0.034
-    """Length of the average with the best Frechet distance in the paper."""
+    """Length of the average with the paper's best Frechet distance."""
     float16: Literal["partial", "full"] = "partial"
-    """Extent of float16: partial keeps embedding and attention logits in float32, full runs all of the network in
-    it. The network sees to it. Gradients that are not finite are set to 0 before each step."""
+    """partial: embedding and attention logits stay float32; full: the whole network runs in float16. Either way,
+    gradients that are not finite are set to 0 before each step."""
 
     @property
     def forced_weight_norm(self) -> bool:
-        """Whether stored weights are normalised before each step; `edm2.nn.ForcedWeightNorm` does nothing else."""
+        """Whether stored weights are normalised before each step, see `edm2.nn.ForcedWeightNorm`."""
         return CONFIGS[self.config].weights == "forced"
 
     @property
     def learned_uncertainty(self) -> bool:
-        """Whether the loss is weighted with a learned u(sigma); `edm2_loss` and `Denoiser` see to it."""
+        """Whether the loss is weighted with a learned u(sigma), see `edm2.diffusion.edm2_loss`."""
         return CONFIGS[self.config].uncertainty
 
     @property
     def dropout(self) -> float:
-        """Dropout probability at size S, which `Denoiser` takes where none is given."""
+        """Dropout probability at size S, the default of `edm2.diffusion.build_denoiser`."""
         return CONFIGS[self.config].dropout
 
 
@@ -104,32 +104,26 @@ def training_rules(config: str) -> TrainingRules:
         config: `A` to `G`.
 
     Raises:
-        ValueError: for another name.
+        ValueError: If there is no such configuration.
     """
     if config not in _RULES:
         raise ValueError(f"config {config!r} is not one of {', '.join(_RULES)}; G is the published one")
     return _RULES[config]
 
 
-def traditional_decay(
-    num_images: float, *, batch_size: int, halflife_mimg: float = 50.0, rampup_ratio: float | None = 0.05
-) -> float:
-    """Factor that an update of config A's average keeps of the average: `0.5 ** (batch_size / half-life)`.
+def traditional_decay(num_images: float, *, batch_size: int, halflife_mimg: float = 50.0) -> float:
+    """Factor by which an update of config A's average keeps the average: `0.5 ** (batch_size / half-life)`.
+
+    The half-life is at most 5% of the images seen, so that the random start is soon forgotten.
 
     Args:
-        num_images: images seen, those of this step included.
-        batch_size: images since the last update.
-        halflife_mimg: half-life, in millions of images.
-        rampup_ratio: bound on the half-life as a share of num_images, so that the random start is soon
-            forgotten. 0.05 as where config A comes from; the paper is silent (LADDER section 16.7). None: no
-            bound.
+        num_images: Images seen, including those of this step.
+        batch_size: Images since the last update.
+        halflife_mimg: Half-life, in millions of images.
 
     Returns:
         A number in [0, 1).
 
-    Ref: LADDER section 3.
+    Ref: EDM2 App. B.1; EDM (arXiv 2206.00364) App. F.2.
     """
-    halflife = halflife_mimg * 1e6
-    if rampup_ratio is not None:
-        halflife = min(halflife, rampup_ratio * num_images)
-    return float(0.5 ** (batch_size / halflife))
+    return float(0.5 ** (batch_size / min(halflife_mimg * 1e6, 0.05 * num_images)))

@@ -1,6 +1,6 @@
-"""Training settings of the configurations A to G, made from those of config G.
+"""Training settings of the configurations A to F, derived from those of config G.
 
-Ref: EDM2 Table 1, App. B; LADDER sections 3-10.
+Ref: EDM2 Table 1, App. B.
 """
 
 import dataclasses
@@ -14,33 +14,32 @@ from edm2.train.rules import training_rules
 def traditional_average() -> Target:
     """Config A's average, for `edm2.ema.reconstruct(snapshots, target=...)` of a run whose clock counts images.
 
-    It forgets with a half-life of a twentieth of the images seen, up to 50 M images. Up to 1000 M images it is a
-    power function, t^gamma with gamma + 1 = ln 2 / 0.05, which `edm2 ema reconstruct RUN --sigma-rel 0.0629 --out
-    FOLDER` gives.
+    Its half-life is a twentieth of the images seen, at most 50 million. Up to 1,000 million images it is a power
+    function, t^gamma with gamma + 1 = ln 2 / 0.05, the same as EMA length 0.0629.
+    `edm2.train.traditional_decay` gives the factor of a single update.
 
-    Ref: LADDER section 3; `edm2.train.traditional_decay` is the factor of its single updates.
+    Ref: EDM2 App. B.1; EDM (arXiv 2206.00364) App. F.2.
     """
     return Target.exponential(training_rules("A").ema_halflife_mimg * 1e6, rampup_ratio=0.05)
 
 
 def with_config(settings: TrainConfig, config: str) -> TrainConfig:
-    """The same run with another configuration of the ladder.
+    """The same run with another configuration.
 
-    What the paper changes from one configuration to the next is changed: the learning rate by the ratio of the
-    paper's rates, its decay where the paper has none; Adam's betas and eps and the factor on the loss are set to
-    the paper's, as is config A's noise distribution. Where the settings have G's dropout, 0, the others get theirs,
-    0.1. Lengths, batch, network size, the resolutions with attention where the settings name them, and seeds stay.
-    For G nothing changes.
+    The learning rate changes by the ratio of the paper's rates and decays where the paper's does. Adam's betas and
+    eps, the factor on the loss, and config A's noise distribution are the paper's. Where the settings have G's
+    dropout, 0, the others get theirs, 0.1. Lengths, batch size, network size, given attention resolutions and seeds
+    stay the same.
 
     Args:
-        settings: of config G.
-        config: `A` to `G`.
+        settings: Settings of config G.
+        config: `A` to `G`; G returns the settings unchanged.
 
     Returns:
         The settings of that configuration.
 
     Raises:
-        ValueError: for another name, or settings that are not of config G.
+        ValueError: If there is no such configuration, or the settings are not those of config G.
     """
     if settings.config != "G":
         raise ValueError(
@@ -55,8 +54,8 @@ def with_config(settings: TrainConfig, config: str) -> TrainConfig:
         ref_lr=settings.optimizer.ref_lr * (rules.ref_lr / published.ref_lr),
         ref_batches=settings.optimizer.ref_batches if rules.ref_batches else 0,
         betas=rules.betas,
-        # The paper never undoes its factor on the loss. Ours is undone on the gradients: an epsilon divided by it
-        # makes Adam's updates the same.
+        # The paper never undoes its factor on the loss. Ours is undone on the gradients; dividing epsilon by it makes
+        # Adam's updates the same.
         eps=rules.eps / rules.loss_scaling,
     )
     loss = settings.loss

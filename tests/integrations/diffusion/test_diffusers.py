@@ -10,7 +10,7 @@ pytest.importorskip("diffusers")
 
 from edm2.cli import main
 from edm2.diffusion import own_network
-from edm2.ema.storage.snapshots import read_manifest
+from edm2.ema.storage.manifest import read_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # those of the library
 DOCS = Path(__file__).parents[3] / "docs"
