@@ -135,5 +135,5 @@ def test_the_name_of_a_published_setting() -> None:
 
 
 def test_nothing_to_describe(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
+    with pytest.raises(ValueError, match=r"has no model\.safetensors"):
         describe_path(tmp_path)
