@@ -207,7 +207,7 @@ def _noise(page: Page, run: _Run) -> None:
     if not np.isfinite(errors).all():
         return page.text("The network's outputs are not finite.")
     density = noise_density(sigma, p_mean=settings["loss"]["p_mean"], p_std=settings["loss"]["p_std"])
-    has_uncertainty = generator.denoiser.logvar_linear is not None
+    has_uncertainty = generator.denoiser.uncertainty is not None
     page.figure(
         uncertainty_curve(sigma, learned if has_uncertainty else None, errors, density),
         f"Weighted squared error (natural logarithm) at each noise level, on {len(chosen)} training images"

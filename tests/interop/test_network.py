@@ -21,7 +21,7 @@ def test_golden_network_is_rebuilt_exactly(
     golden_network: Path, fill_by_rule: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     found = load_network(golden_network)
-    expected = fill_by_rule(build_denoiser(**found.config), prefix="8-0.050.").half().float().eval()
+    expected = fill_by_rule(build_denoiser(**found.options), prefix="8-0.050.").half().float().eval()
     assert not found.training
     for name, value in expected.state_dict().items():
         assert torch.equal(found.state_dict()[name], value), name
@@ -35,8 +35,8 @@ def test_golden_network_is_rebuilt_exactly(
 
 def test_golden_network_is_described_without_reading_its_weights(golden_network: Path) -> None:
     found = read_network(golden_network)
-    assert (found.config["img_resolution"], found.config["channel_mult"]) == (8, [1, 2])
-    assert found.config["attn_resolutions"] == [4]
+    assert (found.options["img_resolution"], found.options["channel_mult"]) == (8, [1, 2])
+    assert found.options["attn_resolutions"] == [4]
     assert found.encoder == "StandardRGBEncoder"
     assert sorted(found.buffers) == [
         f"{m}_fourier.{n}" for m in ("logvar", "unet.emb") for n in ("freqs", "phases")

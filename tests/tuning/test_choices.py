@@ -10,7 +10,7 @@ import torch
 
 from edm2.cli import main
 from edm2.data import open_dataset
-from edm2.diffusion import load_model, save_model
+from edm2.diffusion import build_denoiser, load_model, save_model
 from edm2.evaluation.judge import Judge
 from edm2.generate import ImageGenerator
 from edm2.hub import open_pretrained
@@ -153,7 +153,7 @@ def test_a_guide_that_does_not_fit_is_refused_before_work_starts(
     denoiser, info = load_model(unconditional)
     other = {**info, "coding": {**info["coding"], "mean": [0.5]}}
     save_model(tmp_path / "coded.safetensors", denoiser.options, denoiser.state_dict(), other)
-    wide = type(denoiser)(**{**denoiser.options, "img_resolution": 16, "attn_resolutions": ()})
+    wide = build_denoiser(**{**denoiser.options, "img_resolution": 16, "attn_resolutions": ()})
     save_model(tmp_path / "wide.safetensors", wide.options, wide.state_dict(), info)
     for name, told in (
         ("coded", "the guide's images are coded as"),

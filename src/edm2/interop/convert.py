@@ -218,12 +218,14 @@ def _save_network(network: NetworkFile, target: Path) -> Imported:
     if name is not None:
         info |= {"sigma_rel": name.sigma_rel, "num_images": name.num_images}
     write_notice(target.parent)
-    save_model(target, network.config, tensors, info)
+    save_model(target, network.options, tensors, info)
     return Imported(path=target, found=_describe(network, name))
 
 
 def _describe(network: NetworkFile, name: SnapshotName | None) -> str:
-    side, channels, classes = (network.config[key] for key in ("img_resolution", "img_channels", "label_dim"))
+    side, channels, classes = (
+        network.options[key] for key in ("img_resolution", "img_channels", "label_dim")
+    )
     numbers = sum(tensor.numel for tensor in network.parameters.values())
     text = f"network of {numbers:,} parameters for {channels} x {side} x {side}, "
     text += f"{classes} classes" if classes else "unconditional"

@@ -19,7 +19,7 @@ def model_info(network: NetworkFile) -> dict[str, Any]:
         network: as read from its file. Images of a network with four channels whose encoder is not that of
             RGB pixels are latents of the released models' autoencoder; of other encoders nothing is said.
     """
-    channels, sigma_data = network.config["img_channels"], network.config["sigma_data"]
+    channels, sigma_data = network.options["img_channels"], network.options["sigma_data"]
     info: dict[str, Any] = {"license": LICENCE, "license_notice": NOTICE_LINE}
     coding = None
     if network.encoder == "StandardRGBEncoder":

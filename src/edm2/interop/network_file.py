@@ -44,14 +44,14 @@ class NetworkFile:
 
     Attributes:
         path: the file.
-        config: arguments for `edm2.diffusion.build_denoiser`.
+        options: Arguments for `edm2.diffusion.build_denoiser`.
         parameters: name -> trained tensor.
         buffers: name -> fixed tensor.
         encoder: name of the class that encoded its training images, or None.
     """
 
     path: Path
-    config: dict[str, Any]
+    options: dict[str, Any]
     parameters: dict[str, StoredTensor]
     buffers: dict[str, StoredTensor]
     encoder: str | None
@@ -92,11 +92,11 @@ def network_of(path: Path, content: Any) -> NetworkFile:
     buffers: dict[str, StoredTensor] = {}
     for kind, name, tensor in _tensors(path, network):
         (parameters if kind == "_parameters" else buffers)[name] = tensor
-    config = _config(path, network, num_tensors=len(parameters) + len(buffers))
+    options = _options(path, network, num_tensors=len(parameters) + len(buffers))
     encoder = content.get("encoder")
     found = NetworkFile(
         path=path,
-        config=config,
+        options=options,
         parameters=parameters,
         buffers=buffers,
         encoder=encoder.class_name if isinstance(encoder, Record) else None,
@@ -136,14 +136,14 @@ def _is_name(name: Any) -> bool:
     return isinstance(name, str) and len(name) <= _LONGEST_NAME
 
 
-def _config(path: Path, network: Record, *, num_tensors: int) -> dict[str, Any]:
+def _options(path: Path, network: Record, *, num_tensors: int) -> dict[str, Any]:
     """Our constructor's arguments from those in the file, which have the same names."""
     given = network.state.get("_init_kwargs")
     if type(given) is not dict or network.state.get("_init_args", ()) != ():
         raise refusal(path, "a network without its constructor's arguments by name")
     if "sigma_data" in network.state:
         given = {"sigma_data": network.state["sigma_data"], **given}
-    config = {}
+    options = {}
     for name, value in given.items():
         if name in _WITHOUT_MEANING_HERE or value is None:
             continue
@@ -151,15 +151,15 @@ def _config(path: Path, network: Record, *, num_tensors: int) -> dict[str, Any]:
             raise refusal(
                 path, f"a network with {str(name)[:40]!r} = {shown(value)}, which is not known here"
             )
-        config[name] = value
+        options[name] = value
     try:
-        return build_from(config, num_tensors=num_tensors).options
+        return build_from(options, num_tensors=num_tensors).options
     except ValueError as error:
         raise refusal(path, f"a network that cannot be built ({error})") from None
 
 
 def _check_state(found: NetworkFile) -> None:
-    network = build_from(found.config)
+    network = build_from(found.options)
     wanted = {name: tuple(x.shape) for name, x in network.state_dict().items()}
     given = {name: x.shape for name, x in {**found.parameters, **found.buffers}.items()}
     for name in sorted(wanted.keys() | given.keys()):

@@ -40,7 +40,7 @@ def load_network(path: str | Path) -> Denoiser:
     """
     found = read_network(path)
     with torch.device("meta"):
-        denoiser = build_denoiser(**found.config)
+        denoiser = build_denoiser(**found.options)
     denoiser.load_state_dict({name: x.float() for name, x in found.read_tensors().items()}, assign=True)
     _log.warning("%s: %s", path, NOTICE_LINE)
     return denoiser.eval().requires_grad_(False)

@@ -97,7 +97,7 @@ def open_snapshots(folder: str | Path, *, prefix: str | None = None) -> ForeignS
         clock="images",
         start=0.0,
         aliases={},
-        metadata={"network": first.config, "info": info},
+        metadata={"network": first.options, "info": info},
     )
     files = {network.path.name: _tensor_file(network) for network in networks}
     snapshots = [_snapshot(name, network) for name, network in zip(named, networks, strict=True)]
@@ -146,7 +146,7 @@ def _named(folder: Path, prefix: str | None) -> list[SnapshotName]:
 def _check_same(networks: Sequence[NetworkFile]) -> None:
     first = networks[0]
     for network in networks:
-        if network.config != first.config:
+        if network.options != first.options:
             raise ValueError(
                 f"{network.path} and {first.path} are of different networks: move one training's files to a folder"
                 " of their own"
