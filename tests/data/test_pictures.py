@@ -158,7 +158,7 @@ def test_exif_data_that_is_text_or_nonsense_is_ignored(exif):
     data = encoded(Image.fromarray(PIXELS), exif=exif)
     header, image = agree("a", data)
     assert image.shape == (3, 7, 5)
-    assert header.notes == (() if exif[:2] == b"MM" else ("EXIF data that cannot be read is ignored",))
+    assert header.notes == (() if exif[:2] == b"MM" else ("unreadable EXIF data is ignored",))
 
 
 def test_whole_numbers_of_32_bits_are_exact_or_refused():

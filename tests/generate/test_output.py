@@ -74,7 +74,9 @@ def test_damaged_files_are_made_again(tmp_path: Path, kind: str, left: int) -> N
     file = tmp_path / f"000001.{kind}"
     file.write_bytes(file.read_bytes()[:left])
     (tmp_path / f"000003.{kind}").unlink()
-    with pytest.warns(UserWarning, match=rf"1 files are damaged and made again, such as .*000001\.{kind}"):
+    with pytest.warns(
+        UserWarning, match=rf"1 files are damaged and will be made again, such as .*000001\.{kind}"
+    ):
         write(tmp_path, "0-3", generator=generator, batch_size=1)
     after = content_of(tmp_path)
     assert after.keys() == before.keys()
@@ -124,7 +126,7 @@ def test_values_that_are_not_finite_are_no_picture(tmp_path: Path) -> None:
 def test_samples_made_otherwise_are_not_touched(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     write(tmp_path / "a", "0-2")
     before = content_of(tmp_path / "a")
-    with pytest.raises(ValueError, match=f"holds samples made otherwise .*{told}.*: choose another --out"):
+    with pytest.raises(ValueError, match=f"holds samples of other settings .*{told}.*: choose another --out"):
         write(tmp_path / "a", "0-5", **changes)
     assert content_of(tmp_path / "a") == before
 
@@ -188,7 +190,7 @@ def test_nothing_is_made_for_bad_input(tmp_path: Path) -> None:
         ({"rho": math.nan}, "rho nan must be positive and finite"),
         ({"sigma_max": math.inf}, r"sigma_max inf: 0 < sigma_min < sigma_max must hold, both finite"),
         ({"batch_size": 0}, "batch_size 0 must be at least 1"),
-        ({"grid": -1}, "grid -1 must be at least 0; 0 is none"),
+        ({"grid": -1}, "grid -1 must be at least 0; 0 makes no grid"),
         ({"labels": np.zeros(0, np.int64)}, "labels is an array without rows"),
         ({"conditions": np.zeros((0, 1, 8, 8))}, "conditions is an array without rows"),
         ({"conditions": np.zeros((2, 1, 8, 8))}, "this model takes none"),
@@ -216,7 +218,7 @@ def test_zip_is_a_data_set(tmp_path: Path) -> None:
     assert not (tmp_path / "s.zip.parts").exists()
     before = out.read_bytes()
     assert write(out, "0-4,1000") == out
-    with pytest.raises(ValueError, match=r"s\.zip holds samples made otherwise \(seeds \w+ there"):
+    with pytest.raises(ValueError, match=r"s\.zip holds samples of other settings \(seeds \w+ there"):
         write(out, "0-5")
     assert out.read_bytes() == before
 

@@ -27,55 +27,56 @@ class _Info:
     """Count images, sizes and classes, measure mean and standard deviation, name what needs fixing."""
 
     source: _SOURCE
-    """Folder, ZIP, .npy, .npz, IDX folder, Arrow or Parquet files, hf://NAME, digits or fashion-mnist."""
+    """Folder, ZIP or folder inside one, .npy, .npz, IDX folder, Arrow or Parquet files, hf://NAME, digits or
+    fashion-mnist."""
     split: str = "train"
-    """Split, where the source has several."""
+    """Split, if the source has several."""
     labels: bool = True
-    """Whether to look at labels."""
+    """Whether to read labels."""
     sample: int | None = None
-    """Number of images whose pixels are read; default: all, so that every damaged one is found."""
+    """Number of images whose pixels are read; default: all, so that all damaged ones are found."""
     workers: int | None = None
-    """Threads; default: one a processor."""
+    """Number of threads; default: one a processor."""
 
 
 @dataclass(kw_only=True)
 class _Convert:
-    """Bring images to one size and mode, into a new ZIP or folder. The same command again goes on after a stop."""
+    """Bring images to one size and mode, in a new ZIP or folder. The same command continues after any stop."""
 
     source: _SOURCE
-    """As for `edm2 data info`."""
+    """See `edm2 data info`."""
     out: Path
     """New folder, or a name that ends in .zip."""
     size: str | None = None
-    """Side in pixels, or HEIGHTxWIDTH; default: as it is."""
+    """Side in pixels, or HEIGHTxWIDTH; default: unchanged."""
     method: Literal["center-crop", "resize"] = "center-crop"
     """center-crop: cover the size and cut out the centre, as for ImageNet. resize: stretch to the size."""
     mode: Literal["auto", "gray", "rgb", "rgba"] = "auto"
-    """Mode of the pictures; auto: the one they have in common, else rgb."""
+    """Mode of the pictures; auto: the one that they have in common, or rgb."""
     split: str = "train"
-    """Split, where the source has several."""
+    """Split, if the source has several."""
     labels: bool = True
     """Whether to keep labels."""
     stream: bool = False
-    """Read a Hugging Face source from beginning to end without storing it."""
+    """Read a Hugging Face source from start to end without storing it."""
     skip_damaged: bool = False
-    """Leave damaged images out, and say how many; else the first of them ends the work."""
+    """Leave damaged images out and count them; otherwise the first one ends the work."""
     workers: int | None = None
-    """Processes; default: one a processor."""
+    """Number of processes; default: one a processor."""
 
 
 @dataclass(kw_only=True)
 class _Encode:
-    """Encode images to latents: 2 x C channels, means then standard deviations. The same command again goes on."""
+    """Encode images to latents: 2 x C channels, means then standard deviations. Interrupted work continues."""
 
     source: _SOURCE
-    """As for `edm2 data info`; images of one size."""
+    """See `edm2 data info`; images of one size."""
     out: Path
     """New folder, or a name that ends in .zip."""
     vae: str
     """AutoencoderKL on the hub, such as stabilityai/sd-vae-ft-mse, or the folder of one."""
     split: str = "train"
-    """Split, where the source has several."""
+    """Split, if the source has several."""
     batch: int = 8
     """Images at a time."""
     pixel_range: Literal["zero-one", "minus-one-one"] = "zero-one"
@@ -85,7 +86,7 @@ class _Encode:
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     skip_damaged: bool = False
-    """Leave damaged images out, and say how many."""
+    """Leave damaged images out and count them."""
 
 
 def info(prog: str, words: Sequence[str]) -> None:
@@ -132,9 +133,9 @@ def encode(prog: str, words: Sequence[str]) -> None:
 def _outcome(done: Converted) -> str:
     lines = [f"{done.path}: {done.num_images:,} images"]
     if done.enlarged:
-        lines.append(f"enlarged, because smaller: {done.enlarged:,}")
+        lines.append(f"enlarged because smaller: {done.enlarged:,}")
     if done.skipped:
-        lines.append(f"skipped, because damaged: {len(done.skipped):,}")
+        lines.append(f"skipped because unreadable: {len(done.skipped):,}")
         lines += [f"  {name}: {reason}" for name, reason in done.skipped[:10]]
     return "\n".join(lines)
 
@@ -146,5 +147,5 @@ def _size(text: str | None) -> tuple[int, int] | None:
         sides = [int(part) for part in text.split("x")]
         height, width = sides * 2 if len(sides) == 1 else sides
     except ValueError:
-        raise ValueError(f"--size {text!r}: write 64, or height and width as 64x96") from None
+        raise ValueError(f"--size {text!r} is not a size: write 64, or height and width as 64x96") from None
     return height, width

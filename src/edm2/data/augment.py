@@ -1,6 +1,6 @@
-"""Mirroring, and the augmentation for small data sets that does not show in samples.
+"""Mirroring, and augmentation for small data sets that does not leak into samples.
 
-Every draw is a function of (seed, position of the image in the run).
+Each draw is a function of (seed, position of the image in the run).
 
 Ref: EDM (arXiv 2206.00364) App. F.2.
 """
@@ -22,21 +22,21 @@ AUGMENT_DIM = 9
 
 
 def mirror(images: Tensor, index: Tensor, *, seed: int, probability: float = 0.5) -> Tensor:
-    """Mirror images left to right, as if the data set held every image both ways.
+    """Mirror images left to right at random.
 
-    Samples are then mirrored as often: right for faces, wrong for text.
+    Samples are then mirrored as often, which is right for faces and wrong for text.
 
     Args:
         images: `[B, C, H, W]`.
         index: `[B]` int64, positions in the run.
-        seed: of the run.
-        probability: that an image is mirrored, in [0, 1].
+        seed: Seed of the run.
+        probability: Probability that an image is mirrored, in [0, 1].
 
     Returns:
         `[B, C, H, W]`.
 
     Raises:
-        ValueError: for a probability outside [0, 1].
+        ValueError: If the probability is outside [0, 1].
     """
     _require_probability(probability)
     chosen = keyed_uniform(index, (), seed=seed, stream=_MIRROR) < probability
@@ -47,8 +47,8 @@ def mirror(images: Tensor, index: Tensor, *, seed: int, probability: float = 0.5
 class Augmentation:
     """Random geometric transformations, with a label that tells the network what was done.
 
-    A network that sees the label keeps its samples, made with the label zero, free of the transformations: they
-    do not leak. Each transformation happens with its own chance `probability`, in the order of the label:
+    Samples are made with the label zero, so that the transformations do not leak into them. Each transformation
+    happens independently with the chance `probability`, in the order of the label:
 
     - 0, 1: 1 where mirrored left to right, and top to bottom; each by a fair coin.
     - 2: a, scaled by `scale**a`; a ~ N(0, 1).
@@ -58,23 +58,22 @@ class Augmentation:
     - 7, 8: a and b, moved by `translation` x a of the width and x b of the height; a, b ~ N(0, 1).
 
     Images that are only flipped, or not touched, keep their values exactly. The others are sampled bicubically
-    and continued by their mirror image beyond the border. Only for pixels: a flipped latent is not the latent of a
-    flipped image.
+    and continued by their mirror image beyond the border. This is for pixels only: a flipped latent is not the latent
+    of a flipped image.
 
-    What can be trusted: the label says exactly what was done, zero is the untouched image, and the draws have the
-    distributions above (tested). Kinds, strengths and chances are the paper's as we understand its description, not
-    compared with results of its authors; its resampling filter (a wavelet) and the order in which transformations
-    are combined are not reproduced.
+    Tests show that the label says exactly what was done, that zero leaves an image untouched, and that the draws have
+    the distributions above. Kinds, strengths and chances follow the paper's description and have not been compared with
+    its authors' results. The paper's resampling filter (a wavelet) and its order of transformations are not reproduced.
 
     Args:
-        probability: of each transformation, in [0, 1]; the paper's are 0.12 to 0.15.
-        always_flip_x: mirror left to right with the fair coin alone, whatever the probability.
-        scale: factor at one standard deviation, at least 1.
-        stretch: likewise.
-        translation: share of the side at one standard deviation, at least 0.
+        probability: Probability of each transformation, in [0, 1]; the paper's are 0.12 to 0.15.
+        always_flip_x: Whether left and right are mirrored by the fair coin alone, regardless of the probability.
+        scale: Factor at one standard deviation, at least 1.
+        stretch: Factor at one standard deviation, at least 1.
+        translation: Share of the side at one standard deviation, at least 0.
 
     Raises:
-        ValueError: for values outside their range.
+        ValueError: If a value is outside its range.
 
     Ref: EDM App. F.2.
     """
@@ -100,14 +99,14 @@ class Augmentation:
 
         Args:
             images: `[B, C, H, W]` float.
-            index: `[B]` int64, positions in the run; on the CPU nothing has to wait for the images' device.
-            seed: of the run.
+            index: `[B]` int64, positions in the run; best on the CPU, so that nothing waits for the images' device.
+            seed: Seed of the run.
 
         Returns:
             `[B, C, H, W]` like the images, and labels `[B, 9]` float32 on their device.
 
         Raises:
-            ValueError: for images of bytes.
+            ValueError: If the images are not float.
         """
         if not images.is_floating_point():
             raise ValueError(f"augmentation takes float images, not {images.dtype}: code them first")
@@ -115,7 +114,7 @@ class Augmentation:
         return transform(images, label, self), label.to(images.device, non_blocking=True)
 
     def labels(self, index: Tensor, *, seed: int) -> Tensor:
-        """What is to be done to the images at these positions, `[B, 9]` float32; arguments as in a call."""
+        """Draw the labels of the images at these positions, `[B, 9]` float32; arguments as in a call."""
         on = keyed_uniform(index, (len(_TRANSFORMATIONS),), seed=seed, stream=_SWITCHES) < self.probability
         if self.always_flip_x:
             on[:, 0] = True
@@ -139,12 +138,12 @@ class Augmentation:
 
 
 def transform(images: Tensor, label: Tensor, augmentation: Augmentation) -> Tensor:
-    """Do to images what their labels say.
+    """Transform images as their labels say.
 
     Args:
         images: `[B, C, H, W]` float.
         label: `[B, 9]`, as `Augmentation` describes, on any device; zero leaves an image exactly as it is.
-        augmentation: strength of the transformations.
+        augmentation: Strengths of the transformations.
 
     Returns:
         `[B, C, H, W]`.
@@ -157,7 +156,7 @@ def transform(images: Tensor, label: Tensor, augmentation: Augmentation) -> Tens
     if not moved.any():
         return images
     height, width = images.shape[2:]
-    # From places in the result to places in the source, both in pixels from the centre.
+    # From positions in the result to positions in the source, both in pixels from the centre.
     backward = _forward_matrix(label[:, 2:].double(), augmentation, height, width).inverse().to(device)
     x, y = _centred(width, device), _centred(height, device)
     places = torch.stack(
@@ -175,7 +174,7 @@ def _forward_matrix(label: Tensor, augmentation: Augmentation, height: int, widt
     # [B, 3, 3], to be applied to columns (x, y, 1); x to the right, y down, so turns go clockwise.
     scale, turn_cos, turn_sin, along_x, along_y, move_x, move_y = label.unbind(1)
     factor = augmentation.scale**scale
-    # Shrinking along r is stretching across it, so that positive amounts are all there is.
+    # Shrinking along r is stretching across it, so amounts are positive.
     amount = torch.hypot(along_x, along_y)
     axis = torch.atan2(along_y, along_x)
     grow = augmentation.stretch**amount

@@ -13,7 +13,7 @@ from torch import Tensor
 from edm2.extras import need
 
 RELEASED_AUTOENCODER = "stabilityai/sd-vae-ft-mse"
-# What black and white are at the autoencoder's input and output.
+# Values of black and white at the autoencoder's input and output.
 PixelRange = Literal["zero-one", "minus-one-one"]
 
 
@@ -23,15 +23,15 @@ def load_autoencoder(
     """Load diffusers' `AutoencoderKL`.
 
     Args:
-        name: on the hub, such as `stabilityai/sd-vae-ft-mse`, or a folder that it was saved to. Of a folder or
-            name that holds a whole pipeline, the part `vae` is taken.
-        device: for its weights.
-        dtype: for its weights.
-        instead: what can be done without it, for the end of an error's message.
+        name: Name on the hub, such as `stabilityai/sd-vae-ft-mse`, or a folder that it was saved to. From a folder
+            that holds a whole pipeline, the part `vae` is taken.
+        device: Device for its weights.
+        dtype: Type of its weights.
+        instead: What can be done without it, for the end of an error's message.
 
     Raises:
-        MissingExtra: where `diffusers` is not installed.
-        ValueError: where it cannot load the autoencoder.
+        MissingExtra: If `diffusers` is not installed.
+        ValueError: If it cannot load the autoencoder.
     """
     kind = need("diffusers", "decoding or encoding latents", instead=instead).AutoencoderKL
     options = {"subfolder": "vae"} if (Path(name) / "vae" / "config.json").exists() else {}
@@ -39,7 +39,7 @@ def load_autoencoder(
         # Weights in other formats are pickles, which run code when they are loaded.
         model = kind.from_pretrained(str(name), torch_dtype=dtype, use_safetensors=True, **options)
     except Exception as error:
-        # diffusers and the hub raise dozens of kinds: no network, no such name, no safetensors.
+        # diffusers and the hub raise dozens of kinds of errors: no network, no such name, no safetensors.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(
             f"the autoencoder {str(name)!r} could not be loaded ({reason}): give the "
@@ -50,7 +50,7 @@ def load_autoencoder(
 
 @torch.no_grad()
 def encode_images(autoencoder: Any, images: Tensor, pixel_range: PixelRange) -> Tensor:
-    """Pictures `[B, C, H, W]` uint8 to means, then standard deviations, of latents, float32 on the CPU."""
+    """Encode pictures `[B, C, H, W]` uint8 to means, then standard deviations, of latents, float32 on the CPU."""
     x = images.to(device=autoencoder.device, dtype=torch.float32) / 255
     if pixel_range == "minus-one-one":
         x = 2 * x - 1
@@ -59,7 +59,7 @@ def encode_images(autoencoder: Any, images: Tensor, pixel_range: PixelRange) -> 
 
 
 def autoencoder_digest(autoencoder: Any) -> str:
-    """What tells an autoencoder's weights from any other's."""
+    """Digest of an autoencoder's weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(autoencoder.state_dict().items()):
         digest.update(name.encode())
@@ -74,13 +74,13 @@ def check_pixel_range(pixel_range: str) -> None:
 
 
 class LatentDecoder:
-    """Latents to pictures.
+    """Decoder from latents to pictures.
 
     Args:
-        autoencoder: from `load_autoencoder`.
-        pixel_range: what black and white are at its output: "zero-one" as for the models released with EDM2;
+        autoencoder: From `load_autoencoder`.
+        pixel_range: Values of black and white at its output: "zero-one" as for the models released with EDM2;
             "minus-one-one" as most autoencoders were trained.
-        batch_size: latents at a time; pictures have dozens of times as many values.
+        batch_size: Latents at a time; pictures have dozens of times as many values.
     """
 
     def __init__(
@@ -97,22 +97,22 @@ class LatentDecoder:
     def load(
         cls, name: str | Path = RELEASED_AUTOENCODER, *, device: torch.device | str = "cpu", **options: Any
     ) -> "LatentDecoder":
-        """Load the autoencoder, too.
+        """Load the autoencoder as well.
 
         Args:
-            name: see `load_autoencoder`; default: that of the models released with EDM2.
-            device: for its weights.
-            **options: pixel_range, batch_size.
+            name: See `load_autoencoder`; default: the autoencoder of the models released with EDM2.
+            device: Device for its weights.
+            **options: `pixel_range` and `batch_size`.
 
         Raises:
-            ValueError: as in `load_autoencoder`, or for bad options.
+            ValueError: As in `load_autoencoder`, or if an option is out of range.
         """
         instead = ", or write the latents themselves: edm2 sample --latents --out latents.npz (no decoder in Python)"
         return cls(load_autoencoder(name, device, instead=instead), **options)
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
-        """Latents in the autoencoder's own units, `[B, c, h, w]`, to `[B, C, H, W]` uint8.
+        """Decode latents in the autoencoder's own units, `[B, c, h, w]`, to `[B, C, H, W]` uint8.
 
         Ref: docs/data.md.
         """
@@ -124,7 +124,7 @@ class LatentDecoder:
         self.autoencoder.to(device)
 
     def identity(self) -> dict[str, str]:
-        """What pictures depend on, besides their latents."""
+        """Everything but the latents that pictures depend on."""
         return {"autoencoder": autoencoder_digest(self.autoencoder), "pixel_range": self.pixel_range}
 
     def _decode(self, latents: Tensor) -> Tensor:

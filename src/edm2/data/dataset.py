@@ -1,4 +1,4 @@
-"""What a data set is, and the kind that lies in memory."""
+"""The interface of data sets, and the kind that lies in memory."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-# More is a mistake, such as a hash taken for a class, and would fill the memory.
+# More classes are a mistake, such as a hash taken for a class, and would fill the memory.
 MAX_CLASSES = 1_000_000
-TOO_MANY_CLASSES = f"labels count classes from 0 and stay below {MAX_CLASSES:,}: number the classes anew"
+TOO_MANY_CLASSES = f"labels count classes from 0 and stay below {MAX_CLASSES:,}: renumber the classes"
 
 
 class Skipped(NamedTuple):
@@ -23,17 +23,17 @@ class ImageDataset(ABC):
     """Images of one shape with class labels, read by index.
 
     Attributes:
-        name: short, for logs and reports.
+        name: Short name for logs and reports.
         image_shape: `(C, H, W)`.
         dtype: uint8 for pixels, float32 for latents and other measured values.
-        num_classes: 0 where there are no labels.
-        class_names: one a class where they are known, else empty.
-        fingerprint: sha256 that two data sets share only when names, sizes, labels and checksums agree (files) or
-            every value does (arrays); the same on every machine. Never of file times. What it can miss: in a
-            folder, a change inside a file above 64 KiB that keeps its size (`edm2.data.storage.file_checksum`); in
-            a `.npy` file above 256 MiB, a change of some images (`NpyDataset`). A folder and a ZIP of it share
-            theirs where no file is above 64 KiB.
-        skipped: images that were left out because they are damaged.
+        num_classes: Number of classes; 0 without labels.
+        class_names: Name of each class, if known, else empty.
+        fingerprint: A sha256 that two data sets share only if names, sizes, labels and checksums agree (files) or all
+            values do (arrays). It is the same on every machine and does not depend on file times. It can miss a change
+            inside a file of a folder above 64 KiB that keeps its size (see `edm2.data.storage.file_checksum`) and a
+            change of some images in a `.npy` file above 256 MiB (see `NpyDataset`). A folder and a ZIP of it have the
+            same one if no file is above 64 KiB.
+        skipped: Images that were left out because they cannot be read.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class ImageDataset(ABC):
             `[B, C, H, W]` uint8 or float32.
 
         Raises:
-            IndexError: for an index outside the data set.
-            ValueError: for a damaged image, naming it.
+            IndexError: If an index is outside the data set.
+            ValueError: If an image is damaged; the message names it.
         """
         return self._read(self._checked(indices))
 
@@ -93,7 +93,7 @@ class ImageDataset(ABC):
             `[B]` int64 in [0, num_classes).
 
         Raises:
-            ValueError: where the data set has no labels.
+            ValueError: If the data set has no labels.
         """
         if self._labels is None:
             raise ValueError(f"data set {self.name!r} has no labels: ask only where num_classes is above 0")
@@ -101,7 +101,7 @@ class ImageDataset(ABC):
         return chosen
 
     def image_name(self, index: int) -> str:
-        """What messages call an image."""
+        """Name of an image in messages."""
         return f"image {index}"
 
     @abstractmethod
@@ -120,17 +120,17 @@ class ImageDataset(ABC):
 
 
 class ArrayDataset(ImageDataset):
-    """Images that lie in memory.
+    """Images in memory.
 
     Args:
         images: `[N, C, H, W]` uint8 or a float type.
         labels: `[N]` integers from 0, or None.
-        name: short, for logs and reports.
-        num_classes: where it is larger than the largest label says.
-        class_names: one a class.
+        name: Short name for logs and reports.
+        num_classes: Number of classes; default: the largest label plus 1.
+        class_names: Name of each class.
 
     Raises:
-        ValueError: for another shape or type, no images, or labels that do not fit.
+        ValueError: If the shape or type is another, there are no images, or the labels do not fit.
     """
 
     def __init__(
@@ -179,11 +179,11 @@ class PaddedDataset(ImageDataset):
     """Another data set's images in the middle of a larger square of zeros.
 
     Args:
-        dataset: what to pad.
-        size: new height and width in pixels. An odd pixel goes to the bottom and the right.
+        dataset: The data set to pad.
+        size: New height and width in pixels. An odd pixel goes to the bottom and the right.
 
     Raises:
-        ValueError: where the images are larger than that.
+        ValueError: If the images are larger than the new size.
     """
 
     def __init__(self, dataset: ImageDataset, size: int) -> None:
@@ -209,7 +209,7 @@ class PaddedDataset(ImageDataset):
         )
 
     def image_name(self, index: int) -> str:
-        """What messages call an image."""
+        """Name of an image in messages."""
         return self._dataset.image_name(index)
 
     def _read(self, indices: np.ndarray) -> np.ndarray:
@@ -217,14 +217,14 @@ class PaddedDataset(ImageDataset):
 
 
 class WithoutDamaged(ImageDataset):
-    """Another data set less some of its images.
+    """Another data set without some of its images.
 
     Args:
-        dataset: what to take them from.
-        damaged: index of every image to leave out, with its name and the reason.
+        dataset: The other data set.
+        damaged: Index of each image to leave out, with its name and the reason.
 
     Raises:
-        ValueError: where no image is left.
+        ValueError: If no image is left.
     """
 
     def __init__(self, dataset: ImageDataset, damaged: Mapping[int, Skipped]) -> None:
@@ -247,7 +247,7 @@ class WithoutDamaged(ImageDataset):
         )
 
     def image_name(self, index: int) -> str:
-        """What messages call an image."""
+        """Name of an image in messages."""
         return self._dataset.image_name(int(self._rows[index]))
 
     def _read(self, indices: np.ndarray) -> np.ndarray:
@@ -255,7 +255,11 @@ class WithoutDamaged(ImageDataset):
 
 
 def checked_labels(labels: np.ndarray, size: int) -> np.ndarray:
-    """Labels as `[size]` int64, or a ValueError that says what does not fit."""
+    """Return labels as `[size]` int64.
+
+    Raises:
+        ValueError: If they are not one whole number in [0, 1,000,000) an image.
+    """
     labels = np.asarray(labels)
     if labels.shape != (size,):
         raise ValueError(f"labels must have the shape [{size}], one an image, not {list(labels.shape)}")

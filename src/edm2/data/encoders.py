@@ -1,6 +1,6 @@
-"""Between stored images and what the network sees: zero mean, standard deviation sigma_data.
+"""Coding between stored images and network units, which have zero mean and standard deviation sigma_data.
 
-The preconditioning (EDM2 Eq. 1) assumes data of that size; with another, its input is not of unit magnitude.
+The preconditioning (EDM2 Eq. 1) assumes data of that magnitude; otherwise the network's input is not of unit magnitude.
 """
 
 import math
@@ -19,12 +19,12 @@ class FloatCoding:
     """Coding of float images such as latents: `(x - mean) / std * sigma_data` per channel.
 
     Args:
-        mean: of the data, one a channel or one for all.
-        std: of the data, likewise, above 0.
-        sigma_data: standard deviation of the coded data.
+        mean: Mean of the data, for each channel or for all.
+        std: Standard deviation of the data, for each channel or for all, above 0.
+        sigma_data: Standard deviation of the coded data, above 0.
 
     Raises:
-        ValueError: for a value that is not finite or not above 0, or numbers of channels that differ.
+        ValueError: If a value is not finite or not above 0, or numbers of channels differ.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -41,7 +41,7 @@ class FloatCoding:
         if len(self.mean) != len(self.std) and 1 not in (len(self.mean), len(self.std)):
             raise ValueError(
                 f"mean has {len(self.mean)} channels and std {len(self.std)}: "
-                "give one a channel, or one for all"
+                "give one for each channel, or one for all"
             )
 
     def encode(self, images: Tensor) -> Tensor:
@@ -77,9 +77,9 @@ class PixelCoding(FloatCoding):
     The defaults leave x / 127.5 - 1 as it is. Decoding undoes encoding exactly.
 
     Args:
-        mean: of x / 127.5 - 1, one a channel or one for all.
-        std: likewise, above 0.
-        sigma_data: standard deviation of the coded data.
+        mean: Mean of x / 127.5 - 1, for each channel or for all.
+        std: Standard deviation of x / 127.5 - 1, for each channel or for all, above 0.
+        sigma_data: Standard deviation of the coded data.
     """
 
     def encode(self, images: Tensor) -> Tensor:
@@ -96,19 +96,19 @@ class PixelCoding(FloatCoding):
 def measure_coding(
     dataset: ImageDataset, *, sample: int = 10_000, sigma_data: float = 0.5, latents: bool = False
 ) -> FloatCoding:
-    """The coding under which a data set has zero mean and standard deviation sigma_data in every channel.
+    """Measure the coding that gives every channel zero mean and standard deviation sigma_data.
 
     Args:
-        dataset: uint8 images give a `PixelCoding`, float ones a `FloatCoding`.
-        sample: number of images to measure, drawn by a fixed rule; all of them where there are fewer.
-        sigma_data: standard deviation of the coded data.
-        latents: the channels are means, then standard deviations, of what is coded; one value for each pair.
+        dataset: Images of bytes give a `PixelCoding`, float ones a `FloatCoding`.
+        sample: Number of images to measure, drawn by a fixed rule; all images if there are fewer.
+        sigma_data: Standard deviation of the coded data.
+        latents: Whether the channels are means, then standard deviations, of what is coded.
 
     Returns:
-        The coding, with one mean and one standard deviation a channel.
+        The coding, with one mean and one standard deviation for each channel.
 
     Raises:
-        ValueError: for a channel that is constant over the data set.
+        ValueError: If a channel is constant over the data set.
     """
     mean, square = _channel_moments(dataset, sample, latents)
     std = np.sqrt(np.maximum(square - mean**2, 0))
@@ -126,21 +126,21 @@ def measure_coding(
 def coding_warning(
     dataset: ImageDataset, coding: FloatCoding, *, sample: int = 2000, latents: bool = False
 ) -> str | None:
-    """Say so when coded data is far from the magnitude that the network is made for.
+    """Check that coded data has the magnitude that the network is made for.
 
-    The measure is the root mean square, because the preconditioning takes the data's mean to be zero.
+    The measure is the root mean square, because the preconditioning assumes that the mean is zero.
 
     Args:
-        dataset: what will be trained on.
-        coding: how it will be coded.
-        sample: number of images to measure.
-        latents: as in `measure_coding`.
+        dataset: The training data.
+        coding: Its coding.
+        sample: Number of images to measure.
+        latents: See `measure_coding`.
 
     Returns:
-        A sentence with the fix, or None where the magnitude is within a factor 1.5 of sigma_data.
+        A warning with the remedy, or None if the magnitude is within a factor 1.5 of sigma_data.
 
     Raises:
-        ValueError: for a coding that does not fit the images' type or number of channels.
+        ValueError: If the coding does not fit the images' type or number of channels.
     """
     mean, square = _channel_moments(dataset, sample, latents)
     coding.encode(torch.from_numpy(dataset.images(np.arange(1))[:, : len(mean)]))
@@ -165,7 +165,7 @@ def _rounded(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _channel_moments(dataset: ImageDataset, sample: int, latents: bool) -> tuple[np.ndarray, np.ndarray]:
-    # Mean and mean square of each channel in float64, of x / 127.5 - 1 or of the floats.
+    """Mean and mean square of each channel in float64, of x / 127.5 - 1 or of the floats."""
     if sample < 1:
         raise ValueError(f"sample {sample} must be at least 1")
     sample = min(sample, len(dataset))

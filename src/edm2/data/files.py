@@ -1,4 +1,4 @@
-"""Data sets of encoded files, read one image at a time: folders, ZIPs, and whatever else is a `Storage`."""
+"""Data sets of encoded files, read one image at a time: folders, ZIPs, and any other `Storage`."""
 
 import hashlib
 import warnings
@@ -27,7 +27,7 @@ from edm2.data.pictures import (
 from edm2.data.storage import FolderStorage, Storage, ZipStorage, zip_of
 
 _HEAD_BYTES = 4096
-# How to leave damaged images out; the option has a name in each command and in Python.
+# How to leave damaged images out, in each command and in Python.
 SKIP = "--skip-damaged (in training --dataset.skip-damaged, in Python skip_damaged=True)"
 
 
@@ -35,13 +35,13 @@ class Catalog(NamedTuple):
     """Encoded images and their labels, before any of them is read.
 
     Attributes:
-        storage: the files.
-        names: of the images among them.
+        storage: The files.
+        names: Names of the images among them.
         labels: `[N]` int64, one a name, or None.
-        class_names: one a class, where they are known.
-        where: the source as messages name it.
-        name: short, for logs and reports.
-        passed_over: suffix -> number of files that are neither images nor labels.
+        class_names: Name of each class, if known, else empty.
+        where: The source, for messages.
+        name: Short name for logs and reports.
+        passed_over: Suffix -> number of files that are neither images nor labels.
     """
 
     storage: Storage
@@ -59,11 +59,11 @@ class Catalog(NamedTuple):
         return [sizes[name] for name in self.names]
 
     def digest(self, rows: Iterable[int], settings: str = "") -> str:
-        """sha256 of names, sizes, labels and checksums; what a checksum can miss is said at each storage.
+        """sha256 of names, sizes, labels and checksums; see `checksum` of each storage for what it can miss.
 
         Args:
-            rows: which of the images.
-            settings: what else is to tell sets apart.
+            rows: Positions of the images to include.
+            settings: Anything else that makes sets different.
         """
         digest, sizes = hashlib.sha256(settings.encode()), self.sizes
         for row in rows:
@@ -79,22 +79,22 @@ class FileDataset(ImageDataset):
     Pictures (PNG, JPEG, WebP, BMP, GIF, TIFF) become uint8 as a viewer would show them:
 
     - gray has 1 channel, gray with alpha 2, RGB 3, RGBA 4; black and white is gray; a palette, CMYK and
-      YCbCr are RGB, or RGBA where the palette has transparency;
+      YCbCr are RGB, or RGBA if the palette has transparency;
     - a set of several modes is read as RGB (gray and gray with alpha: as gray), transparent parts on white,
       with a warning that counts them;
-    - images are turned upright where EXIF says so; of animations the first frame is taken;
-    - one band of 16-bit or float values becomes float32 with the values unchanged, so nothing is lost; 16-bit
-      colour is read with its upper 8 bits, which is what Pillow can do.
+    - images are turned upright if EXIF says so; the first frame of an animation is taken;
+    - one band of 16-bit or float values becomes float32 with unchanged values; 16-bit colour is read with its upper
+      8 bits, which is what Pillow can do.
 
     `.npy` files hold `[C, H, W]`, `[H, W]`, or `[H, W, C]` with up to 4 channels: uint8, or any float or 16-bit
     values, which become float32 unchanged. Opening reads the header of every image, not its pixels.
 
     Args:
-        catalog: the files.
-        skip_damaged: leave out images whose header is damaged; else they are an error.
+        catalog: The files.
+        skip_damaged: Whether to leave out images whose header is damaged; otherwise they are errors.
 
     Raises:
-        ValueError: for damaged images, or images of mixed sizes.
+        ValueError: If images are damaged or of different sizes.
     """
 
     def __init__(self, catalog: Catalog, *, skip_damaged: bool = False) -> None:
@@ -125,7 +125,7 @@ class FileDataset(ImageDataset):
         )
 
     def image_name(self, index: int) -> str:
-        """The file of an image."""
+        """File name of an image."""
         return self._names[index]
 
     def _read(self, indices: np.ndarray) -> np.ndarray:
@@ -149,11 +149,11 @@ def list_files(source: Path, *, labels: bool = True) -> Catalog:
     top folders are the classes.
 
     Args:
-        source: folder, ZIP, or a folder inside a ZIP, `data.zip/photos`.
-        labels: False leaves labels out.
+        source: Folder, ZIP, or folder inside a ZIP such as `data.zip/photos`.
+        labels: Whether to read labels.
 
     Raises:
-        ValueError: no images, or labels that do not fit.
+        ValueError: If there are no images, or labels do not fit.
     """
     archive = zip_of(source)
     storage: Storage = FolderStorage(source) if archive is None else ZipStorage(*archive)
@@ -193,7 +193,7 @@ def warn_passed_over(catalog: Catalog) -> None:
 
 
 def read_headers(catalog: Catalog) -> tuple[dict[str, Header], list[Skipped]]:
-    """Headers of images by name, and those that have none, with the reason."""
+    """Read the headers of images, by name; and list the images that cannot be read."""
     headers: dict[str, Header] = {}
     damaged = []
     for name, size in zip(catalog.names, catalog.sizes, strict=True):
@@ -205,7 +205,7 @@ def read_headers(catalog: Catalog) -> tuple[dict[str, Header], list[Skipped]]:
 
 
 def damage_message(damaged: Sequence[Skipped], where: str) -> str:
-    """An error's text that names what is damaged and what can be done."""
+    """Text of an error: which image cannot be read, why, and what to do."""
     name, reason = damaged[0]
     others = "" if len(damaged) == 1 else f", and {len(damaged) - 1} more"
     return (
@@ -215,7 +215,7 @@ def damage_message(damaged: Sequence[Skipped], where: str) -> str:
 
 
 def _header(storage: Storage, name: str, size: int) -> Header:
-    # Of tables, sizes are not known before their rows are read.
+    # Sizes in tables are unknown until their rows are read.
     known = size or None
     head = storage.read(name, _HEAD_BYTES)
     if not needs_whole(head):
@@ -224,7 +224,7 @@ def _header(storage: Storage, name: str, size: int) -> Header:
         except ValueError:
             if len(head) < _HEAD_BYTES:
                 raise
-    # Also for a long header, such as a camera's: the whole file decides.
+    # A long header, such as a camera's, needs the whole file.
     return read_header(name, storage.read(name), size=known)
 
 
@@ -237,7 +237,7 @@ def _is_unicode(name: str) -> bool:
 
 
 def _common_shape(headers: dict[str, Header], where: str) -> tuple[str | None, tuple[int, int, int, str]]:
-    # The mode to read pictures in; channels, height, width and type of every image.
+    """The mode to read pictures in; channels, height, width and type of every image."""
     modes = Counter(header.mode for header in headers.values())
     mode = None
     if not modes.keys() & {ARRAY, "F"}:

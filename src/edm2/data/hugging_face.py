@@ -21,7 +21,7 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 
 
 class Entry(NamedTuple):
-    """One image of a stream: its name, encoded bytes, and label (-1 for none)."""
+    """One image: its name, encoded bytes, and label (-1 for none)."""
 
     name: str
     data: bytes
@@ -32,9 +32,9 @@ class Stream(NamedTuple):
     """A data set that is read from beginning to end.
 
     Attributes:
-        entries: the images that are left.
-        class_names: where they are known, else empty.
-        num_images: of the whole data set, where its description says, else None.
+        entries: The remaining images.
+        class_names: Name of each class, if known, else empty.
+        num_images: Number of images in the whole data set, if its description says, else None.
     """
 
     entries: Iterator[Entry]
@@ -51,11 +51,11 @@ class _Columns(NamedTuple):
 
 
 class TableStorage:
-    """The image column of a table, as files named after their rows.
+    """The image column of a table as files named after their rows.
 
     Args:
-        table: a `datasets.Dataset`.
-        columns: which of its columns to read.
+        table: A `datasets.Dataset`.
+        columns: Columns to read.
     """
 
     def __init__(self, table: Any, columns: _Columns) -> None:
@@ -75,14 +75,14 @@ class TableStorage:
         return _encoded(value, self._columns.is_array)[:limit]
 
     def checksum(self, name: str) -> int:
-        """CRC-32 of the image as stored; see `edm2.data.storage.file_checksum` for files that a table names."""
+        """CRC-32 of the stored image; see `edm2.data.storage.file_checksum` for files that the table names."""
         if self._columns.is_array:
             return zlib.crc32(self.read(name))
         return int(self._checksums[int(name[4:13])])
 
 
 def is_hugging_face(path: Path) -> bool:
-    """Whether a path is a folder that `datasets` saved, an Arrow or Parquet file, or a folder of such files."""
+    """Whether a path is a folder saved by `datasets`, an Arrow or Parquet file, or a folder of such files."""
     if path.is_file():
         return path.suffix.lower() in _TABLES
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -97,12 +97,12 @@ def list_hugging_face(source: str | Path, *, split: str = "train", labels: bool 
         source: `hf://NAME`, `hf://NAME:CONFIG`, each also with `@REVISION` at the end, which downloads to the
             library's cache; or a path: a folder written by `save_to_disk`, an `.arrow` or `.parquet` file, or a
             folder of such files, whose splits are those named `SPLIT-...`.
-        split: which split.
+        split: Name of the split.
         labels: Whether to read labels: the first column of class labels, or a column named label, labels, fine_label
             or class that holds whole numbers, booleans or words. The sorted words are the classes.
 
     Raises:
-        ValueError: where `datasets` is not installed, cannot open the source, or it has no such split or no images.
+        ValueError: If `datasets` is not installed, cannot open the source, or it has no such split or no images.
     """
     table = _load(source, split, streaming=False)
     columns = _find_columns(table.features, str(source))
@@ -125,7 +125,7 @@ def _labels(table: Any, columns: _Columns, source: str) -> tuple[np.ndarray | No
         return checked_labels(np.array([number[word] for word in found]), len(found)), class_names
     values = np.asarray(found, dtype=np.int64)
     if values.min() < 0:
-        # The hub's custom for test splits whose labels are secret.
+        # The hub marks secret labels of test splits this way.
         raise ValueError(
             f"{source} has label {values.min()} in column {columns.label!r}: open it without labels"
         )
@@ -145,12 +145,12 @@ def stream_hugging_face(source: str | Path, *, split: str = "train", start: int 
     Training needs random access, so a stream is for `edm2 data convert`.
 
     Args:
-        source: as in `list_hugging_face`, except folders written by `save_to_disk`.
-        split: which split.
-        start: images to skip.
+        source: See `list_hugging_face`; folders written by `save_to_disk` cannot be streamed.
+        split: Name of the split.
+        start: Number of images to skip.
 
     Raises:
-        ValueError: as `list_hugging_face` does.
+        ValueError: As in `list_hugging_face`.
     """
     stream = _load(source, split, streaming=True)
     if stream.features is None:
@@ -208,7 +208,7 @@ def _asked(source: str | Path, function: Any, *args: Any, **options: Any) -> Any
     try:
         return function(*args, **options)
     except Exception as error:
-        # The library raises dozens of kinds: no network, no such name, a damaged file, a gated data set.
+        # The library raises dozens of kinds of errors: no network, no such name, a damaged file, a gated data set.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(
             f"the library 'datasets' could not open {source} ({reason}): check the "
@@ -227,7 +227,7 @@ def _pick(loaded: Any, split: str, path: Path) -> Any:
 
 
 def _table_files(folder: Path) -> list[Path]:
-    # As in a snapshot of the hub: at the top, or in "data". Looking further would list all of an image folder.
+    # At the top or in "data", as in a snapshot of the hub. Looking further would list all of an image folder.
     places = [place for place in (folder, folder / "data") if place.is_dir()]
     found = sorted(
         Path(entry.path)
@@ -281,7 +281,7 @@ def _find_columns(features: Any, source: str) -> _Columns:
 
 
 def _is_encoded(kind: Any) -> bool:
-    # Parquet written by other tools: encoded bytes, bare or in a struct {bytes, path}.
+    # Parquet files of other tools hold encoded bytes, bare or in a struct {bytes, path}.
     if isinstance(kind, dict):
         return "bytes" in kind
     return getattr(kind, "dtype", None) in ("binary", "large_binary")
@@ -309,7 +309,7 @@ def _encoded(value: Any, is_array: bool) -> bytes:
 
 
 def _measured(value: Any) -> tuple[int, int]:
-    # Bytes and checksum of an encoded image, (0, 0) where it is missing.
+    # Size and checksum of an encoded image; (0, 0) if it is missing.
     if isinstance(value, dict) and value["bytes"] is None and value["path"] is not None:
         path = Path(value["path"])
         return (path.stat().st_size, file_checksum(path)) if path.is_file() else (0, 0)

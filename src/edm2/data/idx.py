@@ -21,13 +21,13 @@ def read_idx(path: Path) -> np.ndarray:
     """Read an IDX file, gzipped or not.
 
     Args:
-        path: the file; a name ending in `.gz` is unpacked.
+        path: The file, gzipped if its name ends in `.gz`.
 
     Returns:
         The array in the file's shape and type, in this machine's byte order.
 
     Raises:
-        ValueError: for a file that is damaged or of another format.
+        ValueError: If the file is damaged or of another format.
     """
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
@@ -40,7 +40,7 @@ def read_idx(path: Path) -> np.ndarray:
             shape = tuple(np.frombuffer(head[4:], ">u4").tolist())
             dtype = np.dtype(_TYPES[head[2]])
             promised = math.prod(shape) * dtype.itemsize
-            # In pieces, because a forged promise must not be believed before the bytes are there.
+            # In pieces, because a forged header could promise more than fits into memory.
             pieces = iter(lambda: file.read(_PIECE), b"")
             data = b"".join(_up_to(promised + 1, pieces))
     except (OSError, EOFError, zlib.error) as error:
@@ -75,16 +75,16 @@ def open_idx(folder: Path, *, split: str, labels: bool, name: str | None = None)
     """Open one split of a folder of IDX files.
 
     Args:
-        folder: holds `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-...`, each also as `.gz`.
+        folder: Holds `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-...`, each also as `.gz`.
         split: "train" or "test" (the `t10k` files).
-        labels: False leaves labels out.
-        name: of the data set; the folder's by default.
+        labels: Whether to read labels.
+        name: Name of the data set; the folder's by default.
 
     Returns:
         Images `[N, 1, H, W]` uint8 in memory.
 
     Raises:
-        ValueError: for a split that is not there, files that are missing, damaged, or of other content.
+        ValueError: If the split or a file is missing, damaged, or of other content.
     """
     splits = idx_splits(folder)
     if split not in splits:

@@ -1,6 +1,6 @@
 """Class labels of an image folder or ZIP: from `dataset.json`, else from the names of the folders.
 
-`edm2 data convert` adds `"class_names": [name, ...]` to `dataset.json` where they are known.
+`edm2 data convert` adds `"class_names": [name, ...]` to `dataset.json` if they are known.
 """
 
 import json
@@ -24,15 +24,15 @@ def read_labels(
     """Find the label of every image.
 
     Args:
-        storage: the files.
-        names: of the images among them.
-        source: named in errors.
+        storage: The files.
+        names: Names of the images among them.
+        source: Path for messages.
 
     Returns:
-        Labels `[N]` int64, or None where there are none; class names, where folders or the file give them.
+        Labels `[N]` int64 or None; class names, if folders or the file give them.
 
     Raises:
-        ValueError: for a label file that does not fit the images, or folders that are not classes.
+        ValueError: If the label file does not fit the images, or the folders are not classes.
     """
     if LABEL_FILE in storage.names:
         size, most = storage.sizes[storage.names.index(LABEL_FILE)], _LABEL_BYTES * (1000 + len(names))

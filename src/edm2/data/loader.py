@@ -1,7 +1,6 @@
 """Batches of a run, read ahead in the background.
 
-Which images a batch holds follows from the run's seed and the position alone; workers only change when they
-are read.
+The images of a batch depend only on the run's seed and the position. Workers only change when they are read.
 """
 
 import time
@@ -21,12 +20,12 @@ from edm2.data.workers import process_pool, result_of
 
 
 class Batch(NamedTuple):
-    """Images that stand beside each other in a run.
+    """Consecutive images of a run.
 
     Attributes:
-        position: of the first, in images since the start of the run.
+        position: Position of the first image, in images since the start of the run.
         images: `[B, C, H, W]` uint8 or float32, as stored.
-        labels: `[B]` int64, or None where the data set has none.
+        labels: `[B]` int64, or None if the data set has none.
     """
 
     position: int
@@ -35,32 +34,33 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Iterator over the batches of a run from any position on; a context manager that ends its workers.
+    """Iterator over the batches of a run from any position on, and a context manager that ends its workers.
 
-    Each step covers `batch_size` positions. Of those, a process takes the contiguous share that its rank names,
-    and gets it in pieces of `microbatch`.
+    Each step covers `batch_size` positions. Each process takes a contiguous share of them, by its rank, in pieces of
+    `microbatch`.
 
     Args:
-        dataset: the images.
-        batch_size: images a step, over all processes.
-        seed: of the run, in [0, 2^64).
-        start: position of the first step.
-        stop: position at or after which no step begins; default: never.
-        microbatch: images at a time, a divisor of the share; default: the share.
-        rank: of this process among `world_size`.
-        world_size: number of processes, a divisor of batch_size.
-        workers: in the background; 0 reads when asked.
-        processes: workers are processes instead of threads. They pay where reading is Python code that holds
-            the interpreter; decoding by Pillow and NumPy mostly does not. A script that uses them needs
+        dataset: The images.
+        batch_size: Images in a step, over all processes.
+        seed: Seed of the run, in [0, 2^64).
+        start: Position of the first step.
+        stop: Position at or after which no step begins; default: none.
+        microbatch: Images at a time, a divisor of the share; default: the share.
+        rank: Rank of this process, in [0, world_size).
+        world_size: Number of processes, a divisor of batch_size.
+        workers: Number of background workers; 0 reads in this thread.
+        processes: Whether workers are processes instead of threads. They pay off if reading is Python code that holds
+            the interpreter lock; decoding by Pillow and NumPy mostly does not. A script that uses them needs
             `if __name__ == "__main__":`.
-        pin_memory: page-locked tensors, which are copied to a GPU in the background; default: where there is CUDA.
+        pin_memory: Whether tensors are page-locked, so that they are copied to a GPU in the background; default: if
+            CUDA is available.
 
     Attributes:
-        wait_seconds: time spent in `next` so far.
+        wait_seconds: Time spent in `next` so far, in seconds.
 
     Raises:
-        ValueError: for numbers that do not fit each other; from `next`, for an image that cannot be read.
-        ChildProcessError: from `next`, where a worker process was killed.
+        ValueError: If the numbers do not fit each other; from `next`, if an image cannot be read.
+        ChildProcessError: From `next`, if a worker process was killed.
 
     Example:
         >>> with Batches(dataset, 256, seed=0, start=num_images) as batches:
@@ -94,7 +94,7 @@ class Batches:
         self._positions = _positions(batch_size, start, stop, rank * share, share, size)
         self._processes = processes and workers > 0
         self._pending: deque[tuple[int, Future[_Arrays]]] = deque()
-        # Two a worker: one being read, one waiting for its turn.
+        # Two for each worker: one being read, one waiting.
         self._depth = 2 * workers
         self._pool: Executor | None = None
         self._closed = False
@@ -119,7 +119,7 @@ class Batches:
             self.wait_seconds += time.perf_counter() - start
 
     def close(self) -> None:
-        """End the workers; the iterator cannot be used afterwards."""
+        """End the workers; the iterator is of no use afterwards."""
         self._closed = True
         self._pending.clear()
         if self._pool is not None:
@@ -135,7 +135,9 @@ class Batches:
 
     def _next(self) -> Batch:
         if self._closed:
-            raise ValueError("these batches are closed: make new ones that start at the position wanted")
+            raise ValueError(
+                "these batches are closed: make new ones, with start at the position that you need"
+            )
         if self._pool is None:
             position = next(self._positions)
             return self._batch(position, _read(self._dataset, self._chosen(position)))
@@ -195,7 +197,7 @@ def _read(dataset: ImageDataset, chosen: np.ndarray) -> _Arrays:
     return images, torch.from_numpy(dataset.labels(chosen)) if dataset.num_classes else None
 
 
-# Of a worker process.
+# In a worker process, the data set to read.
 _dataset: ImageDataset | None = None
 
 

@@ -1,4 +1,4 @@
-"""Arrays as images: what their files' headers promise, which axis is which, and how values are kept."""
+"""Arrays as images: headers of their files, the order of axes, and how values are stored."""
 
 import io
 import math
@@ -24,7 +24,7 @@ def read_array_header(data: bytes, size: int | None) -> tuple[tuple[int, ...], n
     try:
         shape, _, dtype = read(file)
     except Exception as error:
-        # NumPy reads it as Python, and lets through whatever that raises.
+        # NumPy parses it as Python and passes on all errors of the parser.
         raise ValueError("its .npy header is damaged") from error
     promised = math.prod(shape) * dtype.itemsize
     # Python objects fill any number of bytes, and are refused later.
@@ -46,10 +46,10 @@ def read_array(data: bytes) -> np.ndarray:
 
 
 def as_image(array: np.ndarray) -> np.ndarray:
-    """An array as `[C, H, W]` uint8 or float32; see `image_layout`.
+    """Return an array as `[C, H, W]` uint8 or float32; see `image_layout`.
 
     Raises:
-        ValueError: for another shape or type, or values that are not finite.
+        ValueError: If the shape or type is not that of an image, or values are not finite.
     """
     shape, last = image_layout(array.shape)
     array = array.transpose(2, 0, 1) if last else array.reshape(shape)
@@ -68,7 +68,7 @@ def as_stored(array: np.ndarray) -> np.ndarray:
 def channels_last(shape: tuple[int, ...]) -> bool:
     """Whether an image's three axes are height, width, channels.
 
-    They are where the last is at most 4 and smaller than the two others.
+    They are if the last is at most 4 and smaller than both others.
     """
     return len(shape) == 3 and shape[2] <= 4 and shape[2] < min(shape[:2])
 
@@ -77,7 +77,7 @@ def image_layout(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], bool]:
     """Channels, height and width of an array; and whether its channels come last.
 
     Raises:
-        ValueError: for a shape that is none of an image.
+        ValueError: If the shape is not that of an image.
     """
     if len(shape) not in (2, 3) or 0 in shape:
         raise ValueError(
@@ -90,10 +90,10 @@ def image_layout(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], bool]:
 
 
 def stored_kind(dtype: np.dtype) -> str:
-    """Type that an array's values are kept in: "uint8" or "float32".
+    """Type in which an array's values are stored: "uint8" or "float32".
 
     Raises:
-        ValueError: for types that neither holds.
+        ValueError: If neither can hold them.
     """
     if dtype in (np.uint8, np.bool_):
         return "uint8"

@@ -1,6 +1,6 @@
-"""The order of training images as a pure function of (seed, images seen).
+"""The order of training images, a pure function of (seed, images seen).
 
-Nothing has to be stored to resume, and neither the batch size nor the number of processes changes it.
+Resuming needs no stored state, and the order does not depend on the batch size or the number of processes.
 """
 
 import functools
@@ -13,22 +13,22 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """Permutation of a data set for one epoch.
 
     Args:
-        seed: of the run, in [0, 2^64).
-        epoch: number of complete passes before this one.
-        size: number of images.
+        seed: Seed of the run, in [0, 2^64).
+        epoch: Number of complete passes before this one.
+        size: Number of images.
 
     Returns:
         `[size]` int64, read-only.
 
     Raises:
-        ValueError: for a seed or epoch outside [0, 2^64), or an empty data set.
+        ValueError: If the seed or epoch is outside [0, 2^64), or the data set is empty.
     """
     for name, value in (("seed", seed), ("epoch", epoch)):
         if not 0 <= value < 2**64:
             raise ValueError(f"{name} {value} must be in [0, 2^64)")
     if size < 1:
         raise ValueError(f"size {size} must be at least 1: the data set holds no images")
-    # NumPy promises the bits of Philox for ever, but not those of Generator.permutation.
+    # NumPy guarantees the bits of Philox across releases, but not those of Generator.permutation.
     words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(size)
     order = np.argsort(words, kind="stable").astype(np.int64, copy=False)
     order.flags.writeable = False
@@ -36,19 +36,19 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def indices(position_start: int, count: int, *, size: int, seed: int) -> np.ndarray:
-    """Which images stand at the positions `[position_start, position_start + count)` of a run.
+    """Return the images at the positions `[position_start, position_start + count)` of a run.
 
     Args:
-        position_start: number of training images seen before the first of these.
-        count: number of images wanted; may span epochs.
-        size: number of images in the data set.
-        seed: of the run, in [0, 2^64).
+        position_start: Number of training images seen before.
+        count: Number of images; may span epochs.
+        size: Number of images in the data set.
+        seed: Seed of the run, in [0, 2^64).
 
     Returns:
         `[count]` int64.
 
     Raises:
-        ValueError: for a negative start or count, and as in `epoch_order`.
+        ValueError: If the start or count is negative, and as in `epoch_order`.
     """
     if position_start < 0 or count < 0:
         raise ValueError(f"position_start {position_start} and count {count} must not be negative")

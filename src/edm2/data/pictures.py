@@ -1,4 +1,4 @@
-"""From the bytes of one file to an array `[C, H, W]`."""
+"""Pictures and arrays in files, decoded to `[C, H, W]`."""
 
 import io
 import warnings
@@ -18,7 +18,7 @@ PICTURES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".webp", ".bmp", ".dib", ".gif",
     ".tif", ".tiff",
 )  # fmt: skip
-# Suffixes of pictures that are not read, so that leaving them out is told.
+# Suffixes of pictures in formats that are not read; users are told how many there are.
 OTHER_PICTURES = (
     ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".jpf", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".psd",
     ".svg", ".ico", ".icns", ".tga", ".dds", ".exr", ".hdr", ".pcx", ".xcf", ".dcm", ".nii", ".fits", ".raw", ".dng",
@@ -27,9 +27,9 @@ OTHER_PICTURES = (
 # Pillow refuses pictures of more than twice its limit; its warning before that would disturb users of large ones.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 ARRAY = "array"
-# What reading the bytes of a file and then the image in them raises.
+# Errors of reading a file and the image in it.
 UNREADABLE = (OSError, ValueError)
-# Pillow knows dozens more, some of which run other programs.
+# Pillow knows dozens more formats, some of which run other programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "F": 1}
 _SAME_AS = {
@@ -48,15 +48,15 @@ _TURNS = {
 
 
 class Header(NamedTuple):
-    """What is known of an image before its pixels are read.
+    """Properties of an image, known before its pixels are read.
 
     Attributes:
         mode: L, LA, RGB or RGBA; F for a picture of one 16-bit or float band; "array" for .npy.
-        height: in pixels, upright.
-        width: likewise.
-        channels: of the mode, or of the array.
+        height: Height in pixels, upright.
+        width: Width in pixels, upright.
+        channels: Number of channels of the mode, or of the array.
         dtype: "uint8" or "float32".
-        notes: what reading changes, a few words each.
+        notes: What reading changes, in a few words each.
     """
 
     mode: str
@@ -67,13 +67,13 @@ class Header(NamedTuple):
     notes: tuple[str, ...] = ()
 
     def words(self) -> str:
-        """For messages."""
+        """Describe the image for messages."""
         channels = f"{self.channels} channel" + ("" if self.channels == 1 else "s")
         return f"{self.height}x{self.width} (height x width) with {channels}, {self.dtype}"
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is that of a picture or an array."""
+    """Whether a file is a picture or an array by its name."""
     return name.lower().endswith((*PICTURES, ".npy"))
 
 
@@ -84,7 +84,7 @@ def common_mode(modes: Iterable[str]) -> str:
         modes: L, LA, RGB or RGBA, as in `Header`.
 
     Returns:
-        The mode itself where there is one; L for gray with and without alpha; else RGB.
+        The mode itself if there is only one; L for gray with and without alpha; otherwise RGB.
     """
     found = set(modes)
     if len(found) == 1:
@@ -94,7 +94,7 @@ def common_mode(modes: Iterable[str]) -> str:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Turn whatever Pillow, NumPy and zipfile raise on bytes that are not an image into a ValueError."""
+    """Turn all errors of Pillow, NumPy and zipfile about bad bytes into a ValueError."""
     try:
         yield
     except ValueError:
@@ -117,15 +117,15 @@ def refusing() -> Iterator[None]:
 
 @refusing()
 def read_header(name: str, data: bytes, *, size: int | None = None) -> Header:
-    """Read what `Header` holds.
+    """Read the header of an image.
 
     Args:
-        name: of the file; `.npy` is an array, all else a picture.
-        data: the file, or as much of its beginning as holds its header.
-        size: of the whole file in bytes, which an array's values cannot exceed; default: not checked.
+        name: Name of the file; `.npy` is an array, any other a picture.
+        data: The file, or as much of its beginning as holds its header.
+        size: Size of the whole file in bytes, which an array's values cannot exceed; default: not checked.
 
     Raises:
-        ValueError: where the bytes are no such file, or too few.
+        ValueError: If the bytes are not such a file, or too few.
     """
     if name.lower().endswith(".npy"):
         shape, dtype = read_array_header(data, size)
@@ -138,7 +138,7 @@ def read_header(name: str, data: bytes, *, size: int | None = None) -> Header:
             raise ValueError(f"it has {pages} pages: save bands as one .npy [C, H, W]")
         orientation = _orientation(image)
         if orientation is None:
-            notes.append("EXIF data that cannot be read is ignored")
+            notes.append("unreadable EXIF data is ignored")
         if orientation in _TURNS:
             notes.append("turned upright as EXIF says")
         if image.mode != mode and mode != "F":
@@ -167,22 +167,22 @@ def decode(name: str, data: bytes, mode: str | None = None) -> np.ndarray:
     """Read a whole image.
 
     Args:
-        name: of the file; `.npy` is an array, all else a picture.
-        data: the file.
-        mode: L, LA, RGB or RGBA, to which a picture is converted: gray is repeated, transparent parts are laid
-            on white, colour becomes its luma. Default: as stored.
+        name: Name of the file; `.npy` is an array, any other a picture.
+        data: The file.
+        mode: Mode to which a picture is converted, L, LA, RGB or RGBA: gray is repeated, transparent parts are laid
+            on white, colour becomes luma. Default: as stored.
 
     Returns:
         `[C, H, W]` uint8 or float32.
 
     Raises:
-        ValueError: for damaged bytes, values that are not finite, or whole numbers that float32 would round.
+        ValueError: If the bytes are damaged, values are not finite, or float32 would round whole numbers.
     """
     if name.lower().endswith(".npy"):
         return as_image(read_array(data))
     with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
         turn, own, depth = _TURNS.get(_orientation(opened) or 1), _mode(opened), _stored_as(opened)
-        # Left to NumPy, an AttributeError of the decoder would be taken for an object that is no array.
+        # NumPy would take an AttributeError of the decoder to mean that the object is not an array.
         opened.load()
         image: Image.Image = opened
         if own != "F":

@@ -1,4 +1,4 @@
-"""From what a user names to a data set."""
+"""Data sets by name or path."""
 
 import difflib
 import io
@@ -37,22 +37,22 @@ def open_dataset(
 
     Args:
         source: "digits" (scikit-learn's handwritten digits, 8x8), "fashion-mnist" (Debian's package,
-            28x28), "hf://NAME" (a data set of the Hugging Face hub), or a path: an image folder, a ZIP, a folder
-            of IDX files, a `.npy` or `.npz` file, a folder that `datasets` saved, or Arrow or Parquet files. A
-            folder that has a built-in's name is meant by `./digits`.
-        split: "train", or "test" or another where the source has it.
-        labels: False leaves labels out.
-        pad_to: height and width in pixels to reach by zeros around the image.
-        verify: decode every image now, so that a damaged one is an error here and not in the middle of a run.
-        skip_damaged: leave out images that cannot be decoded, and warn with their number; `skipped` names
-            them. Without it, they are an error.
+            28x28), "hf://NAME" (a data set of the Hugging Face hub), or a path: an image folder, a ZIP or a folder
+            inside one (`data.zip/photos`), a folder of IDX files, a `.npy` or `.npz` file, a folder saved by
+            `datasets`, or Arrow or Parquet files. Write `./digits` for a folder with a built-in's name.
+        split: "train", or another split that the source has.
+        labels: Whether to read labels.
+        pad_to: Height and width in pixels to which images are padded with zeros.
+        verify: Whether to decode every image now, so that a damaged one is found before a run starts.
+        skip_damaged: Whether to leave out images that cannot be decoded, with a warning that counts them; `skipped`
+            names them. Otherwise they are errors.
 
     Returns:
         The data set.
 
     Raises:
-        ValueError: for an unknown source or split, no images, images of mixed sizes, damaged files, or
-            labels that do not fit.
+        ValueError: If the source or split is unknown, there are no images, sizes differ, files are damaged, or labels
+            do not fit.
     """
     found = _find(source, split, labels)
     dataset = FileDataset(found, skip_damaged=skip_damaged) if isinstance(found, Catalog) else found
@@ -79,15 +79,15 @@ def _verified(dataset: ImageDataset, source: str, skip_damaged: bool) -> ImageDa
 
 
 def open_catalog(source: str | Path, *, split: str = "train", labels: bool = True) -> Catalog:
-    """List the images of any source that `open_dataset` takes, whatever their sizes and modes.
+    """List the images of any source that `open_dataset` takes; sizes and modes may differ.
 
     Args:
-        source: as in `open_dataset`.
-        split: likewise.
-        labels: likewise.
+        source: See `open_dataset`.
+        split: See `open_dataset`.
+        labels: See `open_dataset`.
 
     Raises:
-        ValueError: as in `open_dataset`, except for damaged images and mixed sizes.
+        ValueError: As in `open_dataset`, except for damaged images and mixed sizes.
     """
     found = _find(source, split, labels)
     if isinstance(found, Catalog):
@@ -101,7 +101,7 @@ class DatasetStorage:
     """The images of a data set as `.npy` files named after their rows.
 
     Args:
-        dataset: the images.
+        dataset: The images.
     """
 
     def __init__(self, dataset: ImageDataset) -> None:
@@ -116,7 +116,7 @@ class DatasetStorage:
         return file.getvalue()[:limit]
 
     def checksum(self, name: str) -> int:
-        """That of the whole data set: its fingerprint's beginning."""
+        """Checksum of the whole data set: the beginning of its fingerprint."""
         return int(self._dataset.fingerprint[:16], 16)
 
 
@@ -162,12 +162,12 @@ def _unknown(source: str, path: Path) -> str:
 
 
 def _digits(split: str, labels: bool) -> ImageDataset:
-    # Loading scikit-learn takes a second, which no other source should pay.
+    # Loading scikit-learn takes a second, so only this source does.
     with needed("the data set 'digits'"):
         from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    # 0..16 to 0..255: the 17 values stay apart, so nothing is lost.
+    # 0..16 to 0..255: the 17 values stay distinct.
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
     target = bunch.target.astype(np.int64)
     chosen = np.flatnonzero(_held_out(target) == (split == "test"))
@@ -178,7 +178,7 @@ def _digits(split: str, labels: bool) -> ImageDataset:
 
 
 def _held_out(target: np.ndarray, share: float = 0.2) -> np.ndarray:
-    # The same share of every class, by raw Philox bits, which no release of NumPy changes.
+    # The same share of every class, by raw Philox bits, which are the same in all releases of NumPy.
     words = np.random.Philox(key=np.zeros(2, np.uint64)).random_raw(len(target))
     mask = np.zeros(len(target), bool)
     for label in np.unique(target):

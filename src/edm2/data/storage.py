@@ -1,4 +1,4 @@
-"""Named files in a folder or a ZIP, read without any state that threads or processes would share."""
+"""Named files in a folder or a ZIP, read without state that threads or processes would share."""
 
 import os
 import stat
@@ -27,12 +27,12 @@ class Storage(Protocol):
         ...
 
     def checksum(self, name: str) -> int:
-        """What tells the file's content from another's of the same size; 0 where it cannot be read."""
+        """A number that tells the file's content from another of the same size; 0 if it cannot be read."""
         ...
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file is an operating system's own (`.DS_Store`, `__MACOSX/`), not the user's."""
+    """Whether a file belongs to the operating system (`.DS_Store`, `__MACOSX/`) and not to the user."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
@@ -43,9 +43,9 @@ def plain_name(name: str) -> str:
 
 
 def file_checksum(path: Path) -> int:
-    """CRC-32 of a file of up to 64 KiB; of a larger one, of four blocks of 16 KiB from its first to its last byte.
+    """CRC-32 of a file of up to 64 KiB; of a larger file, of four blocks of 16 KiB spread from start to end.
 
-    The bound keeps a million large files fast. What it misses: a change between the blocks that keeps the size.
+    The bound keeps a million large files fast. A change between the blocks that keeps the size goes unnoticed.
     """
     try:
         with open(path, "rb") as file:
@@ -65,10 +65,10 @@ class FolderStorage:
     """The files below a folder; links are followed.
 
     Args:
-        root: an existing folder.
+        root: An existing folder.
 
     Raises:
-        ValueError: for a folder that cannot be read, or a link that leads back to a folder that it lies in.
+        ValueError: If a folder cannot be read, or a link leads back to a folder that contains it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -82,11 +82,11 @@ class FolderStorage:
         """The file's bytes, or the first `limit` of them.
 
         Raises:
-            OSError: where it cannot be read.
+            OSError: If the file cannot be read.
         """
         if name in self._unreadable:
-            # Opening a pipe would wait for ever.
-            raise OSError("it is a broken link, or no regular file")
+            # Opening a pipe would block.
+            raise OSError("it is a broken link, or not a regular file")
         with open(self._root / name, "rb") as file:
             return file.read(-1 if limit is None else limit)
 
@@ -96,8 +96,10 @@ class FolderStorage:
 
 
 def _walk(root: Path) -> Iterator[tuple[str, int]]:
-    # Name and size of every file, -1 for what cannot be one. os.walk passes over folders that cannot be read, and
-    # goes round in circles of links.
+    """Name and size of every file; -1 for a broken link or a special file.
+
+    Not by os.walk, which skips folders that it cannot read, and follows links in circles.
+    """
     pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while pending:
         prefix, above = pending.pop()
@@ -112,7 +114,7 @@ def _walk(root: Path) -> Iterator[tuple[str, int]]:
             ) from error
         identity = (status.st_dev, status.st_ino)
         if identity in above:
-            raise ValueError(f"{folder} is a link to a folder that it lies in, without end: delete the link")
+            raise ValueError(f"{folder} is a link to a folder that contains it: delete the link")
         for entry in entries:
             if is_hidden(entry.name):
                 continue
@@ -151,16 +153,17 @@ class _Entry(NamedTuple):
 class ZipStorage:
     """The files in a ZIP, stored or deflated.
 
-    zipfile's own reader shares one file position between threads and forked processes, so this one takes
-    from it the table of contents only and opens the file anew for every read.
+    The reader of `zipfile` shares one file position between threads and forked processes. This class takes only the
+    table of contents from it and opens the file for each read, which is as fast and needs neither locks nor reopening
+    in child processes.
 
     Args:
-        path: an existing file.
-        inside: a folder inside it, to which names are relative; "" is the top.
+        path: An existing file.
+        inside: Folder inside the ZIP, to which names are relative; "" is the top.
 
     Raises:
-        ValueError: for a damaged ZIP, an encrypted entry or another compression, or names that a data set cannot
-            have.
+        ValueError: If the ZIP is damaged, an entry is encrypted or compressed by another method, or a name leads out
+            of the ZIP or occurs twice.
     """
 
     def __init__(self, path: Path, inside: str = "") -> None:
@@ -170,15 +173,15 @@ class ZipStorage:
             with zipfile.ZipFile(path) as archive:
                 infos = archive.infolist()
         except Exception as error:
-            # A damaged table of contents makes zipfile raise dozens of kinds.
+            # zipfile raises dozens of kinds of errors for a damaged table of contents.
             raise ValueError(f"{path} is not a readable ZIP ({error}): copy or make it again") from error
         self._entries: dict[str, _Entry] = {}
         for info in infos:
             name = plain_name(info.filename)
             if not info.filename or ".." in name.split("/") or name.startswith("/"):
                 raise ValueError(
-                    f"{info.filename!r} in {path} is no name of a file inside the ZIP: make the ZIP again inside its "
-                    "folder"
+                    f"{info.filename!r} in {path} is not the name of a file inside the ZIP: make the ZIP again from "
+                    "inside its folder"
                 )
             if not name or name.endswith("/") or is_hidden(name):
                 continue
@@ -221,7 +224,7 @@ class ZipStorage:
             file.seek(min(max(entry.offset, 0), self._bytes))
             header = file.read(30)
             if len(header) < 30 or header[:4] != b"PK\3\4":
-                raise ValueError(f"{self._path} is damaged: {name!r} is not where its table says")
+                raise ValueError(f"{self._path} is damaged: {name!r} is not where the table of contents says")
             file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)
             # Bounds keep a forged entry from filling the memory.
             stored = min(entry.stored, self._bytes)

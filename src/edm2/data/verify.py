@@ -1,4 +1,4 @@
-"""Read every image once, so that damage is found before training and not in the middle of it."""
+"""Read every image once, so that damage is found before training."""
 
 import os
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ def find_damaged(
     """Decode every image of a data set.
 
     Args:
-        dataset: what to check.
-        workers: threads; default: one a processor.
-        quiet: show no progress; default: for fewer than 20,000 images.
+        dataset: The data set to check.
+        workers: Number of threads; default: one a processor.
+        quiet: Whether to show no progress; default: if there are fewer than 20,000 images.
 
     Returns:
-        Index, name and reason of every image that cannot be read, in order.
+        Index, name and reason for each image that cannot be read, in order.
     """
     chunks = [np.arange(start, min(start + _CHUNK, len(dataset))) for start in range(0, len(dataset), _CHUNK)]
     quiet = len(dataset) < _QUIET_BELOW if quiet is None else quiet

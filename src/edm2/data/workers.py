@@ -1,4 +1,4 @@
-"""Worker processes that outlive the signals that stop their parent, and end with it however it dies."""
+"""Worker processes that survive the signals that stop their parent, and end with it however it dies."""
 
 import multiprocessing
 import os
@@ -18,22 +18,22 @@ def process_pool(
     """A pool of processes, each prepared once.
 
     Args:
-        count: number of processes.
-        prepare: called in each with the arguments, which must be picklable.
-        *arguments: what the tasks share, so that it does not travel with each of them.
-        grace: seconds from SIGTERM to the end of a worker. Whoever stops a program signals its whole group, and
-            the parent may need its workers to finish.
+        count: Number of processes.
+        prepare: Called in each process with the arguments, which must be picklable.
+        *arguments: Data that all tasks share, sent once to each process.
+        grace: Seconds from SIGTERM to the end of a worker. A signal often goes to the whole process group, while the
+            parent may need its workers to finish.
     """
-    # A forked child would inherit torch's threads in whatever state they are.
+    # Forked children would inherit torch's threads in an undefined state.
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(count, context, _start, (grace, prepare, arguments))
 
 
 def result_of(future: "Future[_Result]") -> _Result:
-    """The result of a task, or its error.
+    """Return the result of a task, or raise its error.
 
     Raises:
-        ChildProcessError: where a worker was killed.
+        ChildProcessError: If a worker was killed.
     """
     try:
         return future.result()
@@ -45,7 +45,7 @@ def result_of(future: "Future[_Result]") -> _Result:
 
 def _start(grace: float, prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Not ignored for good, because the pool itself ends its workers by SIGTERM after one of them was killed.
+    # Not ignored, because the pool ends its workers by SIGTERM after one of them was killed.
     signal.signal(signal.SIGTERM, lambda *_: _end_after(grace))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     prepare(*arguments)

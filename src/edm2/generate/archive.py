@@ -1,4 +1,4 @@
-"""Samples packed into one file: a ZIP in the layout of data sets, or an NPZ."""
+"""Samples in one file: a ZIP in the layout of data sets, or an NPZ."""
 
 import json
 import zipfile
@@ -18,7 +18,7 @@ _DATE = (1980, 1, 1, 0, 0, 0)  # fixed, so that equal samples are equal bytes
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings and seeds that an archive of samples was made with.
+    """Read the settings and seeds that made an archive of samples.
 
     Raises:
         ValueError: If the file does not hold samples of edm2.
@@ -64,9 +64,9 @@ def write_npz(
     seeds: Sequence[int],
     labels: np.ndarray | None,
 ) -> None:
-    """Pack images as `arr_0`, labels as `arr_1`, and `seeds`; an image at a time is in memory.
+    """Pack images as `arr_0`, labels as `arr_1`, and `seeds`; one image at a time is in memory.
 
-    Pictures are [N, H, W, C], as evaluators of the field read them; other data is [N, C, H, W].
+    Pictures are `[N, H, W, C]`, as the field's evaluators expect; other data is `[N, C, H, W]`.
     """
     first = next(images)
     shape = (len(seeds), *_stored(first).shape)
@@ -99,7 +99,7 @@ def _array_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[Callable[[str, Any], None]]:
-    """An uncompressed archive that appears under its name when it is whole."""
+    """Write an uncompressed archive, which appears when it is whole."""
     with replacing(path) as file, zipfile.ZipFile(file, "w") as content:
 
         def put(name: str, parts: Any) -> None:

@@ -32,7 +32,8 @@ def missing_files(files: Sequence[Path], *, warn: bool) -> list[int]:
             damaged.append(i)
     if damaged and warn:
         warnings.warn(
-            f"{len(damaged)} files are damaged and made again, such as {files[damaged[0]]}", stacklevel=4
+            f"{len(damaged)} files are damaged and will be made again, such as {files[damaged[0]]}",
+            stacklevel=4,
         )
     return sorted(missing + damaged)
 

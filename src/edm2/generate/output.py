@@ -1,4 +1,4 @@
-"""Writing samples: a folder of numbered files, or one archive, with the settings they were made with."""
+"""Samples in a folder of numbered files or one archive, with the settings that made them."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from edm2.report import image_grid, save_png
 from edm2.train.world import World
 
 _GRID = "grid.png"
-_WRITERS = 8  # each waits for the disk; together they wait a tenth of the time
+_WRITERS = 8  # threads, because each waits for the disk
 _MADE_WITH = "made_with"  # noted, but need not agree to continue
 
 
@@ -42,39 +42,39 @@ def write_samples(
 ) -> Path:
     """Sample into a folder, one file a seed, and a grid of the first ones; or into one `.zip` or `.npz`.
 
-    What holds samples of the same model and settings is continued: seeds that are there and whole are kept. An
-    archive is packed from the folder `NAME.parts` once that is complete. Under torchrun the processes share the seeds.
+    The same call continues interrupted work: whole images of the same model and settings are kept. An archive is packed
+    from the folder `NAME.parts` once that is complete. Under torchrun the processes share the seeds.
 
     Args:
-        generator: what to sample from.
-        out: folder, made where missing; or a file that ends in .zip or .npz.
-        seeds: one per image.
-        labels: class of all images, or an array whose row `seed modulo rows` is an image's class or vector;
+        generator: The model to sample from.
+        out: Folder, made if missing; or a file that ends in .zip or .npz.
+        seeds: One seed per image.
+        labels: Class of all images, or an array whose row `seed modulo rows` is an image's class or vector;
             default: seed modulo the number of classes.
         conditions: `[N, cond_channels, H, W]`, chosen like the rows of labels.
-        guide: model to guide with.
-        batch_size: images at a time.
-        grid: most images on the grid; 0 for no grid.
-        quiet: show no progress.
-        world: the processes that share the work; default: this one alone.
-        **options: fields of `SamplerOptions`.
+        guide: Model to guide with.
+        batch_size: Images at a time.
+        grid: Largest number of images on the grid; 0 for no grid.
+        quiet: Whether to show no progress.
+        world: The processes that share the work; default: this one alone.
+        **options: Fields of `SamplerOptions`.
 
     Returns:
-        The grid's file for a folder of pictures; else `out`.
+        The grid's file for a folder of pictures; otherwise `out`.
 
     Raises:
-        ValueError: if inputs do not fit the model, or `out` holds samples of another model or made with other
-            settings; nothing is changed then.
+        ValueError: If inputs do not fit the model, `out` holds samples of another model or other settings, or another
+            process is writing it; nothing is changed then.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} must be at least 1")
     if grid < 0:
-        raise ValueError(f"grid {grid} must be at least 0; 0 is none")
+        raise ValueError(f"grid {grid} must be at least 0; 0 makes no grid")
     for name, array in (("labels", labels), ("conditions", conditions)):
         if isinstance(array, np.ndarray) and not len(array):
-            raise ValueError(f"{name} is an array without rows: an image takes the row `seed modulo rows`")
+            raise ValueError(f"{name} is an array without rows: each image takes row `seed modulo rows`")
     rows = _rows_of(generator, labels, seeds)
-    # All conditions have one shape; a row for each of many seeds would not fit into memory.
+    # A view: a row for each of many seeds would not fit into memory.
     first = (
         None if conditions is None else np.broadcast_to(conditions[0], (len(seeds), *conditions.shape[1:]))
     )
@@ -92,7 +92,7 @@ def write_samples(
     work = _Work(generator, guide, seeds, rows, conditions, options, files)
     if packed and out.exists():
         _check_same(out, read_settings(out), {**settings, "seeds": _digest(np.asarray(seeds))})
-        if folder.exists():  # left by a kill after the archive was whole
+        if folder.exists():  # left by a kill after the archive was written
             world.on_first(lambda: _remove_parts(out, files))
         return out
     with ExitStack() as stack:
@@ -120,7 +120,7 @@ class _Work(NamedTuple):
 def _sample(work: _Work, world: World, batch_size: int, quiet: bool) -> None:
     """Write this process's share of the files that are missing or damaged."""
     todo = missing_files(work.files, warn=world.is_first)
-    world.any(False)  # all have seen what is to be done before the first file is added
+    world.any(False)  # all processes have looked before the first file is added
     todo = todo[world.rank :: world.size]
     total = len(work.seeds) if world.size == 1 else len(todo)
     conditions = work.conditions
@@ -209,7 +209,7 @@ def _check_same(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     ]
     if differing:
         raise ValueError(
-            f"{where} holds samples made otherwise ({'; '.join(differing)}): choose another --out"
+            f"{where} holds samples of other settings ({'; '.join(differing)}): choose another --out"
         )
 
 

@@ -1,4 +1,4 @@
-"""Seeds, one an image, as text."""
+"""Seeds as text; each seed is one image."""
 
 import re
 
@@ -6,10 +6,11 @@ _MOST = 10_000_000
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Seeds from text such as `0-63` or `1,5,10-12`.
+    """Read seeds from text such as `0-63` or `1,5,10-12`.
 
     Raises:
-        ValueError: for text of another form, an empty range, seeds too large or too many, or one given twice.
+        ValueError: If the text has another form, a range is empty, a seed is too large or occurs twice, or there are
+            too many.
     """
     seeds: list[int] = []
     for part in text.split(","):

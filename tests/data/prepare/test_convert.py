@@ -165,7 +165,7 @@ def test_a_chunk_that_is_not_whole_is_made_again(folder, tmp_path, monkeypatch, 
     cut_off(folder, tmp_path / "cut.zip", monkeypatch)
     chunk = tmp_path / "cut.zip.partial" / "000001.zip"
     chunk.write_bytes(damage(chunk.read_bytes()))
-    with pytest.warns(UserWarning, match=r"000001.zip is damaged and made again \("):
+    with pytest.warns(UserWarning, match=r"000001.zip is damaged and will be made again \("):
         run(folder, tmp_path / "cut.zip", size=(8, 8))
     assert (tmp_path / "cut.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
 
@@ -178,7 +178,7 @@ def test_a_chunk_that_is_damaged_inside_is_named(folder, tmp_path, monkeypatch):
     chunk.write_bytes(data)
     for _ in range(2):
         with pytest.raises(
-            ValueError, match=r"000001.zip is damaged \(Bad CRC-32 .*delete it and give the same"
+            ValueError, match=r"000001.zip is damaged \(Bad CRC-32 .*delete it and run the same"
         ):
             run(folder, tmp_path / "cut.zip", size=(8, 8))
     chunk.unlink()
@@ -392,7 +392,8 @@ def test_errors_of_conversions(options, message):
 
 def test_a_stream_needs_its_mode():
     with pytest.raises(
-        ValueError, match="cannot be looked through for its common mode: give gray, rgb or rgba"
+        ValueError,
+        match="the common mode of a stream is not known before it is read: choose mode gray, rgb or rgba",
     ):
         convert_stream("hf://a/b", "out", Conversion())
 

@@ -86,7 +86,7 @@ def test_different_kinds_have_no_moments(tmp_path):
     found, text = look(tmp_path)
     assert found.mean is None
     assert (
-        "different kinds of images (1 channel of uint8: 1; 5 channels of float32: 1): train on each apart"
+        "different kinds of images (1 channel of uint8: 1; 5 channels of float32: 1): train on each separately"
         in text
     )
 

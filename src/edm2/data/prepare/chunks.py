@@ -1,7 +1,7 @@
-"""Work on a data set in chunks that are kept when it is cut off, and packed into a folder or ZIP at the end.
+"""Work on a data set in chunks, which survive interruptions and are packed into a folder or ZIP at the end.
 
-While work goes on, `DEST.partial` holds one ZIP a chunk. DEST appears when it is whole, and its bytes do not
-depend on the number of workers or on interruptions.
+During the work, `DEST.partial` holds one ZIP for each chunk. DEST appears when it is whole. Its bytes do not depend on
+the number of workers or on interruptions.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from edm2.files import claimed, read_json, replacing, replacing_folder, write_at
 _REPORT = "report.json"
 _SETTINGS = "settings.json"
 _NOTE = "made_by_edm2"  # in the label file: how the data set was made
-# The earliest date that a ZIP can hold: real ones would make equal contents differ.
+# The earliest date that a ZIP can hold; real dates would make equal contents differ.
 _DATE = (1980, 1, 1, 0, 0, 0)
 
 
@@ -32,10 +32,10 @@ class Chunk:
     """The result of a chunk: files by name, their labels, and what happened.
 
     Attributes:
-        files: name -> bytes.
-        labels: of the files, in their order; -1 for none.
-        skipped: images that were left out.
-        sums: numbers that are added up over all chunks.
+        files: Name -> bytes.
+        labels: Labels of the files, in their order; -1 for none.
+        skipped: Images that were left out.
+        sums: Numbers to add up over all chunks.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -51,7 +51,7 @@ def image_name(number: int, suffix: str) -> str:
 
 
 class Made(NamedTuple):
-    """A data set that is whole.
+    """A finished data set.
 
     Attributes:
         path: Folder or ZIP.
@@ -136,30 +136,30 @@ class ChunkFolder:
         return self.folder / f"{number:06d}.zip"
 
     def is_done(self, number: int) -> bool:
-        """Whether a chunk is there and whole; one that is not is made again, and replaced."""
+        """Whether a chunk exists and is whole; a damaged one counts as missing, with a warning."""
         path = self.path(number)
         if not path.exists():
             return False
         try:
-            # Its table of contents lies at its end, so that a part has none.
+            # The table of contents lies at the end, so an incomplete file has none.
             self.report(number)
         except ValueError as error:
-            warnings.warn(f"{path} is damaged and made again ({error.__cause__})", stacklevel=3)
+            warnings.warn(f"{path} is damaged and will be made again ({error.__cause__})", stacklevel=3)
             return False
         return True
 
     def report(self, number: int) -> dict[str, Any]:
-        """What `write_chunk` noted.
+        """Read the report that `write_chunk` wrote.
 
         Raises:
-            ValueError: for a chunk that is damaged.
+            ValueError: If the chunk is damaged.
         """
         with _opened(self.path(number)) as archive:
             report: dict[str, Any] = json.loads(archive.read(_REPORT))
             return report
 
     def pack(self, count: int, class_names: Sequence[str]) -> Made:
-        """Put the chunks together at `dest`, and remove them.
+        """Pack the chunks into `dest`, and remove them.
 
         Args:
             count: Number of chunks.
@@ -178,7 +178,7 @@ class ChunkFolder:
         content: dict[str, Any] = {"labels": labels if labels[0][1] >= 0 else None}
         if class_names:
             content["class_names"] = list(class_names)
-        # By this the same command knows, when it is given again, that the work is done.
+        # Tells the same command, when it is run again, that the work is done.
         content[_NOTE] = {
             "settings": self._digest(), "images": len(labels), "skipped": skipped, "sums": made.sums,
         }  # fmt: skip
@@ -210,12 +210,12 @@ class ChunkFolder:
 
 
 def write_chunk(path: Path, chunk: Chunk) -> None:
-    """Write a chunk's file, whole or not at all, even where the power fails."""
+    """Write a chunk's file, whole or not at all, even if the power fails."""
     write_atomic(path, chunk_bytes(chunk))
 
 
 def chunk_bytes(chunk: Chunk) -> bytes:
-    """A chunk's file; equal chunks give equal bytes."""
+    """Content of a chunk's file; equal chunks give equal bytes."""
     labels = [[name, label] for name, label in zip(chunk.files, chunk.labels, strict=True)]
     report = {"labels": labels, "skipped": chunk.skipped, "sums": chunk.sums}
     content = io.BytesIO()
@@ -228,14 +228,14 @@ def chunk_bytes(chunk: Chunk) -> bytes:
 
 @contextmanager
 def begin(dest: Path, settings: dict[str, Any]) -> Iterator[ChunkFolder]:
-    """Begin or continue work that makes a data set, and hold it against other processes.
+    """Begin or continue the making of a data set, and lock it against other processes.
 
     Args:
         dest: Folder or `.zip` to be made.
         settings: What determines the result, as JSON values.
 
     Raises:
-        ValueError: If dest is something else, other work on it was begun, or another process is at it.
+        ValueError: If dest has another suffix, unfinished work has other settings, or another process holds it.
     """
     if dest.suffix and dest.suffix.lower() != ".zip":
         raise ValueError(f"{dest} must be a folder or end in .zip")
@@ -263,7 +263,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and give the same command again") from error
+        raise ValueError(f"{path} is damaged ({error}): delete it and run the same command again") from error
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

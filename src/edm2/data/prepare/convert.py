@@ -1,4 +1,4 @@
-"""From any source to a data set of one size in the official layout."""
+"""Conversion of any source to a data set of one size in the official layout."""
 
 import io
 import os
@@ -34,13 +34,12 @@ class Conversion:
     """What is done to every image.
 
     Args:
-        size: height and width wanted in pixels; None keeps the images' own, which must be equal.
+        size: New height and width in pixels; None keeps the images' own, which must be equal.
         method: "center-crop" covers the size and cuts out the centre, "resize" stretches to it.
-        mode: to which pictures are converted; "auto" is the mode they have in common, else RGB. Arrays keep
-            their channels.
+        mode: New mode of pictures; "auto" is the mode that they have in common, or RGB. Arrays keep their channels.
 
     Raises:
-        ValueError: for a size below 1 or above 67 million pixels, or an unknown mode or method.
+        ValueError: If the size is below 1 or above 67 million pixels, or the mode or method is unknown.
     """
 
     size: tuple[int, int] | None = None
@@ -65,10 +64,10 @@ class Converted(NamedTuple):
     """The outcome of `convert`.
 
     Attributes:
-        path: what was made.
-        num_images: in it.
-        skipped: images that were left out because they are damaged.
-        enlarged: number of images that were smaller than the size wanted.
+        path: The new folder or ZIP.
+        num_images: Number of images in it.
+        skipped: Images that were left out because they cannot be read.
+        enlarged: Number of images that were smaller than the new size.
     """
 
     path: Path
@@ -88,19 +87,20 @@ def convert(
 ) -> Converted:
     """Bring all images of a source to one size and mode, in a new folder or ZIP.
 
-    Pictures, and arrays of 1 or 3 channels of bytes, become PNG; all else `.npy`. The same call goes on with work
-    that was cut off, and equal images give equal bytes.
+    Pictures, and arrays of bytes with 1 or 3 channels, become PNG files, other arrays `.npy` files. The same call
+    continues interrupted work, and finds finished work done. The same images and settings give the same bytes.
 
     Args:
-        catalog: the images, from `open_catalog`.
-        dest: new folder, or a file name that ends in `.zip`.
-        conversion: what to do.
-        skip_damaged: leave damaged images out; else the first of them is an error.
-        workers: processes; default: one a processor; 1 works in this process.
-        quiet: show no progress.
+        catalog: The images, from `open_catalog`.
+        dest: New folder, or a file name that ends in `.zip`.
+        conversion: What to do.
+        skip_damaged: Whether to leave damaged images out; otherwise the first one is an error.
+        workers: Number of processes; default: one a processor; 1 works in this process.
+        quiet: Whether to show no progress.
 
     Raises:
-        ValueError: for a damaged image, a destination that exists, or images that cannot be converted.
+        ValueError: If an image is damaged or cannot be converted, the destination exists, or another process is
+            writing it.
     """
     warn_passed_over(catalog)
     mode, size = _checked(catalog, conversion, skip_damaged)
@@ -133,22 +133,24 @@ def convert_stream(
     workers: int | None = None,
     quiet: bool = False,
 ) -> Converted:
-    """As `convert`, from a stream of the library `datasets`, which is read once and not stored.
+    """Convert a stream of the library `datasets`, which is read once and not stored.
 
     Args:
         source: `hf://NAME`, or Arrow or Parquet files.
-        dest: as in `convert`.
-        conversion: likewise; mode must be given, because it cannot be seen beforehand.
-        split: which split.
-        skip_damaged: as in `convert`.
-        workers: likewise.
-        quiet: likewise.
+        dest: See `convert`.
+        conversion: See `convert`; the mode must be given, because a stream cannot be surveyed first.
+        split: Name of the split.
+        skip_damaged: See `convert`.
+        workers: See `convert`.
+        quiet: See `convert`.
 
     Raises:
-        ValueError: as in `convert` and `stream_hugging_face`, and for mode auto.
+        ValueError: As in `convert` and `stream_hugging_face`, or if the mode is auto.
     """
     if conversion.mode == "auto":
-        raise ValueError("a stream cannot be looked through for its common mode: give gray, rgb or rgba")
+        raise ValueError(
+            "the common mode of a stream is not known before it is read: choose mode gray, rgb or rgba"
+        )
     count = _chunk_images(conversion.size)
     settings = {"stream": f"{source}, {split}", **asdict(conversion), "chunk": count}
     with begin(Path(dest), settings) as folder:
@@ -173,7 +175,7 @@ def _chunk_images(size: tuple[int, int] | None) -> int:
 
 
 def _check_same_stream(job: "_Job", number: int, entries: Iterator[Entry], count: int) -> None:
-    # A stream shows what it holds only when it is read, so the last chunk that is done is made again.
+    # The content of a stream is known only when it is read, so the last finished chunk is made again.
     rows = list(enumerate(islice(entries, count), number * count))
     if chunk_bytes(_converted_chunk(job, rows)) != job.folder.path(number).read_bytes():
         raise ValueError(
@@ -213,12 +215,12 @@ def _entry_tasks(entries: Iterator[Entry], first: int, count: int) -> Iterator[_
 def _run(
     job: _Job, tasks: Iterator[_Task], total: int | None, workers: int | None, quiet: bool, done: int = 0
 ) -> int:
-    # The number of the last chunk, or -1.
+    """Make all chunks that are missing; returns the number of the last chunk, or -1."""
     workers = workers or os.cpu_count() or 1
     if total is not None:
         workers = min(workers, -(-total // job.chunk_images))
     last = -1
-    # A stream of unknown length shows what is done, and no time left.
+    # For a stream of unknown length, progress has no total.
     with Progress("converting", total or done, "images", done=done, quiet=quiet) as progress:
         if workers == 1:
             for number, rows in tasks:
@@ -253,7 +255,7 @@ def _finish(pending: "deque[tuple[int, int, Future[None] | None]]", progress: Pr
     return number
 
 
-# Of a worker process.
+# In a worker process, the work that all tasks share.
 _job: _Job | None = None
 
 
@@ -312,7 +314,7 @@ def _fitted(image: np.ndarray, conversion: Conversion, *, alpha: bool) -> tuple[
 
 def _encoded(image: np.ndarray, is_array: bool) -> tuple[str, bytes]:
     file = io.BytesIO()
-    # The last of two or four channels of an array need not be opacity, which it would be in a PNG.
+    # In a PNG, the last of two or four channels would be opacity, which it need not be in an array.
     if image.dtype == np.uint8 and len(image) in ((1, 3) if is_array else (1, 2, 3, 4)):
         pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
         Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
@@ -331,7 +333,9 @@ def _checked(
     kinds = Counter(h.dtype for h in headers.values())
     if len(kinds) > 1:
         shown = " and ".join(f"{count} of {kind}" for kind, count in kinds.items())
-        raise ValueError(f"{catalog.where} holds images of bytes and of floats ({shown}): convert them apart")
+        raise ValueError(
+            f"{catalog.where} holds images of bytes and of floats ({shown}): convert them separately"
+        )
     sizes = {(h.height, h.width) for h in headers.values()}
     if conversion.size is None and len(sizes) > 1:
         raise ValueError(f"the images of {catalog.where} have {len(sizes)} different sizes: give --size")
@@ -345,7 +349,7 @@ def _checked(
 
 def _packed(job: _Job, count: int, class_names: Sequence[str]) -> Converted:
     if not job.skip_damaged:
-        # Work that was begun with skip_damaged and goes on without.
+        # The work may have begun with skip_damaged.
         for number in range(count):
             _refuse_skipped(job, [Skipped(*pair) for pair in job.folder.report(number)["skipped"]])
     return _outcome(job, job.folder.pack(count, class_names))

@@ -1,4 +1,4 @@
-"""A survey in words."""
+"""Description of a survey in words."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -13,10 +13,10 @@ _MODES = {
 
 
 def describe(found: Survey) -> str:
-    """What `edm2 data info` prints.
+    """Text that `edm2 data info` prints.
 
     Args:
-        found: from `survey`.
+        found: Result of `survey`.
     """
     problems, changes = _problems(found), _changes(found)
     lines = [
@@ -88,7 +88,7 @@ def _problems(found: Survey) -> list[str]:
         )
     if len(found.kinds) > 1:
         kinds = _counted(found.kinds, lambda kind: f"{_channels(kind[0])} of {kind[1]}")
-        problems.append(f"different kinds of images ({kinds}): train on each apart")
+        problems.append(f"different kinds of images ({kinds}): train on each separately")
     if found.class_sizes is not None and (found.class_sizes == 0).any():
         problems.append(f"classes without images: {(found.class_sizes == 0).sum()}")
     flat = [str(channel) for channel in _constant(found.mean or (), found.std or ())]

@@ -22,10 +22,10 @@ class Encoded(NamedTuple):
     """The outcome of `encode_latents`.
 
     Attributes:
-        path: what was made.
-        num_images: in it.
-        mean: of the latents, one a channel: the `mean` of the trainer's coding.
-        std: likewise.
+        path: The new folder or ZIP.
+        num_images: Number of images in it.
+        mean: Mean of the latents' channels: the `mean` of the trainer's coding.
+        std: Standard deviation of the latents' channels: the `std` of the trainer's coding.
     """
 
     path: Path
@@ -45,20 +45,20 @@ def encode_latents(
 ) -> Encoded:
     """Write a data set's latents: for each image the means, then the standard deviations, `[2 C, H, W]` float32.
 
-    The same call goes on with work that was cut off.
+    The same call continues interrupted work, and finds finished work done.
 
     Args:
-        dataset: images of bytes with as many channels as the autoencoder takes.
-        dest: new folder, or a file name that ends in `.zip`.
-        autoencoder: from `edm2.data.autoencoder.load_autoencoder`.
-        batch_size: images at a time.
-        pixel_range: what black and white become at the autoencoder's input: "zero-one" as for the models
-            released with EDM2; "minus-one-one" as most autoencoders were trained.
-        quiet: show no progress.
+        dataset: Images of bytes with as many channels as the autoencoder takes.
+        dest: New folder, or a file name that ends in `.zip`.
+        autoencoder: From `edm2.data.autoencoder.load_autoencoder`.
+        batch_size: Images at a time.
+        pixel_range: Values of black and white at the autoencoder's input: "zero-one" as for the models released with
+            EDM2; "minus-one-one" as most autoencoders were trained.
+        quiet: Whether to show no progress.
 
     Raises:
-        ValueError: for images that do not fit the autoencoder, a destination that exists, or latents that are
-            not finite.
+        ValueError: If images do not fit the autoencoder, the destination exists, another process is writing it, or
+            latents are not finite.
     """
     _check(dataset, autoencoder, batch_size, pixel_range)
     settings = {
@@ -104,7 +104,7 @@ def _encode_chunk(
         np.save(file, image)
         chunk.files[image_name(int(row), ".npy")] = file.getvalue()
     mean, std = values.double().chunk(2, dim=1)
-    # The moments of what training draws, mean + std n.
+    # The moments of the training samples, mean + std n.
     chunk.sums = {
         "values": mean.numel() // mean.shape[1],
         "mean": mean.sum((0, 2, 3)).tolist(),

@@ -1,4 +1,4 @@
-"""Images brought to one size."""
+"""Resizing of images."""
 
 import numpy as np
 from PIL import Image
@@ -9,13 +9,13 @@ _MAX_PIXELS = 1 << 28
 def crop_centre(image: np.ndarray, size: tuple[int, int], *, alpha: bool = False) -> np.ndarray:
     """Scale an image until it just covers a size, and cut out its centre.
 
-    It is halved with a box filter while both sides stay at least as long as wanted, then scaled bicubically;
-    this is how ImageNet was prepared for EDM2. Smaller images are enlarged.
+    The image is halved with a box filter while both sides stay at least as long as the size, then scaled bicubically.
+    ImageNet was prepared for EDM2 in this way. Smaller images are enlarged.
 
     Args:
         image: `[C, H, W]` uint8 or float32.
-        size: height and width wanted, in pixels.
-        alpha: whether the last channel is opacity, which weighs the others.
+        size: New height and width in pixels.
+        alpha: Whether the last channel is opacity, which weights the others.
 
     Returns:
         `[C, *size]` of the same type.
@@ -42,7 +42,7 @@ def crop_centre(image: np.ndarray, size: tuple[int, int], *, alpha: bool = False
 
 
 def stretch(image: np.ndarray, size: tuple[int, int], *, alpha: bool = False) -> np.ndarray:
-    """Scale an image bicubically to a size, whatever its shape; arguments as in `crop_centre`."""
+    """Scale an image bicubically to a size, without keeping its proportions; arguments as in `crop_centre`."""
     return _scaled(image, size, Image.Resampling.BICUBIC, alpha)
 
 
@@ -51,9 +51,9 @@ def _scaled(image: np.ndarray, size: tuple[int, int], method: Image.Resampling, 
         return image
     extent = (size[1], size[0])
     if alpha:
-        # Pillow weighs colours by their opacity, so that those of transparent parts do not bleed.
+        # Pillow weights colours by their opacity, so that those of transparent parts do not bleed.
         return np.moveaxis(
             np.asarray(Image.fromarray(image.transpose(1, 2, 0)).resize(extent, method)), -1, 0
         )
-    # Channel by channel, because Pillow knows no images of five bands or of several float bands.
+    # Channel by channel, because Pillow has no images with five bands or several float bands.
     return np.stack([np.asarray(Image.fromarray(channel).resize(extent, method)) for channel in image])

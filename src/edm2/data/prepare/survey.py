@@ -1,4 +1,4 @@
-"""What is in a source of images: counts, sizes, classes, moments, and what stands in the way of training on it."""
+"""Survey of a source of images: counts, sizes, classes, moments, and obstacles to training."""
 
 import os
 from collections import Counter
@@ -20,26 +20,26 @@ _SLICE = 1 << 18
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What `survey` found.
+    """Result of `survey`.
 
     Attributes:
-        where: the source.
-        num_images: in all, damaged ones included.
-        num_bytes: in all, as stored.
+        where: The source.
+        num_images: Number of images, including damaged ones.
+        num_bytes: Size of all images as stored.
         sizes: (height, width) -> number of images.
         modes: L, LA, RGB, RGBA, F (one band of numbers) or array -> number of images.
         kinds: (channels, type) of an image as it is read -> number of images.
-        notes: what reading changes -> number of images.
-        damaged: name and reason of every image that cannot be read.
-        num_decoded: images whose pixels were read.
-        mean: of each channel, of x / 127.5 - 1 for bytes; None where channels or types differ.
-        std: likewise.
-        minimum: smallest value of all, as stored.
-        maximum: largest value of all, as stored.
-        class_sizes: images of each class; None without labels.
-        class_names: one a class, where they are known.
-        passed_over: suffix -> number of files that are neither images nor labels.
-        unread: pictures in formats that are not read, in words; None if there are none.
+        notes: What reading changes -> number of images.
+        damaged: Name and reason for each image that cannot be read.
+        num_decoded: Number of images whose pixels were read.
+        mean: Mean of each channel, of x / 127.5 - 1 for bytes; None if channels or types differ.
+        std: Standard deviation of each channel, of x / 127.5 - 1 for bytes; None if channels or types differ.
+        minimum: Smallest value, as stored.
+        maximum: Largest value, as stored.
+        class_sizes: Number of images of each class; None without labels.
+        class_names: Name of each class, if known.
+        passed_over: Suffix -> number of files that are neither images nor labels.
+        unread: Pictures in formats that are not read, in words; None if there are none.
     """
 
     where: str
@@ -64,16 +64,16 @@ class Survey:
 def survey(
     catalog: Catalog, *, sample: int | None = None, workers: int | None = None, quiet: bool = False
 ) -> Survey:
-    """Look through a source.
+    """Survey a source.
 
     Args:
-        catalog: the images, from `open_catalog`.
-        sample: number of images whose pixels are read, drawn by a fixed rule; default: all.
-        workers: threads; default: one a processor.
-        quiet: show no progress.
+        catalog: The images, from `open_catalog`.
+        sample: Number of images whose pixels are read, drawn by a fixed rule; default: all.
+        workers: Number of threads; default: one a processor.
+        quiet: Whether to show no progress.
 
     Raises:
-        ValueError: for a sample below 1.
+        ValueError: If the sample is below 1.
     """
     if sample is not None and sample < 1:
         raise ValueError(f"sample {sample} must be at least 1")
