@@ -55,7 +55,7 @@ def test_plain_lines_come_at_intervals(clock: list[float]) -> None:
 
 
 def test_nothing_done_yet(clock: list[float]) -> None:
-    assert Progress("work", 0, "things").line() == "work: 0 of 0 things (0%), 0 things/s, ? left"
+    assert Progress("work", 0, "things").line() == "work: 0 things, 0 things/s"
 
 
 def test_quiet_shows_nothing() -> None:

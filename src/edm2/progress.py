@@ -43,7 +43,7 @@ class Progress:
 
     Args:
         description: What is being done, a few words.
-        total: Units of work in all.
+        total: Units of work in all; 0 if that is not known.
         unit: Name of a unit, for the rate.
         done: Units done in earlier sessions.
         interval: Seconds between plain lines.
@@ -112,6 +112,8 @@ class Progress:
         share = 100 * self.done / max(self.total, 1)
         text = f"{self.description}: {self.done:,} of {self.total:,} {self.unit} ({share:.0f}%), "
         text += f"{self.rate:,.4g} {self.unit}/s, {time_text(left)} left"
+        if not self.total:  # not known
+            text = f"{self.description}: {self.done:,} {self.unit}, {self.rate:,.4g} {self.unit}/s"
         return f"{text}, {self._fields}" if self._fields else text
 
     def __exit__(

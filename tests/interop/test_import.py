@@ -126,20 +126,49 @@ def test_imported_statistics_that_are_damaged_are_refused(golden_network: Path, 
         read_reference_statistics(model)
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_same_again_is_kept(
+    official: Any, golden_network: Path, release: Path, tiny_state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    preset = sampling_preset("edm2-img64-s-autog-fid")
+
+    def everything() -> list[bool]:
+        made = [import_path(golden_network, out), import_path(golden_network.parent, tmp_path / "snapshots")]
+        made += import_named("edm2-img64-s-1073741-0.075.pkl", out, source=str(release))
+        made += import_preset(preset, out, source=str(release))
+        return [one.is_new for one in made]
+
+    assert everything() == [True] * 6
+    before = tree(tmp_path)
+    assert everything() == [False] * 6
+    assert tree(tmp_path) == before
+
+
 def test_nothing_is_overwritten(golden_network: Path, release: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     import_path(golden_network, out)
-    with pytest.raises(FileExistsError, match=r"0\.050\.safetensors exists already: choose another --out"):
-        import_path(golden_network, out)
-    with pytest.raises(FileExistsError, match="out exists already and is not empty: choose another --out"):
-        import_path(release, out)
+    other = tmp_path / golden_network.name
+    shutil.copy(next(release.iterdir()), other)
+    with pytest.raises(
+        FileExistsError, match=r"0\.050\.safetensors exists already and was not made from network-"
+    ):
+        import_path(other, out)
+    with pytest.raises(FileExistsError, match=r"out exists already and was not made from .*release: choose"):
+        import_path(release, out, prefix="edm2-img64-s")
     (out / "LICENSE-NOTICE").write_text("mine")
     with pytest.raises(FileExistsError, match="LICENSE-NOTICE exists already and says something else"):
         import_named("edm2-img64-s-1073741-0.075.pkl", out, source=str(release))
     assert [p.name for p in out.glob("edm2*")] == []
     preset = sampling_preset("edm2-img64-s-autog-fid")
     import_preset(preset, tmp_path / "p", source=str(release))
-    with pytest.raises(FileExistsError, match=r"autog-fid\.json exists already"):
+    (tmp_path / "p" / f"{preset.name}.json").write_text("{}")
+    with pytest.raises(
+        FileExistsError, match=r"autog-fid\.json exists already and was not made from the setting"
+    ):
         import_preset(preset, tmp_path / "p", source=str(release))
 
 
@@ -205,9 +234,9 @@ def test_models_that_are_there_are_used_again(release: Path, tmp_path: Path) -> 
     preset, out = sampling_preset("edm2-img64-s-autog-fid"), tmp_path / "out"
     import_named(str(preset.guide), out, source=str(release))
     (release / str(preset.guide)).unlink()
-    assert len(import_preset(preset, out, source=str(release))) == 2
+    assert [w.is_new for w in import_preset(preset, out, source=str(release))] == [True, False, True]
     (out / f"{preset.name}.json").unlink()
-    assert [w.path.name for w in import_preset(preset, out)] == [f"{preset.name}.json"]
+    assert [w.is_new for w in import_preset(preset, out)] == [False, False, True]
     shutil.rmtree(out)
     other = import_named(str(preset.network), tmp_path / "other", source=str(release))[0].path
     out.mkdir()
@@ -233,7 +262,7 @@ def test_hashes_are_one_a_file(release: Path, tmp_path: Path) -> None:
 def test_a_missing_guide_is_noticed_before_the_network_is_fetched(release: Path, tmp_path: Path) -> None:
     preset, out = sampling_preset("edm2-img64-s-autog-fid"), tmp_path / "out"
     (release / str(preset.guide)).unlink()
-    with pytest.raises(ValueError, match=r"release holds no edm2-img64-xs-0134217-0\.110\.pkl"):
+    with pytest.raises(ValueError, match=r"release does not contain edm2-img64-xs-0134217-0\.110\.pkl"):
         import_preset(preset, out, source=str(release))
     assert not out.exists()
 
@@ -291,7 +320,7 @@ def test_command(
     capsys.readouterr()
     for words, message in (
         (["edm2-img64-s-fid"], "where to? give --out"),
-        (["edm2-img64-s-fid", "--out", out + "2"], "has to come from somewhere: give --from"),
+        (["edm2-img64-s-fid", "--out", out + "2"], "where is edm2-img64-s-1073741-0.075.pkl? give --from"),
         (
             ["edm2-img64-s-fidd", "--out", out],
             "no released model is called 'edm2-img64-s-fidd': did you mean",
@@ -302,9 +331,10 @@ def test_command(
             [str(golden_network), "--out", out, "--from", "x"],
             "--from and --sha256 are for files that are fetched",
         ),
-        ([str(golden_network), "--out", out], "exists already"),
     ):
         assert message in refused(["import", *words], capsys)
+    main(["import", str(golden_network), "--out", out])
+    assert f"kept   {out}/{golden_network.stem}.safetensors\n" in capsys.readouterr().out
 
 
 def test_refused_download_is_removed(

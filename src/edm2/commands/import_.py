@@ -40,7 +40,11 @@ def run(prog: str, words: Sequence[str]) -> None:
     if chosen.out is None:
         raise ValueError(f"where to? give --out with a folder for what is made of {chosen.name}")
     for imported in _import(chosen, chosen.name, chosen.out):
-        show(f"found  {imported.found}\nwrote  {imported.path}")
+        show(
+            f"found  {imported.found}\nwrote  {imported.path}"
+            if imported.is_new
+            else f"kept   {imported.path}"
+        )
         if imported.path.suffix == ".json":
             show(f"next   edm2 sample {shlex.quote(str(imported.path))} --out samples")
     notice = chosen.out / NOTICE_FILE

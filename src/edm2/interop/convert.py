@@ -1,21 +1,26 @@
 """From official files to safetensors, with their licence beside them."""
 
+import contextlib
+import glob
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 
-from edm2.diffusion import read_model_header, save_model
+from edm2.diffusion import save_model
 from edm2.ema.storage.encoding import Track
-from edm2.ema.storage.manifest import ForeignSnapshots, Snapshot, read_manifest, write_manifest
+from edm2.ema.storage.manifest import ForeignSnapshots, RunInfo, Snapshot, read_manifest, write_manifest
 from edm2.ema.storage.snapshots import write
 from edm2.ema.storage.weighted_sums import read_tensors
-from edm2.files import replacing_folder, sha256_of, write_atomic, write_json
+from edm2.files import claimed, read_json, sha256_of, sync_folder, write_atomic
 from edm2.interop.fetch import check_there, fetch
 from edm2.interop.licence import LICENCE, NOTICE_LINE, write_notice
 from edm2.interop.model_info import model_info
@@ -35,38 +40,44 @@ _DOWNLOADS = ".downloads"
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """One file or folder that was written.
+    """One file or folder that an import made.
 
     Attributes:
-        path: where.
-        found: what was in the official file, in words.
+        path: Where it is.
+        found: What was in the official file, in words.
+        is_new: False if an earlier import had made it already.
     """
 
     path: Path
     found: str
+    is_new: bool = True
 
 
 def import_path(path: str | Path, out: str | Path, *, prefix: str | None = None) -> Imported:
     """Convert a network pickle, a file of reference statistics, or a folder of snapshots.
 
+    What an earlier import made of the same files is kept.
+
     Args:
-        path: the file or folder.
-        out: folder for what is made of it; a folder of snapshots becomes this folder.
-        prefix: which training, for a folder that holds snapshots of several.
+        path: The file or folder.
+        out: Folder for the result; a folder of snapshots becomes this folder.
+        prefix: Training to choose from a folder that holds snapshots of several.
 
     Returns:
-        What was written: a model file for `edm2 sample`, statistics, or a folder for `edm2 ema reconstruct`.
+        A model file for `edm2 sample`, statistics, or a folder for `edm2 ema reconstruct`.
 
     Raises:
-        ValueError: if it is none of these; nothing in it is run in any case.
-        FileExistsError: if the result is there already.
+        ValueError: If it is none of these; nothing in it is run in any case.
+        FileExistsError: If something else is in the result's place.
     """
     path, out = Path(path), Path(out)
     if path.is_dir():
         return _import_snapshots(path, out, prefix)
     if prefix is not None:
         raise ValueError(f"{path} is one file: a prefix chooses among the trainings of a folder")
-    target = _free(out / _model_name(path.name))
+    target = out / _model_name(path.name)
+    if target.exists():
+        return _kept(target, path.name, sha256_of(path))
     if path.suffix == ".npz":
         return _save_statistics(path, read_reference_statistics(path), target)
     content = read_pickle(path)
@@ -83,10 +94,15 @@ def import_named(
     """Fetch and convert one official file by its name.
 
     Args:
-        name: such as `edm2-img64-s-1073741-0.075.pkl`.
-        out: folder for what is made of it.
-        source: see `edm2.interop.fetch.fetch`.
-        sha256: expected hash, if known.
+        name: Such as `edm2-img64-s-1073741-0.075.pkl`.
+        out: Folder for the result; what an earlier import made of the file is kept.
+        source: See `edm2.interop.fetch.fetch`.
+        sha256: Expected hash, if known.
+
+    Raises:
+        ValueError: As in `fetch` and `import_path`.
+        FileExistsError: If something else is in the result's place.
+        OSError: As in `fetch`.
     """
     return _import_fetched([name], Path(out), source, sha256)
 
@@ -97,118 +113,122 @@ def import_preset(
     """Fetch and convert the networks of a published setting, and write the setting beside them.
 
     Args:
-        preset: see `edm2.interop.released.sampling_preset`.
-        out: folder for the models and `{preset}.json`; models that were made there before are used.
-        source: see `edm2.interop.fetch.fetch`.
-        sha256: expected hashes of network and guide, if known.
+        preset: See `edm2.interop.released.sampling_preset`.
+        out: Folder for the models and `{preset}.json`; what an earlier import made is kept.
+        source: See `edm2.interop.fetch.fetch`.
+        sha256: Expected hashes of network and guide, if known.
 
     Raises:
-        FileExistsError: if the setting, or another file by the name of a model, is there already.
+        ValueError: As in `fetch` and `import_path`.
+        FileExistsError: If something else is in the place of the setting or of a model.
+        OSError: As in `fetch`.
     """
-    out = Path(out)
-    settings = _free(out / f"{preset.name}.json")
+    path = Path(out) / f"{preset.name}.json"
     networks = [str(network) for network in (preset.network, preset.guide) if network is not None]
-    _check_hashes(networks, sha256)
-    hashes = dict(zip(networks, sha256, strict=False))
-    missing = [name for name in networks if not _is_model_of(out, name, hashes.get(name))]
-    written = _import_fetched(missing, out, source, [hashes[name] for name in missing] if hashes else ())
-    model = _model_name(str(preset.network))
-    guide = None if preset.guide is None else _model_name(str(preset.guide))
-    write_json(
-        settings,
-        {
-            "format": "edm2.sampling/1",
-            "preset": preset.name,
-            "model": model,
-            "guide": guide,
-            "guidance": preset.guidance,
-            "reported": {"metric": preset.metric, "value": preset.reported},
-            "license": LICENCE,
-        },
-    )
+    models = [_model_name(name) for name in networks]
+    guide = models[1] if preset.guide is not None else None
+    settings = {
+        "format": "edm2.sampling/1",
+        "preset": preset.name,
+        "model": models[0],
+        "guide": guide,
+        "guidance": preset.guidance,
+        "reported": {"metric": preset.metric, "value": preset.reported},
+        "license": LICENCE,
+    }
+    content = (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode()
+    is_there = path.exists()
+    if is_there and path.read_bytes() != content:
+        raise _occupied(path, f"the setting {preset.name}")
+    imported = _import_fetched(networks, Path(out), source, sha256)
+    if not is_there:
+        write_atomic(path, content)
     weight = f", guided with weight {preset.guidance:g} by {guide}" if guide else ", without a guide"
-    return [
-        *written,
-        Imported(path=settings, found=f"settings of {preset.metric} {preset.reported:g}{weight}"),
-    ]
+    found = f"settings of {preset.metric} {preset.reported:g}{weight}"
+    return [*imported, Imported(path=path, found=found, is_new=not is_there)]
 
 
 def _import_fetched(
     names: Sequence[str], out: Path, source: str | None, sha256: Sequence[str]
 ) -> list[Imported]:
-    """Fetch and convert one file after the other; what was converted stays whatever happens to the next."""
-    _check_hashes(names, sha256)
-    for name in names:
-        _free(out / _model_name(name))
-    check_there(names, source)
-    downloads = out / _DOWNLOADS
-    hashes: Sequence[str | None] = sha256 or [None] * len(names)
-    written: list[Imported] = []
-    for name, known in zip(names, hashes, strict=True):
-        try:
-            file = fetch(name, source, downloads, sha256=known)
-            written.append(_convert_fetched(file, out, downloads))
-        except (ValueError, OSError) as error:
-            _remove_if_empty(downloads)
-            if not written:
-                raise
-            there = ", ".join(str(done.path) for done in written)
-            kind = ValueError if isinstance(error, ValueError) else OSError
-            raise kind(f"{error}. Kept for the next time: {there}") from error
-    _remove_if_empty(downloads)
-    return written
-
-
-def _convert_fetched(file: Path, out: Path, downloads: Path) -> Imported:
-    downloaded = file.parent == downloads
-    try:
-        done = import_path(file, out)
-    except ValueError:  # a bad download is not worth keeping
-        if downloaded:
-            file.unlink()
-        raise
-    if downloaded:
-        file.unlink()
-    return done
-
-
-def _remove_if_empty(folder: Path) -> None:
-    # Else it holds the part of a download that was cut off.
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def _check_hashes(names: Sequence[str], sha256: Sequence[str]) -> None:
+    """Fetch and convert one file after the other; those converted stay if a later one fails."""
     if sha256 and len(sha256) != len(names):
         raise ValueError(
             f"{len(sha256)} hashes for {len(names)} files ({', '.join(names)}): give one each, in that order"
         )
+    hashes: Sequence[str | None] = sha256 or [None] * len(names)
+    kept = {}
+    for name, known in zip(names, hashes, strict=True):
+        target = out / _model_name(name)
+        if target.exists():
+            kept[name] = _kept(target, name, known)
+    check_there([name for name in names if name not in kept], source)
+    imported: list[Imported] = []
+    for name, known in zip(names, hashes, strict=True):
+        try:
+            imported.append(kept.get(name) or _fetch_and_convert(name, out, source, known))
+        except (ValueError, OSError) as error:
+            _remove_empty(out / _DOWNLOADS)
+            if not imported:
+                raise
+            done = ", ".join(str(one.path) for one in imported)
+            kind = ValueError if isinstance(error, ValueError) else OSError
+            raise kind(f"{error}. Kept for the next time: {done}") from error
+        for path in (out / _DOWNLOADS).glob(f"*/{glob.escape(name)}*"):
+            path.unlink()  # of this run, or of one that was killed
+    _remove_empty(out / _DOWNLOADS)
+    return imported
+
+
+def _fetch_and_convert(name: str, out: Path, source: str | None, sha256: str | None) -> Imported:
+    file = fetch(name, source, out / _DOWNLOADS, sha256=sha256)
+    try:
+        done = import_path(file, out)
+    except ValueError:
+        if out / _DOWNLOADS in file.parents:  # a bad download is not worth keeping
+            file.unlink()
+        raise
+    if out / _DOWNLOADS in file.parents:
+        file.unlink()
+    return done
+
+
+def _remove_empty(downloads: Path) -> None:
+    for folder in (*downloads.glob("*/"), downloads):
+        with contextlib.suppress(OSError):  # parts of downloads that can be continued
+            folder.rmdir()
 
 
 def _model_name(name: str) -> str:
     return f"{Path(name).stem}.safetensors"
 
 
-def _free(path: Path) -> Path:
-    if path.exists():
-        raise FileExistsError(f"{path} exists already: choose another --out or move it away")
-    return path
-
-
-def _is_model_of(out: Path, name: str, sha256: str | None) -> bool:
-    path = out / _model_name(name)
-    if not path.exists():
-        return False
-    source = read_model_header(path)[1]["info"].get("source") or {}
+def _kept(target: Path, name: str, sha256: str | None) -> Imported:
+    """A file that is there already, if an earlier import made it of an official file of this name and hash."""
+    source = _source_in(target)
     if source.get("file") != name or (sha256 is not None and source.get("sha256") != sha256.lower()):
-        raise FileExistsError(
-            f"{path} exists already and was not made from {name}: choose another --out or move it away"
-        )
-    return True
+        raise _occupied(target, name)
+    return Imported(path=target, found=name, is_new=False)
+
+
+def _occupied(path: Path, name: str) -> FileExistsError:
+    return FileExistsError(
+        f"{path} exists already and was not made from {name}: choose another --out or move it away"
+    )
 
 
 def _source(path: Path) -> dict[str, str]:
     return {"file": path.name, "sha256": sha256_of(path)}
+
+
+def _source_in(path: Path) -> dict[str, Any]:
+    """What `_source` gave when a model or statistics were written; empty for other files."""
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            header = read_json((file.metadata() or {}).get("edm2", "{}"))
+        return dict(header.get("info", header).get("source") or {})
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _save_network(network: NetworkFile, target: Path) -> Imported:
@@ -256,27 +276,45 @@ def _save_statistics(path: Path, found: dict[str, ReferenceStatistics], target: 
 
 
 def _import_snapshots(folder: Path, out: Path, prefix: str | None) -> Imported:
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} exists already and is not empty: choose another --out or move it away")
     source = open_snapshots(folder, prefix=prefix)
     snapshots = source.manifest.snapshots
-    with replacing_folder(out.resolve(), flush=False) as aside:
-        for t, group in groupby(snapshots, key=lambda s: s.t):
-            at_once = list(group)
-            tracks = (_track(source, snapshot) for snapshot in at_once)
-            write(
-                aside,
-                source.manifest.run,
-                t=t,
-                layout=source.manifest.layout,
-                tracks=tracks,
-                dtype=at_once[0].dtype,
-            )
-        _keep_rounding(aside, snapshots)
-        write_notice(aside)
     times, widths = len({s.t for s in snapshots}), sorted({s.sigma_rel for s in snapshots})
     lengths = ", ".join(f"{width:g}" for width in widths)
-    return Imported(path=out, found=f"{len(snapshots)} snapshots of {times} times, EMA lengths {lengths}")
+    found = f"{len(snapshots)} snapshots of {times} times, EMA lengths {lengths}"
+    files = {name: sha256_of(folder / name) for name in source.files}
+    run = replace(source.manifest.run, metadata={**(source.manifest.run.metadata or {}), "files": files})
+    work = out.resolve().with_name(f".{out.resolve().name}.importing")
+    with claimed(work, out):
+        try:
+            is_new = not out.exists() or not any(out.iterdir())
+            if is_new:
+                _write_snapshots(source, run, work / out.name)
+                os.replace(work / out.name, out)
+                sync_folder(out.resolve().parent)
+            elif _files_in(out) != files:
+                raise _occupied(out, str(folder))
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return Imported(path=out, found=found, is_new=is_new)
+
+
+def _write_snapshots(source: ForeignSnapshots, run: RunInfo, aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)  # of an import that was killed
+    snapshots = source.manifest.snapshots
+    for t, group in groupby(snapshots, key=lambda s: s.t):
+        at_once = list(group)
+        tracks = (_track(source, snapshot) for snapshot in at_once)
+        write(aside, run, t=t, layout=source.manifest.layout, tracks=tracks, dtype=at_once[0].dtype)
+    _keep_rounding(aside, snapshots)
+    write_notice(aside)
+
+
+def _files_in(folder: Path) -> Any:
+    """Hashes of the official files that a folder of snapshots was made from; None for other folders."""
+    try:
+        return (read_manifest(folder).run.metadata or {}).get("files")
+    except ValueError:
+        return None
 
 
 def _track(source: ForeignSnapshots, snapshot: Snapshot) -> Track:
