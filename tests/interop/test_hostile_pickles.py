@@ -248,7 +248,7 @@ def test_the_error_says_what_was_met_and_where(tmp_path: Path) -> None:
     path = tmp_path / "x.pkl"
     path.write_bytes(b"\x80\x04]cposix\nsystem\n.")
     with pytest.raises(
-        ValueError, match=r"the name 'posix.system', which is not on the list.*at byte 3\. Nothing"
+        ValueError, match=r"the name 'posix.system', which is not on the allow-list.*at byte 3\. Nothing"
     ):
         read_pickle(path)
     path.write_bytes(b"\x80\x04\x82\x01.")

@@ -319,7 +319,7 @@ def test_command(
     main(["import", str(golden_network), "--out", out])
     capsys.readouterr()
     for words, message in (
-        (["edm2-img64-s-fid"], "where to? give --out"),
+        (["edm2-img64-s-fid"], "where should edm2-img64-s-fid go? give --out"),
         (["edm2-img64-s-fid", "--out", out + "2"], "where is edm2-img64-s-1073741-0.075.pkl? give --from"),
         (
             ["edm2-img64-s-fidd", "--out", out],

@@ -155,7 +155,7 @@ def test_content_that_is_no_network_is_refused(
             {"ema": official.persistent("Precond", {"_init_args": (64, 3)})},
             "a network without its constructor's",
         ),
-        ({"ema": official.persistent("Precond", {"_modules": {"a": 1}})}, "a module 'a' that is none"),
+        ({"ema": official.persistent("Precond", {"_modules": {"a": 1}})}, "a value 'a' in place of a module"),
         (
             {"ema": official.persistent("Precond", {"_modules": [1]})},
             "a module '' whose _modules have no plausible names",
@@ -164,7 +164,10 @@ def test_content_that_is_no_network_is_refused(
             {"ema": official.persistent("Precond", {"_parameters": {1: 1}})},
             "a module '' whose _parameters have no",
         ),
-        ({"ema": official.persistent("Precond", {"_buffers": {"x": 1}})}, "a x that is no tensor of floats"),
+        (
+            {"ema": official.persistent("Precond", {"_buffers": {"x": 1}})},
+            "a x that is not a tensor of floats",
+        ),
     ):
         path.write_bytes(pickle.dumps(content, 4))
         refused(path, what)

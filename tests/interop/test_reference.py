@@ -84,9 +84,9 @@ def test_other_structure_is_refused(tmp_path: Path, moments: dict[str, Any]) -> 
         ([1], "no reference statistics by name of a metric"),
         ({"num_images": 3}, "no reference statistics by name of a metric"),
         ({3: moments}, "no reference statistics by name of a metric"),
-        ({"fid": moments, "num_images": "50"}, "a num_images that is no number of images"),
+        ({"fid": moments, "num_images": "50"}, "a num_images that is not a number of images"),
         (dict.fromkeys(map("m{}".format, range(9)), moments), "no reference statistics by name of a metric"),
-        ({"fid": moments, "num_images": 1}, "a num_images that is no number of images"),
+        ({"fid": moments, "num_images": 1}, "a num_images that is not a number of images"),
     ):
         path.write_bytes(pickle.dumps(content))
         with pytest.raises(ValueError, match=what):

@@ -120,7 +120,7 @@ def test_a_damaged_classifier_is_refused(tmp_path):
         network._network.neck.weight[0, 0] = torch.nan
     network.save(tmp_path / "c")
     with pytest.raises(
-        ValueError, match=r"holds no classifier .*neck\.weight holds values that are not finite"
+        ValueError, match=r"is not a classifier .*neck\.weight holds values that are not finite"
     ):
         ClassifierFeatures.load(tmp_path / "c")
 

@@ -89,7 +89,7 @@ def test_torchscript_errors(tmp_path):
     ):
         InceptionFeatures(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("no archive")
-    with pytest.raises(ValueError, match="is no TorchScript file"):
+    with pytest.raises(ValueError, match="is not a TorchScript file"):
         InceptionFeatures(tmp_path / "text.pt", trust_code=True)
     with pytest.raises(ValueError, match=r"does not give features \[N, D\]"):
         InceptionFeatures(scripted(Flat(), tmp_path / "flat.pt")[0], trust_code=True)
@@ -135,11 +135,11 @@ def test_classifier_errors(tmp_path):
         ClassifierFeatures.load(tmp_path / "none")
     (tmp_path / "bad").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     with pytest.raises(
-        ValueError, match=r"holds no classifier that .*its format is None, not 'edm2 feature class"
+        ValueError, match=r"is not a classifier that .*its format is None, not 'edm2 feature class"
     ):
         ClassifierFeatures.load(tmp_path / "bad")
     (tmp_path / "worse").write_bytes(b"text")
-    with pytest.raises(ValueError, match="holds no classifier"):
+    with pytest.raises(ValueError, match="is not a classifier"):
         ClassifierFeatures.load(tmp_path / "worse")
     with pytest.raises(ValueError, match="only a network that fit_classifier made can be saved"):
         ClassifierFeatures(nn.Identity(), (3, 6, 7)).save(tmp_path / "own")

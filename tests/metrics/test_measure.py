@@ -97,7 +97,7 @@ def test_reference_errors(tmp_path):
         Reference.load(tmp_path / "none.npz")
     path = tmp_path / "r"
     path.write_bytes(b"text")
-    with pytest.raises(ValueError, match="is no reference file of edm2"):
+    with pytest.raises(ValueError, match="is not a reference file of edm2"):
         Reference.load(path)
     moments = {"mu": np.zeros(2), "sigma": np.eye(2)}
     known = {"num_images": 5, "provenance": {}}
@@ -109,15 +109,15 @@ def test_reference_errors(tmp_path):
         ({"mu": np.zeros(3), "sigma": np.eye(2)}, known, r"mean \[3\] and cov \[2, 2\]"),
         ({**moments, "features": np.zeros((4, 3))}, known, r"features \[4, 3\] do not fit a mean of 2"),
         (moments, {**known, "num_images": 1}, "num_images 1 must be at least 2"),
-        (moments, {**known, "num_images": []}, r"is no reference file of edm2 .*int\(\)"),
-        (moments, {**known, "provenance": []}, "its provenance is no table"),
+        (moments, {**known, "num_images": []}, r"is not a reference file of edm2 .*int\(\)"),
+        (moments, {**known, "provenance": []}, "its provenance is not a table"),
     ]:
         save_file(arrays, path, None if header is None else to_metadata("edm2 reference 2", header))
         with pytest.raises(ValueError, match=message):
             Reference.load(path)
     halves = {"mu": torch.zeros(2).bfloat16(), "sigma": torch.eye(2).bfloat16()}
     safetensors.torch.save_file(halves, path, to_metadata("edm2 reference 2", known))
-    with pytest.raises(ValueError, match=r"is no reference file of edm2 .*bfloat16.*make one"):
+    with pytest.raises(ValueError, match=r"is not a reference file of edm2 .*bfloat16.*make one"):
         Reference.load(path)
     with pytest.raises(ValueError, match="a mean needs at least 1 image"):
         Reference(statistics=FeatureStatistics(3), features=None).save(tmp_path / "new")

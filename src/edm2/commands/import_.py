@@ -16,13 +16,13 @@ from edm2.progress import show
 
 @dataclass(kw_only=True)
 class _Import:
-    """Convert official network pickles, snapshot folders and reference statistics, without running what is in them."""
+    """Convert official network pickles, snapshot folders and reference statistics without running anything in them."""
 
     name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None
     """A file, a folder of snapshots, a file's name to fetch, or the name of a published setting. Without it, all
     such names are listed."""
     out: Path | None = None
-    """Folder for what is made of it. A folder of snapshots becomes this folder."""
+    """Folder for the result. A folder of snapshots becomes this folder."""
     source: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Folder, http(s) address, or hf://OWNER/NAME of the hub that the files lie in; default: the environment's
     EDM2_RELEASED_FROM."""
@@ -38,7 +38,7 @@ def run(prog: str, words: Sequence[str]) -> None:
     if chosen.name is None:
         return _print_presets()
     if chosen.out is None:
-        raise ValueError(f"where to? give --out with a folder for what is made of {chosen.name}")
+        raise ValueError(f"where should {chosen.name} go? give --out with a folder")
     for imported in _import(chosen, chosen.name, chosen.out):
         show(
             f"found  {imported.found}\nwrote  {imported.path}"
@@ -57,7 +57,7 @@ def _import(chosen: _Import, name: str, out: Path) -> list[Imported]:
             raise ValueError(f"{name} is here: --from and --sha256 are for files that are fetched by name")
         return [import_path(name, out, prefix=chosen.prefix)]
     if chosen.prefix is not None:
-        raise ValueError(f"{name} is no folder: --prefix chooses among the trainings of one")
+        raise ValueError(f"{name} is not a folder: --prefix chooses among the trainings of one")
     if Path(name).suffix in (".pkl", ".npz"):
         if Path(name).name != name:
             raise ValueError(f"{name} does not exist: give a file that does, or a file's name and --from")

@@ -89,8 +89,8 @@ class _Score:
     images: Annotated[str, tyro.conf.Positional]
     """A folder of samples, or anything that `edm2 metrics ref` takes."""
     ref: Path
-    """Reference: of `edm2 metrics ref`, an official .pkl (nothing in it is run), .npz with mu and sigma, or what
-    `edm2 import` made of them."""
+    """Reference: a file of `edm2 metrics ref`, an official .pkl (nothing in it is run), an .npz with mu and sigma, or
+    the file that `edm2 import` made from one of these."""
     metric: str | None = None
     """Which of an official file's statistics: fid or fd_dinov2. Default: fid, where the file holds both."""
     out: Path | None = None
@@ -117,7 +117,7 @@ def ref(prog: str, words: Sequence[str]) -> None:
     options, out = chosen.options, chosen.out
     _check(options)
     if out.suffix != ".safetensors":
-        raise ValueError(f"--out {out} must end in .safetensors: what a reference is, is told by its ending")
+        raise ValueError(f"--out {out} must end in .safetensors, which marks a reference")
     with join_world(options.device) as world:
         images = open_images(chosen.data, split=options.split)
         beside = _classifier_beside(out)
@@ -137,7 +137,7 @@ def ref(prog: str, words: Sequence[str]) -> None:
             differing = differences(Reference.load(out).provenance, provenance)
             if differing:
                 raise ValueError(
-                    f"{out} holds a reference made otherwise ({', '.join(differing)} differ): choose another --out"
+                    f"{out} holds a reference of other settings ({', '.join(differing)} differ): choose another --out"
                 )
             return _say(world, f"{out} holds this reference already")
         _see(extractor, images)
@@ -156,7 +156,7 @@ def score(prog: str, words: Sequence[str]) -> None:
     options = chosen.options
     _check(options)
     if chosen.out is None and "://" in chosen.images:
-        raise ValueError(f"{chosen.images} is no place to write beside: give --out with a file")
+        raise ValueError(f"the numbers cannot be written beside {chosen.images}: give --out with a file")
     with join_world(options.device) as world:
         real = _Side(reference=read_reference(chosen.ref, metric=chosen.metric), where=str(chosen.ref))
         made = _Side(
@@ -268,7 +268,7 @@ def _compare_results(a: dict[str, Any], b: dict[str, Any]) -> None:
         show(f"{name.replace('_', ' '):<28} {values}")
     differing = differences(without_numbers(a), without_numbers(b))
     if differing:
-        show(f"made otherwise: {', '.join(differing)}")
+        show(f"other settings: {', '.join(differing)}")
     wrong = [name for name in differing if name.startswith(_MUST_AGREE)]
     if wrong:
         warnings.warn(
@@ -289,7 +289,7 @@ def _print_result(result: dict[str, Any], note: str) -> None:
     if scores["kernel_distance"] is None:
         show("- needs the features of single images, which one of the two sets does not keep")
     elif scores["kernel_distance_spread"] is None:
-        show("- there is no spread: both sets are so small that every subset is the whole of them")
+        show("- no spread: both sets are so small that every subset is the whole set")
     show(note)
 
 
@@ -357,7 +357,7 @@ def _classifier_beside(out: Path) -> Path:
 
 
 def _see(extractor: FeatureExtractor, images: ImageSet) -> None:
-    # One image through the extractor: what does not fit is an error now and not after hours.
+    # One image through the extractor: a mismatch is an error now and not after hours.
     extractor.features(images.dataset.images(np.arange(1)))
 
 

@@ -1,9 +1,9 @@
-"""What is measured of a model: numbers about its images against a reference, and its errors by noise level.
+"""Measures of a model: numbers about its images against a reference, and its errors by noise level.
 
-- `open_images`: the images, with what is known of how they were made (`images`).
-- `open_extractor`, `measure_images`: what turns them into features (`extractors`).
-- `read_reference`, `is_reference`, `check_extractor`: what they are compared with (`references`).
-- `find_cautions`: why numbers may mean little (`cautions`).
+- `open_images`: images with their provenance (`images`).
+- `open_extractor`, `measure_images`: their features (`extractors`).
+- `read_reference`, `is_reference`, `check_extractor`: references to compare them with (`references`).
+- `find_cautions`: reasons why numbers may mean little (`cautions`).
 - `read_result`, `write_result`: numbers as a JSON file, with all that they depend on (`results`).
 - `Judge`: one number for a model while it is tuned (`judge`).
 - `errors_by_noise`, `noise_density`: a network's error at each noise level (`noise_errors`).

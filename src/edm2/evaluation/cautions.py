@@ -1,4 +1,4 @@
-"""Why numbers about images against a reference may mean little."""
+"""Reasons why numbers about images against a reference may mean little."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ _CLASS_DIFFERENCE = 0.1
 
 
 def find_cautions(images: dict[str, Any], reference: dict[str, Any], extractor: dict[str, Any]) -> list[str]:
-    """Why numbers about images against a reference may mean little, one sentence each."""
+    """Find reasons why numbers about images against a reference may mean little, one sentence each."""
     found = []
     width, general = extractor["num_features"], extractor["name"] in OFFICIAL.values()
     for whose, count in (

@@ -27,26 +27,24 @@ _CACHE = Path("~/.cache/edm2")
 def open_extractor(
     name: str, weights: str | None, *, sha256: str | None, trust: bool, device: torch.device | str
 ) -> FeatureExtractor:
-    """Open what makes features, as the options of a command name it.
+    """Open the feature extractor that the options of a command name.
 
     Args:
-        name: one of EXTRACTORS.
-        weights: a file or its http(s) address (inception, classifier), a folder or hub name (dinov2). A classifier
+        name: One of EXTRACTORS.
+        weights: A file or its http(s) address (inception, classifier), a folder or hub name (dinov2). A classifier
             has no default.
-        sha256: expected hash of the weights.
-        trust: open a TorchScript file without knowing its hash.
-        device: where to compute.
+        sha256: Expected hash of the weights.
+        trust: Open a TorchScript file without knowing its hash.
+        device: Where to compute.
 
     Raises:
-        ValueError: for weights that are missing, others than expected, or not to be opened without their hash.
+        ValueError: For weights that are missing, others than expected, or not to be opened without their hash.
     """
     if name == "dinov2":
         return DinoV2Features(weights or DINOV2, sha256=sha256, device=device)
     if weights is not None and "://" in weights:
         if sha256 is None:
-            raise ValueError(
-                f"{weights} is downloaded only with the hash that it should have: give --weights-sha256"
-            )
+            raise ValueError(f"{weights} is downloaded only if its hash is known: give --weights-sha256")
         source, _, file = weights.rpartition("/")
         weights = str(fetch(file, source, _CACHE.expanduser(), sha256=sha256))
     if name == "inception":
@@ -59,7 +57,7 @@ def open_extractor(
     assert weights is not None
     found = ClassifierFeatures.load(weights)
     if sha256 is not None and sha256_of(weights) != sha256.lower():
-        raise ValueError(f"{weights} has another sha256 than {sha256}: it is another file")
+        raise ValueError(f"the sha256 of {weights} is not {sha256}: it is another file")
     return found
 
 
@@ -69,7 +67,7 @@ def measure_images(
     """Features of a set of images, over all processes.
 
     Raises:
-        ValueError: as in `edm2.metrics.measure`.
+        ValueError: As in `edm2.metrics.measure`.
     """
     batches = images.batches(batch_size, rank=world.rank, world_size=world.size)
     return measure(extractor, batches, rows=kept_rows(len(images.dataset), keep, seed=seed))

@@ -1,4 +1,4 @@
-"""The images that a number is about: opened from whatever the user names, with what is known of their making."""
+"""Images to measure, opened from whatever the user names, with their provenance."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class ImageSet:
     """Images with their provenance.
 
     Attributes:
-        dataset: the images, uint8.
+        dataset: The images, uint8.
         provenance: JSON; source, fingerprint, num_images, shape, class_counts, seeds, sampling.
     """
 
@@ -45,12 +45,12 @@ def open_images(source: str, *, split: str = "train", num_classes: int | None = 
     """Open images to measure.
 
     Args:
-        source: a folder that `edm2 sample` wrote, or anything that `edm2.data.open_dataset` takes.
-        split: of a data set.
-        num_classes: of the reference, to count classes of samples whose class is their seed modulo that number.
+        source: A folder that `edm2 sample` wrote, or anything that `edm2.data.open_dataset` takes.
+        split: Of a data set.
+        num_classes: Of the reference, to count classes of samples whose class is their seed modulo that number.
 
     Raises:
-        ValueError: as in `open_dataset`, or for too few images, or images that are not uint8.
+        ValueError: As in `open_dataset`, or for too few images, or images that are not uint8.
     """
     folder = Path(source).expanduser()
     seeds: list[int] | None = None

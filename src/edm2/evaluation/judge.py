@@ -1,4 +1,4 @@
-"""Scores for the models of a run: each is put together from its snapshots, makes images, and is judged by them."""
+"""Scores of models, by the images that they make."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,18 +30,18 @@ class Judge:
     """Distances to a data set's training images, in features of a classifier trained on them or of another extractor.
 
     Args:
-        dataset: real images.
+        dataset: Real images.
         metric: frechet: distance of two Gaussians, too large for few images. kernel: KID over all pairs of images,
             right on average for any number and so at times below 0; against at most 10,000 real ones.
-        extractor: what makes features; default: a classifier trained on the images, which need classes.
+        extractor: What makes features; default: a classifier trained on the images, which need classes.
 
     Attributes:
-        fingerprint: of the images and of the way they are judged.
-        metric: in words.
-        features: in words.
+        fingerprint: Of the images and of the way they are judged.
+        metric: In words.
+        features: In words.
 
     Raises:
-        ValueError: for another metric, and for images without classes to train a classifier on.
+        ValueError: For another metric, and for images without classes to train a classifier on.
     """
 
     def __init__(

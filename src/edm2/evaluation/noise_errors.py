@@ -1,4 +1,4 @@
-"""What a network learned of its own error at each noise level, beside that error."""
+"""A network's error at each noise level, and its own estimate of it."""
 
 import math
 
@@ -14,11 +14,11 @@ _NOISE_LEVELS = 25
 def errors_by_noise(
     generator: ImageGenerator, images: np.ndarray, labels: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the network learned of its own error, beside that error.
+    """Measure a network's error at each noise level, and its own estimate of it.
 
     Args:
-        generator: a model with its coding.
-        images: as stored in the data set, `[N, C, H, W]`.
+        generator: A model with its coding.
+        images: As stored in the data set, `[N, C, H, W]`.
         labels: `[N]` classes or `[N, D]` vectors; None for an unconditional model.
 
     Returns:

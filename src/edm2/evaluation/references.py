@@ -15,11 +15,11 @@ def read_reference(path: str | Path, *, metric: str | None = None) -> Reference:
     """Open a reference file: our own, an official `.pkl`, an `.npz` with `mu` and `sigma`, or either imported.
 
     Args:
-        path: the file. Of a pickle nothing is executed.
+        path: The file. Nothing in a pickle is executed.
         metric: "fid" or "fd_dinov2", for an official file; default: "fid" where the file holds it.
 
     Raises:
-        ValueError: if it is no such file, or does not hold the metric.
+        ValueError: If it is another file, or does not hold the metric.
     """
     path = Path(path)
     official = path.suffix.lower() in (".pkl", ".npz") or is_imported_reference(path)
@@ -29,14 +29,14 @@ def read_reference(path: str | Path, *, metric: str | None = None) -> Reference:
             raise ValueError(f"{path} is of one extractor: leave --metric {metric} out")
         if "name" not in reference.provenance.get("extractor", {}) or "images" not in reference.provenance:
             raise ValueError(
-                f"{path} does not say what was measured by what: make it with `edm2 metrics ref`"
+                f"{path} does not say what was measured, and how: make it with `edm2 metrics ref`"
             )
         return reference
     found = read_reference_statistics(path)
     if metric is None:
         metric = "fid" if "fid" in found else next(iter(found))
     if metric not in found:
-        raise ValueError(f"{path} holds no {metric}: there is {', '.join(found)}")
+        raise ValueError(f"{path} does not hold {metric}, only {', '.join(found)}")
     moments = found[metric]
     # Where the file does not say the number, any will do: the distance is of mean and covariance alone.
     statistics = FeatureStatistics.from_moments(moments.mean, moments.cov, num_images=moments.num_images or 2)
@@ -52,7 +52,7 @@ def read_reference(path: str | Path, *, metric: str | None = None) -> Reference:
 
 
 def is_reference(path: str | Path) -> bool:
-    """Whether a file is a reference and no images."""
+    """Whether a file is a reference, and not images."""
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix == ".npz" and zipfile.is_zipfile(path):

@@ -31,13 +31,13 @@ SCORE_NAMES = (
 def provenance_of(
     images: dict[str, Any], extractor: dict[str, Any], *, keep: int, seed: int
 ) -> dict[str, Any]:
-    """What a measurement is of and was made by, as JSON.
+    """Provenance of a measurement, as JSON.
 
     Args:
-        images: provenance of the images.
-        extractor: as of `edm2.metrics.describe_extractor`.
-        keep: number of images whose features are kept.
-        seed: of that choice and of subsets.
+        images: Provenance of the images.
+        extractor: As of `edm2.metrics.describe_extractor`.
+        keep: Number of images whose features are kept.
+        seed: Of that choice and of subsets.
     """
     settings = {
         "keep": keep,
@@ -53,10 +53,10 @@ def provenance_of(
 
 
 def check_result(out: Path, provenance: dict[str, Any]) -> dict[str, Any] | None:
-    """The result that a file holds, where it is the one that is wanted; None where there is no file.
+    """Read the result in a file, if it is the one to be made; None if there is no file.
 
     Raises:
-        ValueError: if the file is something else, or was made with other settings.
+        ValueError: If the file is something else, or was made with other settings.
     """
     if not out.exists():
         return None
@@ -64,13 +64,13 @@ def check_result(out: Path, provenance: dict[str, Any]) -> dict[str, Any] | None
     differing = differences(without_numbers(old), json.loads(json.dumps({"format": FORMAT, **provenance})))
     if differing:
         raise ValueError(
-            f"{out} holds numbers made otherwise ({', '.join(differing)} differ): choose another --out"
+            f"{out} holds numbers of other settings ({', '.join(differing)} differ): choose another --out"
         )
     return old
 
 
 def without_numbers(result: dict[str, Any]) -> dict[str, Any]:
-    """What a result's numbers depend on."""
+    """The part of a result that its numbers depend on."""
     return {key: value for key, value in result.items() if key not in ("scores", "warnings")}
 
 
@@ -84,10 +84,10 @@ def write_result(
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Read what `write_result` wrote.
+    """Read a file that `write_result` wrote.
 
     Raises:
-        ValueError: if the file holds something else.
+        ValueError: If the file holds something else.
     """
     try:
         content = read_json(path)
@@ -99,7 +99,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def flat_scores(scores: Scores) -> dict[str, float | None]:
-    """Name of a number -> its value, None where one of the sets keeps no features, or there is no spread."""
+    """Values by name; None if one of the sets keeps no features, or there is no spread."""
     kernel, manifold, support = scores.kernel, scores.manifold, scores.support
     values = (
         scores.frechet,

@@ -39,20 +39,20 @@ def save_pretrained(
     """Write a model as a folder of safetensors, settings and a card, ready to be uploaded.
 
     Args:
-        model: a run, with what `edm2 tune` found where it was tuned; a model file; the settings of a released
-            model that `edm2 import` wrote; or a model in memory.
-        folder: where to.
-        sigma_rel: EMA length to put together from a run's snapshots instead.
-        results: files that `edm2 metrics score` wrote about this model's images, for the card.
-        license: identifier as the hub lists them, such as `apache-2.0`. Weights that carry a licence keep it.
+        model: A run (with the settings that `edm2 tune` found, if it was tuned); a model file; the settings of a
+            released model that `edm2 import` wrote; or a model in memory.
+        folder: Folder to write.
+        sigma_rel: EMA length to reconstruct from a run's snapshots instead.
+        results: Files that `edm2 metrics score` wrote about this model's images, for the card.
+        license: Identifier as the hub lists them, such as `apache-2.0`. Weights that carry a licence keep it.
         repo_id: `owner/name` for the example in the card; default: the folder.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: if it holds a model already.
-        ValueError: as in `open_pretrained`.
+        FileExistsError: If it holds a model already.
+        ValueError: As in `open_pretrained`.
     """
     if isinstance(model, (str, Path)):
         model = open_pretrained(model, sigma_rel, results=results, license=license)
@@ -78,15 +78,16 @@ def open_pretrained(
     """Open whatever edm2 keeps models in.
 
     Args:
-        path: a folder that `write_pretrained` made; a run, with what `edm2 tune` found where it was tuned; a model
-            file; or the settings of a released model, `NAME.json`, that `edm2 import` wrote, or their folder.
-        sigma_rel: EMA length to put together from a run's snapshots instead.
-        results: files that `edm2 metrics score` wrote about this model's images.
-        license: as in `Pretrained`.
-        **options: device, dtype, compile, see `ImageGenerator.load`.
+        path: A folder that `write_pretrained` made; a run (with the settings that `edm2 tune` found, if it was
+            tuned); a model file; or the settings of a released model that `edm2 import` wrote, `NAME.json` or its
+            folder.
+        sigma_rel: EMA length to reconstruct from a run's snapshots instead.
+        results: Files that `edm2 metrics score` wrote about this model's images.
+        license: As in `Pretrained`.
+        **options: `device`, `dtype` and `compile` of `ImageGenerator.load`.
 
     Raises:
-        ValueError: as in `ImageGenerator.load`, `read_results` and `Pretrained`.
+        ValueError: As in `ImageGenerator.load`, `read_results` and `Pretrained`.
     """
     path = Path(path)
     measured = [result for file in results for result in read_results(file)]
@@ -104,14 +105,14 @@ def open_pretrained(
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Where the networks of a `Pretrained` lie, and the rest of it.
+    """The files of a `Pretrained`, and its settings.
 
     Attributes:
-        model: the network's file.
-        guide: the guide's file.
-        sampling: as in `Pretrained`.
-        results: as in `Pretrained`.
-        license: as in `Pretrained`.
+        model: The network's file.
+        guide: The guide's file.
+        sampling: As in `Pretrained`.
+        results: As in `Pretrained`.
+        license: As in `Pretrained`.
     """
 
     model: Path
@@ -122,12 +123,12 @@ class Parts:
 
 
 def find_parts(path: str | Path) -> Parts | None:
-    """What a folder of `write_pretrained`, or the settings of a released model, consist of; None for other paths.
+    """Find the parts of a folder of `write_pretrained`, or of the settings of a released model; None for other paths.
 
     A folder that holds the settings of one released model stands for them.
 
     Raises:
-        ValueError: if the settings are damaged, or a folder holds those of several.
+        ValueError: If the settings are damaged, or a folder holds those of several.
     """
     path = Path(path)
     published = [path / f"{name}.json" for name in SAMPLING_PRESETS if (path / f"{name}.json").is_file()]
@@ -145,7 +146,7 @@ def find_parts(path: str | Path) -> Parts | None:
         if path != file:
             return None
         raise ValueError(
-            f"{path} holds no settings of a released model: give a file that `edm2 import` wrote"
+            f"{path} does not hold the settings of a released model: give a file that `edm2 import` wrote"
         )
     try:
         return reader(file.parent, content)
@@ -156,13 +157,13 @@ def find_parts(path: str | Path) -> Parts | None:
 
 
 def write_pretrained(model: Pretrained, folder: str | Path) -> Path:
-    """Write networks, settings and licence notice; the card is `edm2.hub.model_card.model_card`'s.
+    """Write networks, settings and licence notice, but not the card, which is `edm2.hub.model_card.model_card`'s.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: if it holds a model already.
+        FileExistsError: If it holds a model already.
     """
     folder = check_free(folder)
     for name, part in ((MODEL_FILE, model.generator), (GUIDE_FILE, model.guide)):
@@ -184,12 +185,12 @@ def write_pretrained(model: Pretrained, folder: str | Path) -> Path:
 
 
 def check_free(folder: str | Path) -> Path:
-    """The folder; raises FileExistsError if it holds anything that would be overwritten."""
+    """Return the folder, or raise FileExistsError if it holds a file that would be overwritten."""
     folder = Path(folder)
     there = [name for name in FILES if (folder / name).exists()]
     if there:
         raise FileExistsError(
-            f"{folder} holds {', '.join(there)} already: choose another folder or move them away"
+            f"{folder} already holds {', '.join(there)}: choose another folder or move them away"
         )
     return folder
 
@@ -219,7 +220,7 @@ def _published_parts(folder: Path, content: dict[str, Any]) -> Parts:
 def _file_name(name: object) -> str:
     """A name in settings from elsewhere: of a file beside them, never of one somewhere else."""
     if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-        raise ValueError(f"{str(name)[:60]!r} is no name of a .safetensors file beside it")
+        raise ValueError(f"{str(name)[:60]!r} is not the name of a .safetensors file beside it")
     return name
 
 

@@ -1,4 +1,4 @@
-"""The README.md of a shared model: what it is, its licence, how to use it, its settings, what was measured."""
+"""The README.md of a shared model: facts, licence, example, settings and measurements."""
 
 import json
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ def model_card(model: Pretrained, name: str) -> str:
     """Write the card.
 
     Args:
-        model: what is shared.
-        name: folder or repository that `EDM2Pipeline.from_pretrained` shall take in the example.
+        model: The model.
+        name: Folder or repository that the example loads.
 
     Returns:
         Markdown, after the table that the hub reads.
@@ -38,7 +38,7 @@ def _front_matter(model: Pretrained) -> str:
         tags.append("non-commercial")
     table: dict[str, Any] = {
         "library_name": "edm2",
-        "pipeline_tag": "unconditional-image-generation",  # the hub has none for classes
+        "pipeline_tag": "unconditional-image-generation",  # the hub has no tag for classes
         "tags": tags,
     }
     if model.license is not None:
@@ -59,7 +59,7 @@ def _what(model: Pretrained) -> str:
         "Trained on": info.get("data"),
         "Training images seen": None if info.get("num_images") is None else f"{info['num_images']:,}",
         "EMA length (sigma_rel)": None if info.get("sigma_rel") is None else f"{info['sigma_rel']:g}",
-        "Error to expect of that average": _percent(info.get("expected_error")),
+        "Expected error of that average": _percent(info.get("expected_error")),
         "Run": info.get("run_id"),
         "Made from": (info.get("source") or {}).get("file"),
         "Digest of the weights": generator.identity()["digest"],

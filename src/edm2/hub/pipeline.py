@@ -1,8 +1,8 @@
 """A pipeline as users of diffusers know them, on the Hugging Face hub; needs huggingface_hub.
 
-It is no subclass of diffusers' `DiffusionPipeline`, whose loader imports the modules that a repository's
-model_index.json names and wants the weights in a layout of its own. So nothing but safetensors and JSON is read,
-and diffusers is needed for latents only.
+It is not a subclass of diffusers' `DiffusionPipeline`, whose loader imports the modules that a repository's
+model_index.json names and wants the weights in a layout of its own. Only safetensors and JSON are read, and
+diffusers is needed for latents only.
 """
 
 from collections.abc import Sequence
@@ -33,12 +33,12 @@ _PIL_CHANNELS = (1, 3, 4)
 
 @dataclass(frozen=True)
 class EDM2PipelineOutput:
-    """What a call of `EDM2Pipeline` gives.
+    """Result of a call of `EDM2Pipeline`.
 
     Attributes:
-        images: a list of PIL images; or `[N, H, W, C]` float32 in [0, 1] for "np"; `[N, C, H, W]` for "pt". Of a
+        images: A list of PIL images; or `[N, H, W, C]` float32 in [0, 1] for "np"; `[N, C, H, W]` for "pt". Of a
             model of floats, and latents for "latent": in the data's own units.
-        seeds: one an image; the same seed makes the same image again.
+        seeds: Seed of each image; the same seed makes the same image again.
     """
 
     images: Any
@@ -51,12 +51,12 @@ class EDM2Pipeline(ModelHubMixin):
     `save_pretrained`, `from_pretrained` and `push_to_hub` are those of huggingface_hub's `ModelHubMixin`.
 
     Args:
-        model: see `edm2.hub.open_pretrained`.
+        model: See `edm2.hub.open_pretrained`.
         vae: AutoencoderKL of a latent model: its name, folder, or itself; loaded when it is first needed.
-        pixel_range: scale of the autoencoder's output, see `edm2.data.LatentDecoder`.
+        pixel_range: Scale of the autoencoder's output, see `edm2.data.LatentDecoder`.
 
     Attributes:
-        model: networks, settings and results.
+        model: Networks, settings and results.
     """
 
     def __init__(
@@ -98,23 +98,23 @@ class EDM2Pipeline(ModelHubMixin):
         images_at_once: int = 64,
         **options: Any,
     ) -> EDM2PipelineOutput | tuple[Any]:
-        """Make images; what is not given is as the model was saved.
+        """Make images, with the saved settings for all that is not given.
 
         Args:
-            num_images: default: as many as there are labels, seeds or generators, else 1.
-            class_labels: class of all, or of each image; vectors `[N, label_dim]` for a model that takes them.
-                Default: a class by the image's seed.
-            generator: where the images' seeds are drawn from; a list has one an image. Default: seeds by chance.
-            seeds: one an image, instead of a generator.
-            num_inference_steps: noise levels.
-            guidance_scale: guidance weight; 1 for none.
+            num_images: Number of images. Default: that of labels, seeds or generators, else 1.
+            class_labels: Class of all images or of each; vectors `[N, label_dim]` for a model that takes them.
+                Default: chosen by the image's seed.
+            generator: Source of the images' seeds; a list has one for each image. Default: random seeds.
+            seeds: Seed of each image, instead of a generator.
+            num_inference_steps: Noise levels.
+            guidance_scale: Guidance weight; 1 for none.
             output_type: "pil", "np", "pt", or "latent" for a latent model's latents without decoding them.
             return_dict: False gives a tuple with the images alone.
-            images_at_once: through the network, for want of memory.
-            **options: sampler, interval, conditions, see `edm2.generate.ImageGenerator.images`.
+            images_at_once: Images that pass through the network at a time; bounds the memory.
+            **options: `sampler`, `interval` and `conditions` of `edm2.generate.ImageGenerator.images`.
 
         Raises:
-            ValueError: for inputs that do not fit the model or each other, before any work.
+            ValueError: For inputs that do not fit the model or each other, before any work.
         """
         latent = self._check_output(output_type)
         count = _count(num_images, class_labels, generator, seeds, options.get("conditions"))
@@ -142,11 +142,11 @@ class EDM2Pipeline(ModelHubMixin):
         if output_type == "pil" and (
             kind == "floats" or (kind == "pixels" and channels not in _PIL_CHANNELS)
         ):
-            raise ValueError(f"{kind} of {channels} channels are no pictures: give output_type='np' or 'pt'")
+            raise ValueError(f"{kind} of {channels} channels are not pictures: give output_type='np' or 'pt'")
         return output_type == "latent"
 
     def _get_decoder(self) -> LatentDecoder | None:
-        """What makes pictures of latents; None where there are none."""
+        """The decoder of a latent model; None for other models."""
         generator = self.model.generator
         if generator.coding.kind != "latents":
             return None
@@ -159,7 +159,7 @@ class EDM2Pipeline(ModelHubMixin):
             self._decoder = decoder
         return self._decoder
 
-    # Below: what huggingface_hub's mixin leaves to the class.
+    # Below: methods that huggingface_hub's mixin leaves to the class.
 
     @classmethod
     def from_pretrained(
@@ -177,15 +177,15 @@ class EDM2Pipeline(ModelHubMixin):
 
         Args:
             pretrained_model_name_or_path: `owner/name`; or a folder of `save_pretrained` or of a run.
-            vae: as for the class.
-            pixel_range: as for the class.
-            device: see `ImageGenerator.load`; so are dtype and compile.
-            dtype: precision of the network.
-            compile: use torch.compile.
-            **options: the mixin's: revision, token, cache_dir, local_files_only, force_download.
+            vae: As for the class.
+            pixel_range: As for the class.
+            device: See `ImageGenerator.load`; so are dtype and compile.
+            dtype: Precision of the network.
+            compile: Use torch.compile.
+            **options: The mixin's: revision, token, cache_dir, local_files_only, force_download.
 
         Raises:
-            ValueError: as in `open_pretrained`, or if there is no such folder and the hub does not have it.
+            ValueError: As in `open_pretrained`, or if neither such a folder nor such a repository exists.
         """
         # All are named here, because the mixin takes those that are not from the downloaded config.json.
         own = dict(vae=vae, pixel_range=pixel_range, device=device, dtype=dtype, compile=compile)
@@ -196,8 +196,8 @@ class EDM2Pipeline(ModelHubMixin):
                 raise
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"{pretrained_model_name_or_path} is no folder here, and the hub did not give it ({reason}): check "
-                "the name, the network and, for a private repository, your login"
+                f"{pretrained_model_name_or_path} is not a folder here, and the hub did not provide it ({reason}): "
+                "check the name, the network and, for a private repository, your login"
             ) from error
         return made
 
@@ -205,11 +205,11 @@ class EDM2Pipeline(ModelHubMixin):
         """Write networks, settings and card into a folder, as `edm2.hub.save_pretrained` does.
 
         Args:
-            save_directory: the folder.
-            **options: the mixin's: push_to_hub, repo_id and so on.
+            save_directory: The folder.
+            **options: The mixin's: push_to_hub, repo_id and so on.
 
         Raises:
-            FileExistsError: if it holds a model already.
+            FileExistsError: If it holds a model already.
         """
         check_free(save_directory)
         options["model_card_kwargs"] = {
@@ -223,7 +223,7 @@ class EDM2Pipeline(ModelHubMixin):
 
         Args:
             repo_id: `owner/name`; made where missing.
-            **options: the mixin's: private, token, branch, commit_message and so on.
+            **options: The mixin's: private, token, branch, commit_message and so on.
 
         Returns:
             The commit.

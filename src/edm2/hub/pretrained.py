@@ -1,4 +1,4 @@
-"""A model with what is needed to use it: guide, sampling settings, results and licence."""
+"""A model with its guide, sampling settings, results and licence."""
 
 import math
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ _MOST_STEPS = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a model is sampled where nothing else is asked for.
+    """Default sampling settings of a model.
 
     Attributes:
-        sampler: name in `edm2.diffusion.SAMPLERS`.
-        num_steps: noise levels.
+        sampler: Name in `edm2.diffusion.SAMPLERS`.
+        num_steps: Noise levels.
         guidance: weight; 1 for none.
-        interval: noise levels (low, high] where guidance acts; None: everywhere.
+        interval: Noise levels (low, high] where guidance acts; None: everywhere.
 
     Raises:
-        ValueError: for values that cannot be.
+        ValueError: For values out of range.
     """
 
     sampler: str = "heun"
@@ -50,7 +50,7 @@ class Sampling:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Sampling":
-        """What `to_json` gave."""
+        """Read the result of `to_json`."""
         given = dict(content)
         if given.get("interval") is not None:
             low, high = given["interval"]
@@ -59,18 +59,18 @@ class Sampling:
 
 
 class Pretrained:
-    """A generator with its guide, its sampling settings, and what was measured of it.
+    """A generator with its guide, its sampling settings and its results.
 
     Args:
-        generator: the model.
-        guide: what it is guided with.
-        sampling: settings of `images`.
-        results: measurements, for the model card.
-        license: identifier as the hub lists them, such as `apache-2.0`; default: that of the weights, where
+        generator: The model.
+        guide: Model that guides it, if any.
+        sampling: Settings of `images`.
+        results: Measurements, for the model card.
+        license: Identifier as the hub lists them, such as `apache-2.0`; default: that of the weights, where
             they carry one.
 
     Raises:
-        ValueError: for a guide that does not fit, guidance without one, results of another model, or a licence
+        ValueError: For a guide that does not fit, guidance without one, results of another model, or a licence
             other than that which the weights carry.
     """
 
@@ -108,13 +108,13 @@ class Pretrained:
 
     @property
     def license_notice(self) -> str | None:
-        """What the weights of the model or its guide say about their licence, in words."""
+        """Words of the weights of the model, or of its guide, about their licence."""
         return self._carried("license_notice")
 
     def images(
         self, seeds: Sequence[int], labels: Sequence[int] | np.ndarray | None = None, **options: Any
     ) -> np.ndarray:
-        """Sample as `ImageGenerator.images` does, with the model's own settings for all that is not given."""
+        """Sample as `ImageGenerator.images` does, with the model's own settings as defaults."""
         settings: dict[str, Any] = {"sampler": self.sampling.sampler, "num_steps": self.sampling.num_steps}
         if self.guide is not None and options.get("guidance", self.sampling.guidance) != 1:
             settings |= {"guide": self.guide, "guidance": self.sampling.guidance}

@@ -1,4 +1,4 @@
-"""What was measured of a model, with what is needed to know what the number means."""
+"""Numbers measured of a model, each with its provenance."""
 
 import math
 import statistics
@@ -11,7 +11,7 @@ from edm2.evaluation.results import read_result
 from edm2.generate import ImageGenerator
 from edm2.tuning.result import BASELINE_SIGMA_REL, Tuned
 
-# Of a result of `edm2 metrics`: what is a number about the images, and how a card calls it.
+# Names in a result of `edm2 metrics` -> names in a card.
 _NAMES = {
     "frechet_distance": "Frechet distance",
     "kernel_distance": "Kernel distance",
@@ -27,10 +27,10 @@ class Result:
     """A number and its provenance.
 
     Attributes:
-        metric: its name.
-        value: its value.
-        provenance: what it is of and was made by, in words, by name.
-        digest: of the model whose images were measured; None where that is not known.
+        metric: Its name.
+        value: Its value.
+        provenance: How it was measured: names and words.
+        digest: Digest of the model whose images were measured; None if that is not known.
     """
 
     metric: str
@@ -40,7 +40,7 @@ class Result:
 
     def __post_init__(self) -> None:
         if not isinstance(self.metric, str) or not isinstance(self.provenance, dict):
-            raise ValueError(f"result {self.metric!r} has no name or no provenance")
+            raise ValueError(f"result {self.metric!r} lacks a name or a provenance")
         if not isinstance(self.value, (int, float)) or not math.isfinite(self.value):
             raise ValueError(
                 f"result {self.metric!r} has value {self.value!r}, which must be a finite number"
@@ -52,7 +52,7 @@ class Result:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Result":
-        """What `to_json` gave."""
+        """Read the result of `to_json`."""
         return cls(**content)
 
 
@@ -71,7 +71,7 @@ def read_results(path: str | Path) -> list[Result]:
     """Numbers that `edm2 metrics score` wrote about samples of a model.
 
     Raises:
-        ValueError: if it is no such file, or it does not say which model made the images.
+        ValueError: If it is another file, or does not say which model made the images.
     """
     content = read_result(Path(path))
     images, extractor, reference = content["images"], content["extractor"], content["reference"]["images"]
@@ -120,7 +120,7 @@ def tuning_results(tuned: Tuned) -> list[Result]:
 
 
 def published_result(content: dict[str, Any]) -> Result:
-    """The score that the authors of released weights report, from what `edm2 import` wrote."""
+    """The score that the authors of released weights report, from the settings that `edm2 import` wrote."""
     reported = content["reported"]
     provenance = {"reported": f"by the authors, as {content['preset']}; not measured with these files"}
     return Result(metric=reported["metric"], value=reported["value"], provenance=provenance)

@@ -67,7 +67,7 @@ def import_path(path: str | Path, out: str | Path, *, prefix: str | None = None)
         A model file for `edm2 sample`, statistics, or a folder for `edm2 ema reconstruct`.
 
     Raises:
-        ValueError: If it is none of these; nothing in it is run in any case.
+        ValueError: If it is something else. Nothing in it is run in any case.
         FileExistsError: If something else is in the result's place.
     """
     path, out = Path(path), Path(out)

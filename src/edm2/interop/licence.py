@@ -33,7 +33,7 @@ def write_notice(folder: str | Path) -> None:
     """Put the notice beside converted files.
 
     Raises:
-        FileExistsError: if a file of its name says something else.
+        FileExistsError: If a file of its name says something else.
     """
     path = Path(folder) / NOTICE_FILE
     if not path.exists():

@@ -1,4 +1,4 @@
-"""What a saved model says of a network that came from the official release."""
+"""Description that a saved model carries of a network from the official release."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from edm2.interop.licence import LICENCE, NOTICE_LINE
 from edm2.interop.network_file import NetworkFile
 from edm2.train.coding import Coding
 
-# Of the latents that the released models work on. Ref: SPEC section 7.
+# Per channel, of the latents of the released models' autoencoder. Ref: docs/data.md.
 LATENT_MEAN = (5.81, 3.25, 0.12, -2.15)
 LATENT_STD = (4.17, 4.62, 3.71, 3.28)
 
@@ -16,7 +16,7 @@ def model_info(network: NetworkFile) -> dict[str, Any]:
     """Coding of the images and licence, as JSON values for `edm2.diffusion.save_model`.
 
     Args:
-        network: as read from its file. Images of a network with four channels whose encoder is not that of
+        network: As read from its file. Images of a network with four channels whose encoder is not that of
             RGB pixels are latents of the released models' autoencoder; of other encoders nothing is said.
     """
     channels, sigma_data = network.options["img_channels"], network.options["sigma_data"]

@@ -43,11 +43,11 @@ class NetworkFile:
     """What a network pickle holds, its tensors still in the file.
 
     Attributes:
-        path: the file.
+        path: The file.
         options: Arguments for `edm2.diffusion.build_denoiser`.
-        parameters: name -> trained tensor.
-        buffers: name -> fixed tensor.
-        encoder: name of the class that encoded its training images, or None.
+        parameters: Name -> trained tensor.
+        buffers: Name -> fixed tensor.
+        encoder: Name of the class that encoded its training images, or None.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class NetworkFile:
         """All tensors in their stored type.
 
         Raises:
-            ValueError: if a value is not finite.
+            ValueError: If a value is not finite.
         """
         tensors = {name: stored.read() for name, stored in {**self.parameters, **self.buffers}.items()}
         broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -73,16 +73,16 @@ def read_network(path: str | Path) -> NetworkFile:
     """Read and check the description of an official pickle's network, without its tensors' values.
 
     Args:
-        path: as in `load_network`.
+        path: As in `load_network`.
 
     Raises:
-        ValueError: as in `load_network`.
+        ValueError: As in `load_network`.
     """
     return network_of(Path(path), read_pickle(path))
 
 
 def network_of(path: Path, content: Any) -> NetworkFile:
-    """`read_network` for what `read_pickle` gave."""
+    """Do the work of `read_network` on the result of `read_pickle`."""
     network = content.get("ema") if type(content) is dict else None
     if not isinstance(network, Record):
         raise refusal(path, "no network under 'ema'")
@@ -112,7 +112,7 @@ def _tensors(path: Path, network: Record) -> Iterator[tuple[str, str, StoredTens
     while todo:
         prefix, module = todo.pop()
         if not isinstance(module, Record):
-            raise refusal(path, f"a module {prefix[:-1]!r} that is none")
+            raise refusal(path, f"a value {prefix[:-1]!r} in place of a module")
         parts = {kind: module.state.get(kind, {}) for kind in ("_parameters", "_buffers", "_modules")}
         for kind, items in parts.items():
             # Modules may be shared, so that a short file can spell out endless and very long names.
@@ -127,7 +127,7 @@ def _tensors(path: Path, network: Record) -> Iterator[tuple[str, str, StoredTens
                 if kind == "_modules":
                     todo.append((f"{prefix}{name}.", value))
                 elif not isinstance(value, StoredTensor) or value.dtype not in _FLOATS:
-                    raise refusal(path, f"a {prefix}{name} that is no tensor of floats")
+                    raise refusal(path, f"a {prefix}{name} that is not a tensor of floats")
                 else:
                     yield kind, prefix + name, value
 

@@ -36,7 +36,7 @@ def load_network(path: str | Path) -> Denoiser:
         The denoiser in eval mode, float32, without gradients.
 
     Raises:
-        ValueError: if the file holds anything but such a network; nothing in it is run in any case.
+        ValueError: If the file holds anything but such a network; nothing in it is run in any case.
     """
     found = read_network(path)
     with torch.device("meta"):

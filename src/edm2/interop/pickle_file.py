@@ -19,13 +19,13 @@ def read_pickle(path: str | Path) -> Any:
     Tensors and arrays stay in the file, mapped into memory, until they are read.
 
     Args:
-        path: the file.
+        path: The file.
 
     Returns:
         Python containers and numbers, and `Record`, `StoredTensor` and `StoredArray` in them.
 
     Raises:
-        ValueError: If the file holds anything that is not on the list of what is read, or is not a whole pickle.
+        ValueError: If the file holds anything that is not on the allow-list, or is not a whole pickle.
     """
     path = Path(path)
     if not path.is_file():
@@ -60,12 +60,12 @@ def _height(value: Any, depth: int, known: dict[int, int]) -> int:
     """How deep the containers in a value nest, which for one that contains itself has no end.
 
     Args:
-        value: what `Unpickler.run` gave.
-        depth: number of containers around it.
-        known: heights by identity, so that values that are referred to often are walked once.
+        value: What `Unpickler.run` gave.
+        depth: Number of containers around it.
+        known: Heights by identity, so that values that are referred to often are walked once.
 
     Raises:
-        Refused: if the nesting is deeper than anything needs.
+        Refused: If the nesting is deeper than anything needs.
     """
     children = _children(value)
     if not children:

@@ -25,7 +25,7 @@ class Refused(Exception):
     """A pickle holds something that is not read; the text says what.
 
     Attributes:
-        position: byte in the file at which it was met, where known.
+        position: Byte in the file at which it was met, where known.
     """
 
     position: int | None = None
@@ -46,9 +46,9 @@ class Budget:
     """What one file may still cost, shared by all pickles inside it.
 
     Attributes:
-        reads: reads of instructions and their arguments; each adds at most one object of a few hundred bytes.
-        text: bytes that are copied out of the file, chiefly text.
-        tensor_bytes: bytes of tensors and arrays; they may not claim more than the file holds.
+        reads: Reads of instructions and their arguments; each adds at most one object of a few hundred bytes.
+        text: Bytes that are copied out of the file, chiefly text.
+        tensor_bytes: Bytes of tensors and arrays; they may not claim more than the file holds.
     """
 
     reads: int = 1_000_000
@@ -59,7 +59,7 @@ class Budget:
         """Take an amount from one of the attributes.
 
         Raises:
-            Refused: if less is left.
+            Refused: If less is left.
         """
         left = getattr(self, what) - amount
         if left < 0:
@@ -81,7 +81,7 @@ class Buildable:
         """Take the state.
 
         Raises:
-            Refused: if such an object cannot have it.
+            Refused: If such an object cannot have it.
         """
         raise NotImplementedError
 
@@ -133,11 +133,11 @@ class Unpickler(pickle._Unpickler):
     """Reads one or more pickles from bytes.
 
     Args:
-        data: the bytes.
+        data: The bytes.
         names: (module, name) -> stand-in: a function of the budget and the arguments of the pickled call, or a
             value, which cannot be called.
-        budget: what may still be spent.
-        offset: where in the file the bytes start, for messages and blobs.
+        budget: What may still be spent.
+        offset: Where in the file the bytes start, for messages and blobs.
     """
 
     # Of the base class, whose type stubs leave them out.
@@ -163,7 +163,7 @@ class Unpickler(pickle._Unpickler):
             None, bool, int, float, str, tuple, list, dict, set, `Blob`, or what a stand-in made.
 
         Raises:
-            Refused: at the first thing that is not allowed.
+            Refused: At the first thing that is not allowed.
         """
         self.memo: dict[int, Any] = {}
         try:
@@ -183,7 +183,7 @@ class Unpickler(pickle._Unpickler):
         """The stand-in for a name."""
         if (module, name) not in self._names:
             shown = f"{module}.{name}"[:_LONGEST_NAME]
-            raise Refused(f"the name {shown!r}, which is not on the list of what is read")
+            raise Refused(f"the name {shown!r}, which is not on the allow-list")
         return self._names[module, name]
 
     def _frame(self) -> None:

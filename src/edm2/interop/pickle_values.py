@@ -26,8 +26,8 @@ class Record(Buildable):
     """An object of some class, as a description of its state; the class itself does not exist here.
 
     Attributes:
-        class_name: name of its class.
-        state: its attributes by name.
+        class_name: Name of its class.
+        state: Its attributes by name.
     """
 
     def __init__(self, class_name: str, state: dict[Any, Any] | None = None) -> None:
@@ -45,11 +45,11 @@ class StoredTensor:
     """Where in the file a tensor lies.
 
     Attributes:
-        dtype: stored type.
-        shape: its shape.
-        stride: in elements.
-        file_offset: first byte of its first element, from the start of the file.
-        data: bytes from there to the end of its storage.
+        dtype: Stored type.
+        shape: Its shape.
+        stride: In elements.
+        file_offset: First byte of its first element, from the start of the file.
+        data: Bytes from there to the end of its storage.
     """
 
     dtype: torch.dtype
@@ -94,7 +94,7 @@ class StoredArray(Buildable):
     """A NumPy array in the file.
 
     Attributes:
-        array: a view of the file, read-only.
+        array: A view of the file, read-only.
     """
 
     def __init__(self, budget: Budget) -> None:

@@ -29,7 +29,7 @@ class ReferenceStatistics:
     Attributes:
         mean: `[D]` float64.
         cov: `[D, D]` float64.
-        num_images: number of images they came from; None where the file does not say.
+        num_images: Number of images they came from; None if the file does not say.
     """
 
     mean: np.ndarray
@@ -40,10 +40,10 @@ class ReferenceStatistics:
         """As `edm2.metrics` takes them.
 
         Args:
-            num_images: for a file that does not say.
+            num_images: For a file that does not say.
 
         Raises:
-            ValueError: if the number of images is not known, or the moments are none of any data.
+            ValueError: If the number of images is not known, or no data can have these moments.
         """
         count = self.num_images if self.num_images is not None else num_images
         if count is None:
@@ -56,13 +56,13 @@ def read_reference_statistics(path: str | Path) -> dict[str, ReferenceStatistics
 
     Args:
         path: `.pkl` with statistics by name of the metric, `.npz` with `mu` and `sigma` of FID's features, or
-            the `.safetensors` file that `edm2 import` made of either.
+            the `.safetensors` file that `edm2 import` made from either.
 
     Returns:
         Metric, `fid` or `fd_dinov2` -> moments.
 
     Raises:
-        ValueError: if the file holds anything else; nothing in it is run in any case.
+        ValueError: If the file holds anything else. Nothing in it is run in any case.
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -73,14 +73,14 @@ def read_reference_statistics(path: str | Path) -> dict[str, ReferenceStatistics
 
 
 def statistics_of(path: Path, content: Any) -> dict[str, ReferenceStatistics]:
-    """`read_reference_statistics` for what `read_pickle` gave."""
+    """Do the work of `read_reference_statistics` on the result of `read_pickle`."""
     found = {k: v for k, v in content.items() if type(v) is dict} if type(content) is dict else {}
     named = all(isinstance(name, str) and name.isidentifier() for name in found)
     if not 0 < len(found) <= _MOST_METRICS or not named:
         raise refusal(path, "no reference statistics by name of a metric")
     num_images = content.get("num_images")
     if num_images is not None and (type(num_images) is not int or not 2 <= num_images < 1 << 40):
-        raise refusal(path, "a num_images that is no number of images")
+        raise refusal(path, "a num_images that is not a number of images")
     return {metric: _moments(path, metric, moments, num_images) for metric, moments in found.items()}
 
 

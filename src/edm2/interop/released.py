@@ -1,4 +1,7 @@
-"""The released models and the settings they were published with. Ref: SPEC section 10."""
+"""The released models and their published settings.
+
+Ref: EDM2 Table 5 and autoguidance Table 1; docs/released_models.md.
+"""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -21,12 +24,12 @@ class SamplingPreset:
     """A released network with the settings of a published result.
 
     Attributes:
-        name: what `edm2 import` calls it.
-        network: the network; its text is the name of its file.
-        guide: the network that guides it, if any.
-        guidance: guidance weight; 1 without a guide.
+        name: What `edm2 import` calls it.
+        network: The network; its text is the name of its file.
+        guide: The network that guides it, if any.
+        guidance: Guidance weight; 1 without a guide.
         metric: FID, or FD on DINOv2 features.
-        reported: its published value over 50,000 images.
+        reported: Its published value over 50,000 images.
     """
 
     name: str
@@ -41,10 +44,10 @@ def sampling_preset(name: str) -> SamplingPreset:
     """A published setting by name.
 
     Args:
-        name: such as `edm2-img512-s-guid-fid`.
+        name: Such as `edm2-img512-s-guid-fid`.
 
     Raises:
-        ValueError: for a name that is not in `SAMPLING_PRESETS`.
+        ValueError: For a name that is not in `SAMPLING_PRESETS`.
     """
     if name not in SAMPLING_PRESETS:
         near = difflib.get_close_matches(name, SAMPLING_PRESETS, n=3, cutoff=0.4)

@@ -21,13 +21,13 @@ def predict_labels(
         train_images: `[N, ...]` uint8, real.
         train_labels: `[N]` integers, at least two classes.
         images: `[M, ...]` uint8 of the same shape.
-        c: cost of a violated margin, above 0.
+        c: Cost of a violated margin, above 0.
 
     Returns:
         `[M]` int64.
 
     Raises:
-        ValueError: for another type, shapes or numbers that differ, or a single class.
+        ValueError: For another type, shapes or numbers that differ, or a single class.
     """
     with needed("this measure"):
         from sklearn.svm import SVC
@@ -65,13 +65,13 @@ def label_agreement(
         train_labels: `[N]` integers.
         images: `[M, ...]` uint8, to be judged.
         intended_labels: `[M]` integers.
-        c: as in `predict_labels`.
+        c: As in `predict_labels`.
 
     Returns:
         In [0, 1].
 
     Raises:
-        ValueError: as in `predict_labels`, or for no images or numbers that differ.
+        ValueError: As in `predict_labels`, or for no images or numbers that differ.
     """
     if len(images) != len(intended_labels) or len(images) == 0:
         raise ValueError(

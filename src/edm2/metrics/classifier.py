@@ -1,7 +1,7 @@
 """A small classifier trained on the real images: the in-domain feature extractor of the demo.
 
-Inception's features mean little on 8x8 gray digits. A network that tells this data set's classes apart in
-its last layer but one gives features in which a Frechet distance does.
+Inception's features mean little on 8x8 gray digits. The last layer but one of a network that tells the classes of
+this data set apart gives features in which a Frechet distance has a meaning.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ class ClassifierFeatures:
     """Features and classes of images by a trained network.
 
     Args:
-        network: maps `[B, C, H, W]` in [-1, 1] to features `[B, D]` and logits `[B, num_classes]`.
+        network: Maps `[B, C, H, W]` in [-1, 1] to features `[B, D]` and logits `[B, num_classes]`.
         image_shape: `(C, H, W)` that it was trained on.
 
     Attributes:
-        name: as in `FeatureExtractor`, like `resize`.
+        name: As in `FeatureExtractor`, like `resize`.
     """
 
     name = "classifier"
@@ -48,7 +48,7 @@ class ClassifierFeatures:
         """Open a saved classifier.
 
         Raises:
-            ValueError: if the file holds something else.
+            ValueError: If the file holds something else.
         """
         if not Path(path).is_file():
             raise ValueError(
@@ -65,7 +65,7 @@ class ClassifierFeatures:
             network.load_state_dict(state)
         except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
             raise ValueError(
-                f"{path} holds no classifier that `ClassifierFeatures.save` wrote ({error})"
+                f"{path} is not a classifier that `ClassifierFeatures.save` wrote ({error})"
             ) from error
         return cls(network, network.settings["shape"])
 
@@ -73,10 +73,12 @@ class ClassifierFeatures:
         """Write the network as safetensors; the same network gives the same bytes.
 
         Raises:
-            ValueError: for a network that `fit_classifier` did not make.
+            ValueError: For a network that `fit_classifier` did not make.
         """
         if not isinstance(self._network, _Network):
-            raise ValueError("only a network that fit_classifier made can be saved: save your own yourself")
+            raise ValueError(
+                "only a network that fit_classifier made can be saved: save others by other means"
+            )
         metadata = to_metadata(_FORMAT, {"settings": self._network.settings})
         write_atomic(path, save(self._network.state_dict(), metadata))
 
@@ -104,7 +106,7 @@ class ClassifierFeatures:
             `[N, D]` float32 on the CPU.
 
         Raises:
-            ValueError: for another type or shape.
+            ValueError: For another type or shape.
         """
         return self._run(images)[0]
 
@@ -155,23 +157,23 @@ def fit_classifier(
     Args:
         images: `[N, C, H, W]` uint8, real.
         labels: `[N]` integers in [0, num_classes).
-        num_classes: at least 2.
-        seed: of initial weights, order and shifts.
-        num_steps: training steps.
-        batch_size: images a step.
-        width: channels of the first convolution.
+        num_classes: At least 2.
+        seed: Of initial weights, order and shifts.
+        num_steps: Training steps.
+        batch_size: Images a step.
+        width: Channels of the first convolution.
         num_features: D.
-        shift: largest random shift in pixels each way, filled with the border's colour. Digits
+        shift: Largest random shift in pixels each way, filled with the border's colour. Digits
             of 8x8 fill their frame, and one pixel already costs a point of accuracy.
-        lr: peak learning rate of Adam, reached after a tenth of the steps and lowered to 0 by a cosine.
-        num_threads: threads to train with, at least 1; torch's setting is put back afterwards. Layers this
+        lr: Peak learning rate of Adam, reached after a tenth of the steps and lowered to 0 by a cosine.
+        num_threads: Threads to train with, at least 1; torch's setting is put back afterwards. Layers this
             small gain little from a second thread, and lose tenfold where another process has its core.
 
     Returns:
         The trained network's features.
 
     Raises:
-        ValueError: for images or labels of another type, shape or range.
+        ValueError: For images or labels of another type, shape or range.
     """
     images, labels = check_images(images), torch.as_tensor(labels).long()
     if labels.shape != images.shape[:1] or len(labels) == 0:

@@ -30,13 +30,13 @@ class DinoV2Features:
     [0, 1], and normalised by ImageNet's mean and standard deviation.
 
     Args:
-        source: a local folder with config.json and model.safetensors, or a name on the Hugging Face hub.
-        sha256: expected hash of model.safetensors; 64 hexadecimal digits.
-        device: where to compute.
+        source: A local folder with config.json and model.safetensors, or a name on the Hugging Face hub.
+        sha256: Expected hash of model.safetensors; 64 hexadecimal digits.
+        device: Where to compute.
 
     Raises:
-        MissingExtra: if transformers is not installed.
-        ValueError: if the weights are missing, or are others.
+        MissingExtra: If transformers is not installed.
+        ValueError: If the weights are missing, or are others.
     """
 
     name = "dinov2"
@@ -67,7 +67,7 @@ class DinoV2Features:
                 missing = sorted(report["missing_keys"])
                 raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder} holds no DINOv2 network ({error}): {_HOW_TO_GET}") from error
+            raise ValueError(f"{folder} does not hold a DINOv2 network ({error}): {_HOW_TO_GET}") from error
         self._device = torch.device(device)
         self._network = network.to(self._device).eval().requires_grad_(False)
         self.num_features = int(network.config.hidden_size)
@@ -91,16 +91,16 @@ def _find(source: str | Path) -> Path:
     if folder.is_dir():
         missing = [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]
         if missing:
-            raise ValueError(f"{folder} holds no {' and no '.join(missing)}: {_HOW_TO_GET}")
+            raise ValueError(f"{folder} lacks {' and '.join(missing)}: {_HOW_TO_GET}")
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=[_CONFIG, _WEIGHTS]))
-    # The hub's own errors, its client's and the network's share no base of their own.
+    # Errors of the hub, of its client and of the network have no common base class.
     except (OSError, ValueError, RuntimeError, HFValidationError) as error:
         raise ValueError(
-            f"{source} is no folder here, and could not be had from the Hugging Face hub ({type(error).__name__}): "
+            f"{source} is not a folder here, and the Hugging Face hub did not provide it ({type(error).__name__}): "
             f"{_HOW_TO_GET}"
         ) from error

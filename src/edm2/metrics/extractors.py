@@ -1,4 +1,4 @@
-"""What turns images into features: one small protocol, and the extractor that is any function."""
+"""Feature extractors: a small protocol, and any function as an extractor."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class FeatureExtractor(Protocol):
-    """Features of images, and what has to be known to compute the same ones again.
+    """Features of images, with the facts needed to compute the same ones again.
 
     Attributes:
-        name: short, such as "inception".
-        sha256: of its weights; "" where there are none to name.
+        name: Short, such as "inception".
+        sha256: Hash of its weights; "" if it has none.
         num_features: D.
-        resize: how images are brought to the network's size and range, in words.
+        resize: How images are brought to the network's size and range, in words.
     """
 
     @property
@@ -37,10 +37,10 @@ class CallableFeatures:
 
     Args:
         function: `[N, C, H, W]` uint8 tensor on the CPU -> `[N, D]` floating-point tensor.
-        name: short, for the provenance of numbers.
+        name: Short, for the provenance of numbers.
         num_features: D.
-        sha256: of the function's weights, if it has any.
-        resize: how it prepares images, in words.
+        sha256: Of the function's weights, if it has any.
+        resize: How it prepares images, in words.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class CallableFeatures:
             `[N, D]`.
 
         Raises:
-            ValueError: for other images, or where the function gives something else than it should.
+            ValueError: For other images, or where the function gives something else than it should.
         """
         images = check_images(images)
         found = self._function(images)

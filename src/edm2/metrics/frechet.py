@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# Far beyond float32; what is made of them, up to the sixth power in a kernel distance, stays within float64.
+# Far beyond float32, yet their sixth power, in a kernel distance, stays within float64.
 _LARGEST = 1e40
 _NEGATIVE = -1e-5  # eigenvalue over the largest: rounding of a covariance that was stored in float32
 
@@ -28,16 +28,16 @@ class FeatureStatistics:
 
     @classmethod
     def from_moments(cls, mean: np.ndarray, cov: np.ndarray, *, num_images: int) -> "FeatureStatistics":
-        """Statistics from moments known already, such as those of a reference file.
+        """Statistics from known moments, such as those of a reference file.
 
         Args:
             mean: `[D]`.
             cov: `[D, D]`, unbiased, symmetric.
-            num_images: number of images they came from, at least 2.
+            num_images: Number of images they came from, at least 2.
 
         Raises:
-            ValueError: for shapes that do not fit, values that are no finite numbers, a matrix that is no covariance,
-                or too few images.
+            ValueError: For shapes that do not fit, values that are not finite, a matrix that is not a
+                covariance, or too few images.
         """
         try:
             mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
@@ -71,7 +71,7 @@ class FeatureStatistics:
             features: `[N, D]`.
 
         Raises:
-            ValueError: for another shape or values that are not finite.
+            ValueError: For another shape or values that are not finite.
         """
         if isinstance(features, torch.Tensor):
             # Through float32, because NumPy has no bfloat16; float64 stays.
@@ -92,10 +92,10 @@ class FeatureStatistics:
         """Add all of another's images, as if they had come here.
 
         Args:
-            other: statistics of the same features; unchanged.
+            other: Statistics of the same features; unchanged.
 
         Raises:
-            ValueError: for another number of features.
+            ValueError: For another number of features.
         """
         if other.num_images == 0:
             return
@@ -120,7 +120,7 @@ class FeatureStatistics:
         call over the CPU.
 
         Raises:
-            ValueError: where processes saw different numbers of features, or none saw an image.
+            ValueError: Where processes saw different numbers of features, or none saw an image.
         """
         sizes = torch.tensor([self.num_images, len(self._mean)])
         every = [torch.empty_like(sizes) for _ in range(dist.get_world_size())]
@@ -165,14 +165,14 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     for fewer images than features.
 
     Args:
-        a: statistics of at least 2 images.
-        b: likewise, of the same features.
+        a: Statistics of at least 2 images.
+        b: Likewise, of the same features.
 
     Returns:
         The distance, in squared units of the features; at least 0.
 
     Raises:
-        ValueError: for too few images or numbers of features that differ.
+        ValueError: For too few images or numbers of features that differ.
     """
     mean_a, mean_b, cov_a, cov_b = a.mean, b.mean, a.cov, b.cov
     if len(mean_a) != len(mean_b):

@@ -27,13 +27,13 @@ class InceptionFeatures:
     """2048 features of Inception-v3 before its last layer; the file resizes images by its own rule.
 
     Args:
-        path: the TorchScript file.
-        sha256: its hash, as its publisher states it; 64 hexadecimal digits.
-        trust_code: open it whatever its hash is. The code in it then runs, so only for files of your own.
-        device: where to compute.
+        path: The TorchScript file.
+        sha256: Its hash, as its publisher states it; 64 hexadecimal digits.
+        trust_code: Open it whatever its hash is. The code in it then runs, so only for files of your own.
+        device: Where to compute.
 
     Raises:
-        ValueError: if the file is missing, another one, or no such network, or neither a hash nor trust is given.
+        ValueError: If the file is missing, has another hash, or is not such a network; or without hash and trust.
     """
 
     name = "inception"
@@ -50,7 +50,7 @@ class InceptionFeatures:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"there are no Inception weights at {path}: {HOW_TO_GET_INCEPTION}")
-        # Read once, so that what is hashed is what is run.
+        # Read once, so that the bytes that run are those that were hashed.
         content = path.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
         if sha256 is None and not trust_code:
@@ -64,14 +64,14 @@ class InceptionFeatures:
             )
         self._device = torch.device(device)
         with warnings.catch_warnings():
-            # torch deprecates TorchScript; the file that everybody's numbers come from is in that format.
+            # torch deprecates TorchScript, but the file behind everybody's numbers is in that format.
             warnings.simplefilter("ignore", DeprecationWarning)
             try:
                 self._network = torch.jit.load(io.BytesIO(content), map_location=self._device).eval()
             except (RuntimeError, ValueError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise ValueError(
-                    f"{path} is no TorchScript file ({reason}): {HOW_TO_GET_INCEPTION}"
+                    f"{path} is not a TorchScript file ({reason}): {HOW_TO_GET_INCEPTION}"
                 ) from None
         has_flag = any(a.name == _FLAG for a in self._network.forward.schema.arguments)
         self._options = {_FLAG: True} if has_flag else {}
@@ -88,7 +88,7 @@ class InceptionFeatures:
             `[N, D]` float32 on the CPU.
 
         Raises:
-            ValueError: for other images.
+            ValueError: For other images.
         """
         rgb = as_rgb(images, self.name).to(self._device)
         if not len(rgb):

@@ -14,11 +14,11 @@ class KernelDistance(NamedTuple):
     """Squared maximum mean discrepancy over random subsets.
 
     Attributes:
-        value: mean over the subsets; may be below 0 where the sets are alike.
-        spread: standard deviation over the subsets, of one subset's value and not of the mean; None where there is
+        value: Mean over the subsets; may be below 0 where the sets are alike.
+        spread: Standard deviation over the subsets, of one subset's value and not of the mean; None where there is
             only one subset, or all are the whole sets.
-        subset_size: images of each set in a subset.
-        num_subsets: number of subsets.
+        subset_size: Images of each set in a subset.
+        num_subsets: Number of subsets.
     """
 
     value: float
@@ -35,15 +35,15 @@ def kernel_distance(
     Args:
         a: `[N, D]` features.
         b: `[M, D]` features by the same extractor.
-        subset_size: images drawn from each set without replacement, from 2 to the smaller set's number.
-        num_subsets: at least 1.
-        seed: of the subsets.
+        subset_size: Images drawn from each set without replacement, from 2 to the smaller set's number.
+        num_subsets: At least 1.
+        seed: Of the subsets.
 
     Returns:
         Mean and spread over the subsets; of whole sets one is enough.
 
     Raises:
-        ValueError: for features that do not fit, or too few for a subset.
+        ValueError: For features that do not fit, or too few for a subset.
     """
     check_features(a, b)
     smaller = min(len(a), len(b))
@@ -73,13 +73,13 @@ def squared_mmd(a: np.ndarray, b: np.ndarray, *, block: int = 2048) -> float:
     Args:
         a: `[N, D]` features, at least 2.
         b: `[M, D]` features, at least 2.
-        block: images compared at a time; bounds the memory to `block * (block + 2 D)` float64.
+        block: Images compared at a time; bounds the memory to `block * (block + 2 D)` float64.
 
     Returns:
-        Zero in expectation where both come from one distribution.
+        The distance; zero in expectation for two samples of one distribution.
 
     Raises:
-        ValueError: for features that do not fit, or fewer than 2.
+        ValueError: For features that do not fit, or fewer than 2.
     """
     check_features(a, b)
     if min(len(a), len(b)) < 2:

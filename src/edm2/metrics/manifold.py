@@ -12,8 +12,8 @@ class PrecisionRecall(NamedTuple):
     """Shares in [0, 1].
 
     Attributes:
-        precision: of generated images that lie in a ball around a real one: fidelity.
-        recall: of real images that lie in a ball around a generated one: variety.
+        precision: Of generated images that lie in a ball around a real one: fidelity.
+        recall: Of real images that lie in a ball around a generated one: variety.
     """
 
     precision: float
@@ -24,9 +24,9 @@ class DensityCoverage(NamedTuple):
     """Fidelity and variety that one outlier among the real images does not change.
 
     Attributes:
-        density: mean number of real balls that hold a generated image, over k; about 1 for a perfect generator,
+        density: Mean number of real balls that hold a generated image, over k; about 1 for a perfect generator,
             and not bounded by 1.
-        coverage: share of real images whose ball holds a generated one, in [0, 1].
+        coverage: Share of real images whose ball holds a generated one, in [0, 1].
     """
 
     density: float
@@ -44,14 +44,14 @@ def precision_recall(
         real: `[N, D]` features.
         generated: `[M, D]` features by the same extractor. Both numbers change the result: compare only
             results of equal numbers.
-        k: from 1 to one less than the smaller number of images.
-        block: images compared at a time; bounds the memory to `block * (block + 2 D)` float64.
+        k: From 1 to one less than the smaller number of images.
+        block: Images compared at a time; bounds the memory to `block * (block + 2 D)` float64.
 
     Returns:
         Both shares.
 
     Raises:
-        ValueError: for features that do not fit, or too few for k.
+        ValueError: For features that do not fit, or too few for k.
     """
     _check(k, real, generated)
     real_radii, generated_radii = _squared_radii(real, k, block), _squared_radii(generated, k, block)
@@ -71,14 +71,14 @@ def density_coverage(
     Args:
         real: `[N, D]` features, more than k.
         generated: `[M, D]` features by the same extractor.
-        k: from 1 to one less than the number of real images.
-        block: as in `precision_recall`.
+        k: From 1 to one less than the number of real images.
+        block: As in `precision_recall`.
 
     Returns:
         Both.
 
     Raises:
-        ValueError: for features that do not fit, or too few for k.
+        ValueError: For features that do not fit, or too few for k.
     """
     check_features(real, generated)
     if not len(generated):

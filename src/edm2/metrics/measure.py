@@ -23,8 +23,8 @@ class FeatureSet:
     """The features of a set of images.
 
     Attributes:
-        statistics: of all images.
-        features: `[K, D]` float32 of some or all of them, for what moments cannot tell; None for none.
+        statistics: Of all images.
+        features: `[K, D]` float32, of some or all images, for measures that need more than moments; None for none.
     """
 
     statistics: FeatureStatistics
@@ -33,13 +33,13 @@ class FeatureSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """How far generated images are from a reference.
+    """Distances of generated images from a reference.
 
     Attributes:
         frechet: Frechet distance, over all images.
-        kernel: kernel distance, like the rest over the features that both sets keep; None where one has none.
-        manifold: precision and recall, k = 3.
-        support: density and coverage, k = 5.
+        kernel: Kernel distance, like the rest over the features that both sets keep; None where one has none.
+        manifold: Precision and recall, k = 3.
+        support: Density and coverage, k = 5.
     """
 
     frechet: float
@@ -49,7 +49,7 @@ class Scores:
 
 
 def kept_rows(num_images: int, keep: int, *, seed: int = 0) -> np.ndarray:
-    """Which images' features are kept, sorted: all, or a random choice that depends on the seed alone."""
+    """Choose the images whose features are kept: all, or a sorted random choice that depends on the seed alone."""
     if num_images <= keep:
         return np.arange(num_images)
     # At random and not evenly spaced: the classes of generated images often repeat with a fixed step.
@@ -65,15 +65,15 @@ def measure(
     all get the measurement of the whole.
 
     Args:
-        extractor: what makes the features.
-        batches: indices `[B]` in the whole set, ascending over the batches, and images `[B, C, H, W]` uint8.
-        rows: indices whose features are kept, as of `kept_rows`.
+        extractor: What makes the features.
+        batches: Indices `[B]` in the whole set, ascending over the batches, and images `[B, C, H, W]` uint8.
+        rows: Indices whose features are kept, as of `kept_rows`.
 
     Returns:
         Statistics of all and features of some.
 
     Raises:
-        ValueError: as the extractor, or for features that are not finite.
+        ValueError: As the extractor, or for features that are not finite.
     """
     statistics, kept = FeatureStatistics(extractor.num_features), [np.empty((0, extractor.num_features))]
     for indices, images in batches:
@@ -91,15 +91,15 @@ def score(generated: FeatureSet, reference: FeatureSet, *, seed: int = 0) -> Sco
     """All numbers that two sets of features allow.
 
     Args:
-        generated: the images to judge.
-        reference: what they should be like.
-        seed: of the kernel distance's subsets.
+        generated: The images to judge.
+        reference: What they should be like.
+        seed: Of the kernel distance's subsets.
 
     Returns:
-        The scores. Subsets of the kernel distance have 1000 images, or what the smaller set has, with a warning.
+        The scores. Subsets of the kernel distance have 1000 images, or, with a warning, those of the smaller set.
 
     Raises:
-        ValueError: for too few images, or features of different extractors.
+        ValueError: For too few images, or features of different extractors.
     """
     frechet = frechet_distance(generated.statistics, reference.statistics)
     made, real = generated.features, reference.features

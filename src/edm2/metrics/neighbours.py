@@ -25,14 +25,14 @@ def nearest_distances(
     Args:
         queries: `[N, ...]` uint8.
         references: `[M, ...]` uint8, images of the same shape.
-        exclude_self: leave out reference i for query i, where both are the same set.
-        block: number of queries compared at a time; bounds the memory to `block * M` float64.
+        exclude_self: Leave out reference i for query i, where both are the same set.
+        block: Number of queries compared at a time; bounds the memory to `block * M` float64.
 
     Returns:
         Distances, exactly 0 for a copy, and indices.
 
     Raises:
-        ValueError: for another type, shapes that differ, no references, or `exclude_self` between sets of
+        ValueError: For another type, shapes that differ, no references, or `exclude_self` between sets of
             different size.
     """
     for name, images in (("queries", queries), ("references", references)):

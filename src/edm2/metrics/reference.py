@@ -1,4 +1,4 @@
-"""Reference files: what a data set's features are like, and where they came from, as safetensors."""
+"""Reference files: features of a data set and their provenance, as safetensors."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,8 @@ class Reference(FeatureSet):
     """Features of a set of images, with their provenance.
 
     Attributes:
-        provenance: JSON; `extractor` (see `describe_extractor`) and `images` say what was measured by what.
-        sha256: of the file that it was read from; "" where there is none.
+        provenance: JSON; `extractor` (see `describe_extractor`) and `images` say what was measured, and how.
+        sha256: Hash of the file that it was read from; "" if there is none.
     """
 
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Reference(FeatureSet):
         """Write one safetensors file: `mu`, `sigma`, `features` and the provenance; the same gives the same bytes.
 
         Raises:
-            ValueError: for statistics of fewer than 2 images.
+            ValueError: For statistics of fewer than 2 images.
         """
         arrays = {"mu": self.statistics.mean, "sigma": self.statistics.cov}
         if self.features is not None:
@@ -42,10 +42,10 @@ class Reference(FeatureSet):
 
     @classmethod
     def load(cls, path: str | Path) -> "Reference":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            ValueError: if the file is missing or holds something else.
+            ValueError: If the file is missing or holds something else.
         """
         if not Path(path).is_file():
             wanted = Path(path).with_suffix(".safetensors")
@@ -59,7 +59,7 @@ class Reference(FeatureSet):
                 mean, arrays["sigma"], num_images=int(header["num_images"])
             )
             if not isinstance(provenance, dict):
-                raise ValueError("its provenance is no table")
+                raise ValueError("its provenance is not a table")
             if features is not None:
                 check_features(features)
                 if features.shape[1] != len(mean):
@@ -68,7 +68,7 @@ class Reference(FeatureSet):
                     )
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
-                f"{path} is no reference file of edm2 ({error}): make one with `edm2 metrics ref`"
+                f"{path} is not a reference file of edm2 ({error}): make one with `edm2 metrics ref`"
             ) from error
         return cls(
             statistics=statistics,

@@ -16,7 +16,7 @@ def to_metadata(file_format: str, header: Mapping[str, Any]) -> dict[str, str]:
     """The metadata for `safetensors.*.save` that `read_tensor_file` reads.
 
     Args:
-        file_format: name and version of the format.
+        file_format: Name and version of the format.
         header: JSON.
     """
     return {_KEY: json.dumps({"format": file_format, **header}, sort_keys=True)}
@@ -28,14 +28,14 @@ def read_tensor_file(
     """Read a header and all tensors.
 
     Args:
-        path: the file.
+        path: The file.
         framework: "pt" for torch tensors, "np" for arrays.
-        file_format: what the header must say.
+        file_format: What the header must say.
 
     Raises:
-        ValueError: for a file of another format.
-        SafetensorError: for another kind of file.
-        TypeError: for numbers that the framework does not have, such as bfloat16 in numpy.
+        ValueError: For a file of another format.
+        SafetensorError: For another kind of file.
+        TypeError: For numbers that the framework does not have, such as bfloat16 in numpy.
     """
     with safe_open(path, framework) as file:
         header = read_json((file.metadata() or {}).get(_KEY, "null"))

@@ -101,7 +101,7 @@ def test_from_the_client_s_own_cache(model: Path, tmp_path: Path) -> None:
     pipe = EDM2Pipeline.from_pretrained("me/digits", **offline)
     assert pipe.model.generator.identity() == ImageGenerator.load(model).identity()
     with pytest.raises(
-        ValueError, match=r"me/other is no folder here, and the hub did not give it .*: check"
+        ValueError, match=r"me/other is not a folder here, and the hub did not provide it .*: check"
     ):
         EDM2Pipeline.from_pretrained("me/other", **offline)
 
@@ -109,7 +109,7 @@ def test_from_the_client_s_own_cache(model: Path, tmp_path: Path) -> None:
 def test_through_a_folder(model: Path, tmp_path: Path) -> None:
     saved = EDM2Pipeline(open_pretrained(model))
     saved.save_pretrained(tmp_path / "shared")
-    with pytest.raises(FileExistsError, match=r"shared holds model\.safetensors"):
+    with pytest.raises(FileExistsError, match=r"shared already holds model\.safetensors"):
         saved.save_pretrained(tmp_path / "shared")
     # The same files as those written without huggingface_hub.
     save_pretrained(model, tmp_path / "other")
@@ -225,7 +225,7 @@ def test_floats_are_arrays() -> None:
     made = pipe(seeds=[0], output_type="np", **QUICK).images
     assert np.array_equal(made[..., 0], pipe.model.generator.images([0], num_steps=2)[:, 0])
     with pytest.raises(
-        ValueError, match="floats of 1 channels are no pictures: give output_type='np' or 'pt'"
+        ValueError, match="floats of 1 channels are not pictures: give output_type='np' or 'pt'"
     ):
         pipe(seeds=[0])
 

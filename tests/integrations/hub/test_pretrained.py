@@ -200,7 +200,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     model = small_model(tmp_path / "m.safetensors")
     save_pretrained(model, tmp_path / "shared")
     with pytest.raises(
-        FileExistsError, match=r"shared holds model\.safetensors, config\.json, README\.md already"
+        FileExistsError, match=r"shared already holds model\.safetensors, config\.json, README\.md"
     ):
         save_pretrained(small_model(tmp_path / "n.safetensors", seed=1), tmp_path / "shared")
     assert ImageGenerator.load(tmp_path / "shared").identity() == ImageGenerator.load(model).identity()
@@ -217,7 +217,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         ({"sampling": {"seed": 1}}, "config.json is damaged .*unexpected keyword argument 'seed'"),
         ({"sampling": None}, "config.json is damaged"),
         ({"results": [{"metric": "FID", "value": "1", "provenance": {}}]}, "must be a finite number"),
-        ({"results": [{"metric": "FID", "value": 1, "provenance": None}]}, "no name or no provenance"),
+        ({"results": [{"metric": "FID", "value": 1, "provenance": None}]}, "lacks a name or a provenance"),
         ({"guide": True}, "guide.safetensors does not exist"),
         ({"sampling": {"guidance": 2.0}}, "guidance 2 without a guide: a guide goes with a weight"),
     ],
@@ -233,7 +233,7 @@ def test_settings_that_were_tampered_with(tmp_path: Path, change: dict[str, Any]
 def test_files_that_are_something_else(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(
-        ValueError, match="holds no settings of a released model: give a file that `edm2 import`"
+        ValueError, match="does not hold the settings of a released model: give a file that `edm2 import`"
     ):
         open_pretrained(tmp_path / "x.json")
     (tmp_path / "x.json").write_text('{"format": "edm2.sampling/1", "model": "m.safetensors"}')

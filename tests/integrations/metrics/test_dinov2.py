@@ -70,11 +70,13 @@ def test_gray_empty_and_provenance(folder, extractor):
 def test_errors(tmp_path, folder, monkeypatch):
     with pytest.raises(ValueError, match=r"has the sha256 .*, not 00: it is damaged or another file"):
         DinoV2Features(folder, sha256="00")
-    with pytest.raises(ValueError, match=r"holds no config\.json and no model\.safetensors: download"):
+    with pytest.raises(ValueError, match=r"lacks config\.json and model\.safetensors: download"):
         DinoV2Features(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"text")
-    with pytest.raises(ValueError, match=r"holds no DINOv2 network .*facebook/dinov2-large.*its sha256"):
+    with pytest.raises(
+        ValueError, match=r"does not hold a DINOv2 network .*facebook/dinov2-large.*its sha256"
+    ):
         DinoV2Features(tmp_path)
     config = transformers.Dinov2Config(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=56
@@ -82,7 +84,7 @@ def test_errors(tmp_path, folder, monkeypatch):
     config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(
-        ValueError, match=r"holds no DINOv2 network \(\d+ weights are missing, such as .*layer\.1"
+        ValueError, match=r"does not hold a DINOv2 network \(\d+ weights are missing, such as .*layer\.1"
     ):
         DinoV2Features(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
