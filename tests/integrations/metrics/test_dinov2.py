@@ -90,10 +90,11 @@ def test_errors(tmp_path, folder, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match=r"nobody/nothing is no folder here, and could not be had .*download"
+        ValueError,
+        match=r"nobody/nothing is not a folder here, and the Hugging Face hub did not provide it .*download",
     ):
         DinoV2Features("nobody/nothing")
-    with pytest.raises(ValueError, match="could not be had"):
+    with pytest.raises(ValueError, match="did not provide it"):
         DinoV2Features("a/b/c")
     with pytest.raises(ValueError, match="dinov2 sees RGB or gray images, and these have 2 channels"):
         DinoV2Features(folder).features(IMAGES[:, :2])
