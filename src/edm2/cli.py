@@ -18,36 +18,36 @@ from edm2.progress import show, tell
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
 
-# Command -> what it does; a dict holds commands of its own.
+# Command to what it does; a dict holds the commands of a group.
 COMMANDS: dict[str, Any] = {
-    "demo": "the whole job on handwritten digits, in minutes",
+    "demo": "train, tune, sample and measure on handwritten digits, in minutes",
     "train": "train a model on your images, or continue a run",
     "data": {
-        "": "look at images, bring them to one size, encode them to latents",
-        "info": "counts, sizes, classes, mean and standard deviation, and what needs fixing",
+        "": "inspect images, bring them to one size, encode them to latents",
+        "info": "counts, sizes, classes, mean and standard deviation, and what needs mending",
         "convert": "one size and mode, into a ZIP or folder",
         "encode": "latents for a latent diffusion model",
     },
     "ema": {
         "": "average the weights of a run over any length, after training",
-        "list": "what a folder of snapshots holds",
+        "list": "contents of a snapshot folder",
         "verify": "check every file of a folder against its sha256",
         "plan": "which averages to track and when to store them, for an error or a budget",
         "reconstruct": "models with any EMA length from a run's snapshots",
-        "profile": "picture: the wanted averages, and what the snapshots make of them",
+        "profile": "draw the wanted averages and their reconstructions",
     },
     "sample": "make images with a model",
     "tune": "find a run's best EMA length, guide and guidance",
     "ladder": "train configurations A to G alike and compare them",
     "metrics": {
-        "": "numbers about images, with all that they depend on",
-        "ref": "measure a data set once, as a reference",
+        "": "scores of images, with everything that they depend on",
+        "ref": "measure a data set once, for use as a reference",
         "score": "score images against a reference",
-        "compare": "two sets of images, or two results",
+        "compare": "compare two sets of images, or two results",
     },
-    "report": "a page about one run, or several side by side",
-    "import": "the released models and other official files, as safetensors",
-    "info": "what a preset or a saved model is",
+    "report": "write a page about one run, or several side by side",
+    "import": "convert the released models and other official files to safetensors",
+    "info": "describe a preset, a saved model or a run",
 }
 
 
@@ -110,9 +110,9 @@ def _run(words: list[str]) -> None:
             break
         table = table[word]
 
-    # Imported here because it brings torch along, and the overview should come at once.
+    # Imported here because it loads torch, and the overview should come at once.
     _, command, *rest = name.split()
-    # No module can be named after a Python keyword, as the command `import` is.
+    # A module cannot be named after a Python keyword, as the command `import` is.
     module = importlib.import_module(f"edm2.commands.{command}{'_' * keyword.iskeyword(command)}")
     from edm2.commands.common import HELP, take_common
     from edm2.train.signals import Stopped
@@ -132,7 +132,7 @@ def _run(words: list[str]) -> None:
 
 
 def _mistake(error: ValueError | OSError) -> str:
-    # Our own messages carry no number; the system's are about a file where a folder is needed.
+    # Our own errors have no number; the system's mean a file where a folder is needed.
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename} lies at or in a file, where a folder is needed: choose another path"
     return str(error)

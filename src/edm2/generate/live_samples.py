@@ -1,4 +1,4 @@
-"""Images from a run while it trains: the same seeds at chosen moments, with a chosen average."""
+"""Images from a run while it trains: the same seeds at regular moments, with one of its averages."""
 
 import warnings
 from collections.abc import Sequence
@@ -18,13 +18,16 @@ FOLDER = "progress"
 
 @dataclass(frozen=True, kw_only=True)
 class LiveSamples:
-    """Writes `progress/000012800.png` into the run's folder; give it to `edm2.train.train` as `on_step`.
+    """A callback that writes `progress/000000012800.png` into the run's folder: `train(..., on_step=LiveSamples(...))`.
 
     Attributes:
-        every: images between grids; one more is made at the end.
+        every: Training images between grids; the end of the run gets one, too.
         sigma_rel: EMA length; default: the longest tracked one.
-        num_samples: seeds 0, 1, ...
-        num_steps: of the sampler.
+        num_samples: Number of images, of seeds 0, 1, ...
+        num_steps: Noise levels of the sampler.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
 
     every: int
@@ -40,21 +43,21 @@ class LiveSamples:
             sigma_rel_to_gamma(self.sigma_rel)
 
     def check(self, tracked: Sequence[float]) -> None:
-        """Make sure, before a run starts, that its averages can give the wanted one.
+        """Check, before a run starts, that its averages can give the wanted one.
 
         Args:
             tracked: EMA lengths that the run tracks.
 
         Raises:
-            ValueError: if they cannot.
+            ValueError: If they cannot.
         """
         if self.sigma_rel is not None and self.sigma_rel not in tracked:
             solve_live(tracked, self.sigma_rel)
 
     def __call__(self, trainer: Trainer) -> None:
-        """Make a grid if one is due. Changes nothing of the run: weights are put back bit for bit.
+        """Make a grid if one is due; the run's weights are restored bit for bit.
 
-        Where the network is sharded, all processes make it together, and the first one writes it.
+        If the network is sharded, all processes make the grid together, and the first one writes it.
         """
         if trainer.ema is None or not trainer.is_due(self.every):
             return
@@ -71,7 +74,7 @@ class LiveSamples:
                 denoiser.train()
         if not trainer.world.is_first:
             return
-        # Latents and floats are drawn by their range: there is nothing else to show them by.
+        # Latents and floats have no colours: each channel is stretched to its range.
         pixels = images if images.dtype == np.uint8 else _stretched(images)
         columns = generator.num_classes if 2 <= generator.num_classes <= 16 else 8
         grid = image_grid(pixels, columns=columns, scale=max(1, 48 // pixels.shape[-1]))
@@ -79,7 +82,7 @@ class LiveSamples:
 
     @staticmethod
     def path(out: Path, num_images: int) -> Path:
-        """The grid's file."""
+        """Return the file of a grid."""
         return out / FOLDER / f"{num_images:012d}.png"
 
 
