@@ -11,7 +11,7 @@ from edm2.presets import digits as digits_preset
 from edm2.train import EMAConfig
 
 MI = 1 << 20
-# SPEC section 4: images (Mi), channels, ref_lr, t_ref, dropout, P_mean, P_std; then parameters, LADDER section 14.
+# EDM2 Table 6: images (Mi), channels, ref_lr, t_ref, dropout, P_mean, P_std; then parameters, counted layer by layer.
 TABLE = {
     "edm2-img512-xxs": (2048, 64, 0.0170, 70000, 0.0, -0.4, 1.0, 31_309_029),
     "edm2-img512-xs": (2048, 128, 0.0120, 70000, 0.0, -0.4, 1.0, 124_713_253),

@@ -53,7 +53,7 @@ def parse_name(name: str) -> SnapshotName | None:
     Returns:
         What it says, or None for a file that is named in another way.
 
-    Ref: SPEC section 9.
+    Ref: docs/released_models.md.
     """
     match = _NAME.fullmatch(name)
     if match is None:

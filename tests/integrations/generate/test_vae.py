@@ -54,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def expected_pictures(vae: Any, model: Path, seeds: list[int]) -> np.ndarray:
-    """SPEC section 7, written out: z * d / 0.5 + m, decoded, clamped to [0, 1], truncated."""
+    """The coding of the released models, written out: z * d / 0.5 + m, decoded, clamped to [0, 1], truncated."""
     z = ImageGenerator.load(model).latents(seeds, num_steps=2)
     mean, std = (
         torch.tensor(v).reshape(1, 4, 1, 1) for v in ((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28))
