@@ -25,41 +25,41 @@ _OPTIONS = [field.name for field in dataclasses.fields(SamplerOptions)]
 
 @dataclass(kw_only=True)
 class _Sample:
-    """Make images with a model: one file a seed, and a grid. What is half done is continued by the same command.
+    """Make images with a model: one file per seed, and a grid. Run the same command again to continue after a stop.
 
-    A run that was tuned (`edm2 tune`), a shared folder and a released model's settings are sampled with what they
-    say, unless EMA, guide, guidance or interval are given.
-    Under torchrun the processes share the seeds. An image depends on its seed alone.
+    A tuned run (`edm2 tune`), a shared folder and the settings of a released model are sampled with their saved
+    settings, unless EMA, guide, guidance or interval are given. An image depends only on its seed; under torchrun the
+    processes share the seeds.
     """
 
     source: Annotated[Path | None, tyro.conf.Positional] = None
-    """Folder of a run, a model file, a folder of `save_pretrained`, or NAME.json of `edm2 import`."""
+    """Folder of a run, model file, folder of `save_pretrained`, or NAME.json of `edm2 import`."""
     model: Path | None = None
-    """The same as an option."""
+    """The same, as an option."""
     out: Path
     """Folder for the images, or a file that ends in .zip (in the layout of data sets) or .npz."""
     seeds: str = "0-63"
-    """One image a seed: 0-63 or 1,5,10-12. Noise and class come from the seed alone."""
+    """One image per seed: 0-63 or 1,5,10-12. The seed determines noise and class."""
     ema: float | None = None
-    """EMA length to put together from the run's snapshots. Default: the model that the run saved."""
+    """EMA length to reconstruct from the run's snapshots. Default: the model that the run saved."""
     ema_images: float | None = None
-    """Time of that average in training images. Default: the last snapshot's."""
+    """Time of that average, in training images. Default: the last snapshot."""
     label: int | None = None
     """Class of all images. Default: seed modulo the number of classes."""
     labels: Path | None = None
-    """.npy file of classes or vectors; an image takes the row seed modulo rows."""
+    """.npy file of classes or vectors; an image uses row (seed modulo number of rows)."""
     conditions: Path | None = None
-    """.npy file of images to condition on, of unit magnitude; an image takes the row seed modulo rows."""
+    """.npy file of condition images of unit magnitude; an image uses row (seed modulo number of rows)."""
     guide: Path | None = None
-    """Model or run to guide with: an unconditional model, or a weaker one."""
+    """Guide: an unconditional model, or a weaker one."""
     guide_ema: float | None = None
-    """EMA length of the guide, from the snapshots of --guide, or of the run itself. Guides need --guidance."""
+    """EMA length of the guide, reconstructed from the snapshots of --guide, or of the run itself. Needs --guidance."""
     guide_images: float | None = None
-    """Training images that the guide has seen: an earlier moment of that run. Default: all."""
+    """Time of the guide in training images, for an earlier moment of its run. Default: the last snapshot."""
     guidance: float | None = None
-    """Guidance weight; 1 for none. Default: 1, or what was saved or tuned."""
+    """Guidance weight; 1 for none. Default: the saved or tuned weight, else 1."""
     interval: tuple[float, float] | None = None
-    """Noise levels between which guidance acts. Default: all."""
+    """Lowest and highest noise level at which guidance acts. Default: all."""
     sampler: SamplerName | None = None
     """heun runs the network twice at each noise level but the last, the others once; dpmpp-2m-sde adds noise.
     Default: heun, or the sampler that the run was tuned with."""
@@ -82,24 +82,24 @@ class _Sample:
     clip_denoised: bool = False
     """Clamp the denoised images of every step to the range of pixels."""
     vae: str | None = None
-    """AutoencoderKL that makes pictures of a latent model's latents: a name on the hub, or its folder.
+    """AutoencoderKL that decodes a latent model's latents: a name on the hub, or a folder.
     Default: stabilityai/sd-vae-ft-mse."""
     pixel_range: PixelRange = "zero-one"
     """Scale of the autoencoder's output, as in `edm2 data encode`."""
     vae_batch: int = 8
     """Images at a time through the autoencoder."""
     latents: bool = False
-    """Write a latent model's latents as they are, as .npy files or one .npz, instead of pictures."""
+    """Write a latent model's latents undecoded, as .npy files or one .npz, instead of pictures."""
     batch: int = 250
     """Images at a time."""
     grid: int = 400
-    """Most images on the grid; 0 for none."""
+    """Maximum number of images on the grid; 0 for no grid."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network."""
     compile: bool = False
-    """Use torch.compile; takes minutes to start, pays for many images."""
+    """Use torch.compile, which takes minutes to start and pays off for many images."""
 
 
 def run(prog: str, words: Sequence[str]) -> None:
@@ -120,7 +120,7 @@ def run(prog: str, words: Sequence[str]) -> None:
 
 
 def _with_saved(chosen: _Sample, path: Path) -> tuple[_Sample, Path]:
-    """Fill in what was saved with a model or found by `edm2 tune`, where nothing of it was chosen; and the model."""
+    """Fill in saved or tuned settings where the user chose none of them; returns the model's path, too."""
     names = ("ema", "ema_images", "guide", "guide_ema", "guide_images", "guidance", "interval")
     free = all(getattr(chosen, name) is None for name in names)
     parts = find_parts(path)
@@ -155,7 +155,7 @@ def _tuned_settings(run: Path) -> dict[str, Any]:
 
 
 def _sample(chosen: _Sample, path: Path, seeds: list[int], options: dict[str, Any]) -> Path | None:
-    """Make the images; what was written, in the process that speaks for all."""
+    """Make the images; returns the written path in the first process."""
     with join_world(chosen.device) as world:
         common: dict[str, Any] = dict(device=world.device, dtype=chosen.dtype, compile=chosen.compile)
         decoder = _decoder(chosen, path, world.device)
@@ -178,7 +178,7 @@ def _sample(chosen: _Sample, path: Path, seeds: list[int], options: dict[str, An
 
 
 def _decoder(chosen: _Sample, path: Path, device: torch.device) -> LatentDecoder | None:
-    """What makes pictures of latents: there before the model's weights are read."""
+    """The decoder of a latent model's latents, opened before the model's weights are read."""
     kind = read_coding(path, chosen.ema).kind
     given = {
         "--vae": chosen.vae is not None,

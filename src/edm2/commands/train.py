@@ -25,24 +25,24 @@ from edm2.train.with_config import with_config
 
 @dataclass(kw_only=True)
 class _Train:
-    """Train a model, or continue the run that the folder holds.
+    """Train a model, or continue the run in the folder. Interrupted runs resume: run the same command again.
 
-    The preset sets every option, and --config what the ladder changes of it; any can be changed here. The same
-    command again continues after a stop.
+    The preset sets every option, --config changes what the paper changes for that configuration, and options given
+    here override both.
     """
 
     preset: str
-    """Settings to start from; see `edm2 info` for the names."""
+    """Settings to start from; `edm2 info` lists the names."""
     out: Path
-    """Folder of the run: checkpoints, snapshots, log, and the final model."""
+    """Folder of the run, for checkpoints, snapshots, logs and the final model."""
     dry_run: bool = False
-    """Measure a few steps, print the settings and what the run would take, and write nothing."""
+    """Measure a few steps, print the settings and the cost of the run, and write nothing."""
     machines: int = 1
-    """With --dry-run: number of such machines to estimate the time for."""
+    """With --dry-run: number of machines like this one to estimate the time for."""
     sample_images: int | None = None
-    """Training images between grids of samples from fixed seeds, in the run's folder `progress`. Default: none."""
+    """Training images between sample grids from fixed seeds, written to the run's folder `progress`. Default: none."""
     sample_sigma_rel: float | None = None
-    """EMA length of these samples. Default: the longest tracked one."""
+    """EMA length of these samples. Default: the longest tracked length."""
     log_to: tuple[str, ...] = ()
     """Also log to tensorboard, wandb or trackio; several may be given."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]

@@ -1,4 +1,4 @@
-"""A network for sampling alone: its weights are normalised once instead of in every evaluation."""
+"""A network for sampling only, whose weights are normalised once instead of in every evaluation."""
 
 import copy
 from typing import Any
@@ -10,12 +10,12 @@ from edm2.diffusion import Denoiser
 from edm2.nn import NormalizedConv, UNet
 from edm2.nn.layers import apply_weight
 
-# Layers that are called with a gain -> the parent's parameter that holds it.
+# Layers that are called with a gain -> parameter of the parent that holds the gain.
 _GAINS = {"emb_linear": "emb_gain", "out_conv": "out_gain"}
 
 
 class FixedConv(nn.Module):
-    """A `NormalizedConv` whose effective weight is given, gain included."""
+    """A `NormalizedConv` with a given effective weight, which includes the gain."""
 
     weight: Tensor
 
@@ -24,7 +24,7 @@ class FixedConv(nn.Module):
         self.register_buffer("weight", weight)
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        """As in `NormalizedConv`, bit for bit; the gain is in the weight already."""
+        """As in `NormalizedConv`, bit for bit; the weight already includes the gain."""
         return apply_weight(x, self.weight.to(x.dtype))
 
 
@@ -32,8 +32,8 @@ class SamplingNetwork:
     """A copy of a denoiser with fixed weights, in its precision.
 
     Args:
-        denoiser: the original, which stays as it is.
-        compile: use torch.compile; the first evaluation then takes minutes.
+        denoiser: The original, which is not changed.
+        compile: Whether to use torch.compile; the first evaluation then takes minutes.
     """
 
     def __init__(self, denoiser: Denoiser, *, compile: bool = False) -> None:
@@ -53,7 +53,7 @@ class SamplingNetwork:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the original's weights and precision as they are now."""
+        """Copy the original's current weights and precision."""
         self._copy.dtype = self._original.dtype
         state = self._copy.state_dict()
         for name, tensor in self._original.state_dict().items():

@@ -1,4 +1,4 @@
-"""From a saved model to images: every image depends on its own seed alone."""
+"""From a saved model to images, each of which depends only on its own seed."""
 
 import hashlib
 import itertools
@@ -28,20 +28,20 @@ class ImageGenerator:
     """A denoiser with the coding of its images.
 
     Args:
-        denoiser: in eval mode.
-        coding: between network units and pixels.
-        info: what the model's file says about it.
-        fix_weights: normalise the weights once a call instead of in every evaluation; takes a copy of them.
-        compile: use torch.compile; goes with fixed weights.
-        decoder: makes pictures of a latent model's latents.
+        denoiser: Denoiser in eval mode.
+        coding: Conversion between network units and pixels.
+        info: What the model's file says about it.
+        fix_weights: Whether to normalise the weights once per call, in a copy, instead of in every evaluation.
+        compile: Whether to use torch.compile, which implies fixed weights.
+        decoder: Decoder of a latent model's latents.
 
     Attributes:
-        num_classes: 0 for an unconditional model and for one that is conditioned on vectors.
-        class_names: one a class, or empty.
-        pixel_channels: channels of its pictures; 0 if it makes floats, or latents without a decoder.
+        num_classes: Number of classes; 0 for an unconditional model and for one that is conditioned on vectors.
+        class_names: One for each class, or empty.
+        pixel_channels: Channels of its pictures; 0 if it makes floats, or latents without a decoder.
 
     Raises:
-        ValueError: for a decoder that does not fit the model.
+        ValueError: If the decoder does not fit the model.
     """
 
     def __init__(
@@ -78,19 +78,19 @@ class ImageGenerator:
         compile: bool = False,
         decoder: LatentDecoder | None = None,
     ) -> "ImageGenerator":
-        """Open a saved model, or put an average together from a run's snapshots.
+        """Open a saved model, or reconstruct an average from a run's snapshots.
 
         Args:
-            path: a model file, or the folder of a finished run or of one reconstruction; with `sigma_rel`, a run.
-            sigma_rel: wanted EMA length.
-            num_images: time of that average, in training images; default: the last snapshot's.
-            device: where to compute.
-            dtype: precision of the network: float32, bfloat16 or float16.
-            compile: use torch.compile.
-            decoder: makes pictures of a latent model's latents, `edm2.data.LatentDecoder.load()`.
+            path: Model file, or folder of a finished run or of one reconstruction; with `sigma_rel`, a run.
+            sigma_rel: EMA length.
+            num_images: Time of that average, in training images. None: the last snapshot's.
+            device: Device to compute on.
+            dtype: Precision of the network: float32, bfloat16 or float16.
+            compile: Whether to use torch.compile.
+            decoder: Decoder of a latent model's latents, such as `edm2.data.LatentDecoder.load()`.
 
         Raises:
-            ValueError: as in `edm2.diffusion.load_model` and `edm2.ema.reconstruct`, or if the file does not say
+            ValueError: As in `edm2.diffusion.load_model` and `edm2.ema.reconstruct`, or if the file does not say
                 how images are coded, or the decoder does not fit.
         """
         if sigma_rel is None and num_images is not None:
@@ -121,7 +121,7 @@ class ImageGenerator:
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model from any other: a digest of all that its images depend on, and where it is from."""
+        """A digest of everything that the model's images depend on, and the model's origin."""
         network = [self.denoiser.options, self.coding.to_json()]
         digest = hashlib.sha256(json.dumps(network, sort_keys=True).encode())
         for name, tensor in sorted(self.denoiser.state_dict().items()):
@@ -133,7 +133,7 @@ class ImageGenerator:
         return {**facts, "digest": digest.hexdigest()[:16], "dtype": precision, **decoding}
 
     def decode(self, x: Tensor) -> Tensor:
-        """Network units to what `images` gives: `[B, C, H, W]`, uint8 where it is pictures."""
+        """Convert network units to images, `[B, C, H, W]`, uint8 for pictures."""
         decoded = self.coding.decode(x)
         return decoded if self.decoder is None else self.decoder(decoded)
 
@@ -219,20 +219,20 @@ class ImageGenerator:
         """Sample images.
 
         Args:
-            seeds: one per image; an image's noise, default class and churn come from its seed alone.
-            labels: class of each image; default: seed modulo the number of classes. `[N, label_dim]` floats for
-                a model that is conditioned on vectors.
-            batch_size: images at a time.
-            on_batch: called with the number of images after each batch.
-            **options: conditions and guide, as in `latents`, and the fields of `SamplerOptions`.
+            seeds: One per image; the seed alone determines the image's noise and default class.
+            labels: Class of each image. Default: seed modulo the number of classes. For a model conditioned on
+                vectors: `[N, label_dim]` floats.
+            batch_size: Images per batch.
+            on_batch: Called with the number of images after each batch.
+            **options: Conditions and guide, as in `latents`, and the fields of `SamplerOptions`.
 
         Returns:
             `[N, C, H, W]` uint8 for pixels and decoded latents; float32 in the data's units for float data, and
             for latents without a decoder.
 
         Raises:
-            ValueError: for labels, conditions or a guide that do not fit, or bad sampler options.
-            FloatingPointError: for values that are not finite, which no picture can show.
+            ValueError: If labels, conditions, guide or sampler options do not fit.
+            FloatingPointError: If values are not finite.
         """
         parts = []
         conditions = options.pop("conditions", None)

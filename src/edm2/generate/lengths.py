@@ -1,4 +1,4 @@
-"""One run's models with several EMA lengths, one after the other in the same network."""
+"""A run's models with several EMA lengths, one after the other in the same network."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,6 @@
-"""How large activations, weights, gradients and updates of a model are while it trains.
+"""Magnitudes of a model's activations, weights, gradients and updates during training.
 
-Ref: EDM2 Sec. 2 and Fig. 3: magnitudes that drift are what the configurations remove one by one.
+Ref: EDM2 Sec. 2 and Fig. 3: the configurations remove drifting magnitudes one by one.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ class Magnitudes:
     """Root mean squares of one training step.
 
     Attributes:
-        activations: of each block's output, over batch, channels and pixels.
-        weights: of each weight before the update.
-        gradients: of each weight's gradient.
-        updates: L2 norm of each weight's change, relative to the weight's.
+        activations: RMS of each block's output, over batch, channels and pixels.
+        weights: RMS of each weight before the update.
+        gradients: RMS of each weight's gradient.
+        updates: L2 norm of each weight's change, relative to that of the weight.
     """
 
     activations: dict[str, float]
@@ -31,16 +31,16 @@ class Magnitudes:
 
 
 class MagnitudeRecorder:
-    """Measures single training steps of any model; between them nothing is attached to it.
+    """Measures single training steps of any model; between steps, nothing is attached to it.
 
     Args:
-        model: any module. Its sharded parameters (DTensor) are not supported.
-        blocks: which modules' outputs to measure, by name and module; the model itself has the name "" and is
-            called by its class. Default: the members of module lists, dictionaries and sequences, which is where
-            networks keep their blocks; where there are none, the modules without children.
+        model: Any module whose parameters are not sharded.
+        blocks: Chooses the modules whose outputs are measured, by name and module; the model itself has the name ""
+            and is reported under its class. Default: the members of module lists, dictionaries and sequences, where
+            networks usually keep their blocks; in a model without them, the modules without children.
 
     Raises:
-        ValueError: if nothing is chosen.
+        ValueError: If nothing is chosen.
 
     Example:
         >>> recorder = MagnitudeRecorder(model)
@@ -61,14 +61,13 @@ class MagnitudeRecorder:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Record the step inside: forward and backward passes, which may be several, and the update.
+        """Record the enclosed step: one or more forward and backward passes, and the update.
 
-        Gradients must still be there at the end. The code inside must run the modules themselves: a graph
-        that was compiled before does not see the hooks.
+        Gradients must still exist at the end. The enclosed code must run the modules themselves: a graph that was
+        compiled before does not see the hooks.
         """
         self._squares, self._last = {}, None
-        # Vectors and scalars (biases, gains) have no magnitude of interest. Looked up anew, since loading a state may
-        # replace parameters.
+        # Vectors and scalars (biases, gains) are not measured. Looked up anew, since loading may replace parameters.
         named = {n: p for n, p in self._model.named_parameters() if p.ndim >= 2 and p.requires_grad}
         self._names = list(named)
         hooks = [module.register_forward_hook(self._hook(name)) for name, module in self._blocks.items()]
@@ -84,7 +83,7 @@ class MagnitudeRecorder:
         """The last recorded step; waits for the device.
 
         Raises:
-            ValueError: if no step was recorded, or no block was run in it.
+            ValueError: If no step was recorded, or no chosen block ran in it.
         """
         if self._last is None:
             raise ValueError("no step was recorded: run one inside `with recorder.step():`")
@@ -140,13 +139,13 @@ def _chosen(model: nn.Module, blocks: Callable[[str, nn.Module], bool] | None) -
         for name, module in named.items()
         if id(module) in members and not isinstance(module, lists) and any(True for _ in module.parameters())
     }
-    # A block within a block would be drawn twice.
+    # Only outermost blocks: a block within a block would be drawn twice.
     outer = {n: m for n, m in chosen.items() if not any(n.startswith(f"{other}.") for other in chosen)}
     return outer or {n: m for n, m in named.items() if not any(True for _ in m.children())}
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
-    # A model may have no matrix that is trained.
+    # A model may have no trained matrix.
     squares = [_square_sum(t) for t in tensors]
     return torch.stack(squares).sqrt() if squares else torch.zeros(0)
 

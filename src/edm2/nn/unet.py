@@ -5,7 +5,7 @@ Ref: EDM2 Fig. 16-22, Table 6.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -108,8 +108,6 @@ class UNet(nn.Module):
         self.emb_noise = f.conv(noise_channels, emb_channels)
         self.emb_noise1 = f.conv(emb_channels, emb_channels) if f.embedding_layers == 2 else None
         self.emb_label = f.label_layer(label_dim, emb_channels) if label_dim else None
-        self.enc = nn.ModuleDict()
-        self.dec = nn.ModuleDict()
         self.out_gain = nn.Parameter(torch.zeros([])) if f.gains else None
         streams = itertools.count()
 
@@ -119,32 +117,11 @@ class UNet(nn.Module):
                 return GroupNormBlock(cin, cout, emb_channels, f, **kwargs)
             return Block(cin, cout, emb_channels, f, flavor=flavor, **kwargs)
 
-        width = img_channels + cond_channels + f.constant_channel
-        skips = []
-        for i, (name, out) in enumerate(zip(map(_name, levels), widths, strict=True)):
-            if i == 0:
-                self.enc[f"{name}_conv"] = f.conv(width, out, (3, 3))
-                width = out
-            else:
-                self.enc[f"{name}_down"] = block(width, width, "enc", resample_mode="down")
-            skips.append(width)
-            for j in range(num_blocks):
-                self.enc[f"{name}_block{j}"] = block(width, out, "enc", attention=with_attention[i])
-                width = out
-                skips.append(width)
-
-        for i in reversed(range(len(levels))):
-            name = _name(levels[i])
-            if i == len(levels) - 1:
-                self.dec[f"{name}_in0"] = block(width, width, "dec", attention=True)
-                self.dec[f"{name}_in1"] = block(width, width, "dec")
-            else:
-                self.dec[f"{name}_up"] = block(width, width, "dec", resample_mode="up")
-            for j in range(num_blocks + 1):
-                self.dec[f"{name}_block{j}"] = block(
-                    width + skips.pop(), widths[i], "dec", attention=with_attention[i]
-                )
-                width = widths[i]
+        first = f.conv(img_channels + cond_channels + f.constant_channel, widths[0], (3, 3))
+        table = list(zip(map(_name, levels), widths, with_attention, strict=True))
+        self.enc, skips = _encoder(table, num_blocks, first, block)
+        self.dec = _decoder(table, num_blocks, skips, block)
+        width = widths[0]
         self.out_norm = None if f.group_norm is None else f.norm(width)
         self.out_conv = f.conv(width, img_channels, (3, 3), ends_branch=True)
         # Last, so that the other weights start as they do without it.
@@ -226,6 +203,48 @@ class UNet(nn.Module):
                 f"config={theirs!r}"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+# Name, width and whether there is attention, for each level from the highest resolution down.
+_Levels = list[tuple[str, int, bool]]
+
+
+def _encoder(
+    levels: _Levels, num_blocks: int, first: nn.Module, block: Callable[..., nn.Module]
+) -> tuple[nn.ModuleDict, list[int]]:
+    """The encoder's layers, and the width of each one's output, which is a skip."""
+    layers = nn.ModuleDict()
+    width = levels[0][1]
+    skips = []
+    for i, (name, out, attention) in enumerate(levels):
+        if i == 0:
+            layers[f"{name}_conv"] = first
+        else:
+            layers[f"{name}_down"] = block(width, width, "enc", resample_mode="down")
+        skips.append(width)
+        for j in range(num_blocks):
+            layers[f"{name}_block{j}"] = block(width, out, "enc", attention=attention)
+            width = out
+            skips.append(width)
+    return layers, skips
+
+
+def _decoder(
+    levels: _Levels, num_blocks: int, skips: list[int], block: Callable[..., nn.Module]
+) -> nn.ModuleDict:
+    """The decoder's layers; each block takes the last skip that is left."""
+    layers = nn.ModuleDict()
+    width = levels[-1][1]
+    for i, (name, out, attention) in reversed(list(enumerate(levels))):
+        if i == len(levels) - 1:
+            layers[f"{name}_in0"] = block(width, width, "dec", attention=True)
+            layers[f"{name}_in1"] = block(width, width, "dec")
+        else:
+            layers[f"{name}_up"] = block(width, width, "dec", resample_mode="up")
+        for j in range(num_blocks + 1):
+            layers[f"{name}_block{j}"] = block(width + skips.pop(), out, "dec", attention=attention)
+            width = out
+    return layers
 
 
 def level_resolutions(img_resolution: int | Sequence[int], num_levels: int) -> list[tuple[int, int]]:

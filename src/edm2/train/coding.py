@@ -1,4 +1,4 @@
-"""From the stored images of a data set to what the network is trained on, and back."""
+"""From the stored images of a data set to network inputs, and back."""
 
 import warnings
 from dataclasses import asdict, dataclass
@@ -20,9 +20,9 @@ class Coding:
     """How stored images become network units.
 
     Attributes:
-        kind: pixels (bytes), floats, or latents (channels of means, then of standard deviations).
-        values: mean, standard deviation and sigma_data.
-        num_channels: channels of the network's images.
+        kind: Pixels (bytes), floats, or latents (channels of means, then of standard deviations).
+        values: Mean, standard deviation and sigma_data.
+        num_channels: Channels of the network's images.
     """
 
     kind: Literal["pixels", "floats", "latents"]
@@ -33,9 +33,9 @@ class Coding:
         """Stored images to network units.
 
         Args:
-            stored: `[B, ...]` as the data set gives them.
-            index: `[B]` int64, what a latent's draw depends on.
-            seed: seed of the run.
+            stored: `[B, ...]` images of the data set.
+            index: `[B]` int64 that determines which latent is drawn.
+            seed: Seed of the run.
 
         Returns:
             `[B, num_channels, H, W]` float32.
@@ -56,10 +56,10 @@ class Coding:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Coding":
-        """What `to_json` gave.
+        """The inverse of `to_json`, for values from a file.
 
         Raises:
-            ValueError: for anything else: it comes out of a file.
+            ValueError: If edm2 does not write such values.
         """
         try:
             made = {"pixels": PixelCoding, "floats": FloatCoding, "latents": FloatCoding}[content["kind"]]
@@ -77,12 +77,12 @@ class Coding:
 
 
 def make_coding(config: TrainConfig, dataset: ImageDataset) -> Coding:
-    """The coding that a configuration asks for, on this data.
+    """The coding that the settings ask for, on this data.
 
-    Warns where coded data is far from the magnitude that the network is made for.
+    Warns if the magnitude of coded data is far from what the network expects.
 
     Raises:
-        ValueError: if the coding does not fit the images' type or number of channels.
+        ValueError: If the coding does not fit the images' type or number of channels.
     """
     options, sigma_data = config.dataset, config.loss.sigma_data
     channels = dataset.image_shape[0]

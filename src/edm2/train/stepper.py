@@ -1,4 +1,4 @@
-"""One optimiser step: what the network is shown, its loss, its gradients, its update.
+"""One optimiser step: the network's inputs, loss, gradients and update.
 
 Ref: EDM2 Sec. 2-3, App. B.
 """
@@ -29,19 +29,19 @@ _DROPOUT_SEED_OFFSET = 1 << 62
 
 
 class Stepper:
-    """Network and optimiser, and how they take a step on this process's share of a batch.
+    """Takes optimiser steps on this process's share of each batch.
 
     Args:
-        config: all settings.
-        dataset: training images.
-        coding: from stored images to what the network sees.
-        denoiser: the network, moved and wrapped as the settings ask.
-        world: the processes that share the work.
+        config: All settings.
+        dataset: Training images.
+        coding: Conversion of stored images to network inputs.
+        denoiser: The network; it is moved and wrapped as the settings ask.
+        world: The processes that share the work.
 
     Attributes:
-        denoiser: the network in training mode.
-        optimizer: its optimiser.
-        norms: of all weights and of their change in the last measured step, `[2]`; None before one.
+        denoiser: The network in training mode.
+        optimizer: Its optimiser.
+        norms: Norms of all weights and of their change in the last measured step, `[2]`; None before the first.
     """
 
     norms: Tensor | None = None
@@ -86,7 +86,7 @@ class Stepper:
 
     @property
     def learning_rate(self) -> float:
-        """Of the last step."""
+        """Learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     @property
@@ -112,12 +112,12 @@ class Stepper:
         """Compute gradients on the batch that starts at `num_images`, and update the weights.
 
         Args:
-            num_images: images seen before.
-            eager: run the modules themselves, also where a compiled graph is there.
-            measure: note the norms of weights and update.
+            num_images: Images seen before.
+            eager: Whether to run the modules themselves even if a compiled graph exists.
+            measure: Whether to record the norms of weights and update.
 
         Returns:
-            Mean loss of the whole batch, float64, and the norm of the gradients before they were cleaned.
+            Mean loss of the whole batch, float64, and the norm of the gradients before non-finite ones were zeroed.
         """
         config, world = self._config, self._world
         forward = self._eager if eager else self._forward
@@ -129,13 +129,13 @@ class Stepper:
                 batch = next(batches)
                 with self._seeded(batch.position):
                     loss = self._loss(forward, batch)
-                # Processes average their gradients, where the sum over the batch is wanted.
+                # Processes average their gradients, but the loss is a sum over the batch.
                 (loss.sum() * (config.loss_scaling * world.size) / config.batch_size).backward()
             loss_sum += loss.detach().mean(dtype=torch.float64) * (self._size / config.batch_size)
         gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
         average_whole_gradients(gradients, world)
         norm = clean_gradients(gradients, scale=1 / config.loss_scaling)
-        # The weights are copied when activations are gone, so that this takes no more memory at its peak.
+        # Copied after activations are freed, so that the peak of memory does not rise.
         update = UpdateNorm(list(self.denoiser.parameters())) if measure else None
         self.optimizer.step()
         if update is not None:
@@ -143,7 +143,7 @@ class Stepper:
         return world.sum(loss_sum), norm
 
     def close(self) -> None:
-        """End what reads images ahead."""
+        """Stop reading images in advance."""
         if self._batches is not None:
             self._batches.close()
         self._batches = None
@@ -189,7 +189,7 @@ class Stepper:
             images = mirror(images, where, seed=config.seed)
         augment_labels = None
         if self._augment is not None:
-            # Drawn on the CPU, which need not wait for the device to know what was drawn.
+            # Drawn on the CPU, so that the values are known without waiting for the device.
             images, augment_labels = self._augment(images, torch.arange(*span), seed=config.seed)
         sigma = draw_sigma(
             where, p_mean=config.loss.p_mean, p_std=config.loss.p_std, seed=config.seed, stream=_SIGMA
