@@ -1,6 +1,7 @@
 """Model files: what goes in comes out, and what is no model is told apart."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def write_raw(path: Path, header: str | None) -> Path:
     return path
 
 
-@pytest.mark.parametrize("options", [{}, {"config": "C"}, {"cond_channels": 2}, {"label_kind": "vector"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"config": "C"}, {"clip_act": math.inf}, {"cond_channels": 2}, {"label_kind": "vector"}]
+)
 def test_round_trip_gives_the_same_network(tmp_path: Path, options: dict[str, Any]) -> None:
     denoiser = make_denoiser(**options)
     file = save_model(tmp_path / "folder", denoiser.options, denoiser.state_dict(), {"sigma_rel": 0.1})

@@ -13,6 +13,7 @@ from tiny_run import files_of, log_of, tiny_config, tiny_data
 from torch import Tensor, nn
 
 from edm2.cli import main
+from edm2.commands.info import describe_path
 from edm2.diffusion import Denoiser, LearnedUncertainty, edm2_loss, load_model, own_network, register_network
 from edm2.ema import reconstruct
 from edm2.generate import ImageGenerator, reconstruct_models
@@ -97,6 +98,7 @@ def test_registered_it_is_loaded_reconstructed_and_sampled(run: Path, tmp_path: 
     denoiser, info = load_model(run)
     assert denoiser.options["network_from"] == NAME
     assert isinstance(denoiser.network, PlainNet)
+    assert f"network     {NAME}" in describe_path(run)
     assert info["sigma_rel"] == 0.1
     images = ImageGenerator.load(run).images([0, 1], num_steps=3)
     assert (images.shape, images.dtype) == ((2, 1, 4, 4), np.uint8)

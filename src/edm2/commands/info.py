@@ -15,7 +15,6 @@ from edm2.ema.storage.manifest import read_manifest
 from edm2.hub import Parts, find_parts
 from edm2.interop.released import SAMPLING_PRESETS, sampling_preset
 from edm2.nn import count_flops
-from edm2.nn.configs import CONFIGS
 from edm2.presets import PRESETS, get_preset, image_shape
 from edm2.progress import clean, show
 from edm2.train.logs import LOG_FILE, read_log
@@ -119,6 +118,7 @@ def _one_line(text: object) -> str:
 
 
 def _network_lines(denoiser: Denoiser) -> list[str]:
+    denoiser = denoiser.to("meta")  # a network of the user's own may have tensors elsewhere
     with torch.device("meta"):
         channels, height, width = denoiser.img_shape
         image = torch.zeros(1, channels, height, width)
@@ -126,9 +126,9 @@ def _network_lines(denoiser: Denoiser) -> list[str]:
         condition = denoiser.cond_channels
         extra = {"condition": torch.zeros(1, condition, height, width)} if condition else {}
         flops = count_flops(denoiser, image, torch.ones(1), labels, **extra)
-    letter = str(denoiser.options["config"])
+    title = denoiser.title.removeprefix("config ")
     return [
-        f"config      {letter}, {CONFIGS[letter].title}",
+        f"{'config' if title != denoiser.title else 'network':<11} {clean(title, keep='')}",
         f"images      {channels} x {height} x {width}, "
         + (f"{denoiser.label_dim} classes" if denoiser.label_dim else "unconditional"),
         f"parameters  {sum(p.numel() for p in denoiser.parameters()):,}",

@@ -70,33 +70,9 @@ def build_denoiser(
     Raises:
         ValueError: If `edm2.nn.UNet` refuses an option, or config A is given logvar_channels.
     """
-    options = {
-        name: list(value) if isinstance(value, (tuple, list)) else value
-        for name, value in locals().items()
-        if value is not None and name != "dtype"
-    }
-    network = UNet(
-        img_resolution,
-        img_channels,
-        label_dim,
-        config=config,
-        model_channels=model_channels,
-        channel_mult=channel_mult,
-        channel_mult_noise=channel_mult_noise,
-        channel_mult_emb=channel_mult_emb,
-        num_blocks=num_blocks,
-        channels_per_head=channels_per_head,
-        label_kind=label_kind,
-        cond_channels=cond_channels,
-        augment_dim=augment_dim,
-        dropout=dropout,
-        attn_resolutions=attn_resolutions,
-        clip_act=clip_act,
-        res_balance=res_balance,
-        attn_balance=attn_balance,
-        label_balance=label_balance,
-        concat_balance=concat_balance,
-    )
+    given = {name: value for name, value in locals().items() if value is not None and name != "dtype"}
+    options = {name: list(v) if isinstance(v, (tuple, list)) else v for name, v in given.items()}
+    network = UNet(**{name: v for name, v in given.items() if name not in ("sigma_data", "logvar_channels")})
     uncertainty = None
     if network.features.uncertainty:
         channels = options["logvar_channels"] = 128 if logvar_channels is None else logvar_channels

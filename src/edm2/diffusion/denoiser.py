@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edm2.diffusion.uncertainty import LearnedUncertainty
+from edm2.nn import UNet
 
 # State of A to F before their letter was a buffer of the network.
 _OLD_CONFIG = "ladder_config"
@@ -97,6 +98,13 @@ class Denoiser(nn.Module):
                 "the denoiser does not know the size of its images: give Denoiser img_resolution and img_channels"
             )
         return (self.img_channels, *self.img_resolution)
+
+    @property
+    def title(self) -> str:
+        """The network in words, such as "config A, EDM baseline"."""
+        if isinstance(self.unet, UNet):
+            return f"config {self.unet.features.name}, {self.unet.features.title}"
+        return str(self.options.get("network_from", type(self.unet).__name__))
 
     @property
     def has_keyed_dropout(self) -> bool:

@@ -55,7 +55,7 @@ def _what(model: Pretrained) -> str:
     facts = {
         "Makes": f"{made[generator.coding.kind]}, {shape}",
         "Conditioned on": _condition(model),
-        "Network": f"config {denoiser.options['config']}, {sum(p.numel() for p in denoiser.parameters()):,} parameters",
+        "Network": f"{denoiser.title}, {sum(p.numel() for p in denoiser.parameters()):,} parameters",
         "Trained on": info.get("data"),
         "Training images seen": None if info.get("num_images") is None else f"{info['num_images']:,}",
         "EMA length (sigma_rel)": None if info.get("sigma_rel") is None else f"{info['sigma_rel']:g}",

@@ -1,4 +1,4 @@
-"""Magnitude-preserving functions, layers and networks, and the ladder of configurations (EDM2 Sec. 2, App. B)."""
+"""Magnitude-preserving functions, layers and networks, and the paper's configurations A to G (EDM2 Sec. 2, App. B)."""
 
 from edm2.nn.blocks import Block
 from edm2.nn.configs import CONFIGS, Features, get_features
