@@ -34,6 +34,7 @@ COMMANDS: dict[str, Any] = {
         "verify": "check every file of a folder against its sha256",
         "plan": "which averages to track and when to store them, for an error or a budget",
         "reconstruct": "models with any EMA length from a run's snapshots",
+        "merge": "average checkpoints of a training that tracked no EMA",
         "profile": "draw the wanted averages and their reconstructions",
     },
     "sample": "make images with a model",

@@ -1,16 +1,25 @@
 """Averages of plain checkpoints: sums done by hand, what is read, and what is refused."""
 
+import itertools
+import json
 import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+import torch.distributed.checkpoint
+from safetensors.torch import load_file, save_file
 
+from edm2.cli import main
 from edm2.ema import AccuracyWarning, Target, average_checkpoints, sigma_rel_to_gamma
-from edm2.ema import checkpoints as module
+from edm2.ema.checkpoints import merge_checkpoints
+from edm2.ema.storage.checkpoint_files import Checkpoint
 
 
 def weights(step: int) -> dict[str, torch.Tensor]:
@@ -79,22 +88,22 @@ def test_steps_can_be_given(tmp_path: Path) -> None:
     )
 
 
-def test_one_checkpoint_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import weakref
 
     write(tmp_path, STEPS)
     alive: list[Any] = []
-    load = module.load_checkpoint
+    read = Checkpoint.read
 
-    def counted(path: Path, key: str | None) -> dict[str, torch.Tensor]:
-        tensors = load(path, key)
-        alive.append(weakref.ref(tensors["layer.weight"]))
+    def counted(self: Checkpoint, name: str) -> torch.Tensor:
+        tensor = read(self, name)
+        alive.append(weakref.ref(tensor))
         assert sum(ref() is not None for ref in alive) <= 2
-        return tensors
+        return tensor
 
-    monkeypatch.setattr(module, "load_checkpoint", counted)
+    monkeypatch.setattr(Checkpoint, "read", counted)
     average_checkpoints(tmp_path, [0.1, 0.2], warn_above=9)
-    assert len(alive) == len(STEPS)
+    assert len(alive) == len(STEPS) + 1
 
 
 @pytest.mark.parametrize("kind", ["walk", "drift"])
@@ -129,12 +138,12 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         ValueError, match=r"holds no checkpoint: looked for models in files ending in \.safetensors"
     ):
         average_checkpoints(tmp_path, [0.1])
-    with pytest.raises(ValueError, match="nowhere is no folder"):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
         average_checkpoints(tmp_path / "nowhere", [0.1])
     with pytest.raises(ValueError, match=r"1\.pt does not exist"):
         average_checkpoints([tmp_path / "1.pt"], [0.1])
     for content, message in [
-        (b"no checkpoint", "100.pt (is damaged or no checkpoint|holds more than tensors)"),
+        (b"no checkpoint", "100.pt (is damaged or not a checkpoint|holds more than tensors)"),
         ({"a": 1, "b": {}}, "where the weights are is unclear; give key, one of 'a', 'b'"),
         ({"model": {"layer.weight": torch.zeros(3)}}, "is of another model: 1 tensors .* 'layer.weight'"),
         ({"model": {"layer.weight": torch.full((30, 4), np.nan)}}, "not finite in 'layer.weight'"),
@@ -207,14 +216,19 @@ def test_a_trainers_folder_is_read_for_its_models(tmp_path: Path) -> None:
     torch.testing.assert_close(result.tensors["layer.weight"], mean)
     save_file(weights(500), tmp_path / "checkpoint-500" / "model-00001-of-00002.safetensors")
     with pytest.raises(
-        ValueError, match=r"00001-of-00002.safetensors is one part of a model in several files"
+        ValueError, match=r"00001-of-00002.safetensors is one part of a model in several files, and no index"
     ):
         average_checkpoints(tmp_path, [0.1])
 
 
 def test_unclear_steps_are_refused(tmp_path: Path) -> None:
     for names, message in [
-        (["final.pt"], "step of .*final.pt cannot be told"),
+        (
+            ["final.pt"],
+            "step of .*final.pt cannot be told from its name: give a mapping .*, without the files to leave",
+        ),
+        (["step-3-iter-4.pt"], "cannot be told"),
+        (["checkpoint-500/step-20.pt"], "cannot be told"),
         (["a-1-2.pt"], "cannot be told from its name"),
         (["a1.pt", "b1.pt"], "both seem to be of step 1"),
     ]:
@@ -224,3 +238,218 @@ def test_unclear_steps_are_refused(tmp_path: Path) -> None:
     for t in (300, 0):
         with pytest.raises(ValueError, match=f"t {t} must be above start 0 and at most the last .* 200"):
             average_checkpoints(tmp_path, [0.1], t=t)
+
+
+@pytest.mark.parametrize(
+    ("names", "last"),
+    [
+        ([f"epoch={i}-step={100 * i}.ckpt" for i in (1, 2, 3)], 300),
+        (["checkpoint-500/sd15.pt", "checkpoint-1000/sd21.pt"], 1000),
+        ([f"STEP_{i}.PT" for i in (1, 2, 3)], 3),
+        ([f"epoch-{i}/model.bin" for i in (1, 2)], 2),
+        (["global_step50/weights_v2.pt", "global_step70/weights_v2.pt"], 70),
+        (["model-1.pt", "model-2.pt"], 2),
+    ],
+)
+def test_steps_from_names(tmp_path: Path, names: list[str], last: int) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        torch.save({"state_dict": {"w": torch.ones(4)}}, tmp_path / name)
+    assert average_checkpoints(tmp_path, [0.1], warn_above=9)[0].t == last
+
+
+def write_sharded(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """A model in two files with an index, as Hugging Face's libraries write it, and what lies beside it."""
+    tensors = {
+        "a": weights(step)["layer.weight"].bfloat16(),
+        "b": torch.full((7,), step / 100),
+        "n": torch.tensor(step),
+    }
+    folder.mkdir(parents=True)
+    files = {"model-00001-of-00002.safetensors": ["a"], "model-00002-of-00002.safetensors": ["b", "n"]}
+    for file, names in files.items():
+        save_file({n: tensors[n] for n in names}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {n: file for file, names in files.items() for n in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text("{}")
+    (folder / "trainer_state.json").write_text("{}")
+    (folder / "optimizer.pt").write_bytes(b"not read")
+    return tensors
+
+
+def write_distributed(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """A folder of torch.distributed.checkpoint with an optimiser's state in it."""
+    tensors = {
+        "a": weights(step)["layer.weight"],
+        "b": torch.full((7,), step / 100).bfloat16(),
+        "n": torch.tensor(step),
+    }
+    optimizer = {"state": {"m": torch.zeros(3)}, "lr": 0.1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.distributed.checkpoint.save(
+            {"model": tensors, "optimizer": optimizer}, checkpoint_id=folder, no_dist=True
+        )
+    return tensors
+
+
+def read_distributed(folder: Path) -> dict[str, torch.Tensor]:
+    state = {"model": {"a": torch.zeros(30, 4), "b": torch.zeros(7).bfloat16(), "n": torch.tensor(0)}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.distributed.checkpoint.load(state, checkpoint_id=folder, no_dist=True)
+    return state["model"]
+
+
+WRITERS = {"sharded": write_sharded, "distributed": write_distributed}
+
+
+@pytest.mark.filterwarnings("ignore::edm2.ema.AccuracyWarning")
+@pytest.mark.parametrize("kind", WRITERS)
+def test_models_in_pieces_are_averaged_and_written_back_alike(tmp_path: Path, kind: str) -> None:
+    stored = {step: WRITERS[kind](tmp_path / "run" / f"checkpoint-{step}", step) for step in (100, 200, 300)}
+    mean = {n: sum(x[n].double() for x in stored.values()) / 3 for n in ("a", "b")}
+    (result,) = average_checkpoints(tmp_path / "run", [Target.uniform(300)], warn_above=9)
+    for name, x in mean.items():
+        torch.testing.assert_close(result.tensors[name].double(), x, rtol=1e-6, atol=1e-6)
+    assert result.tensors["n"] == 300
+    out, last = tmp_path / "out", tmp_path / "run" / "checkpoint-300"
+    command = ["ema", "merge", str(tmp_path / "run"), "--target", "uniform:300", "--out", str(out)]
+    main(command)
+    left_out = {"optimizer.pt", "trainer_state.json"}
+    assert {p.name for p in out.iterdir()} == {p.name for p in last.iterdir()} - left_out | {"merged.json"}
+    if kind == "sharded":
+        found = {n: x for p in sorted(out.glob("*.safetensors")) for n, x in load_file(p).items()}
+    else:
+        found = read_distributed(out)
+    assert found.keys() == stored[300].keys()
+    for name, x in found.items():
+        expected = mean[name].to(x.dtype) if name in mean else stored[300][name]
+        torch.testing.assert_close(x, expected)
+        assert x.dtype == stored[300][name].dtype
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.iterdir()}
+    main(command)
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.iterdir()} == before
+
+
+@pytest.mark.filterwarnings("ignore::edm2.ema.AccuracyWarning")
+def test_several_targets_and_plain_files_are_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    write(run, STEPS, kind="torch")
+    main(["ema", "merge", str(run), "--target", "0.1", "minus_sqrt:400", "--out", str(out)])
+    assert capsys.readouterr().out.count("expected relative error") == 2
+    (expected,) = average_checkpoints(run, [Target.minus_sqrt(400)])
+    found = load_file(out / "minus_sqrt-400" / "1000.safetensors")
+    torch.testing.assert_close(found["module.layer.weight"], expected.tensors["layer.weight"])
+    assert sorted(p.name for p in out.iterdir()) == ["0.1", "minus_sqrt-400"]
+    for words, told in (
+        (
+            ["--target", "cosine:5", "--out", "x"],
+            "--target 'cosine:5' is not understood: write a length, 0.1",
+        ),
+        (["--target", "uniform:much", "--out", "x"], "--target 'uniform:much' is not understood"),
+        (["--target", "uniform:3000", "--out", "x"], "window 3000 is longer than the training up to 1000"),
+        (["--target", "0.1", "--out", str(run)], "exists already and holds something else"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["ema", "merge", str(run), *words])
+        assert told in capsys.readouterr().err
+
+
+def test_a_kill_while_merging_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (100, 200):
+        write_sharded(tmp_path / "run" / f"checkpoint-{step}", step)
+    read = Checkpoint.read
+    for killed_at in range(1, 5):
+        calls = itertools.count(1)
+
+        def killed(
+            self: Checkpoint, name: str, calls: Any = calls, killed_at: int = killed_at
+        ) -> torch.Tensor:
+            if next(calls) == killed_at:
+                raise KeyboardInterrupt
+            return read(self, name)
+
+        monkeypatch.setattr(Checkpoint, "read", killed)
+        with pytest.raises(KeyboardInterrupt):
+            merge_checkpoints(tmp_path / "run", [Target.uniform(200)], [tmp_path / "out"], warn_above=9)
+        assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    monkeypatch.undo()
+    merge_checkpoints(tmp_path / "run", [Target.uniform(200)], [tmp_path / "out"], warn_above=9)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+
+
+def _lost_shard(folder: Path) -> None:
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def _escaping(folder: Path) -> None:
+    index = {"weight_map": {"a": "../other.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _misplaced(folder: Path) -> None:
+    index = {"weight_map": {"b": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _two(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors.index.json", folder / "model.fp16.safetensors.index.json")
+
+
+def _nested(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
+
+
+def _lost_part(folder: Path) -> None:
+    (folder / "__0_0.distcp").unlink()
+
+
+def _cut_part(folder: Path) -> None:
+    data = (folder / "__0_0.distcp").read_bytes()
+    (folder / "__0_0.distcp").write_bytes(data[: len(data) // 2])
+
+
+def _broken_part(folder: Path) -> None:
+    (folder / "__0_0.distcp").write_bytes(bytes((folder / "__0_0.distcp").stat().st_size))
+
+
+def _cut_metadata(folder: Path) -> None:
+    (folder / ".metadata").write_bytes((folder / ".metadata").read_bytes()[:200])
+
+
+def _hostile_metadata(folder: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(folder / "executed"),)
+
+    (folder / ".metadata").write_bytes(pickle.dumps(Hostile()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "told"),
+    [
+        ("sharded", _lost_shard, "names model-00002-of-00002.safetensors, which is missing: copy all parts"),
+        ("sharded", _escaping, "its weight_map does not name files of its folder"),
+        ("sharded", _misplaced, "places 'b' in model-00001-of-00002.safetensors, which does not hold it"),
+        ("sharded", _two, "holds 2 indices .* give the one that you mean"),
+        ("sharded", _nested, "index.json is damaged .JSON nested deeper"),
+        ("distributed", _lost_part, "lacks the part '__0_0.distcp': copy all parts"),
+        ("distributed", _cut_part, "does not hold all of"),
+        ("distributed", _broken_part, "__0_0.distcp is damaged at 'model.a'"),
+        ("distributed", _cut_metadata, "metadata is damaged"),
+        ("distributed", _hostile_metadata, "which no metadata of torch.distributed.checkpoint needs"),
+    ],
+)
+def test_damaged_pieces_are_named(
+    tmp_path: Path, kind: str, damage: Callable[[Path], None], told: str
+) -> None:
+    for step in (100, 200):
+        WRITERS[kind](tmp_path / f"checkpoint-{step}", step)
+    damage(tmp_path / "checkpoint-200")
+    with pytest.raises(ValueError, match=told):
+        average_checkpoints(tmp_path, [0.1], warn_above=9)
+    assert not (tmp_path / "checkpoint-200" / "executed").exists()

@@ -1,7 +1,7 @@
 """`edm2 ema`: averages of the weights, after training."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,8 @@ from typing import Annotated
 import tyro
 
 from edm2.commands.ema_plan import check_picture, numbers, plan
-from edm2.ema import reconstruct_many
+from edm2.ema import Target, reconstruct_many
+from edm2.ema.checkpoints import merge_checkpoints
 from edm2.ema.maths.plans import spread
 from edm2.ema.storage.manifest import MANIFEST, ForeignSnapshots, Manifest, read_manifest
 from edm2.ema.storage.verify import damaged
@@ -23,7 +24,7 @@ from edm2.report.ema_figures import reconstruction_figure
 from edm2.report.style import figure_png
 from edm2.train.memory import size_text
 
-__all__ = ["list", "plan", "profile", "reconstruct", "verify"]
+__all__ = ["list", "merge", "plan", "profile", "reconstruct", "verify"]
 
 
 @dataclass(kw_only=True)
@@ -83,6 +84,29 @@ class _Profile(_Source):
     """Time, in the run's clock; default: the last snapshot's."""
 
 
+@dataclass(kw_only=True)
+class _Merge:
+    """Average plain checkpoints of a training, where no EMA was tracked, into a checkpoint of the same form.
+
+    Reads safetensors, Hugging Face's shards, torch files, and folders of torch.distributed.checkpoint. Memory holds one
+    tensor at a time. Interrupted, the same command starts again; done, it changes nothing.
+    """
+
+    checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folder of checkpoints with their steps in the names, or the checkpoints themselves."""
+    target: tuple[str, ...]
+    """Averages: an EMA length, 0.1, or a profile and its window in steps: minus_sqrt:10000, uniform:5000, linear:5000,
+    exponential:1000 (half-life)."""
+    out: Path
+    """Folder for the merged model; with several targets, one folder in it for each."""
+    t: float | None = None
+    """Step at which the averages end; default: the last checkpoint's."""
+    start: float = 0
+    """Step at which training began."""
+    key: str | None = None
+    """Where the weights are in files that hold more, such as model; default: looked for."""
+
+
 def list(prog: str, words: Sequence[str]) -> None:
     """`edm2 ema list`."""
     chosen = tyro.cli(_List, prog=prog, args=[*words])
@@ -121,6 +145,36 @@ def reconstruct(prog: str, words: Sequence[str]) -> None:
     if metadata.get("info", {}).get("license") == LICENCE:
         write_notice(chosen.out)
         show(f"{NOTICE_LINE}; see {chosen.out / NOTICE_FILE}")
+
+
+def merge(prog: str, words: Sequence[str]) -> None:
+    """`edm2 ema merge`."""
+    chosen = tyro.cli(_Merge, prog=prog, args=[*words])
+    targets = [_target(text) for text in chosen.target]
+    many = len(targets) > 1
+    outs = [chosen.out / text.replace(":", "-") if many else chosen.out for text in chosen.target]
+    source = chosen.checkpoints[0] if len(chosen.checkpoints) == 1 else chosen.checkpoints
+    for path, error in merge_checkpoints(source, targets, outs, chosen.t, start=chosen.start, key=chosen.key):
+        show(f"{path}  expected relative error {error:.1e}")
+
+
+def _target(text: str) -> Target:
+    kind, _, window = text.partition(":")
+    kinds: dict[str, Callable[[float], Target]] = {
+        "": Target.power,
+        "minus_sqrt": Target.minus_sqrt,
+        "uniform": Target.uniform,
+        "linear": Target.linear,
+        "exponential": Target.exponential,
+    }
+    try:
+        value, make = float(window or kind), kinds[kind if window else ""]
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"--target {text!r} is not understood: write a length, 0.1, or a profile with its window in steps,"
+            " minus_sqrt:10000, uniform:5000, linear:5000 or exponential:1000"
+        ) from None
+    return make(value)
 
 
 def profile(prog: str, words: Sequence[str]) -> None:

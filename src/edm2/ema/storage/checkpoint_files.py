@@ -1,24 +1,27 @@
-"""Plain checkpoints on disk: which files, of which step, and the tensors in them."""
+"""Plain checkpoints on disk: which files or folders, of which step, and the tensors in them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from edm2.ema.storage.shards import DISTRIBUTED, INDEX_SUFFIX, StoredModel, open_model
+from edm2.ema.storage.tensorfile import TensorSpec, write_tensors
 from edm2.ema.tracking.wrappers import clean_names
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-_NAMED_STEP = re.compile(r"(?:step|iter|iteration|checkpoint|ckpt|epoch)s?[-_=.]*(\d+)", re.IGNORECASE)
+_STEP = re.compile(r"(?:step|iter|iteration|checkpoint|ckpt)[-_=.]*(\d+)", re.IGNORECASE)
+_EPOCH = re.compile(r"epoch[-_=.]*(\d+)", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+")
 _PART = re.compile(r"-\d+-of-\d+$")
 # What trainers (Transformers, Accelerate, ours) put beside a model.
 _NO_MODEL = re.compile(
-    r"\.|(lr_)?(optim|sched)|scaler|sampler|rng_state|random_states|training_args|power_ema", re.IGNORECASE
+    r"\.|(lr_)?(optim|sched)|scaler|sampler|rng_state|random_states|training_args|trainer_state|power_ema",
+    re.IGNORECASE,
 )
 _NESTED = ("state_dict", "model", "model_state_dict", "module")
 
@@ -28,8 +31,9 @@ def find_checkpoints(
 ) -> dict[float, Path]:
     """Files by step, in order; steps come from names or from the caller, never from file times.
 
-    In a folder, the state of optimisers, schedules and random numbers is passed over, and so are models without a
-    step where others lie in folders of their steps (`checkpoint-500/model.safetensors`).
+    In a folder, the state of optimisers, schedules and random numbers is left out, and so are models without a step
+    where others lie in folders of their steps (`checkpoint-500/model.safetensors`). A folder with an index of shards,
+    or one of `torch.distributed.checkpoint`, is one checkpoint.
 
     Args:
         source: A folder, some files, or a mapping from file to step.
@@ -63,61 +67,145 @@ def find_checkpoints(
 def _in_folder(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(
-            f"{folder} is no folder: give a folder of checkpoints, files, or a mapping of files to steps"
+            f"{folder} is not a folder: give a folder of checkpoints, files, or a mapping of files to steps"
         )
-    above, below = ([p for p in folder.glob(x) if _is_model(p)] for x in ("*", "*/*"))
+    if is_sharded(folder):
+        return [folder]
+    above, below = _models(folder.glob("*")), _models(folder.glob("*/*"))
+    below = [path for path in below if path.parent not in above]
     if any(_step(path) is not None for path in below):
-        above = [path for path in above if _step(path) is not None]
+        above = [path for path in above if path.is_dir() or _step(path) is not None]
     return above + below
 
 
-def _is_model(path: Path) -> bool:
-    return path.suffix in _SUFFIXES and not _NO_MODEL.match(path.name) and path.is_file()
+def _models(paths: Iterable[Path]) -> list[Path]:
+    named = [path for path in paths if not _NO_MODEL.match(path.name)]
+    return [
+        path for path in named if is_sharded(path) or (path.is_file() and path.suffix.lower() in _SUFFIXES)
+    ]
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether a folder is one model in several files."""
+    return folder.is_dir() and ((folder / DISTRIBUTED).is_file() or any(folder.glob(f"*{INDEX_SUFFIX}")))
 
 
 def _told_step(path: Path) -> int:
     if _PART.search(path.stem):
         raise ValueError(
-            f"{path} is one part of a model in several files, which cannot be read: save each checkpoint as one file"
+            f"{path} is one part of a model in several files, and no index ({INDEX_SUFFIX[1:]}) lies beside it:"
+            " give the folder of a whole model"
         )
     step = _step(path)
     if step is None:
         raise ValueError(
-            f"the step of {path} cannot be told from its name: give a mapping from each file to its step"
+            f"the step of {path} cannot be told from its name: give a mapping from each file to its step, without"
+            " the files to leave out"
         )
     return step
 
 
 def _step(path: Path) -> int | None:
-    for text in (path.stem, path.parent.name):
-        named, numbers = _NAMED_STEP.findall(text), _NUMBER.findall(text)
-        if len(named) == 1 or len(numbers) == 1:
-            return int((named if len(named) == 1 else numbers)[0])
+    """The step in a name or its folder's: `step 400` counts before `epoch 4`, and that before a bare number."""
+    texts = (path.name if path.is_dir() else path.stem, path.parent.name)
+    for pattern in (_STEP, _EPOCH):
+        named = {int(number) for text in texts for number in pattern.findall(text)}
+        if named:
+            return named.pop() if len(named) == 1 else None
+    for text in texts:
+        numbers = _NUMBER.findall(text)
         if numbers:
-            break
+            return int(numbers[0]) if len(numbers) == 1 else None
     return None
 
 
-def load_checkpoint(path: Path, key: str | None) -> dict[str, Tensor]:
-    """Tensors of a checkpoint by clean name; nothing in it is executed.
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint whose tensors are read one at a time.
+
+    Attributes:
+        path: File or folder.
+        model: Its tensors under their stored names.
+        stored: Name without the traces of wrappers -> stored name.
+    """
+
+    path: Path
+    model: StoredModel
+    stored: dict[str, str]
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Type and shape of each tensor, by clean name."""
+        return {name: self.model.specs[stored] for name, stored in self.stored.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by its clean name, on the CPU."""
+        return self.model.read(self.stored[name])
+
+
+def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
+    """Open a checkpoint by clean names; nothing in it is executed.
 
     Args:
-        path: A safetensors file, or one that torch can load with `weights_only=True`.
+        path: A safetensors file, a file that torch can load with `weights_only=True`, or a folder of shards.
         key: Where in it the tensors are; None looks for the usual places.
 
     Raises:
         ValueError: If it is damaged, refused by torch, or its tensors are not found.
     """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give the paths of checkpoints")
     try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: give the paths of checkpoints") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        model = open_model(path) or _TorchModel(path, key)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): leave it out") from error
+    names = [*model.specs]
+    prefix = _prefix(model, key) if path.is_dir() else ""
+    clean = clean_names(n.removeprefix(prefix) for n in names if n.startswith(prefix))
+    if not clean:
+        raise ValueError(f"{path} holds no tensor" + (f" under {key!r}" if key else ""))
+    return Checkpoint(path=path, model=model, stored={new: prefix + old for old, new in clean.items()})
+
+
+def _prefix(model: StoredModel, key: str | None) -> str:
+    """Where the weights are in a folder that holds the optimiser's state too."""
+    tops = {name.partition(".")[0] for name in model.specs}
+    nested = [k for k in _NESTED if k in tops] if key is None else [key]
+    beside = any(_NO_MODEL.match(top) for top in tops)
+    return f"{nested[0]}." if len(nested) == 1 and (beside or key is not None) else ""
+
+
+class _TorchModel(StoredModel):
+    """A file of torch.save."""
+
+    def __init__(self, path: Path, key: str | None) -> None:
+        self.path = path
+        found = _state(_load(path), path, key)
+        self._values = {name: x for name, x in found.items() if isinstance(x, Tensor)}
+        self.specs = {
+            n: TensorSpec(name=n, dtype=x.dtype, shape=tuple(x.shape)) for n, x in self._values.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        return self._values[name]
+
+    def write_like(self, folder: Path, order: Callable[[str], Tensor]) -> list[Path]:
+        written = folder / f"{self.path.stem}.safetensors"
+        write_tensors(
+            written, self.specs.values(), lambda n: order(n).to(self.specs[n].dtype), {"format": "pt"}
+        )
+        return [written]
+
+
+def _load(path: Path) -> Any:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # torch's format before 1.6 cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged or no checkpoint ({_first_line(error)}): leave it out"
+            f"{path} is damaged or not a checkpoint ({_first_line(error)}): leave it out"
         ) from error
     except Exception as error:
         # torch names every type that it refuses to unpickle in an error of its own, UnpicklingError.
@@ -125,12 +213,6 @@ def load_checkpoint(path: Path, key: str | None) -> dict[str, Tensor]:
             f"{path} holds more than tensors, and loading it would run code ({_first_line(error)}): save its"
             " weights alone"
         ) from error
-    found = {n: x for n, x in _state(content, path, key).items() if isinstance(x, Tensor)}
-    names = clean_names(found)
-    tensors = {names[n]: x for n, x in found.items()}
-    if not tensors:
-        raise ValueError(f"{path} holds no tensor")
-    return tensors
 
 
 def _state(content: Any, path: Path, key: str | None) -> Mapping[str, Any]:
