@@ -10,7 +10,8 @@ import tyro
 
 from edm2.data import open_dataset
 from edm2.data.autoencoder import load_autoencoder
-from edm2.data.prepare.convert import Conversion, Converted, convert_stream
+from edm2.data.prepare.chunks import Made
+from edm2.data.prepare.convert import Conversion, convert_stream
 from edm2.data.prepare.convert import convert as convert_catalog
 from edm2.data.prepare.describe import describe
 from edm2.data.prepare.latents import encode_latents
@@ -130,7 +131,7 @@ def encode(prog: str, words: Sequence[str]) -> None:
     show(f"train with: --data {done.path} --dataset.coding latents --dataset.mean {mean} --dataset.std {std}")
 
 
-def _outcome(done: Converted) -> str:
+def _outcome(done: Made) -> str:
     lines = [f"{done.path}: {done.num_images:,} images"]
     if done.enlarged:
         lines.append(f"enlarged because smaller: {done.enlarged:,}")

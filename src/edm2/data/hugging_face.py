@@ -196,7 +196,7 @@ def _load(source: str | Path, split: str, *, streaming: bool) -> Any:
         if streaming:
             raise ValueError(f"{path} was written by save_to_disk, which is read by row: leave streaming out")
         return _pick(_asked(source, library.load_from_disk, str(path)), split, path)
-    files = [path] if path.is_file() else _table_files(path)
+    files = [path] if path.is_file() else _of_one_kind(_table_files(path), path)
     chosen = [str(file) for file in _of_split(files, split, path)]
     kind = files[0].suffix[1:].lower()
     return _asked(
@@ -229,13 +229,22 @@ def _pick(loaded: Any, split: str, path: Path) -> Any:
 def _table_files(folder: Path) -> list[Path]:
     # At the top or in "data", as in a snapshot of the hub. Looking further would list all of an image folder.
     places = [place for place in (folder, folder / "data") if place.is_dir()]
-    found = sorted(
+    return sorted(
         Path(entry.path)
         for place in places
         for entry in os.scandir(place)
         if entry.name.lower().endswith(_TABLES)
     )
-    return [file for file in found if file.suffix == found[-1].suffix]
+
+
+def _of_one_kind(files: list[Path], folder: Path) -> list[Path]:
+    chosen = [file for file in files if file.suffix == files[-1].suffix]
+    if len(chosen) < len(files):
+        _warn(
+            f"{folder} holds tables of two kinds: only the {len(chosen)} that end in {chosen[0].suffix} are read, not "
+            f"the other {len(files) - len(chosen)}"
+        )
+    return chosen
 
 
 def _of_split(files: list[Path], split: str, path: Path) -> list[Path]:
@@ -245,6 +254,12 @@ def _of_split(files: list[Path], split: str, path: Path) -> list[Path]:
     if not splits and split == "train":
         return files
     chosen = [file for file in files if named[file] == split]
+    unnamed = [file for file in files if named[file] not in known]
+    if unnamed:
+        _warn(
+            f"{len(unnamed)} files of {path}, such as {unnamed[0].name}, are not read, because their names begin "
+            "with no split"
+        )
     if not chosen:
         raise ValueError(f"{path} has no split {split!r}: its splits are {', '.join(splits) or 'train'}")
     return chosen
@@ -263,6 +278,8 @@ def _find_columns(features: Any, source: str) -> _Columns:
         )
     preferred = [name for name in pictures + arrays if name in ("image", "img")]
     image = (preferred + pictures + arrays)[0]
+    if len(pictures + arrays) > 1 and not preferred:
+        _warn(f"{source} has several columns of images ({', '.join(pictures + arrays)}): {image!r} is read")
     classes = [name for name, kind in features.items() if isinstance(kind, library.ClassLabel)]
     kinds = {
         name: features[name].dtype for name in _LABEL_COLUMNS if isinstance(features.get(name), library.Value)
@@ -270,14 +287,20 @@ def _find_columns(features: Any, source: str) -> _Columns:
     whole = [name for name, kind in kinds.items() if "int" in kind or kind == "bool"]
     words = [name for name, kind in kinds.items() if "string" in kind]
     label = next(iter([name for name in _LABEL_COLUMNS if name in classes] + classes + whole + words), None)
+    others = [name for name in dict.fromkeys([*classes, *whole, *words]) if name != label]
+    if others and label not in ("label", "labels"):
+        _warn(f"{source} has several columns of labels ({label}, {', '.join(others)}): {label!r} is read")
     if label is None and (unused := [name for name in _LABEL_COLUMNS if name in features]):
-        warnings.warn(
-            f"column {unused[0]!r} of {source} is not read as labels, because it holds neither classes, whole "
-            "numbers nor words: cast it to datasets.ClassLabel",
-            stacklevel=5,
+        _warn(
+            f"column {unused[0]!r} of {source} is not read as labels, because it holds neither classes, whole numbers "
+            "nor words: cast it to datasets.ClassLabel"
         )
     names = tuple(features[label].names) if label in classes else ()
     return _Columns(image, image in arrays, label, names, label in words)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=6)
 
 
 def _is_encoded(kind: Any) -> bool:

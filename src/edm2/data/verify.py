@@ -1,13 +1,11 @@
 """Read every image once, so that damage is found before training."""
 
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from edm2.data.dataset import ImageDataset, Skipped
-from edm2.progress import Progress
+from edm2.data.workers import in_threads
 
 _CHUNK = 256
 _QUIET_BELOW = 20_000
@@ -26,28 +24,21 @@ def find_damaged(
     Returns:
         Index, name and reason for each image that cannot be read, in order.
     """
-    chunks = [np.arange(start, min(start + _CHUNK, len(dataset))) for start in range(0, len(dataset), _CHUNK)]
     quiet = len(dataset) < _QUIET_BELOW if quiet is None else quiet
-    found: list[tuple[int, Skipped]] = []
-    with (
-        Progress("checking images", len(dataset), "images", quiet=quiet) as progress,
-        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
-    ):
-        try:
-            results = pool.map(lambda rows: list(_damaged(dataset, rows)), chunks)
-            for chunk, damaged in zip(chunks, results, strict=True):
-                found += damaged
-                progress.advance(len(chunk), damaged=len(found))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return found
+
+    def damaged(rows: Sequence[int]) -> list[tuple[int, Skipped]]:
+        return list(_damaged(dataset, rows))
+
+    found = in_threads(
+        damaged, range(len(dataset)), what="checking images", chunk=_CHUNK, workers=workers, quiet=quiet
+    )
+    return [one for part in found for one in part]
 
 
-def _damaged(dataset: ImageDataset, rows: np.ndarray) -> Iterator[tuple[int, Skipped]]:
+def _damaged(dataset: ImageDataset, rows: Sequence[int]) -> Iterator[tuple[int, Skipped]]:
     for row in rows:
         try:
             dataset.images(np.array([row]))
         except ValueError as error:
             cause = error.__cause__ or error
-            yield int(row), Skipped(dataset.image_name(int(row)), str(cause))
+            yield row, Skipped(dataset.image_name(row), str(cause))

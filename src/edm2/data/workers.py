@@ -1,14 +1,17 @@
-"""Worker processes that survive the signals that stop their parent, and end with it however it dies."""
+"""Worker processes, which survive the signals that stop their parent and end with it however it dies; threads."""
 
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from edm2.progress import Progress
+
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
@@ -41,6 +44,39 @@ def result_of(future: "Future[_Result]") -> _Result:
         raise ChildProcessError(
             "a worker process was killed, often because memory ran out: use fewer workers"
         ) from error
+
+
+def in_threads(
+    function: Callable[[Sequence[_Item]], _Result],
+    items: Sequence[_Item],
+    *,
+    what: str,
+    chunk: int,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> Iterator[_Result]:
+    """Apply a function to chunks of images in threads, and show the progress.
+
+    Args:
+        function: Called with each chunk; its results come in order.
+        items: One for each image.
+        what: What is being done, for the progress.
+        chunk: Images in a chunk.
+        workers: Number of threads; default: one a processor.
+        quiet: Whether to show no progress.
+    """
+    chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
+    with (
+        Progress(what, len(items), "images", quiet=quiet) as progress,
+        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
+    ):
+        try:
+            for part, result in zip(chunks, pool.map(function, chunks), strict=True):
+                yield result
+                progress.advance(len(part))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _start(grace: float, prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:

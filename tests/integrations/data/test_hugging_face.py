@@ -312,3 +312,45 @@ def test_a_column_of_labels_that_is_not_used_is_told(tmp_path):
         UserWarning, match=r"column 'label' of .* is not read as labels, .*cast it to datasets.Class"
     ):
         assert open_dataset(path).num_classes == 0
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_choice_among_several_columns_is_told(tmp_path):
+    content = {
+        "front": [Image.fromarray(image) for image in PIXELS],
+        "back": [Image.fromarray(255 - image) for image in PIXELS],
+        "fine_label": list(range(8)),
+        "class": [0] * 8,
+    }
+    features = datasets.Features(
+        {
+            "front": datasets.Image(),
+            "back": datasets.Image(),
+            "fine_label": datasets.ClassLabel(num_classes=8),
+            "class": datasets.ClassLabel(num_classes=1),
+        }
+    )
+    datasets.Dataset.from_dict(content, features=features).to_parquet(tmp_path / "x.parquet")
+    with (
+        pytest.warns(UserWarning, match=r"several columns of images \(front, back\): 'front' is read"),
+        pytest.warns(
+            UserWarning, match=r"several columns of labels \(fine_label, class\): 'fine_label' is read"
+        ),
+    ):
+        data = open_dataset(tmp_path / "x.parquet")
+    assert np.array_equal(data.images(ALL), EXPECTED)
+
+
+@pytest.mark.filterwarnings("default")
+def test_tables_that_are_passed_over_are_told(tmp_path):
+    table().to_parquet(tmp_path / "train-0.parquet")
+    table().to_parquet(tmp_path / "more.parquet")
+    with pytest.warns(
+        UserWarning, match=r"1 files of .*, such as more.parquet, are not read, because their names"
+    ):
+        assert len(open_dataset(tmp_path)) == 8
+    (tmp_path / "more.parquet").rename(tmp_path / "test-0.arrow")
+    with pytest.warns(
+        UserWarning, match=r"two kinds: only the 1 that end in .parquet are read, not the other 1"
+    ):
+        assert len(open_dataset(tmp_path)) == 8

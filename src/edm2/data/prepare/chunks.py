@@ -56,7 +56,7 @@ class Made(NamedTuple):
     Attributes:
         path: Folder or ZIP.
         num_images: Number of images in it.
-        skipped: Images that were left out.
+        skipped: Images that were left out because they cannot be read.
         sums: Sums over all chunks.
     """
 
@@ -64,6 +64,11 @@ class Made(NamedTuple):
     num_images: int
     skipped: list[Skipped]
     sums: dict[str, Any]
+
+    @property
+    def enlarged(self) -> int:
+        """Number of images that were smaller than the new size."""
+        return int(self.sums.get("enlarged", 0))
 
 
 class ChunkFolder:

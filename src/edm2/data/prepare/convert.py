@@ -60,22 +60,6 @@ class Conversion:
             raise ValueError(f"mode {self.mode!r} must be one of auto, {', '.join(_MODES)}")
 
 
-class Converted(NamedTuple):
-    """The outcome of `convert`.
-
-    Attributes:
-        path: The new folder or ZIP.
-        num_images: Number of images in it.
-        skipped: Images that were left out because they cannot be read.
-        enlarged: Number of images that were smaller than the new size.
-    """
-
-    path: Path
-    num_images: int
-    skipped: list[Skipped]
-    enlarged: int
-
-
 def convert(
     catalog: Catalog,
     dest: str | Path,
@@ -84,7 +68,7 @@ def convert(
     skip_damaged: bool = False,
     workers: int | None = None,
     quiet: bool = False,
-) -> Converted:
+) -> Made:
     """Bring all images of a source to one size and mode, in a new folder or ZIP.
 
     Pictures, and arrays of bytes with 1 or 3 channels, become PNG files, other arrays `.npy` files. The same call
@@ -116,7 +100,7 @@ def convert(
     with begin(Path(dest), {**settings, **work}) as folder:
         job = _Job(folder, conversion, _MODES.get(mode), skip_damaged, catalog, count)
         if made := folder.finished():
-            return _outcome(job, made)
+            return _checked_again(job, made)
         starts = range(0, len(catalog.names), count)
         tasks = ((i, range(s, min(s + count, len(catalog.names)))) for i, s in enumerate(starts))
         _run(job, iter(tasks), len(catalog.names), workers, quiet)
@@ -132,7 +116,7 @@ def convert_stream(
     skip_damaged: bool = False,
     workers: int | None = None,
     quiet: bool = False,
-) -> Converted:
+) -> Made:
     """Convert a stream of the library `datasets`, which is read once and not stored.
 
     Args:
@@ -156,7 +140,7 @@ def convert_stream(
     with begin(Path(dest), settings) as folder:
         job = _Job(folder, conversion, _MODES[conversion.mode], skip_damaged, None, count)
         if made := folder.finished():
-            return _outcome(job, made)
+            return _checked_again(job, made)
         first = 0
         while folder.is_done(first):
             first += 1
@@ -347,18 +331,18 @@ def _checked(
     return next((ours for ours, mode in _MODES.items() if mode == common), "auto"), size
 
 
-def _packed(job: _Job, count: int, class_names: Sequence[str]) -> Converted:
+def _packed(job: _Job, count: int, class_names: Sequence[str]) -> Made:
     if not job.skip_damaged:
         # The work may have begun with skip_damaged.
         for number in range(count):
             _refuse_skipped(job, [Skipped(*pair) for pair in job.folder.report(number)["skipped"]])
-    return _outcome(job, job.folder.pack(count, class_names))
+    return job.folder.pack(count, class_names)
 
 
-def _outcome(job: _Job, made: Made) -> Converted:
+def _checked_again(job: _Job, made: Made) -> Made:
     if not job.skip_damaged:
         _refuse_skipped(job, made.skipped)
-    return Converted(made.path, made.num_images, made.skipped, made.sums["enlarged"])
+    return made
 
 
 def _refuse_skipped(job: _Job, skipped: list[Skipped]) -> None:

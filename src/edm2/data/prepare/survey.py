@@ -1,9 +1,7 @@
 """Survey of a source of images: counts, sizes, classes, moments, and obstacles to training."""
 
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +10,7 @@ from edm2.data.dataset import Skipped
 from edm2.data.files import Catalog, read_headers, unread_pictures
 from edm2.data.order import indices
 from edm2.data.pictures import ARRAY, UNREADABLE, Header, common_mode, decode
-from edm2.progress import Progress
+from edm2.data.workers import in_threads
 
 _CHUNK = 64
 _SLICE = 1 << 18
@@ -155,7 +153,7 @@ def _measured(
 ) -> Iterator[tuple[_Moments, list[Skipped]]]:
     """Moments of each chunk of images, and those that cannot be read; a thread holds one image at a time."""
 
-    def measure(chunk: list[str]) -> tuple[_Moments, list[Skipped]]:
+    def measure(chunk: Sequence[str]) -> tuple[_Moments, list[Skipped]]:
         moments, damaged = _Moments(), []
         for name in chunk:
             try:
@@ -164,15 +162,4 @@ def _measured(
                 damaged.append(Skipped(name, str(error)))
         return moments, damaged
 
-    chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
-    with (
-        Progress("reading images", len(names), "images", quiet=quiet) as progress,
-        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
-    ):
-        try:
-            for chunk, result in zip(chunks, pool.map(measure, chunks), strict=True):
-                yield result
-                progress.advance(len(chunk))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    return in_threads(measure, names, what="reading images", chunk=_CHUNK, workers=workers, quiet=quiet)
