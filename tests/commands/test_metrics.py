@@ -6,13 +6,16 @@ import pickle
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from crashes import check_every_interruption
 from PIL import Image
 
 from edm2.cli import main
+from edm2.commands import metrics
 from edm2.evaluation import find_cautions
 from edm2.evaluation.images import open_images, seed_text
 from edm2.metrics import FeatureStatistics, InceptionFeatures, Reference, fit_classifier, frechet_distance
@@ -132,11 +135,28 @@ def test_a_reference_is_kept_and_never_overwritten(digits_ref, capsys):
 def test_a_reference_is_not_put_beside_a_stranger(tmp_path, capsys):
     (tmp_path / "r-classifier.safetensors").write_bytes(b"mine")
     error = fails(capsys, "metrics", "ref", "digits", "--out", tmp_path / "r.safetensors")
-    assert "r-classifier.safetensors exists: use it with --weights" in error
+    assert "r-classifier.safetensors exists and is another classifier: use it with --weights" in error
     for name in ("r", "r.npz", "r.pkl"):
         error = fails(capsys, "metrics", "ref", "digits", "--out", tmp_path / name)
         assert f"{name} must end in .safetensors" in error
     assert [path.name for path in tmp_path.iterdir()] == ["r-classifier.safetensors"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_ref_and_score_go_on_after_any_interruption(tmp_path, monkeypatch):
+    monkeypatch.setattr("edm2.commands.metrics.fit_classifier", partial(fit_classifier, num_steps=1))
+    torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
+    write_images(tmp_path / "samples", 40)
+
+    def work(root):
+        out, numbers = str(root / "r.safetensors"), str(root / "r.json")
+        metrics.ref("ref", ["digits", "--out", out])
+        metrics.score("score", [str(tmp_path / "samples"), "--ref", out, "--out", numbers])
+
+    (tmp_path / "warm").mkdir()
+    work(tmp_path / "warm")  # what loads late is loaded here, not in every child
+    assert check_every_interruption(tmp_path, work, kinds=("kill", "names lost", "no space")) > 10
 
 
 def test_small_sets_have_no_spread(digits_ref, samples, tmp_path, capsys):

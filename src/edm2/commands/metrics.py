@@ -338,8 +338,6 @@ def _open(options: _Options, known: _Side | None, world: World) -> FeatureExtrac
 
 def _fit(images: ImageSet, beside: Path, options: _Options, world: World) -> ClassifierFeatures:
     dataset = images.dataset
-    if beside.exists():
-        raise ValueError(f"{beside} exists: use it with --weights {beside}, or choose another --out")
     if dataset.num_classes < 2:
         raise ValueError(
             f"{images.provenance['source']} has no classes to train a classifier on: give --extractor inception or "
@@ -347,9 +345,22 @@ def _fit(images: ImageSet, beside: Path, options: _Options, world: World) -> Cla
         )
     rows = np.arange(len(dataset))
     _say(world, f"training a classifier on {len(rows):,} images")
-    return fit_classifier(
+    fitted = fit_classifier(
         dataset.images(rows), dataset.labels(rows), num_classes=dataset.num_classes, seed=options.seed
     )
+    # The same one is there if this command was killed before it wrote the reference.
+    if beside.exists() and _sha256_of_classifier(beside) != fitted.sha256:
+        raise ValueError(
+            f"{beside} exists and is another classifier: use it with --weights {beside}, or choose another --out"
+        )
+    return fitted
+
+
+def _sha256_of_classifier(path: Path) -> str | None:
+    try:
+        return ClassifierFeatures.load(path).sha256
+    except ValueError:
+        return None
 
 
 def _classifier_beside(out: Path) -> Path:
