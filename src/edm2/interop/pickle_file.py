@@ -7,6 +7,7 @@ from typing import Any
 
 from edm2.interop.pickle_reader import Budget, Buildable, Refused, Unpickler
 from edm2.interop.pickle_values import NETWORK_NAMES
+from edm2.progress import clean
 
 _LARGEST = 16 << 30
 _LONGEST_TEXT = 400
@@ -49,7 +50,7 @@ def read_pickle(path: str | Path) -> Any:
 def refusal(path: str | Path, met: Refused | str) -> ValueError:
     """The one error for files that are not read."""
     # Names from the file come along, and a terminal would obey what is hidden in them.
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(met)[:_LONGEST_TEXT])
+    text = clean(str(met)[:_LONGEST_TEXT], keep="")
     return ValueError(
         f"{path} was not read: it holds {text}. Nothing in it was run. It is damaged or not a file of the official "
         "release: get it again from where it was published; to read one of your own, save its tensors as safetensors"

@@ -1,6 +1,6 @@
 """The released models and their published settings.
 
-Ref: EDM2 Table 5 and autoguidance Table 1; docs/released_models.md.
+Ref: docs/released_models.md.
 """
 
 import difflib

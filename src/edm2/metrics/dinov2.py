@@ -37,6 +37,8 @@ class DinoV2Features:
     Raises:
         MissingExtra: If transformers is not installed.
         ValueError: If the weights are missing, or are others.
+
+    Ref: Oquab et al. 2023 (arXiv 2304.07193).
     """
 
     name = "dinov2"

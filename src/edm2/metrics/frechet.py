@@ -173,6 +173,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     Raises:
         ValueError: For too few images or numbers of features that differ.
+
+    Ref: Heusel et al. 2017 (arXiv 1706.08500), Eq. 6.
     """
     mean_a, mean_b, cov_a, cov_b = a.mean, b.mean, a.cov, b.cov
     if len(mean_a) != len(mean_b):

@@ -44,6 +44,8 @@ def kernel_distance(
 
     Raises:
         ValueError: For features that do not fit, or too few for a subset.
+
+    Ref: Binkowski et al. 2018 (arXiv 1801.01401).
     """
     check_features(a, b)
     smaller = min(len(a), len(b))

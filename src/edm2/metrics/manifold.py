@@ -36,7 +36,7 @@ class DensityCoverage(NamedTuple):
 def precision_recall(
     real: np.ndarray, generated: np.ndarray, *, k: int = 3, block: int = 2048
 ) -> PrecisionRecall:
-    """Improved precision and recall (Kynkaanniemi et al. 2019).
+    """Improved precision and recall.
 
     The ball of an image reaches to its k-th nearest neighbour in its own set, that distance included.
 
@@ -52,6 +52,8 @@ def precision_recall(
 
     Raises:
         ValueError: For features that do not fit, or too few for k.
+
+    Ref: Kynkaanniemi et al. 2019 (arXiv 1904.06991).
     """
     _check(k, real, generated)
     real_radii, generated_radii = _squared_radii(real, k, block), _squared_radii(generated, k, block)
@@ -66,7 +68,7 @@ def precision_recall(
 def density_coverage(
     real: np.ndarray, generated: np.ndarray, *, k: int = 5, block: int = 2048
 ) -> DensityCoverage:
-    """Density and coverage (Naeem et al. 2020).
+    """Density and coverage.
 
     Args:
         real: `[N, D]` features, more than k.
@@ -79,6 +81,8 @@ def density_coverage(
 
     Raises:
         ValueError: For features that do not fit, or too few for k.
+
+    Ref: Naeem et al. 2020 (arXiv 2002.09797).
     """
     check_features(real, generated)
     if not len(generated):
