@@ -91,6 +91,17 @@ def test_attached_averages_resume_exactly_with_the_optimisers_state() -> None:
         assert torch.equal(other.average(0.1)[name], value)
 
 
+def test_averages_that_were_updated_by_hand_go_on_attached() -> None:
+    model = Net()
+    ema = PowerEMA(model)
+    train(ema, model, 5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ema.attach(optimizer, every=2)
+    for _ in range(3):
+        step(model, optimizer)
+    assert (ema.t, ema.steps) == (8, 8)
+
+
 def test_a_clock_tells_the_time_and_a_wrapped_optimiser_is_found() -> None:
     class Wrapped(torch.optim.Optimizer):
         """As Accelerate has it: never initialised, and the real one inside."""

@@ -43,6 +43,8 @@ class OptimizerHook:
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, *_: Any) -> None:
+        if self._clock is None:  # steps that were counted by hand before
+            self._ema.steps = max(self._ema.steps, round(self._ema.t - self._ema.start))
         self._ema.steps += 1
         if self._ema.steps % self._every == 0:
             self._ema.update(self._time())
