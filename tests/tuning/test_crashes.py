@@ -51,6 +51,7 @@ def test_tune_goes_on_after_any_interruption(
     assert len({json.loads(line)["key"] for line in lines}) == len(lines) == 2 + 2 + 2
 
 
+@pytest.mark.slow
 def test_a_page_is_whole_after_any_interruption(tmp_path: Path) -> None:
     def work(root: Path) -> None:
         page = Page("title")
