@@ -161,10 +161,10 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
 
 
 def get_preset(name: str) -> TrainConfig:
-    """The configuration of a preset.
+    """The settings of a preset.
 
     Raises:
-        ValueError: for an unknown name, with the nearest ones.
+        ValueError: If there is no preset of that name; the message suggests similar ones.
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
@@ -174,7 +174,7 @@ def get_preset(name: str) -> TrainConfig:
 
 
 def image_shape(name: str) -> tuple[int, int, int, int]:
-    """Channels, height, width and classes of a preset's images, where the data set need not be opened."""
+    """Channels, height, width and classes of a preset's images, without opening the data set."""
     if name == "digits":
         return 1, 8, 8, 10
     if name.startswith("fashion-mnist"):

@@ -317,10 +317,10 @@ class ImageGenerator:
 
 
 def read_coding(path: str | Path, sigma_rel: float | None = None) -> Coding:
-    """How a saved model's images are coded, or with an EMA length, those of a run's snapshots; reads no weights.
+    """Coding of a saved model's images, or with an EMA length, of a run's snapshots; reads no weights.
 
     Raises:
-        ValueError: if there is no model, or its file does not say it.
+        ValueError: If there is no model, or its file does not say how images are coded.
     """
     info = read_info(path, sigma_rel)
     if "coding" not in info:

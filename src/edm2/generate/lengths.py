@@ -23,14 +23,14 @@ def generators(
     """Models with several EMA lengths from a run's snapshots, all in the same network, one after the other.
 
     Args:
-        snapshots: folder of a run's snapshots.
-        sigma_rels: wanted lengths.
-        t: time in images; default: that of the last snapshot.
-        device: where images are made.
+        snapshots: Folder of a run's snapshots.
+        sigma_rels: EMA lengths.
+        t: Time in images. None: that of the last snapshot.
+        device: Device that images are made on.
 
     Yields:
-        A generator for each length; it is another one's as soon as the next is asked for. Lengths that come out
-        inaccurate are not warned about, because they are tried, not kept.
+        A generator for each length, valid until the next one is requested. Inaccurate lengths cause no warning,
+        because they are only tried.
     """
     denoiser = None
     for result in reconstruct_many(snapshots, sigma_rels, t, warn_above=math.inf):

@@ -51,10 +51,10 @@ def _first_snapshot(run: Path) -> str:
 
 
 def read_info(path: str | Path, sigma_rel: float | None = None) -> dict[str, Any]:
-    """What a saved model says about itself, or with an EMA length, what a run's snapshots say; reads no weights.
+    """Information in a saved model, or with an EMA length, in a run's snapshots; reads no weights.
 
     Raises:
-        ValueError: if there is no model, or none yet.
+        ValueError: If there is no model, or none yet.
     """
     if sigma_rel is not None:
         info: dict[str, Any] = _metadata(path, read_manifest(snapshots_of(path)).run.metadata)["info"]

@@ -1,4 +1,4 @@
-"""What a run is made of: its data, its device, its network."""
+"""The parts of a run: its data, its device, its network."""
 
 import functools
 import subprocess
@@ -23,10 +23,10 @@ _MOST_FOR_AVERAGES = 0.25  # of the free memory: activations need the rest
 
 
 def open_training_data(config: TrainConfig) -> ImageDataset:
-    """Open the data set that a configuration names.
+    """Open the data set that the settings name.
 
     Raises:
-        ValueError: where it names none, or as `edm2.data.open_dataset` does.
+        ValueError: If they name none, or as in `edm2.data.open_dataset`.
     """
     if not config.data:
         raise ValueError(
@@ -44,10 +44,10 @@ def open_training_data(config: TrainConfig) -> ImageDataset:
 
 
 def open_run_data(run: Path) -> ImageDataset:
-    """Open the images that a run was trained on, for measuring.
+    """Open the training images of a run, for measuring.
 
     Raises:
-        ValueError: if the folder is no run, or as `edm2.data.open_dataset` does.
+        ValueError: If the folder is not a run, or as in `edm2.data.open_dataset`.
     """
     settings = read_config(run)["settings"]
     options = settings["dataset"]
@@ -80,8 +80,8 @@ def make_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) ->
         )
         if config.dataset.augment and denoiser.augment_dim != AUGMENT_DIM:
             raise ValueError(
-                f"dataset.augment {config.dataset.augment} needs a network that is told of the augmentation: give it "
-                f"an attribute augment_dim = {AUGMENT_DIM} and its forward an argument augment_labels, or leave "
+                f"dataset.augment {config.dataset.augment} needs a network that is told about the augmentation: give "
+                f"it an attribute augment_dim = {AUGMENT_DIM} and its forward an argument augment_labels, or leave "
                 "augment out"
             )
         return denoiser
@@ -106,7 +106,7 @@ def pick_device(name: str) -> torch.device:
     """The device for `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        ValueError: for another name, or a device that this machine lacks.
+        ValueError: If there is no such device here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -137,13 +137,13 @@ def checkpoint_activations(blocks: Sequence[nn.Module], *, keyed_dropout: bool) 
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that numbers depend on."""
+    """Versions of the packages that results depend on."""
     return {"edm2": edm2.__version__, "torch": torch.__version__, "numpy": np.__version__}
 
 
 @functools.cache
 def git_state() -> dict[str, str | bool] | None:
-    """Commit that the code of edm2 is from, and whether it was changed since; None for an installed package."""
+    """Git commit of edm2's code, and whether it was changed since; None for an installed package."""
     folder = Path(__file__).parent.parent
 
     def git(*words: str) -> str:
@@ -153,7 +153,7 @@ def git_state() -> dict[str, str | bool] | None:
         return done.stdout.strip()
 
     try:
-        # An installed copy may lie inside somebody else's repository, which does not track it.
+        # An installed copy may lie inside another repository, which does not track it.
         if not git("ls-files", "--", "__init__.py"):
             return None
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--", "."))}
@@ -162,7 +162,7 @@ def git_state() -> dict[str, str | bool] | None:
 
 
 def ema_device(config: TrainConfig, denoiser: nn.Module) -> str | None:
-    """Where `PowerEMA` shall keep its averages: `cpu` for host memory, None for beside the weights."""
+    """Device for the averages of `PowerEMA`: `cpu` for host memory, None for that of the weights."""
     device = next(denoiser.parameters()).device
     if config.ema_device != "auto" or device.type != "cuda":
         return "cpu" if config.ema_device == "cpu" else None

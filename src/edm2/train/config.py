@@ -40,7 +40,7 @@ class DataConfig:
     """Whether each image is mirrored left to right with probability 1/2, decided anew at each use."""
     augment: float = 0.0
     """For small data sets: probability of each random flip, scaling, rotation, stretch and shift of
-    `edm2.data.Augmentation`; 0 for none. The network is told of them, so that samples show none. EDM used 0.12 to
+    `edm2.data.Augmentation`; 0 for none. The network is told about them, so that samples show none. EDM used 0.12 to
     0.15."""
     skip_damaged: bool = False
     """Whether to skip damaged images, with a warning that counts them, instead of stopping before the run starts."""
