@@ -95,7 +95,28 @@ def read_result(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a result of `edm2 metrics` ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a result of `edm2 metrics`: choose another file")
+    if not _is_whole(content):
+        raise ValueError(f"{path} is damaged: restore it from a copy, or measure again")
     return content
+
+
+def _is_whole(content: dict[str, Any]) -> bool:
+    """Whether a result has values of the kinds that `write_result` writes, as far as they are printed."""
+    tables = ("extractor", "images", "reference", "settings", "versions", "scores")
+    if not all(isinstance(content.get(name), dict) for name in tables):
+        return False
+    extractor, scores, warnings = content["extractor"], content["scores"], content.get("warnings")
+    sets = (content["images"], content["reference"].get("images"))
+    return (
+        isinstance(extractor.get("name"), str)
+        and isinstance(extractor.get("sha256"), str | None)
+        and isinstance(extractor.get("num_features"), int)
+        and all(isinstance(value, int | float | None) for value in scores.values())
+        and isinstance(warnings, list)
+        and all(isinstance(text, str) for text in warnings)
+        and all(isinstance(images, dict) and isinstance(images.get("source"), str) for images in sets)
+        and all(isinstance(images.get("num_images"), int | None) for images in sets)
+    )
 
 
 def flat_scores(scores: Scores) -> dict[str, float | None]:

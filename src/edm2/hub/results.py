@@ -74,12 +74,21 @@ def read_results(path: str | Path) -> list[Result]:
         ValueError: If it is another file, or does not say which model made the images.
     """
     content = read_result(Path(path))
+    try:
+        return _results(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it from a copy, or measure again") from error
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+
+
+def _results(content: dict[str, Any]) -> list[Result]:
     images, extractor, reference = content["images"], content["extractor"], content["reference"]["images"]
     sampling = images.get("sampling") or {}
     digest = sampling.get("model", {}).get("digest")
     if digest is None:
         raise ValueError(
-            f"{path} does not say which model made the images: measure a folder that `edm2 sample` wrote"
+            "does not say which model made the images: measure a folder that `edm2 sample` wrote"
         )
     weights = (extractor.get("sha256") or "weights not known")[:16]
     provenance = {
