@@ -100,10 +100,10 @@ def test_golden_snapshot_is_read_in_place(golden_network: Path, fill_by_rule: Ca
 def test_folders_that_hold_none_or_several_are_refused(
     folder: tuple[Path, States], official: Any, tiny_state: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="is no folder: give the folder of network-snapshot"):
+    with pytest.raises(ValueError, match="is not a folder: give the folder of network-snapshot"):
         open_snapshots(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no snapshots called like network-snapshot-0000008"):
+    with pytest.raises(ValueError, match="holds no snapshots named like network-snapshot-0000008"):
         open_snapshots(tmp_path / "empty")
     (tmp_path / "stray.pkl").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"1 files without an image count .* left out \(stray.pkl\)"):
@@ -199,4 +199,4 @@ def test_commands_say_which_training_and_what_is_wrong(
     main([*command, "--prefix", "other"])
     (path / "empty").mkdir()
     told = fails(["ema", "list", str(path / "empty"), "--prefix", "run"])
-    assert "--prefix run chooses among official snapshots, and" in told
+    assert "--prefix run is for folders of other programs, and" in told

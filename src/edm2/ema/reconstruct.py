@@ -8,28 +8,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from edm2.ema.maths.fit_motion import fit_motion
-from edm2.ema.maths.grid import Grid
-from edm2.ema.maths.motion import WHITE, Motion
-from edm2.ema.maths.plans import MOVEMENT
-from edm2.ema.maths.profiles import FloatArray
-from edm2.ema.maths.solve import HOPELESS_MISFIT, Solution, solve_motion
-from edm2.ema.maths.targets import PowerProfile, Profile, Target
-from edm2.ema.storage.distances import sample_squares
-from edm2.ema.storage.guarded_json import read_json
+from edm2.ema.maths.solve import HOPELESS_MISFIT, Solution
+from edm2.ema.maths.targets import Target
 from edm2.ema.storage.locking import folder_lock
-from edm2.ema.storage.manifest import ForeignSnapshots, Manifest, Snapshot, layout_digest, read_manifest
+from edm2.ema.storage.manifest import ForeignSnapshots, Manifest, Snapshot, read_manifest
 from edm2.ema.storage.memory import free_memory
-from edm2.ema.storage.snapshots import open_snapshot
-from edm2.ema.storage.tensorfile import TensorFile
-from edm2.ema.storage.weighted_sums import WeightedSums, read_tensors
+from edm2.ema.stored_averages import StoredAverages
 
-_MOST_JUDGED = 24
-_NEGLIGIBLE = 1e-9
-_EXACT = 1e-6
 _TRIES = 5
 _SHARE_OF_MEMORY = 0.5
 
@@ -227,7 +214,7 @@ def _reconstruct(
     warn_above: float,
 ) -> list[Reconstruction]:
     used = _useful(manifest, t)
-    stored = _Stored(folder, manifest, used)
+    stored = StoredAverages(folder, manifest, used)
     profiles = [w.at(t - manifest.run.start) for w in wanted]
     solutions = stored.solve(profiles)
     for target, profile, solution in zip(wanted, profiles, solutions, strict=True):
@@ -271,118 +258,6 @@ def _reconstruct(
     return results
 
 
-def expected_error(solution: Solution, motion: Motion) -> float:
-    """Expected relative L2 error: 2.3 times the motion's estimate, more where the motion is poorly known.
-
-    Ref: docs/ema.md, for the share of true errors below it on random walks and real trainings.
-    """
-    return float(np.hypot(2.3 * (1.0 + motion.misfit) * solution.moved, 1.1 * solution.rounding))
-
-
-class _Stored:
-    """The snapshots that take part: their profiles, files, and how the weights moved between them."""
-
-    def __init__(
-        self, folder: str | Path | ForeignSnapshots, manifest: Manifest, used: Sequence[Snapshot]
-    ) -> None:
-        self._used = used
-        self._files = [open_snapshot(folder, manifest.run, s) for s in used]
-        foreign = isinstance(folder, ForeignSnapshots)
-        copied = [_copied(f, None if foreign else manifest.layout) for f in self._files]
-        self._copied = copied[0]
-        self._names = [name for name in self._files[0].specs if name not in self._copied]
-        self._scales = [_scales(f) for f in self._files]
-        self._complex = _complex_names(self._files[0])
-        self.write_backs = tuple(read_json(self._files[-1].metadata.get("write_backs", "[]")))
-        known = folder.profiles if isinstance(folder, ForeignSnapshots) else {}
-        self._profiles: list[Profile] = [
-            known.get(s.file) or PowerProfile(s.t - manifest.run.start, s.gamma) for s in used
-        ]
-        self._interval = folder.interval if isinstance(folder, ForeignSnapshots) else 0.0
-        self._norm = used[-1].norm or 1.0
-        self._rounding = np.array([s.rounding * s.norm / self._norm for s in used])
-
-    def solve(self, targets: Sequence[Profile]) -> list[Solution]:
-        """Find the coefficients for some profiles."""
-        grid = Grid([*self._profiles, *targets])
-        judged = _spread(self._used, _MOST_JUDGED)
-        squares = sample_squares(
-            [self._files[i] for i in judged], self._names, [self._scales[i] for i in judged]
-        )
-        self.motion = fit_motion(
-            grid,
-            [self._profiles[i] for i in judged],
-            squares / self._norm**2,
-            self._rounding[judged],
-            np.array([(self._used[i].distance * self._used[i].norm / self._norm) ** 2 for i in judged]),
-        )
-        return solve_motion(grid, self._profiles, self._rounding, targets, self.motion)
-
-    def expected_error(self, solution: Solution, target: Profile) -> float:
-        """Expected relative L2 error of a solution.
-
-        Averages that were updated at intervals hold the weights of single moments. How far these lie from the weights
-        around them is in no file, so a typical distance is assumed (docs/ema.md has measurements).
-        """
-        error = expected_error(solution, self.motion)
-        size = float(np.linalg.norm(Grid([target]).column(target, WHITE)))
-        interval = self._interval / target.t
-        walk = sum(power for kind, power in self.motion.powers.items() if kind.order == 1)
-        moments = MOVEMENT * size * math.sqrt(interval)
-        return math.hypot(error, 2 * size * interval * math.sqrt(walk / 12), moments) if interval else error
-
-    def least_misfit(self, target: Profile) -> float:
-        """Distance of the nearest of all combinations from a profile, whatever its rounding."""
-        grid, exact = Grid([*self._profiles, target]), np.full(len(self._profiles), _EXACT)
-        return solve_motion(grid, self._profiles, exact, [target], WHITE)[0].profile_misfit
-
-    def add_up(self, coefficients: FloatArray, t: float) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Read the files that count and add them up; buffers come from the last snapshot up to t."""
-        last = max(i for i, s in enumerate(self._used) if s.t <= t)
-        counts = [i for i, row in enumerate(coefficients) if i == last or np.abs(row).max() > _NEGLIGIBLE]
-        files = [self._files[i] for i in counts]
-        adder = WeightedSums(files, coefficients[counts], scales=[self._scales[i] for i in counts])
-        sums = adder.run(self._names)
-        for averaged in sums:
-            averaged |= {name: torch.view_as_complex(averaged[name]) for name in self._complex}
-        copied: dict[str, Tensor] = {}
-        for i, file, data_sum in zip(counts, files, adder.data_sums, strict=True):
-            tensors = dict(read_tensors(file, self._copied, data_sum))
-            copied = tensors if i == last else copied
-            if self._used[i].data_sum and not data_sum.matches(self._used[i].data_sum):
-                raise ValueError(
-                    f"{file.path} is damaged: its data is not what was written; restore it from a copy"
-                )
-        return sums, copied
-
-
-def _copied(file: TensorFile, layout: str | None) -> list[str]:
-    """Names of the tensors that are not averaged; `layout` is the digest that the file's tensors must have."""
-    names = read_json(file.metadata.get("copied", ""))
-    if not isinstance(names, list) or not all(name in file.specs for name in names):
-        raise ValueError(f"{file.path} names copied tensors that it does not hold: restore it from a copy")
-    if layout is not None and layout_digest({n: s.shape for n, s in file.specs.items()}) != layout:
-        raise ValueError(f"{file.path} holds other tensors than the manifest says: restore it from a copy")
-    return names
-
-
-def _scales(file: TensorFile) -> dict[str, float]:
-    scales = read_json(file.metadata.get("scales", "{}"))
-    if not isinstance(scales, dict) or not all(isinstance(x, float | int) for x in scales.values()):
-        raise ValueError(f"{file.path} has scales that are not numbers: restore it from a copy")
-    return scales
-
-
-def _complex_names(file: TensorFile) -> list[str]:
-    """Names of the tensors that are stored as real and imaginary parts."""
-    names = read_json(file.metadata.get("complex", "[]"))
-    if not isinstance(names, list) or not all(
-        n in file.specs and file.specs[n].shape[-1:] == (2,) for n in names
-    ):
-        raise ValueError(f"{file.path} names complex tensors that it does not hold: restore it from a copy")
-    return names
-
-
 def _with_tracks(
     folder: str | Path | ForeignSnapshots, manifest: Manifest, tracks: Sequence[float] | None
 ) -> Manifest:
@@ -423,15 +298,6 @@ def _useful(manifest: Manifest, t: float) -> list[Snapshot]:
     exact = any(s.t == t for s in manifest.snapshots)
     until = t if exact or not later else min(later)
     return [s for s in manifest.snapshots if s.t <= until]
-
-
-def _spread(used: Sequence[Snapshot], most: int) -> list[int]:
-    """Up to `most` snapshots, the last ones and others evenly spread in time."""
-    if len(used) <= most:
-        return list(range(len(used)))
-    last = [i for i, s in enumerate(used) if s.t == used[-1].t][-most // 2 :]
-    rest = np.linspace(0, len(used) - len(last) - 1, most - len(last)).astype(int)
-    return sorted({*rest.tolist(), *last})
 
 
 def _refuse_hopeless(target: Target, misfit: float, t: float, used: Sequence[Snapshot]) -> None:

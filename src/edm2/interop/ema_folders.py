@@ -18,7 +18,7 @@ from torch import Tensor
 from edm2.ema.maths.profiles import FloatArray, gamma_to_sigma_rel, sigma_rel_to_gamma
 from edm2.ema.maths.targets import TableProfile
 from edm2.ema.storage.distances import sample_squares
-from edm2.ema.storage.encoding import STORED, arithmetic_rounding
+from edm2.ema.storage.encoding import STORED
 from edm2.ema.storage.manifest import ForeignSnapshots, Manifest, RunInfo, Snapshot, layout_digest
 from edm2.ema.storage.tensorfile import TensorFile
 from edm2.ema.storage.torch_file import open_torch_file
@@ -318,6 +318,9 @@ def _sample(x: Tensor) -> Tensor:
 def _snapshot(file: _File, gamma: float, averaged: Sequence[str], updates: int) -> Snapshot:
     norm = math.sqrt(_square_of(file.values, averaged))
     sigma_rel = gamma_to_sigma_rel(gamma)
+    # Each update rounds the average to float32, and forgets a part of the older roundings.
+    remembered = max(min(updates, file.step / (2 * (gamma + 1))), 0.5)
+    arithmetic = 2.0**-24.5 * math.sqrt(remembered)
     rounding = math.sqrt(sum(_rounding_square(file.values[n]) for n in averaged)) / (norm or 1.0)
     return Snapshot(
         file=file.path.name,
@@ -330,7 +333,7 @@ def _snapshot(file: _File, gamma: float, averaged: Sequence[str], updates: int) 
         header_sha256="",
         data_sum="",
         norm=norm,
-        rounding=math.hypot(rounding, arithmetic_rounding(updates, sigma_rel)),
+        rounding=math.hypot(rounding, arithmetic),
         distance=math.nan,
     )
 

@@ -28,11 +28,11 @@ _SAMPLE = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotName:
-    """What the name of an official network file says.
+    """The parts of an official network file's name.
 
     Attributes:
-        prefix: name of the run or model.
-        num_images: training images seen.
+        prefix: Name of the run or model.
+        num_images: Training images seen.
         sigma_rel: EMA length.
     """
 
@@ -45,13 +45,13 @@ class SnapshotName:
 
 
 def parse_name(name: str) -> SnapshotName | None:
-    """Understand the name of an official network file.
+    """Parse the name of an official network file.
 
     Args:
-        name: such as `edm2-img64-s-1073741-0.075.pkl`, without folders.
+        name: File name such as `edm2-img64-s-1073741-0.075.pkl`, without folders.
 
     Returns:
-        What it says, or None for a file that is named in another way.
+        Its parts, or None for a file that is named in another way.
 
     Ref: docs/released_models.md.
     """
@@ -65,7 +65,7 @@ def parse_name(name: str) -> SnapshotName | None:
 
 
 def images_of(thousands: int) -> int | None:
-    """The number of images that a name's thousands stand for: the multiple of 1024 among them, if any."""
+    """The multiple of 1024 images among a name's thousands; None if there is none."""
     num_images = -(-thousands * 1000 // 1024) * 1024
     return num_images if num_images and num_images // 1000 == thousands else None
 
@@ -73,17 +73,17 @@ def images_of(thousands: int) -> int | None:
 def open_snapshots(folder: str | Path, *, prefix: str | None = None) -> ForeignSnapshots:
     """Open a folder of network pickles of one training as snapshots for `edm2.ema.reconstruct`.
 
-    The files stay as they are; reconstruction reads the numbers inside them. Nothing in them is run.
+    The files stay as they are; reconstruction reads the numbers inside them. Nothing in them is executed.
 
     Args:
-        folder: folder of files called `{prefix}-{thousands of images}-{sigma_rel}.pkl`.
-        prefix: which training, where the folder holds several.
+        folder: Folder of files called `{prefix}-{thousands of images}-{sigma_rel}.pkl`.
+        prefix: Which training, if the folder holds several.
 
     Returns:
         The snapshots; pass them to `edm2.ema.reconstruct` in place of a folder.
 
     Raises:
-        ValueError: if there are no such files, they are of several trainings or networks, or a file holds
+        ValueError: If there are no such files, they are of several trainings or networks, or a file holds
             anything but a network.
     """
     folder = Path(folder)
@@ -113,7 +113,7 @@ def open_snapshots(folder: str | Path, *, prefix: str | None = None) -> ForeignS
 
 def _named(folder: Path, prefix: str | None) -> list[SnapshotName]:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: give the folder of network-snapshot-*.pkl files")
+        raise ValueError(f"{folder} is not a folder: give the folder of network-snapshot-*.pkl files")
     found: dict[str, list[SnapshotName]] = defaultdict(list)
     others = []
     for path in sorted(folder.glob("*.pkl")):
@@ -124,7 +124,7 @@ def _named(folder: Path, prefix: str | None) -> list[SnapshotName]:
             found[name.prefix].append(name)
     if not found:
         raise ValueError(
-            f"{folder} holds no snapshots called like network-snapshot-0000008-0.050.pkl: give the folder that"
+            f"{folder} holds no snapshots named like network-snapshot-0000008-0.050.pkl: give the folder that"
             " the training wrote them to"
         )
     if prefix is None and len(found) > 1:

@@ -17,12 +17,12 @@ def sample_squares(
 ) -> FloatArray:
     """Estimate the squared L2 distances between the tensors of files.
 
-    Every tensor is sampled in short runs at even spacing, in proportion to its size, and small ones whole.
+    Tensors are sampled in short runs at even spacing, in proportion to their size; small ones are read whole.
 
     Args:
         files: Files that hold the same tensors.
-        names: The tensors to look at.
-        scales: For each file, factors of tensors that were stored divided by them.
+        names: The tensors to compare.
+        scales: For each file, factor of each tensor that was stored divided by one.
 
     Returns:
         Squared distances [n, n].

@@ -7,20 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# How network file systems say that they lock no folders: NFS asks for a file open for writing, Lustre for an option.
+# Answers of network file systems that cannot lock folders: NFS needs a file open for writing, Lustre a mount option.
 _NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
 def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a folder against other writers; released by the system if the process dies.
+    """Hold a folder against other writers. The system releases it if the process dies.
 
     Args:
         folder: An existing folder.
         wait: Whether to wait while another writer holds it.
 
     Raises:
-        BlockingIOError: If another writer holds it, and this one shall not wait.
+        BlockingIOError: If another writer holds it and `wait` is False.
         FileNotFoundError: If the folder is missing, or was removed by the writer that held it.
 
     On Windows and, with a warning, on network file systems without such locks, the caller must be the only writer.

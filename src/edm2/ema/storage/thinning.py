@@ -1,4 +1,4 @@
-"""Which times of a folder to give up, so that those kept still give a range of widths."""
+"""Which times of a folder to delete, so that the remaining ones still give a range of widths."""
 
 from collections.abc import Sequence
 
@@ -13,11 +13,11 @@ _MOST_TRIED = 12
 def times_to_keep(
     times: Sequence[float], sigma_rels: Sequence[float], count: int, *, dtype: str = "fp32"
 ) -> list[float]:
-    """Give up times one by one, each time the one whose loss hurts least, never the last.
+    """Drop times one by one, each time the one whose loss adds the least error, never the last.
 
-    Hurting is judged by the worst error over sigma_rel 0.03 to 0.25 at the last time and while that goes on by half
-    of its `count`-th part. Judged at the last time alone, times would be kept for what they are worth now, and a
-    little later there would be a gap that no choice can close any more.
+    The error is the worst over sigma_rel 0.03 to 0.25, now and while the last time grows by half of its `count`-th
+    part. Looking at the present alone would keep times for their current value, and soon leave a gap that no choice
+    can close.
 
     Args:
         times: Increasing times since the start of training.

@@ -1,4 +1,4 @@
-"""Weighted sums of many files, read in step, a piece of each at a time."""
+"""Weighted sums of many files, read side by side, a piece of each at a time."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -14,7 +14,7 @@ from edm2.ema.maths.profiles import FloatArray
 from edm2.ema.storage.data_sum import ByteArray, DataSum
 from edm2.ema.storage.tensorfile import DTYPES, TensorFile
 
-# Pieces of some files at a time stay in the processor's cache while they are checked and added up to all sums.
+# Pieces of a few files stay in the processor's cache while they are checked and added to all sums.
 _PIECE, _FILES = 1 << 16, 8
 _MAX_OPEN = 256
 _ROWS = 4
@@ -26,7 +26,7 @@ class WeightedSums:
     Args:
         files: Files that hold the same tensors.
         coefficients: Weight of each file in each sum [in, out].
-        scales: For each file, factors of tensors that were stored divided by them.
+        scales: For each file, the factor of each tensor that was stored divided by one.
 
     Attributes:
         data_sums: Checksum of each file's data read so far.
@@ -64,7 +64,7 @@ class WeightedSums:
 
     def _add_tensor(self, name: str, handles: dict[int, FileIO], sums: list[Tensor]) -> None:
         scales = np.array([s.get(name, 1.0) for s in self._scales])
-        # Products of fewer than four rows are rounded otherwise: a sum shall not depend on those made with it.
+        # A product of fewer than four rows rounds differently, and a sum must not depend on the others of its pass.
         weights = torch.zeros(max(len(sums), _ROWS), len(scales))
         weights[: len(sums)] = torch.from_numpy(self._coefficients * scales[:, None]).T
         numel = sums[0].numel()
@@ -120,7 +120,7 @@ def read_elements(
     Args:
         file: An open file's header.
         places: Tensor's name, first element and number of elements of each run.
-        scales: Factors of tensors that were stored divided by them.
+        scales: Factor of each tensor that was stored divided by one.
     """
     parts = []
     with open(file.path, "rb", buffering=0) as handle:
