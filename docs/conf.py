@@ -100,8 +100,19 @@ def write_math(writer: HTML5Translator, node: nodes.math | nodes.math_block) -> 
     raise nodes.SkipNode
 
 
+def show_defaults(
+    app: Sphinx, kind: str, name: str, thing: object, options: object, signature: str, result: str
+) -> object:
+    """Functions as defaults of dataclasses by their names."""
+    if signature is None or " of type object>" not in signature:
+        return None
+    signature = re.sub(r"<built-in method (\w+) of type object>", r"\1", signature)
+    return re.sub(r"~(?:\w+\.)+", "", signature), result
+
+
 def setup(app: Sphinx) -> None:
     """Register the role of single backticks, the directive for help texts, and formulas."""
+    app.connect("autodoc-process-signature", show_defaults)
     app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))  # type: ignore[arg-type]
     app.add_role("mention", Mention())
     app.add_directive("command-help", CommandHelp)
