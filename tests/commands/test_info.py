@@ -57,15 +57,9 @@ def test_texts_from_the_file_cannot_command_the_terminal(tmp_path: Path) -> None
     assert "trained on  \\x1b[31mred licence free\n" in describe_path(tmp_path)
 
 
-@pytest.mark.parametrize("change", ["preset", "num_images"])
-def test_damaged_settings_of_a_run(tmp_path: Path, change: str) -> None:
-    settings = {"preset": "digits", "num_images": 64}
-    del settings[change]
-    content = {"run_id": "x", "identity": {}, "settings": settings}
+def test_damaged_settings_of_a_run(tmp_path: Path) -> None:
+    content = {"run_id": "x", "identity": {}, "settings": []}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=rf"config.json or log.jsonl beside it is damaged \('{change}'\)"):
-        describe_path(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**content, "settings": []}))
     with pytest.raises(ValueError, match=r"config.json is damaged \(settings is not a dict\)"):
         describe_path(tmp_path)
 

@@ -142,10 +142,6 @@ def test_a_run_before_its_first_snapshot_says_when_it_comes(
     shutil.copy(run / "log.jsonl", young)
     with pytest.raises(ValueError, match="and the log reaches 160; train on until then"):
         ImageGenerator.load(young, 0.1)
-    content["settings"]["num_images"] = "many"
-    (young / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"config\.json is damaged"):
-        ImageGenerator.load(young, 0.1)
     (young / "config.json").write_text((run / "config.json").read_text())
     (young / "model.safetensors").touch()
     with pytest.raises(ValueError, match=r"manifest\.json"):

@@ -1,11 +1,11 @@
-"""`edm2 info`: what a preset, a saved model or a run is, in words and numbers."""
+"""`edm2 info`: describe a preset, a saved model or a run."""
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
@@ -17,16 +17,16 @@ from edm2.interop.released import SAMPLING_PRESETS, sampling_preset
 from edm2.nn import count_flops
 from edm2.presets import PRESETS, get_preset, image_shape
 from edm2.progress import clean, show
-from edm2.train.logs import LOG_FILE, read_log
+from edm2.train.logs import read_log
 from edm2.train.run_folder import CONFIG_FILE, SNAPSHOTS, read_config
 
 
 @dataclass(kw_only=True)
 class _Info:
-    """Print parameters, Gflops an image, and state of a preset or a saved model. Without a name: all presets."""
+    """Print parameters, Gflops per image, and state of a preset or a saved model. Without a name: list all presets."""
 
     name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None
-    """A preset's name, a model file, the folder of a run or of a shared model, a published setting's name or file."""
+    """Name of a preset or a published setting, model file, or folder of a run or a shared model."""
 
 
 def run(prog: str, words: Sequence[str]) -> None:
@@ -48,7 +48,7 @@ def run(prog: str, words: Sequence[str]) -> None:
 
 
 def describe_preset(name: str) -> str:
-    """Network, cost, settings and state names of a preset."""
+    """Describe the network, cost, settings and state names of a preset."""
     config = get_preset(name)
     channels, height, width, classes = image_shape(name)
     assert height == width
@@ -63,7 +63,7 @@ def describe_preset(name: str) -> str:
 
 
 def describe_released(name: str) -> str:
-    """What `edm2 import` makes of the name of a published setting."""
+    """Describe what `edm2 import` makes from the name of a published setting."""
     preset = sampling_preset(name)
     guide = "none" if preset.guide is None else f"{preset.guide}, weight {preset.guidance:g}"
     return "\n".join(
@@ -77,7 +77,7 @@ def describe_released(name: str) -> str:
 
 
 def describe_path(path: Path) -> str:
-    """A model file, the state of a run's folder, or settings with the models that they name."""
+    """Describe a model file, a run, or settings with the models that they name."""
     parts = find_parts(path)
     if parts is not None:
         return "\n".join([*_parts_lines(path, parts), describe_path(parts.model)])
@@ -132,7 +132,7 @@ def _network_lines(denoiser: Denoiser) -> list[str]:
         f"images      {channels} x {height} x {width}, "
         + (f"{denoiser.label_dim} classes" if denoiser.label_dim else "unconditional"),
         f"parameters  {sum(p.numel() for p in denoiser.parameters()):,}",
-        f"Gflops      {flops / 1e9:.4g} an evaluation of one image, a multiply-accumulate counted once",
+        f"Gflops      {flops / 1e9:.4g} per evaluation of one image, a multiply-accumulate counted once",
     ]
 
 
@@ -144,22 +144,15 @@ def _state(denoiser: Denoiser) -> str:
 
 def _run_lines(run: Path) -> list[str]:
     settings, log = read_config(run)["settings"], read_log(run)
-    try:
-        lines = [f"run         {run}, preset {settings['preset'] or 'none'}", _progress(settings, log)]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{run / CONFIG_FILE} or {LOG_FILE} beside it is damaged ({error}): restore them from a copy"
-        ) from error
+    seen = log[-1]["num_images"] if log else 0
+    loss = f", loss {log[-1]['loss']:.4f}" if log and log[-1]["loss"] is not None else ""
+    lines = [
+        f"run         {run}, preset {settings['preset'] or 'none'}",
+        f"progress    {seen:,} of {settings['num_images']:,} images{loss}",
+    ]
     if (run / SNAPSHOTS).is_dir():
         snapshots = read_manifest(run / SNAPSHOTS).snapshots
         lengths = ", ".join(f"{value:g}" for value in sorted({s.sigma_rel for s in snapshots}))
-        lines.append(
-            f"snapshots   {len({s.t for s in snapshots})} times, EMA lengths {lengths or 'none yet'}"
-        )
+        times = len({s.t for s in snapshots})
+        lines.append(f"snapshots   {times} times, EMA lengths {lengths or 'none yet'}")
     return lines
-
-
-def _progress(settings: dict[str, Any], log: list[dict[str, Any]]) -> str:
-    seen = log[-1]["num_images"] if log else 0
-    text = f"progress    {seen:,} of {settings['num_images']:,} images"
-    return text + (f", loss {log[-1]['loss']:.4f}" if log and log[-1]["loss"] is not None else "")

@@ -40,14 +40,11 @@ def _is_run(path: Path) -> bool:
 
 def _first_snapshot(run: Path) -> str:
     settings, log = read_config(run)["settings"], read_log(run)
-    try:
-        every, total = settings["snapshot_images"], settings["num_images"]
-        # As `TrainConfig.snapshot_interval` has it; the end of the run gets one in any case.
-        first = min(math.ceil(total / 2) if every is None else every, total)
-        seen = log[-1]["num_images"] if log else 0
-        return f"the first comes after {first:,} training images, and the log reaches {seen:,}"
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{run / CONFIG_FILE} is damaged ({error}): restore it from a copy") from error
+    every, total = settings["snapshot_images"], settings["num_images"]
+    # As `TrainConfig.snapshot_interval` has it; the end of the run gets one in any case.
+    first = min(math.ceil(total / 2) if every is None else every, total)
+    seen = log[-1]["num_images"] if log else 0
+    return f"the first comes after {first:,} training images, and the log reaches {seen:,}"
 
 
 def read_info(path: str | Path, sigma_rel: float | None = None) -> dict[str, Any]:
