@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import importlib
 import json
 import random
 import shutil
@@ -16,10 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from edm2.ema import PowerEMA, gamma_to_sigma_rel, reconstruct
+from edm2.ema import stored_averages as module
 from edm2.ema.storage.manifest import read_manifest
 from edm2.ema.storage.verify import damaged
-
-module = importlib.import_module("edm2.ema.reconstruct")  # the package has a function of that name
 
 
 def train(
