@@ -43,7 +43,7 @@ test-installed: dist
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/codespell src tests docs benchmarks examples *.md
+	$(BIN)/codespell src docs benchmarks examples *.md
 
 type: .venv/dev
 	$(BIN)/mypy

@@ -29,7 +29,8 @@ def test_every_optional_module_has_its_extra() -> None:
     for module, extra in EXTRAS.items():
         assert PACKAGES.get(module, module) in names(PROJECT["optional-dependencies"][extra])
     packages = {PACKAGES.get(module, module) for module in EXTRAS}
-    for extra in {*EXTRAS.values()}:
+    # Tests compare with further libraries, which integrations installs and edm2 never imports.
+    for extra in {*EXTRAS.values()} - {"integrations"}:
         assert names(PROJECT["optional-dependencies"][extra]) <= packages
     assert names(PROJECT["dependencies"]) == {"torch", "numpy", "safetensors"}
 
