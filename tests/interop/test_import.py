@@ -119,10 +119,12 @@ def test_statistics_survive_the_round_trip(tmp_path: Path) -> None:
 
 def test_imported_statistics_that_are_damaged_are_refused(golden_network: Path, tmp_path: Path) -> None:
     model = import_path(golden_network, tmp_path).path
-    with pytest.raises(ValueError, match=r"tensors that are not described as edm2\.reference/1"):
+    with pytest.raises(
+        ValueError, match=r"no reference statistics of edm2 .its format is .* not .edm2\.reference/1"
+    ):
         read_reference_statistics(model)
     model.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="it holds no whole safetensors file"):
+    with pytest.raises(ValueError, match="it holds no reference statistics of edm2"):
         read_reference_statistics(model)
 
 

@@ -11,7 +11,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 
@@ -20,7 +19,7 @@ from edm2.ema.storage.encoding import Track
 from edm2.ema.storage.manifest import ForeignSnapshots, RunInfo, Snapshot, read_manifest, write_manifest
 from edm2.ema.storage.snapshots import write
 from edm2.ema.storage.weighted_sums import read_tensors
-from edm2.files import claimed, read_json, sha256_of, sync_folder, write_atomic
+from edm2.files import claimed, sha256_of, sync_folder, write_atomic
 from edm2.interop.fetch import check_there, fetch
 from edm2.interop.licence import LICENCE, NOTICE_LINE, write_notice
 from edm2.interop.model_info import model_info
@@ -34,6 +33,7 @@ from edm2.interop.reference import (
 )
 from edm2.interop.released import SamplingPreset
 from edm2.interop.snapshot_folder import SnapshotName, open_snapshots, parse_name
+from edm2.metrics.tensor_file import read_header, to_metadata
 
 _DOWNLOADS = ".downloads"
 
@@ -221,14 +221,10 @@ def _source(path: Path) -> dict[str, str]:
     return {"file": path.name, "sha256": sha256_of(path)}
 
 
-def _source_in(path: Path) -> dict[str, Any]:
+def _source_in(path: Path) -> Any:
     """What `_source` gave when a model or statistics were written; empty for other files."""
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            header = read_json((file.metadata() or {}).get("edm2", "{}"))
-        return dict(header.get("info", header).get("source") or {})
-    except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError):
-        return {}
+    header = read_header(path)
+    return header.get("info", header).get("source") or {}
 
 
 def _save_network(network: NetworkFile, target: Path) -> Imported:
@@ -261,15 +257,13 @@ def _save_statistics(path: Path, found: dict[str, ReferenceStatistics], target: 
         tensors[f"{metric}.sigma"] = torch.from_numpy(moments.cov)
     num_images = next(iter(found.values())).num_images
     header = {
-        "format": REFERENCE_FORMAT,
         "num_images": num_images,
         "source": _source(path),
         "license": LICENCE,
         "license_notice": NOTICE_LINE,
     }
     write_notice(target.parent)
-    content = safetensors.torch.save(tensors, metadata={"edm2": json.dumps(header, sort_keys=True)})
-    write_atomic(target, content)
+    write_atomic(target, safetensors.torch.save(tensors, to_metadata(REFERENCE_FORMAT, header)))
     sizes = ", ".join(f"{metric} of {len(moments.mean)} features" for metric, moments in found.items())
     count = f"{num_images:,} images" if num_images is not None else "an unknown number of images"
     return Imported(path=target, found=f"reference statistics of {count}: {sizes}")

@@ -16,25 +16,10 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_PARTS, _DEEPEST_MODULE, _LONGEST_NAME = 100_000, 8, 100
 # Constructor's arguments that official files have.
 _ARGUMENTS = (
-    "img_resolution",
-    "img_channels",
-    "label_dim",
-    "sigma_data",
-    "logvar_channels",
-    "model_channels",
-    "channel_mult",
-    "channel_mult_noise",
-    "channel_mult_emb",
-    "num_blocks",
-    "attn_resolutions",
-    "channels_per_head",
-    "label_balance",
-    "concat_balance",
-    "res_balance",
-    "attn_balance",
-    "dropout",
-    "clip_act",
-)
+    "img_resolution", "img_channels", "label_dim", "sigma_data", "logvar_channels", "model_channels",
+    "channel_mult", "channel_mult_noise", "channel_mult_emb", "num_blocks", "attn_resolutions",
+    "channels_per_head", "label_balance", "concat_balance", "res_balance", "attn_balance", "dropout", "clip_act",
+)  # fmt: skip
 _WITHOUT_MEANING_HERE = ("use_fp16",)
 
 

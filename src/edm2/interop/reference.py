@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
+from safetensors import SafetensorError
 
-from edm2.files import read_json
 from edm2.interop.pickle_file import read_pickle, refusal
 from edm2.interop.pickle_values import StoredArray
 from edm2.metrics import FeatureStatistics
+from edm2.metrics.tensor_file import read_header, read_tensor_file
 
 REFERENCE_FORMAT = "edm2.reference/1"
 _LARGEST_NPZ = 1 << 28
@@ -86,24 +86,14 @@ def statistics_of(path: Path, content: Any) -> dict[str, ReferenceStatistics]:
 
 def is_imported_reference(path: str | Path) -> bool:
     """Whether a file holds statistics that `edm2 import` converted."""
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            return bool(
-                read_json((file.metadata() or {}).get("edm2", "{}")).get("format") == REFERENCE_FORMAT
-            )
-    except (safetensors.SafetensorError, OSError, ValueError, AttributeError):
-        return False
+    return bool(read_header(path).get("format") == REFERENCE_FORMAT)
 
 
 def _read_imported(path: Path) -> dict[str, ReferenceStatistics]:
     try:
-        with safetensors.safe_open(path, framework="np") as file:
-            header = read_json((file.metadata() or {}).get("edm2", "{}"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise refusal(path, f"no whole safetensors file ({error})") from None
-    if header.get("format") != REFERENCE_FORMAT:
-        raise refusal(path, f"tensors that are not described as {REFERENCE_FORMAT}")
+        header, arrays = read_tensor_file(path, "np", REFERENCE_FORMAT)
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise refusal(path, f"no reference statistics of edm2 ({error})") from None
     found: dict[str, Any] = {"num_images": header.get("num_images")}
     for name, array in arrays.items():
         metric, _, moment = name.partition(".")

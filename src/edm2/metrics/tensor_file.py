@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from edm2.files import read_json
 
@@ -20,6 +20,16 @@ def to_metadata(file_format: str, header: Mapping[str, Any]) -> dict[str, str]:
         header: JSON.
     """
     return {_KEY: json.dumps({"format": file_format, **header}, sort_keys=True)}
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """Read the header of a file of any edm2 format; empty for other files."""
+    try:
+        with safe_open(path, "np") as file:
+            header = read_json((file.metadata() or {}).get(_KEY, "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return {}
+    return header if isinstance(header, dict) else {}
 
 
 def read_tensor_file(
