@@ -237,7 +237,9 @@ def test_mutated_settings_of_a_shared_model(shared: Path) -> None:
 def test_settings_name_files_beside_them_only(shared: Path, name: object) -> None:
     settings = shared / "edm2-img64-s-fid.json"
     settings.write_text(json.dumps({"format": "edm2.sampling/1", "guide": None, "model": name}))
-    with pytest.raises(ValueError, match=r"is damaged \(.* is no name of a \.safetensors file beside it\)"):
+    with pytest.raises(
+        ValueError, match=r"is damaged \(.* is not the name of a \.safetensors file beside it\)"
+    ):
         open_pretrained(settings)
     settings.unlink()
 

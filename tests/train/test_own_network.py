@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from edm2.cli import main
 from edm2.commands.info import describe_path
-from edm2.diffusion import Denoiser, LearnedUncertainty, edm2_loss, load_model, own_network, register_network
+from edm2.diffusion import (
+    Denoiser,
+    LearnedUncertainty,
+    edm2_loss,
+    load_model,
+    own_network,
+    register_network,
+    save_model,
+)
 from edm2.ema import reconstruct
 from edm2.generate import ImageGenerator, reconstruct_models
 from edm2.nn import MPConv
@@ -87,10 +95,34 @@ def test_a_file_does_not_import_the_function_it_names(run: Path, monkeypatch: py
     monkeypatch.delitem(sys.modules, __name__)
     for way in (load_model, ImageGenerator.load, lambda path: ImageGenerator.load(path, 0.1)):
         with pytest.raises(
-            ValueError, match=f"was made by the function {NAME}, which a file .*--network-from"
+            ValueError, match=f"^{run}.*: the network was made by the function {NAME}, which .*--network-from"
         ):
             way(run)
     assert __name__ not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"network_from": ["a"]}, "network_from = a list does not describe a network"),
+        (
+            {"network_from": "os:system"},
+            "was made by the function os:system, which a file cannot make edm2 import",
+        ),
+        ({"img_resolution": [4]}, "img_resolution = a list does not describe a network"),
+        ({"model_channels": 8}, "a network of the user's own has exactly the arguments config, img_channels"),
+        ({"config": "Z"}, "config 'Z' is not one of"),
+    ],
+)
+def test_descriptions_that_do_not_fit(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    name = register_network(make)
+    denoiser = own_network.build_own_denoiser((4, 8), 1, 3, network_from=name)
+    assert denoiser.img_shape == (1, 4, 8)
+    file = save_model(tmp_path / "good.safetensors", denoiser.options, denoiser.state_dict())
+    assert load_model(file)[0].options == denoiser.options
+    file = save_model(tmp_path / "m.safetensors", {**denoiser.options, **change}, denoiser.state_dict())
+    with pytest.raises(ValueError, match=told):
+        load_model(file)
 
 
 def test_registered_it_is_loaded_reconstructed_and_sampled(run: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ _REALS = (
     *("res_balance", "attn_balance", "label_balance", "concat_balance"),
 )
 _TEXTS = ("config", "label_kind", "network_from")
+_OWN_OPTIONS = {"network_from", "img_resolution", "img_channels", "label_dim", "config", "sigma_data"}
 _ARGUMENTS = (*_INTS, *_LISTS, *_REALS, *_TEXTS)
 _NOT_NONE = ("img_resolution", "img_channels", "label_dim", "sigma_data", "config", "channel_mult")
 # What building raises for values that are plausible one by one and do not go together.
@@ -43,7 +44,8 @@ def is_plausible(name: object, value: object) -> bool:
     if name == "img_resolution" and type(value) is int:
         return _is_size(value)
     if name in _LISTS:
-        return isinstance(value, (list, tuple)) and len(value) <= _MOST_LEVELS and all(map(_is_size, value))
+        fits = isinstance(value, (list, tuple)) and all(map(_is_size, value))
+        return fits and (len(value) == 2 if name == "img_resolution" else len(value) <= _MOST_LEVELS)  # type: ignore[arg-type]
     if name in _INTS:
         return _is_size(value) or (value == 0 and type(value) is int and _INTS[name] == 0)
     if name in _REALS:
@@ -69,8 +71,8 @@ def build_from(
         The denoiser in eval mode.
 
     Raises:
-        ValueError: If no network has such values, they do not go together, or it takes a function that was not
-            registered.
+        UnregisteredNetworkError: If a function of the user's own made the network, and was not registered.
+        ValueError: If no network has such values, or they do not go together.
     """
     for name, value in options.items():
         if name in _ARGUMENTS and not is_plausible(name, value):
@@ -78,6 +80,10 @@ def build_from(
     # Files that say "no bound" as None.
     options = {k: math.inf if k == "clip_act" and v is None else v for k, v in options.items()}
     if "network_from" in options:
+        if options.keys() != _OWN_OPTIONS:
+            raise ValueError(
+                f"a network of the user's own has exactly the arguments {', '.join(sorted(_OWN_OPTIONS))}"
+            )
         return build_own_denoiser(**options).eval()
     blocks = options.get("num_blocks", 1) * len(options.get("channel_mult", ()))
     if num_tensors is not None and num_tensors < blocks:

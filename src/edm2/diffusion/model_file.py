@@ -11,6 +11,7 @@ from torch import Tensor
 
 from edm2.diffusion.denoiser import Denoiser
 from edm2.diffusion.description import build_from, check_info
+from edm2.diffusion.own_network import UnregisteredNetworkError
 from edm2.files import read_json, write_atomic
 from edm2.progress import clean
 
@@ -120,6 +121,8 @@ def read_model(path: str | Path) -> tuple[Path, Denoiser, dict[str, Any]]:
             names = content.keys()
             denoiser = build_from(header["network"], num_tensors=len(names))
             denoiser.load_state_dict({name: _without_values(content, name) for name in names}, assign=True)
+    except UnregisteredNetworkError as error:
+        raise ValueError(f"{file}: {error}") from None
     except (ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise _damaged(file, error) from error
     return file, denoiser, header["info"]

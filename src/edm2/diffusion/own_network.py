@@ -7,7 +7,7 @@ could name anything. The user names the function again, with `--network-from` on
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,10 @@ NetworkFunction = Callable[[int | tuple[int, int], int, int], nn.Module]
 """Called as `f(img_resolution, img_channels, label_dim)`; the network is called as `Denoiser` describes."""
 
 _registered: dict[str, NetworkFunction] = {}
+
+
+class UnregisteredNetworkError(ValueError):
+    """A model file names a function that was not registered."""
 
 
 def register_network(function: NetworkFunction | str) -> str:
@@ -45,7 +49,7 @@ def register_network(function: NetworkFunction | str) -> str:
 
 
 def build_own_denoiser(
-    img_resolution: int | tuple[int, int],
+    img_resolution: int | Sequence[int],
     img_channels: int,
     label_dim: int,
     *,
@@ -66,7 +70,8 @@ def build_own_denoiser(
         dtype: Precision of the network.
 
     Raises:
-        ValueError: If the function was not registered, or returns something other than a module.
+        UnregisteredNetworkError: If the function was not registered.
+        ValueError: If it returns something other than a module.
     """
     module, _, function_name = network_from.partition(":")
     function = _registered.get(network_from)
@@ -74,10 +79,12 @@ def build_own_denoiser(
         same = [f for name, f in _registered.items() if name.partition(":")[2] == function_name]
         function = same[0] if same else None
     if function is None:
-        raise ValueError(
+        raise UnregisteredNetworkError(
             f"the network was made by the function {network_from}, which a file cannot make edm2 import: if you know "
             f"it, give --network-from {network_from}, or call edm2.diffusion.register_network with it in Python"
         )
+    if not isinstance(img_resolution, int):
+        img_resolution = (img_resolution[0], img_resolution[1])
     network = function(img_resolution, img_channels, label_dim)
     if not isinstance(network, nn.Module):
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from edm2.diffusion import MODEL_FILE, Denoiser, read_model_header, save_model
 from edm2.diffusion.description import build_from, check_info
+from edm2.diffusion.own_network import UnregisteredNetworkError
 from edm2.ema import Reconstruction, reconstruct_many
 from edm2.ema.reconstruct import reconstruct_each
 from edm2.ema.storage.manifest import ForeignSnapshots, read_manifest
@@ -230,6 +231,8 @@ def _metadata(run: str | Path, metadata: dict[str, Any] | None) -> dict[str, Any
     try:
         build_from(network)
         check_info(info)
+    except UnregisteredNetworkError as error:
+        raise ValueError(f"{run}: {error}") from None
     except ValueError as error:
         raise _damaged(run, error) from error
     return metadata
