@@ -57,3 +57,14 @@ def test_accelerate_example_runs_in_two_processes(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "sigma_rel 0.075 at step 16" in done.stdout
+
+
+def test_language_model_example_compares_merges_with_real_decays(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--steps", "40", "--width", "16", "--layers", "1", "--batch", "4", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["ema_merge_checkpoints.py", *words])
+    load("ema_merge_checkpoints").main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [line[0] for line in lines] == ["5%", "10%", "20%", "40%"]
+    assert all(0 < float(loss) < 6 for line in lines for loss in line[1:])
