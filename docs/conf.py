@@ -104,9 +104,9 @@ def show_defaults(
     app: Sphinx, kind: str, name: str, thing: object, options: object, signature: str, result: str
 ) -> object:
     """Functions as defaults of dataclasses by their names."""
-    if signature is None or " of type object>" not in signature:
+    if signature is None or "<built-in method" not in signature:
         return None
-    signature = re.sub(r"<built-in method (\w+) of type object>", r"\1", signature)
+    signature = re.sub(r"<built-in method (\w+) of type object[^>]*>", r"\1", signature)
     return re.sub(r"~(?:\w+\.)+", "", signature), result
 
 
