@@ -1,3 +1,4 @@
+import dataclasses
 import html
 import json
 import shutil
@@ -9,6 +10,8 @@ import PIL.Image
 import pytest
 import torch
 
+from edm2 import run_page
+from edm2.ema.storage.manifest import read_manifest
 from edm2.evaluation.noise_errors import errors_by_noise
 from edm2.run_page import write_run_report
 from edm2.train import train
@@ -108,6 +111,30 @@ def test_a_run_without_its_data_or_snapshots(run, tmp_path):
     assert "The training data can no longer be opened" in page_of([other], tmp_path)
     shutil.rmtree(other / "snapshots")
     assert page_of([other], tmp_path).count("No snapshot yet.") == 3
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_trains_on_is_shown_as_it_was_at_the_start(run, tmp_path, monkeypatch):
+    early, asked = 32, set()
+
+    def first_half(folder):
+        manifest = read_manifest(folder)
+        return dataclasses.replace(manifest, snapshots=tuple(s for s in manifest.snapshots if s.t <= early))
+
+    def spy(name):
+        called = getattr(run_page, name)
+
+        def call(folder, lengths, t=None, **options):
+            asked.add(t)
+            return called(folder, lengths, t, **options)
+
+        monkeypatch.setattr(run_page, name, call)
+
+    monkeypatch.setattr(run_page, "read_manifest", first_half)
+    spy("reconstruct_many")
+    spy("generators")
+    page_of([run], tmp_path)
+    assert max(asked) == early
 
 
 def test_damaged_settings(run, tmp_path):

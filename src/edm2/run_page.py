@@ -29,7 +29,7 @@ _LENGTHS = (0.03, 0.05, 0.10, 0.20)
 
 
 class _Run:
-    """What a run's folder holds."""
+    """What a run's folder holds; snapshots that training adds later are not read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -52,7 +52,7 @@ class _Run:
 
     def generator(self, t: float | None = None) -> ImageGenerator:
         """Return the model with the longest tracked average at a time; default: the last."""
-        return next(generators(self.snapshots, [self.sigma_rel], t))
+        return next(generators(self.snapshots, [self.sigma_rel], self.times[-1] if t is None else t))
 
     def moments(self) -> list[float]:
         """Return up to six times of snapshots, each about twice the one before."""
@@ -168,7 +168,9 @@ def _averages(page: Page, run: _Run) -> None:
     results, refused = [], []
     for length in _LENGTHS:
         try:
-            results += reconstruct_many(run.snapshots, [length], warn_above=math.inf, read=False)
+            results += reconstruct_many(
+                run.snapshots, [length], run.times[-1], warn_above=math.inf, read=False
+            )
         except ValueError as error:
             refused.append([f"{length:g}", str(error)])
     with page.columns():
