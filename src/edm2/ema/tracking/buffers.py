@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CACHED_ELEMENTS = 1 << 17  # worked on at a time on a CPU, so that they stay in the cache
+_CACHED_ELEMENTS = (
+    1 << 20
+)  # worked on at a time on a CPU: fewer calls, and still in the cache of its last level
 _SCRATCH_ELEMENTS = 1 << 24  # worked on at a time elsewhere
 
 
