@@ -86,6 +86,7 @@ def test_plan(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["plan"].storage_bytes(100_000_000) <= 6 << 30
 
 
+@pytest.mark.slow
 def test_attach_and_module(names: dict[str, Any]) -> None:
     def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         for _ in range(2500):
@@ -135,6 +136,7 @@ def test_applied_and_update_bn(names: dict[str, Any]) -> None:
     assert torch.allclose(model[1].running_mean, inputs.mean(0), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_profile(names: dict[str, Any]) -> None:
     ema = edm2.ema.PowerEMA(names["model"], plan="compact")
     for step in range(1000, 24_001, 1000):
@@ -168,6 +170,7 @@ def test_checkpoints(names: dict[str, Any]) -> None:
     assert isinstance(names["merged"], edm2.ema.Reconstruction)
 
 
+@pytest.mark.slow
 def test_training_by_hand(names: dict[str, Any]) -> None:
     (code,) = blocks("docs/training_by_hand.md")
     exec(code.replace("steps, batch_size = 600, 32", "steps, batch_size = 3, 8"), names)
@@ -175,6 +178,7 @@ def test_training_by_hand(names: dict[str, Any]) -> None:
     assert names["samples"].isfinite().all()
 
 
+@pytest.mark.slow
 def test_condition_image(names: dict[str, Any]) -> None:
     for code in blocks("docs/condition_image.md"):
         exec(code, names)

@@ -11,9 +11,10 @@ from torch import nn
 from edm2.ema.storage.manifest import read_manifest
 
 PAGE = Path(__file__).parents[3] / "docs" / "ema_recipes.md"
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 
 
 def block(words: str) -> str:
