@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from edm2.ema.storage.distances import sample_squares
@@ -31,3 +32,11 @@ def test_scales_are_taken_into_account(tmp_path: Path) -> None:
         save_tensors(tmp_path / f"{i}.safetensors", {"a": torch.full((4,), value)}, {})
     files = [read_header(tmp_path / f"{i}.safetensors") for i in range(2)]
     assert sample_squares(files, ["a"], [{"a": 5.0}, {}])[0, 1] == 16.0
+
+
+def test_a_file_with_values_that_are_not_finite_is_named(tmp_path: Path) -> None:
+    for i, value in enumerate((1.0, torch.inf)):
+        save_tensors(tmp_path / f"{i}.safetensors", {"a": torch.full((4,), value)}, {})
+    files = [read_header(tmp_path / f"{i}.safetensors") for i in range(2)]
+    with pytest.raises(ValueError, match=r"1\.safetensors is damaged: it holds values that are not finite"):
+        sample_squares(files, ["a"], [{}, {}])

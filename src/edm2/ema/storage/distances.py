@@ -26,6 +26,9 @@ def sample_squares(
 
     Returns:
         Squared distances [n, n].
+
+    Raises:
+        ValueError: If a file holds values that are not finite.
     """
     total = sum(files[0].specs[name].numel for name in names)
     places: list[tuple[str, int, int]] = []
@@ -40,6 +43,11 @@ def sample_squares(
         places += [(name, int(start), length) for start in starts]
         weights.append(np.full(starts.size * length, numel / (starts.size * length)))
     rows = np.stack([read_elements(f, places, scale) for f, scale in zip(files, scales, strict=True)])
+    for file, row in zip(files, rows, strict=True):
+        if not np.isfinite(row).all():
+            raise ValueError(
+                f"{file.path} is damaged: it holds values that are not finite; restore it from a copy"
+            )
     rows -= rows[-1]
     rows *= np.sqrt(np.concatenate(weights))
     gram = rows @ rows.T
