@@ -1,0 +1,58 @@
+"""Snapshots, and `edm2 ema reconstruct` and `merge`, stopped at every operation on files."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from crashes import check_every_interruption
+from safetensors.torch import save_file
+from torch import nn
+
+from edm2.cli import main
+from edm2.ema import PowerEMA
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+def train(folder: Path, *, keep: int | None = None) -> None:
+    """A run that starts from the beginning when it is given again, as one without checkpoints does."""
+    torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    ema = PowerEMA(model, run_id="a-run")
+    for step in range(1, 4):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+        ema.update(step)
+        ema.snapshot(folder, keep=keep)
+
+
+@pytest.mark.parametrize("keep", [None, 2])
+def test_snapshots_go_on_after_any_interruption(tmp_path: Path, keep: int | None) -> None:
+    assert check_every_interruption(tmp_path, lambda root: train(root / "snapshots", keep=keep)) > 20
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "merge"])
+def test_averages_go_on_after_any_interruption(tmp_path: Path, command: str) -> None:
+    train(tmp_path / "snapshots")
+    for step in (1, 2):
+        save_file({"weight": torch.full((4,), float(step))}, tmp_path / f"model-{step}.safetensors")
+    files = [str(tmp_path / f"model-{step}.safetensors") for step in (1, 2)]
+
+    def work(root: Path) -> None:
+        torch.set_num_threads(1)
+        if command == "reconstruct":
+            words = [str(tmp_path / "snapshots"), "--sigma-rel", "0.08,0.12", "--out", str(root / "out")]
+        else:
+            words = [*files, "--target", "0.1", "--out", str(root / "merged")]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as told:
+            try:
+                main(["ema", command, *words])
+            except SystemExit as stopped:
+                if stopped.code:
+                    raise ValueError(told.getvalue()) from None
+
+    assert check_every_interruption(tmp_path, work) > 4
