@@ -22,6 +22,7 @@ from edm2.ema.storage.replacing import (
 )
 
 __all__ = [
+    "check_seal",
     "claimed",
     "make_folder",
     "read_json",
@@ -31,6 +32,7 @@ __all__ = [
     "remove_folder",
     "replacing",
     "replacing_folder",
+    "sealed",
     "sha256_of",
     "sync_folder",
     "write_atomic",
@@ -86,7 +88,24 @@ def claimed(folder: Path, output: Path) -> Iterator[None]:
 
 def write_sealed(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     """Write JSON atomically together with a checksum of its content; `read_sealed` checks it."""
-    write_json(path, {**content, _SEAL: _digest(content)})
+    write_json(path, sealed(content))
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """Return JSON values together with a checksum, for `check_seal`."""
+    return {**content, _SEAL: _digest(content)}
+
+
+def check_seal(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what `sealed` was given, or values without a checksum as they are.
+
+    Raises:
+        ValueError: If the values are not those that were sealed.
+    """
+    values = {key: value for key, value in content.items() if key != _SEAL}
+    if content.get(_SEAL, "") not in ("", _digest(values)):
+        raise ValueError(f'its checksum differs; after an edit by hand, remove the line "{_SEAL}"')
+    return values
 
 
 def read_sealed(path: str | os.PathLike[str], *, finite: bool = True) -> dict[str, Any]:
@@ -107,9 +126,7 @@ def read_sealed(path: str | os.PathLike[str], *, finite: bool = True) -> dict[st
     content = read_json(Path(path), finite=finite)
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
-    if _SEAL in content and content.pop(_SEAL) != _digest(content):
-        raise ValueError(f'its checksum differs; after an edit by hand, remove the line "{_SEAL}"')
-    return content
+    return check_seal(content)
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -154,3 +154,26 @@ def test_description_that_does_not_fit_the_tensors(tmp_path: Path, change: dict[
     with pytest.raises(ValueError, match=r"the tensors do not fit the network .*: restore it") as caught:
         load_model(path)
     assert told in str(caught.value)
+
+
+@pytest.mark.slow
+def test_every_flipped_bit_of_a_model_is_noticed_or_harmless(tmp_path: Path) -> None:
+    denoiser = make_denoiser(channel_mult=(1,), attn_resolutions=())
+    path = save_model(tmp_path / "m.safetensors", denoiser.options, denoiser.state_dict(), {"sigma_rel": 0.1})
+    whole, (expected, info) = path.read_bytes(), load_model(path)
+    header = 8 * (8 + int.from_bytes(whole[:8], "little"))
+    positions = [*range(0, header, 7), *range(header, 8 * len(whole), 8 * len(whole) // 200)]
+    told = 0
+    for position in positions:
+        damaged = bytearray(whole)
+        damaged[position // 8] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        try:
+            found, found_info = load_model(path)
+        except ValueError as error:
+            told += path.name in str(error)
+            continue
+        assert (found_info, found.options) == (info, expected.options)
+        states = found.state_dict().values(), expected.state_dict().values()
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    assert told > 0.99 * len(positions)

@@ -21,7 +21,12 @@ _KILLED = 77
 
 
 def check_every_interruption(
-    tmp_path: Path, work: Callable[[Path], Any], *, kinds: tuple[str, ...] = KINDS
+    tmp_path: Path,
+    work: Callable[[Path], Any],
+    *,
+    kinds: tuple[str, ...] = KINDS,
+    most: int | None = None,
+    content: Callable[[Path], Any] = Path.read_bytes,
 ) -> int:
     """Interrupt work at every operation and do it again.
 
@@ -29,32 +34,43 @@ def check_every_interruption(
         tmp_path: Empty folder for the attempts.
         work: Does the work below the folder that it is given; called in forked children.
         kinds: Ways to interrupt.
+        most: Interrupt at most so many operations, evenly spread, unless EDM2_EVERY_CRASH is set. Default: all.
+        content: Reads what must be equal in a file.
 
     Returns:
         Number of operations.
     """
     whole, count_file = tmp_path / "whole", tmp_path / "count"
     assert _in_child(whole, work, count_file=count_file) == 0
-    expected, count = tree(whole), int(count_file.read_text())
+    expected, count = tree(whole, content), int(count_file.read_text())
+    assert _in_child(whole, work) == 0, "the same again fails when all is done"
+    assert tree(whole, content) == expected, "the same again changes what is done"
+    if os.environ.get("EDM2_EVERY_CRASH"):
+        most = None
+    numbers = range(1, count + 1)
     for kind in kinds:
-        for number in range(1, count + 1):
+        for number in numbers if most is None else numbers[:: -(-count // most)]:
             root = tmp_path / "attempt"
             what = f"{kind} at operation {number} of {count}"
             status = _in_child(root, work, number, kind)
-            left = tree(root)
+            left = tree(root, content)
+            found = {name: left.get(name) for name in expected}
+            assert status != 0 or found == expected, f"{what}: exit code 0 with another result"
             assert status in ((0, 1) if kind in _ERRORS else (_KILLED,)), f"{what}: status {status}"
             assert _in_child(root, work) == 0, f"{what}: the same again fails with {sorted(left)}"
-            assert tree(root) == expected, f"{what}: the same again gives something else from {sorted(left)}"
+            assert tree(root, content) == expected, (
+                f"{what}: the same again gives something else from {sorted(left)}"
+            )
             shutil.rmtree(root)
     return count
 
 
-def tree(root: Path) -> dict[str, str]:
+def tree(root: Path, content: Callable[[Path], Any] = Path.read_bytes) -> dict[str, str]:
     """Relative path -> hash of each file, and "folder" for each folder."""
     return {
         str(path.relative_to(root)): "folder"
         if path.is_dir()
-        else hashlib.sha256(path.read_bytes()).hexdigest()
+        else hashlib.sha256(repr(content(path)).encode()).hexdigest()
         for path in sorted(root.rglob("*"))
     }
 

@@ -1,5 +1,6 @@
 """Saved models: one safetensors file whose header says how to build the network it holds."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from edm2.diffusion.denoiser import Denoiser
 from edm2.diffusion.description import build_from, check_info
 from edm2.diffusion.own_network import UnregisteredNetworkError
-from edm2.files import read_json, write_atomic
+from edm2.files import check_seal, read_json, sealed, write_atomic
 from edm2.progress import clean
 
 MODEL_FILE = "model.safetensors"
@@ -49,9 +50,14 @@ def save_model(
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already: choose another name or move it away")
     # One metadata key only: safetensors does not keep the order of several, and equal models are equal bytes.
-    description = {"format": f"{_KIND}/{_VERSION}", "network": options, "info": info or {}}
-    header = json.dumps(description, sort_keys=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    description = {
+        "format": f"{_KIND}/{_VERSION}",
+        "network": options,
+        "info": info or {},
+        "tensors_sha256": _digest(contiguous),
+    }
+    header = json.dumps(sealed(description), sort_keys=True)
     write_atomic(path, safetensors.torch.save(contiguous, metadata={_KEY: header}))
     return path
 
@@ -96,6 +102,12 @@ def read_model_header(path: str | Path) -> tuple[Path, dict[str, Any]]:
             f"{file} has format version {version}, and this edm2 reads version {_VERSION}: use the edm2 that wrote it, "
             "or a newer one"
         )
+    try:
+        check_seal(header)
+    except ValueError:
+        raise ValueError(
+            f"{file} is damaged: its description is not the one that was written; restore it from a copy"
+        ) from None
     try:
         check_info(header["info"])
     except ValueError as error:
@@ -143,6 +155,11 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple
     """
     file, denoiser, info = read_model(path)
     state = safetensors.torch.load_file(file, device=str(device))
+    known = read_model_header(file)[1].get("tensors_sha256")
+    if known is not None and _digest(state) != known:
+        raise ValueError(
+            f"{file} is damaged: its tensors are not those that were written; restore it from a copy"
+        )
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(
@@ -150,6 +167,14 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple
             )
     denoiser.load_state_dict(state, assign=True)
     return denoiser.to(device).float().requires_grad_(False), info
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _without_values(content: Any, name: str) -> Tensor:

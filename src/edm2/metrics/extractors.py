@@ -80,7 +80,9 @@ class CallableFeatures:
 
 def describe_extractor(extractor: FeatureExtractor) -> dict[str, Any]:
     """What identifies an extractor's features, as JSON."""
-    return {key: getattr(extractor, key) for key in ("name", "sha256", "num_features", "resize")}
+    return {
+        key: getattr(extractor, key) for key in ("name", "sha256", "num_features", "resize")
+    }  # fmt: skip
 
 
 def check_images(images: np.ndarray | Tensor) -> Tensor:
