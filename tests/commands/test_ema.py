@@ -120,6 +120,30 @@ def test_reconstruct_continues_after_a_kill_at_any_file(
         shutil.rmtree(out)
 
 
+def test_two_processes_may_write_the_same_lengths(snapshots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [
+        "ema",
+        "reconstruct",
+        str(snapshots),
+        "--sigma-rel",
+        "0.05,0.08",
+        "--out",
+        str(snapshots.parent / "out"),
+    ]
+    original = reconstructed.save_tensors
+
+    def another_was_faster(*args: object) -> None:
+        original(*args)  # type: ignore[arg-type]
+        original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reconstructed, "save_tensors", another_was_faster)
+    main(command)
+    assert sorted(p.name for p in (snapshots.parent / "out").iterdir()) == [
+        "ema-0.05.safetensors",
+        "ema-0.08.safetensors",
+    ]
+
+
 def test_reconstruct_keeps_what_is_there_and_takes_a_choice_of_tracks(
     snapshots: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

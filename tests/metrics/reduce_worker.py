@@ -30,7 +30,7 @@ def main(rank: int, size: int, folder: str) -> None:
     check_measure(rank, shares)
     other = FeatureStatistics()
     other.update(np.zeros((3, 2 + rank)))
-    with pytest.raises(ValueError, match="processes saw features of the sizes"):
+    with pytest.raises(ValueError, match="cannot mix 2 and 3 features"):
         other.all_reduce()
     dist.destroy_process_group()
 

@@ -18,11 +18,11 @@ def digits():
 
 
 def toy(**options):
-    return fit_classifier(TOY, TOY_LABELS, num_classes=2, num_steps=3, width=8, **options)
+    return fit_classifier(TOY, TOY_LABELS, num_classes=2, num_steps=3, **options)
 
 
 def test_real_digits_are_told_apart(digits):
-    assert digits.accuracy(PIXELS[TEST], BUNCH.target[TEST]) >= 0.975
+    assert (digits.predict(PIXELS[TEST]).numpy() == BUNCH.target[TEST]).mean() >= 0.975
 
 
 def test_features_are_the_last_layer_but_one(digits):
@@ -53,14 +53,14 @@ def test_the_distance_tells_a_set_apart_from_a_worse_one(digits):
 
 
 def test_the_seed_decides():
-    a, b, c = (toy(seed=seed, shift=1).features(TOY) for seed in (0, 0, 1))
+    a, b, c = (toy(seed=seed).features(TOY) for seed in (0, 0, 1))
     assert torch.equal(a, b)
     assert not torch.allclose(a, c, atol=1e-2)
 
 
 def test_the_global_random_state_is_left_alone():
     before = torch.get_rng_state()
-    toy(shift=1)
+    toy()
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -81,27 +81,9 @@ def test_the_thread_setting_neither_matters_nor_changes():
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 17, 32), (4, 1, 5), (2, 3, 3)])
 def test_any_shape(shape):
     images = np.random.default_rng(0).integers(0, 256, (12, *shape), dtype=np.uint8)
-    network = fit_classifier(images, np.arange(12) % 3, num_classes=5, num_steps=2, width=4, num_features=7)
-    assert network.features(images).shape == (12, 7)
+    network = fit_classifier(images, np.arange(12) % 3, num_classes=5, num_steps=2)
+    assert network.features(images).shape == (12, 64)
     assert network.predict(images).shape == (12,)
-
-
-def test_small_shifts_are_learnt_when_asked():
-    # One bright column, or one bright row; trained in the middle, tested at the side.
-    images = np.zeros((2, 1, 8, 8), np.uint8)
-    images[0, 0, :, 4] = images[1, 0, 4, :] = 255
-    moved = np.roll(images, (2, 2), (2, 3))
-    network = fit_classifier(images, np.array([0, 1]), num_classes=2, num_steps=60, width=8, shift=2)
-    assert network.accuracy(moved, np.array([0, 1])) == 1
-
-
-def test_accuracy_counts():
-    network = toy()
-    predicted = network.predict(TOY).numpy()
-    wrong = predicted.copy()
-    wrong[:10] = 1 - wrong[:10]
-    assert network.accuracy(TOY, predicted) == 1
-    assert network.accuracy(TOY, wrong) == 0.75
 
 
 def test_a_classifier_comes_back_and_is_always_the_same_bytes(tmp_path):
@@ -134,12 +116,8 @@ def test_errors():
         fit_classifier(TOY, TOY_LABELS, num_classes=1)
     with pytest.raises(ValueError, match="labels -1 to 0 do not fit num_classes 2"):
         fit_classifier(TOY, TOY_LABELS - 1, num_classes=2)
-    with pytest.raises(ValueError, match="num_threads 0 must be at least 1"):
-        toy(num_threads=0)
     network = toy()
     with pytest.raises(
         ValueError, match=r"trained on \[2, 6, 9\]: score with images of the training set's shape"
     ):
         network.features(PIXELS)
-    with pytest.raises(ValueError, match=r"\[3\] labels do not fit 40 images"):
-        network.accuracy(TOY, TOY_LABELS[:3])

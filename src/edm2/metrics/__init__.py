@@ -3,7 +3,7 @@
 Heavy packages are imported inside the functions that need them.
 """
 
-from edm2.metrics.agreement import label_agreement, predict_labels
+from edm2.metrics.agreement import label_agreement
 from edm2.metrics.classifier import ClassifierFeatures, fit_classifier
 from edm2.metrics.dinov2 import DinoV2Features
 from edm2.metrics.extractors import CallableFeatures, FeatureExtractor, describe_extractor
@@ -38,7 +38,6 @@ __all__ = [
     "measure",
     "nearest_distances",
     "precision_recall",
-    "predict_labels",
     "score",
     "squared_mmd",
 ]

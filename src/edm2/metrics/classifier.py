@@ -6,6 +6,7 @@ this data set apart gives features in which a Frechet distance has a meaning.
 
 import hashlib
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,25 +23,26 @@ from edm2.metrics.extractors import check_images
 from edm2.metrics.tensor_file import read_tensor_file, to_metadata
 
 _BLOCK = 1000
+_BATCH, _PEAK_LR = 128, 2e-3
 _FORMAT = "edm2 feature classifier 2"
 
 
 class ClassifierFeatures:
     """Features and classes of images by a trained network.
 
-    Args:
-        network: Maps `[B, C, H, W]` in [-1, 1] to features `[B, D]` and logits `[B, num_classes]`.
-        image_shape: `(C, H, W)` that it was trained on.
+    `fit_classifier` makes it.
 
     Attributes:
-        name: As in `FeatureExtractor`, like `resize`.
+        image_shape: `(C, H, W)` that it was trained on.
+        name: As in `FeatureExtractor`, like `resize` and `num_features`.
     """
 
     name = "classifier"
     resize = "none: images of the shape it was trained on, scaled to [-1, 1]"
 
-    def __init__(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
-        self.image_shape = image_shape
+    def __init__(self, network: "_Network") -> None:
+        self.image_shape: tuple[int, int, int] = network.settings["shape"]
+        self.num_features: int = network.settings["num_features"]
         self._network = network.eval().requires_grad_(False)
 
     @classmethod
@@ -56,29 +58,20 @@ class ClassifierFeatures:
             )
         try:
             header, state = read_tensor_file(path, "pt", _FORMAT)
-            settings = header["settings"]
-            settings["shape"] = tuple(settings["shape"])
             broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
             if broken:
                 raise ValueError(f"{broken[0]} holds values that are not finite")
-            network = _Network(**settings, generator=torch.Generator())
-            network.load_state_dict(state)
+            with torch.device("meta"):  # nothing is allocated, whatever size the header claims
+                network = _Network(**header["settings"])
+            network.load_state_dict(state, assign=True)
         except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not a classifier that `ClassifierFeatures.save` wrote ({error})"
             ) from error
-        return cls(network, network.settings["shape"])
+        return cls(network)
 
     def save(self, path: str | Path) -> None:
-        """Write the network as safetensors; the same network gives the same bytes.
-
-        Raises:
-            ValueError: For a network that `fit_classifier` did not make.
-        """
-        if not isinstance(self._network, _Network):
-            raise ValueError(
-                "only a network that fit_classifier made can be saved: save others by other means"
-            )
+        """Write the network as safetensors; the same network gives the same bytes."""
         metadata = to_metadata(_FORMAT, {"settings": self._network.settings})
         write_atomic(path, save(self._network.state_dict(), metadata))
 
@@ -90,11 +83,6 @@ class ClassifierFeatures:
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
-
-    @cached_property
-    def num_features(self) -> int:
-        """D."""
-        return self.features(torch.zeros(1, *self.image_shape, dtype=torch.uint8)).shape[1]
 
     def features(self, images: np.ndarray | Tensor) -> Tensor:
         """Activations of the last layer but one.
@@ -113,14 +101,6 @@ class ClassifierFeatures:
     def predict(self, images: np.ndarray | Tensor) -> Tensor:
         """Most likely classes, `[N]` int64; images and errors as in `features`."""
         return self._run(images)[1].argmax(dim=1)
-
-    def accuracy(self, images: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> float:
-        """Share of images whose predicted class is the given one, in [0, 1]."""
-        predicted = self.predict(images)
-        labels = torch.as_tensor(labels)
-        if labels.shape != predicted.shape or len(labels) == 0:
-            raise ValueError(f"{list(labels.shape)} labels do not fit {len(predicted)} images")
-        return float((predicted == labels).double().mean())
 
     @torch.no_grad()
     def _run(self, images: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
@@ -142,32 +122,19 @@ def fit_classifier(
     num_classes: int,
     seed: int = 0,
     num_steps: int = 300,
-    batch_size: int = 128,
-    width: int = 32,
-    num_features: int = 64,
-    shift: int = 0,
-    lr: float = 2e-3,
-    num_threads: int = 1,
 ) -> ClassifierFeatures:
     """Train a small convolutional classifier on the CPU.
 
     One convolution a resolution, halved until 4 pixels or fewer are left on a side, then two linear layers.
-    The same arguments give the same network on the same machine.
+    It trains in one thread: layers this small gain little from a second one, and lose tenfold where another process has
+    its core. The same arguments give the same network on the same machine.
 
     Args:
         images: `[N, C, H, W]` uint8, real.
         labels: `[N]` integers in [0, num_classes).
         num_classes: At least 2.
-        seed: Of initial weights, order and shifts.
+        seed: Of initial weights and order.
         num_steps: Training steps.
-        batch_size: Images a step.
-        width: Channels of the first convolution.
-        num_features: D.
-        shift: Largest random shift in pixels each way, filled with the border's colour. Digits
-            of 8x8 fill their frame, and one pixel already costs a point of accuracy.
-        lr: Peak learning rate of Adam, reached after a tenth of the steps and lowered to 0 by a cosine.
-        num_threads: Threads to train with, at least 1; torch's setting is put back afterwards. Layers this
-            small gain little from a second thread, and lose tenfold where another process has its core.
 
     Returns:
         The trained network's features.
@@ -183,83 +150,66 @@ def fit_classifier(
             f"labels {int(labels.min())} to {int(labels.max())} do not fit num_classes {num_classes}: "
             "they must lie in [0, num_classes), and there must be at least 2 classes"
         )
-    if num_threads < 1:
-        raise ValueError(f"num_threads {num_threads} must be at least 1")
-    generator = torch.Generator().manual_seed(seed)
-    shape = (images.shape[1], images.shape[2], images.shape[3])
-    network = _Network(shape, num_classes, width=width, num_features=num_features, generator=generator)
+    with torch.random.fork_rng(devices=()):  # torch draws initial weights from the global state
+        network = _Network(shape=images.shape[1:], num_classes=num_classes)
     threads_before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(1)
     try:
-        _train(
-            network, images, labels, generator, num_steps=num_steps, batch_size=batch_size, shift=shift, lr=lr
-        )
+        _train(network, images, labels, torch.Generator().manual_seed(seed), num_steps)
     finally:
         torch.set_num_threads(threads_before)
-    return ClassifierFeatures(network, shape)
+    return ClassifierFeatures(network)
 
 
 def _train(
-    network: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    generator: torch.Generator,
-    *,
-    num_steps: int,
-    batch_size: int,
-    shift: int,
-    lr: float,
+    network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator, num_steps: int
 ) -> None:
-    optimiser = torch.optim.Adam(network.parameters(), lr=lr, betas=(0.9, 0.99))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=math.sqrt(2 / parameter[0].numel()), generator=generator)
+    optimiser = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99))
     network.train()
     for step in range(num_steps):
-        chosen = torch.randint(len(images), (batch_size,), generator=generator)
-        batch = _shifted(_scaled(images[chosen]), shift, generator)
-        loss = functional.cross_entropy(network(batch)[1], labels[chosen], label_smoothing=0.05)
+        chosen = torch.randint(len(images), (_BATCH,), generator=generator)
+        logits = network(_scaled(images[chosen]))[1]
+        loss = functional.cross_entropy(logits, labels[chosen], label_smoothing=0.05)
         warmup = min((step + 1) / max(0.1 * num_steps, 1), 1.0)
         for group in optimiser.param_groups:
-            group["lr"] = lr * warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+            group["lr"] = _PEAK_LR * warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
 
 
 class _Network(nn.Module):
+    """Maps `[B, C, H, W]` in [-1, 1] to features `[B, num_features]` and logits `[B, num_classes]`."""
+
     def __init__(
-        self,
-        shape: tuple[int, int, int],
-        num_classes: int,
-        *,
-        width: int,
-        num_features: int,
-        generator: torch.Generator,
+        self, *, shape: Sequence[int], num_classes: int, width: int = 32, num_features: int = 64
     ) -> None:
         super().__init__()
         self.settings: dict[str, Any] = dict(
-            shape=shape, num_classes=num_classes, width=width, num_features=num_features
+            shape=tuple(shape), num_classes=num_classes, width=width, num_features=num_features
         )
-        channels, height, width_px = shape
+        channels, *sides = shape
         layers: list[nn.Module] = []
         out = width
         # Above 16 pixels the first convolution would cost more than all others together.
-        stride = 2 if max(height, width_px) > 16 else 1
-        height, width_px = -(-height // stride), -(-width_px // stride)
+        stride = 2 if max(sides) > 16 else 1
+        sides = [-(-side // stride) for side in sides]
         while True:
-            layers += [_conv(channels, out, stride=stride), nn.BatchNorm2d(out), nn.ReLU()]
+            conv = nn.Conv2d(channels, out, 3, stride=stride, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(out), nn.ReLU()]
             channels, stride = out, 1
-            if max(height, width_px) <= 4:
+            if max(sides) <= 4:
                 break
             out = min(2 * out, 4 * width)
-            height, width_px = -(-height // 2), -(-width_px // 2)
+            sides = [-(-side // 2) for side in sides]
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
         self.body = nn.Sequential(*layers, nn.Flatten())
-        self.neck = nn.utils.skip_init(nn.Linear, channels * height * width_px, num_features)
-        self.head = nn.utils.skip_init(nn.Linear, num_features, num_classes)
-        for parameter in self.parameters():
-            if parameter.ndim > 1:
-                fan_in = parameter[0].numel()
-                with torch.no_grad():
-                    parameter.normal_(std=math.sqrt(2 / fan_in), generator=generator)
+        self.neck = nn.Linear(channels * math.prod(sides), num_features)
+        self.head = nn.Linear(num_features, num_classes)
         nn.init.zeros_(self.neck.bias)
         nn.init.zeros_(self.head.bias)
 
@@ -268,24 +218,5 @@ class _Network(nn.Module):
         return features, self.head(functional.relu(features))
 
 
-def _conv(in_channels: int, out_channels: int, *, stride: int) -> nn.Module:
-    # skip_init leaves the global random state alone.
-    conv: nn.Module = nn.utils.skip_init(
-        nn.Conv2d, in_channels, out_channels, 3, stride=stride, padding=1, bias=False
-    )
-    return conv
-
-
 def _scaled(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
-
-
-def _shifted(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
-    if shift == 0:
-        return images
-    batch, _, height, width = images.shape
-    padded = functional.pad(images, (shift,) * 4, mode="replicate")
-    tops, lefts = torch.randint(2 * shift + 1, (2, batch, 1, 1), generator=generator)
-    rows = (tops + torch.arange(height)[:, None]).expand(batch, height, width)
-    columns = (lefts + torch.arange(width)).expand(batch, height, width)
-    return padded[torch.arange(batch)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)

@@ -80,9 +80,7 @@ class CallableFeatures:
 
 def describe_extractor(extractor: FeatureExtractor) -> dict[str, Any]:
     """What identifies an extractor's features, as JSON."""
-    return {
-        key: getattr(extractor, key) for key in ("name", "sha256", "num_features", "resize")
-    }  # fmt: skip
+    return {key: getattr(extractor, key) for key in ("name", "sha256", "num_features", "resize")}
 
 
 def check_images(images: np.ndarray | Tensor) -> Tensor:

@@ -39,10 +39,7 @@ class FeatureStatistics:
             ValueError: For shapes that do not fit, values that are not finite, a matrix that is not a
                 covariance, or too few images.
         """
-        try:
-            mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"mean and cov must be real numbers ({error})") from error
+        mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
         if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
             raise ValueError(f"mean {list(mean.shape)} and cov {list(cov.shape)} must be [D] and [D, D]")
         if num_images < 2:
@@ -120,26 +117,14 @@ class FeatureStatistics:
         call over the CPU.
 
         Raises:
-            ValueError: Where processes saw different numbers of features, or none saw an image.
+            ValueError: Where processes saw different numbers of features.
         """
-        sizes = torch.tensor([self.num_images, len(self._mean)])
-        every = [torch.empty_like(sizes) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, sizes)
-        widths = sorted({int(width) for count, width in every if count})
-        if len(widths) != 1:
-            raise ValueError(f"processes saw features of the sizes {widths}: use one extractor throughout")
-        total = FeatureStatistics(widths[0])
+        total = FeatureStatistics()
         # One process at a time, so that memory does not grow with their number.
-        for rank, (count, _) in enumerate(every):
-            if not count:
-                continue
-            part = self if rank == dist.get_rank() else FeatureStatistics(widths[0])
-            moments = torch.from_numpy(np.vstack([part._mean, part._scatter]))
-            dist.broadcast(moments, rank)
-            part = FeatureStatistics(widths[0])
-            part.num_images = int(count)
-            part._mean, part._scatter = moments[0].numpy(), moments[1:].numpy()
-            total.merge(part)
+        for rank in range(dist.get_world_size()):
+            part = [self]
+            dist.broadcast_object_list(part, rank, device=torch.device("cpu"))
+            total.merge(part[0])
         self.num_images, self._mean, self._scatter = total.num_images, total._mean, total._scatter
 
     @property

@@ -53,16 +53,11 @@ def kernel_distance(
         raise ValueError(
             f"subset_size {subset_size} must be from 2 to the smaller set's number of images, {smaller}"
         )
-    if num_subsets < 1:
-        raise ValueError(f"num_subsets {num_subsets} must be at least 1")
     if subset_size == len(a) == len(b):
         return KernelDistance(squared_mmd(a, b), None, subset_size, 1)
     rng = np.random.default_rng(seed)
     values = [
-        squared_mmd(
-            a[rng.choice(len(a), subset_size, replace=False)],
-            b[rng.choice(len(b), subset_size, replace=False)],
-        )
+        squared_mmd(*(x[rng.choice(len(x), subset_size, replace=False)] for x in (a, b)))
         for _ in range(num_subsets)
     ]
     spread = float(np.std(values)) if num_subsets > 1 else None

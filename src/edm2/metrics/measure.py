@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from edm2.metrics.extractors import FeatureExtractor
@@ -83,7 +82,9 @@ def measure(
     part = np.concatenate(kept).astype(np.float32)
     if dist.is_initialized() and dist.get_world_size() > 1:
         statistics.all_reduce()
-        part = _gathered(part)
+        parts: list[np.ndarray] = [part] * dist.get_world_size()
+        dist.all_gather_object(parts, part)
+        part = np.concatenate(parts)  # in the order of the ranks
     return FeatureSet(statistics=statistics, features=part if len(part) else None)
 
 
@@ -117,16 +118,3 @@ def score(generated: FeatureSet, reference: FeatureSet, *, seed: int = 0) -> Sco
         manifold=precision_recall(real, made, k=MANIFOLD_K),
         support=density_coverage(real, made, k=DENSITY_K),
     )
-
-
-def _gathered(part: np.ndarray) -> np.ndarray:
-    """The rows of all processes, in the order of the ranks."""
-    size = torch.tensor([len(part)])
-    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
-    counts = [int(count) for count in sizes]
-    padded = torch.zeros(max(counts), part.shape[1])
-    padded[: len(part)] = torch.from_numpy(part)
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([rows[:count] for rows, count in zip(parts, counts, strict=True)]).numpy()

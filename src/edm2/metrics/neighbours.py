@@ -17,23 +17,19 @@ class Nearest(NamedTuple):
     indices: np.ndarray
 
 
-def nearest_distances(
-    queries: np.ndarray, references: np.ndarray, *, exclude_self: bool = False, block: int = 512
-) -> Nearest:
+def nearest_distances(queries: np.ndarray, references: np.ndarray, *, block: int = 512) -> Nearest:
     """Nearest reference image of each query image, by pixels.
 
     Args:
         queries: `[N, ...]` uint8.
         references: `[M, ...]` uint8, images of the same shape.
-        exclude_self: Leave out reference i for query i, where both are the same set.
         block: Number of queries compared at a time; bounds the memory to `block * M` float64.
 
     Returns:
         Distances, exactly 0 for a copy, and indices.
 
     Raises:
-        ValueError: For another type, shapes that differ, no references, or `exclude_self` between sets of
-            different size.
+        ValueError: For another type, shapes that differ, or no references.
     """
     for name, images in (("queries", queries), ("references", references)):
         if images.dtype != np.uint8:
@@ -42,13 +38,8 @@ def nearest_distances(
         raise ValueError(
             f"queries {list(queries.shape[1:])} and references {list(references.shape[1:])} differ in shape"
         )
-    if len(references) < 1 + exclude_self:
-        raise ValueError(f"{len(references)} references are too few to find a nearest one")
-    if exclude_self and len(queries) != len(references):
-        raise ValueError(
-            f"exclude_self needs one set as both, but there are {len(queries)} queries and "
-            f"{len(references)} references"
-        )
+    if not len(references):
+        raise ValueError("there are no references: at least one is needed to find a nearest one")
     # Whole numbers below 2^53: the expanded square is exact in float64, in any order of summing.
     known = references.reshape(len(references), -1).astype(np.float64)
     known_square = np.square(known).sum(axis=1)
@@ -56,11 +47,8 @@ def nearest_distances(
     index = np.empty(len(queries), np.int64)
     for start in range(0, len(queries), block):
         part = queries[start : start + block].reshape(-1, known.shape[1]).astype(np.float64)
-        rows = np.arange(len(part))
         distance = known_square - 2 * (part @ known.T) + np.square(part).sum(axis=1)[:, None]
-        if exclude_self:
-            distance[rows, start + rows] = np.inf
         nearest = distance.argmin(axis=1)
-        index[start : start + len(part)] = nearest
-        squared[start : start + len(part)] = distance[rows, nearest]
+        index[start : start + block] = nearest
+        squared[start : start + block] = distance[np.arange(len(part)), nearest]
     return Nearest(np.sqrt(squared / known.shape[1]) / 255, index)
