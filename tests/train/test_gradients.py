@@ -96,7 +96,7 @@ def test_bad_steps_take_no_checkpoint_away(tmp_path: Path) -> None:
             trainer.request_stop()
 
     config, bad = tiny_config(keep_checkpoints=1), (10, 11, 12, 13, 14)
-    with pytest.raises(Stopped, match=r"not saved, because .* infinite in the last 3 of its steps"):
+    with pytest.raises(Stopped, match=r"not saved, because .* infinite in the last 3 steps"):
         poisoned(tmp_path / "run", bad, config).run(quiet=True, on_step=stop)
     assert saved(tmp_path / "run") == [40]
     poisoned(tmp_path / "run", bad, config).run(quiet=True)

@@ -9,7 +9,7 @@ from typing import Any
 from edm2.diffusion import MODEL_FILE
 from edm2.ema.storage.locking import folder_lock
 from edm2.ema.storage.manifest import read_manifest
-from edm2.ema.storage.snapshots import open_snapshot
+from edm2.ema.storage.verify import damaged
 from edm2.files import read_sealed, write_sealed
 
 CONFIG_FILE = "config.json"
@@ -105,17 +105,13 @@ def find_lost_snapshots(out: Path, times: Sequence[int], sigma_rels: Sequence[fl
         manifest = read_manifest(folder)
     except (ValueError, OSError) as error:
         return [str(error)]
-    stored = {(s.t, s.sigma_rel): s for s in manifest.snapshots}
-    problems = []
-    for t, sigma_rel in itertools.product(times, sigma_rels):
-        if (t, sigma_rel) not in stored:
-            problems.append(f"the snapshot of {t} images with EMA length {sigma_rel:g} is missing")
-            continue
-        try:
-            open_snapshot(folder, manifest.run, stored[t, sigma_rel])
-        except (ValueError, OSError) as error:
-            problems.append(str(error))
-    return problems
+    stored = {(s.t, s.sigma_rel) for s in manifest.snapshots}
+    missing = [
+        f"the snapshot of {t} images with EMA length {sigma_rel:g} is missing"
+        for t, sigma_rel in itertools.product(times, sigma_rels)
+        if (t, sigma_rel) not in stored
+    ]
+    return [*missing, *damaged(folder, manifest, read=False)]
 
 
 def read_config(out: Path) -> dict[str, Any]:
