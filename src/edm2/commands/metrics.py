@@ -122,14 +122,13 @@ def ref(prog: str, words: Sequence[str]) -> None:
         images = open_images(chosen.data, split=options.split)
         beside = _classifier_beside(out)
         fits = options.extractor in (None, "classifier") and options.weights is None
-        if out.exists():
-            extractor: FeatureExtractor = (
-                ClassifierFeatures.load(beside) if fits else _open(options, None, world)
-            )
-        elif fits:
-            extractor = _fit(images, beside, options, world)
-        else:
+        extractor: FeatureExtractor
+        if not fits:
             extractor = _open(options, None, world)
+        elif out.exists():
+            extractor = ClassifierFeatures.load(beside)
+        else:
+            extractor = _fit(images, beside, options, world)
         provenance = provenance_of(
             images.provenance, describe_extractor(extractor), keep=options.keep, seed=options.seed
         )

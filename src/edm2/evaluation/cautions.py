@@ -15,6 +15,7 @@ def find_cautions(images: dict[str, Any], reference: dict[str, Any], extractor: 
     """Find reasons why numbers about images against a reference may mean little, one sentence each."""
     found = []
     width, general = extractor["num_features"], extractor["name"] in OFFICIAL.values()
+    enough = _CONVENTION if general else 10 * width
     for whose, count in (
         ("there are", images["num_images"]),
         ("the reference is of", reference.get("num_images")),
@@ -24,10 +25,10 @@ def find_cautions(images: dict[str, Any], reference: dict[str, Any], extractor: 
                 f"{whose} {count:,} images for {width:,} features: covariances are singular and the Frechet distance "
                 "is far too large; compare it only with one of as many images"
             )
-        elif count is not None and count < (_CONVENTION if general else 10 * width):
+        elif count is not None and count < enough:
             found.append(
-                f"{whose} {count:,} images, fewer than {_CONVENTION if general else 10 * width:,}: the Frechet "
-                "distance is too large; compare it only with one of as many images"
+                f"{whose} {count:,} images, fewer than {enough:,}: the Frechet distance is too large; compare it only "
+                "with one of as many images"
             )
     shape, fingerprint = images.get("shape"), images.get("fingerprint")
     if general and shape is not None and shape[0] == 1:

@@ -5,7 +5,7 @@ model_index.json names and wants the weights in a layout of its own. Only safete
 diffusers is needed for latents only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -117,20 +117,27 @@ class EDM2Pipeline(ModelHubMixin):
             ValueError: For inputs that do not fit the model or each other, before any work.
         """
         latent = self._check_output(output_type)
-        count = _count(num_images, class_labels, generator, seeds, options.get("conditions"))
-        chosen = _seeds(count, generator, seeds)
+        conditions = options.get("conditions")
+        seeds = None if seeds is None else [int(seed) for seed in np.ravel(np.asarray(seeds))]
+        count = _count(
+            num_images, class_labels=class_labels, generators=generator, seeds=seeds, conditions=conditions
+        )
+        if seeds is None:
+            seeds = _drawn(count, generator)
+        elif generator is not None:
+            raise ValueError("generator and seeds exclude each other: give one")
         labels = class_labels
         if labels is not None:
             labels = np.full(count, labels) if np.ndim(labels) == 0 else np.asarray(labels)
-        self.model.generator.check_inputs(count, labels, options.get("conditions"))
+        self.model.generator.check_inputs(count, labels, conditions)
         settings = {"num_steps": num_inference_steps, "guidance": guidance_scale}
         given = {**{key: v for key, v in settings.items() if v is not None}, **options}
         decoder = None if latent else self._get_decoder()
-        made = torch.from_numpy(self.model.images(chosen, labels, batch_size=images_at_once, **given))
+        made = torch.from_numpy(self.model.images(seeds, labels, batch_size=images_at_once, **given))
         if decoder is not None:
             made = decoder(made.to(self.device)).cpu()
         images = _converted(made, "pt" if latent else output_type)
-        return EDM2PipelineOutput(images, chosen) if return_dict else (images,)
+        return EDM2PipelineOutput(images, seeds) if return_dict else (images,)
 
     def _check_output(self, output_type: str) -> bool:
         generator = self.model.generator
@@ -159,7 +166,7 @@ class EDM2Pipeline(ModelHubMixin):
             self._decoder = decoder
         return self._decoder
 
-    # Below: methods that huggingface_hub's mixin leaves to the class.
+    # Below: methods of huggingface_hub's mixin, and those that it leaves to the class.
 
     @classmethod
     def from_pretrained(
@@ -171,7 +178,11 @@ class EDM2Pipeline(ModelHubMixin):
         device: torch.device | str = "cpu",
         dtype: str | torch.dtype = "float32",
         compile: bool = False,
-        **options: Any,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
     ) -> "EDM2Pipeline":
         """Open a folder, or a repository of the hub, of which only our own files are downloaded.
 
@@ -182,24 +193,36 @@ class EDM2Pipeline(ModelHubMixin):
             device: See `ImageGenerator.load`; so are dtype and compile.
             dtype: Precision of the network.
             compile: Use torch.compile.
-            **options: The mixin's: revision, token, cache_dir, local_files_only, force_download.
+            revision: Of the repository: branch, tag or commit.
+            cache_dir: See huggingface_hub's `snapshot_download`; so are the options that follow.
+            force_download: Download although the cache has it.
+            local_files_only: Use the cache alone.
+            token: For a private repository.
 
         Raises:
             ValueError: As in `open_pretrained`, or if neither such a folder nor such a repository exists.
         """
-        # All are named here, because the mixin takes those that are not from the downloaded config.json.
-        own = dict(vae=vae, pixel_range=pixel_range, device=device, dtype=dtype, compile=compile)
-        try:
-            made: EDM2Pipeline = super().from_pretrained(pretrained_model_name_or_path, **own, **options)
-        except OSError as error:
-            if Path(pretrained_model_name_or_path).is_dir():
-                raise
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is not a folder here, and the hub did not provide it ({reason}): "
-                "check the name, the network and, for a private repository, your login"
-            ) from error
-        return made
+        # The mixin's own takes arguments from the downloaded config.json, and downloads that file at another revision.
+        folder = pretrained_model_name_or_path
+        if not Path(folder).is_dir():
+            try:
+                folder = snapshot_download(
+                    str(folder),
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                    allow_patterns=list(FILES),
+                )
+            except OSError as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(
+                    f"{folder} is not a folder here, and the hub did not provide it ({reason}): "
+                    "check the name, the network and, for a private repository, your login"
+                ) from error
+        model = open_pretrained(folder, device=device, dtype=dtype, compile=compile)
+        return cls(model, vae=vae, pixel_range=pixel_range)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> Any:
         """Write networks, settings and card into a folder, as `edm2.hub.save_pretrained` does.
@@ -241,57 +264,11 @@ class EDM2Pipeline(ModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         write_pretrained(self.model, save_directory)
 
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        vae: Any,
-        pixel_range: PixelRange,
-        device: torch.device | str,
-        dtype: str | torch.dtype,
-        compile: bool,
-        **unknown: Any,
-    ) -> "EDM2Pipeline":
-        # The mixin of huggingface_hub before 1.0 hands these on, always.
-        older = {name: unknown.pop(name, None) for name in ("proxies", "resume_download")}
-        if unknown:
-            known = "vae, pixel_range, device, dtype, compile"
-            raise ValueError(f"unknown option {sorted(unknown)[0]!r} of from_pretrained: there are {known}")
-        folder = model_id
-        if not Path(model_id).is_dir():
-            folder = snapshot_download(
-                model_id,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-                allow_patterns=list(FILES),
-                **{name: value for name, value in older.items() if value is not None},
-            )
-        model = open_pretrained(folder, device=device, dtype=dtype, compile=compile)
-        return cls(model, vae=vae, pixel_range=pixel_range)
 
-
-def _count(num_images: int | None, *others: Any) -> int:
-    """Number of images on which all that was given agrees."""
-    labels, generators, seeds, conditions = others
-    lengths = {
-        "num_images": num_images,
-        "class_labels": None if labels is None or np.ndim(labels) == 0 else len(labels),
-        "generators": None
-        if generators is None or isinstance(generators, torch.Generator)
-        else len(generators),
-        "seeds": None if seeds is None else np.size(seeds),
-        "conditions": None if conditions is None else len(conditions),
-    }
-    given = {name: int(length) for name, length in lengths.items() if length is not None}
+def _count(num_images: int | None, **others: Any) -> int:
+    """Number of images on which all that was given agrees; one label or generator serves any number."""
+    given = {} if num_images is None else {"num_images": num_images}
+    given |= {name: len(value) for name, value in others.items() if isinstance(value, Sized)}
     if len(set(given.values())) > 1:
         told = ", ".join(f"{name} {length}" for name, length in given.items())
         raise ValueError(f"how many images? {told}: they must agree")
@@ -301,15 +278,8 @@ def _count(num_images: int | None, *others: Any) -> int:
     return count
 
 
-def _seeds(
-    count: int,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    seeds: int | Sequence[int] | None,
-) -> list[int]:
-    if seeds is not None:
-        if generator is not None:
-            raise ValueError("generator and seeds exclude each other: give one")
-        return [int(seed) for seed in np.ravel(np.asarray(seeds))]
+def _drawn(count: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> list[int]:
+    """Seeds from the generator, or one for each from its own."""
     if generator is None:
         generator = torch.Generator()
         generator.seed()  # from the system, not from the process's shared numbers
@@ -319,11 +289,8 @@ def _seeds(
 
 def _converted(images: Tensor, output_type: str) -> Any:
     if output_type == "pil":
-        arrays = [
-            image.permute(1, 2, 0).squeeze(-1) if len(image) == 1 else image.permute(1, 2, 0)
-            for image in images
-        ]
-        return [Image.fromarray(array.contiguous().numpy()) for array in arrays]
+        arrays = [image.permute(1, 2, 0).numpy() for image in images]
+        return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
     if images.dtype == torch.uint8:
         images = images.float() / 255
     return images if output_type == "pt" else images.permute(0, 2, 3, 1).contiguous().numpy()
