@@ -174,7 +174,7 @@ def _import_fetched(
             done = ", ".join(str(one.path) for one in imported)
             kind = ValueError if isinstance(error, ValueError) else OSError
             raise kind(f"{error}. Kept for the next time: {done}") from error
-        for path in (out / _DOWNLOADS).glob(f"*/{glob.escape(name)}*"):
+        for path in (out / _DOWNLOADS).rglob(f"{glob.escape(name)}*"):
             path.unlink()  # of this run, or of one that was killed
     _remove_empty(out / _DOWNLOADS)
     return imported
@@ -183,14 +183,11 @@ def _import_fetched(
 def _fetch_and_convert(name: str, out: Path, source: str | None, sha256: str | None) -> Imported:
     file = fetch(name, source, out / _DOWNLOADS, sha256=sha256)
     try:
-        done = import_path(file, out)
+        return import_path(file, out)
     except ValueError:
         if out / _DOWNLOADS in file.parents:  # a bad download is not worth keeping
             file.unlink()
         raise
-    if out / _DOWNLOADS in file.parents:
-        file.unlink()
-    return done
 
 
 def _remove_empty(downloads: Path) -> None:
@@ -277,6 +274,7 @@ def _import_snapshots(folder: Path, out: Path, prefix: str | None) -> Imported:
     found = f"{len(snapshots)} snapshots of {times} times, EMA lengths {lengths}"
     files = {name: sha256_of(folder / name) for name in source.files}
     run = replace(source.manifest.run, metadata={**(source.manifest.run.metadata or {}), "files": files})
+    # Not `replacing_folder`, whose lock on the folder would be waited for by the writer of snapshots.
     work = out.resolve().with_name(f".{out.resolve().name}.importing")
     with claimed(work, out):
         try:

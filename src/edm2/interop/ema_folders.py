@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +116,7 @@ def open_ema_folder(
                 for f, count in zip(files, updates, strict=True)
             ),
         ),
-        files={f.path.name: _with_metadata(f.tensors, {"copied": copied}) for f in files},
+        files={f.path.name: replace(f.tensors, metadata={"copied": copied}) for f in files},
         profiles=profiles,
         interval=update_every if update_every > 1 else 0.0,
     )
@@ -217,31 +217,18 @@ def _read(track: int, step: int, path: Path) -> _File:
         raise ValueError(
             f"{path} holds values that are not finite in {broken!r}: leave files from that step on out"
         )
-    specs = {new: opened.file.specs[old] for new, old in names.items()}
     return _File(
         track=track,
         step=step,
         path=path,
-        tensors=TensorFile(
-            path=path,
-            specs=specs,
+        tensors=replace(
+            opened.file,
+            specs={new: opened.file.specs[old] for new, old in names.items()},
             offsets={new: opened.file.offsets[old] for new, old in names.items()},
-            metadata={},
-            header_sha256="",
         ),
         values=values,
         inner_step=float(inner),
         integers=frozenset(n for n, x in values.items() if bool((x == x.round()).all())),
-    )
-
-
-def _with_metadata(file: TensorFile, metadata: dict[str, str]) -> TensorFile:
-    return TensorFile(
-        path=file.path,
-        specs=file.specs,
-        offsets=file.offsets,
-        metadata=metadata,
-        header_sha256=file.header_sha256,
     )
 
 
@@ -263,7 +250,8 @@ def _steps_before_first_update(files: Sequence[_File]) -> int:
     for file in files:
         if math.isfinite(file.inner_step):
             # Half of the spacing of float16 (11 digits) or bfloat16 (8), none for exact integers.
-            digits = {torch.float16: 11, torch.bfloat16: 8}.get(_step_dtype(file), 24)
+            stored_as = next(iter(file.values.values())).dtype
+            digits = {torch.float16: 11, torch.bfloat16: 8}.get(stored_as, 24)
             slack = 2.0 ** (math.frexp(max(file.inner_step, 1.0))[1] - digits - 1)
             slack = slack if slack >= 0.5 else 0.0
             low = max(low, file.step - file.inner_step - slack)
@@ -277,10 +265,6 @@ def _steps_before_first_update(files: Sequence[_File]) -> int:
     if low <= 0:
         return 0
     return _LATE_START if low <= _LATE_START <= high else math.ceil(low)
-
-
-def _step_dtype(file: _File) -> torch.dtype:
-    return next(iter(file.values.values())).dtype
 
 
 def _check_same_run(files: Sequence[_File], names: Sequence[str]) -> None:
@@ -306,9 +290,7 @@ def _check_same_run(files: Sequence[_File], names: Sequence[str]) -> None:
 
 
 def _square_of(values: Mapping[str, Tensor], names: Sequence[str]) -> float:
-    return sum(
-        float(sample.square().mean()) * values[n].numel() for n in names for sample in [_sample(values[n])]
-    )
+    return sum(float(_sample(values[n]).square().mean()) * values[n].numel() for n in names)
 
 
 def _sample(x: Tensor) -> Tensor:

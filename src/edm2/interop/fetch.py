@@ -54,9 +54,7 @@ def fetch(name: str, source: str | None, folder: str | Path, *, sha256: str | No
     elif "://" in source:
         path = _download(_address(name, source), name, Path(folder), sha256)
     else:
-        path = Path(source) / name
-        if not path.is_file():
-            raise ValueError(f"{source} does not contain {name}: download it there, or give another --from")
+        path = _in_folder(name, source)
     if sha256 is not None and sha256_of(path) != sha256.lower():
         advice = "delete it and get it again"
         if Path(folder) in path.parents:
@@ -83,8 +81,8 @@ def check_there(names: Sequence[str], source: str | None) -> None:
             continue
         if "://" in known:
             _identify(_address(name, known))
-        elif not (Path(known) / name).is_file():
-            raise ValueError(f"{known} does not contain {name}: download it there, or give another --from")
+        else:
+            _in_folder(name, known)
 
 
 def _known_source(name: str, source: str | None) -> str:
@@ -95,6 +93,13 @@ def _known_source(name: str, source: str | None) -> str:
             "address of the folder in which its authors publish it"
         )
     return source
+
+
+def _in_folder(name: str, folder: str) -> Path:
+    path = Path(folder) / name
+    if not path.is_file():
+        raise ValueError(f"{folder} does not contain {name}: download it there, or give another --from")
+    return path
 
 
 def _from_hub(name: str, source: str) -> Path:
@@ -134,16 +139,13 @@ class _Version(NamedTuple):
 
 
 def _download(url: str, name: str, folder: Path, sha256: str | None) -> Path:
-    version = _Version(None, None)
-    if sha256 is None:
-        version = _identify(url)
+    version = _identify(url) if sha256 is None else _Version(None, None)
     identity = sha256.lower() if sha256 is not None else f"{url} {version.size} {version.validator}"
     path = folder / hashlib.sha256(identity.encode()).hexdigest()[:16] / name
     part = path.with_name(f"{name}.part")
     with claimed(path.parent, path):
-        if (
-            sha256 is None and version.validator is None
-        ):  # what is there may be of another file of the same size
+        if sha256 is None and version.validator is None:
+            # What is there may be of another file of the same size.
             path.unlink(missing_ok=True)
             part.unlink(missing_ok=True)
         if not path.exists():

@@ -77,17 +77,14 @@ def network_of(path: Path, content: Any) -> NetworkFile:
     buffers: dict[str, StoredTensor] = {}
     for kind, name, tensor in _tensors(path, network):
         (parameters if kind == "_parameters" else buffers)[name] = tensor
-    options = _options(path, network, num_tensors=len(parameters) + len(buffers))
     encoder = content.get("encoder")
-    found = NetworkFile(
+    return NetworkFile(
         path=path,
-        options=options,
+        options=_options(path, network, {**parameters, **buffers}),
         parameters=parameters,
         buffers=buffers,
         encoder=encoder.class_name if isinstance(encoder, Record) else None,
     )
-    _check_state(found)
-    return found
 
 
 def _tensors(path: Path, network: Record) -> Iterator[tuple[str, str, StoredTensor]]:
@@ -121,8 +118,8 @@ def _is_name(name: Any) -> bool:
     return isinstance(name, str) and len(name) <= _LONGEST_NAME
 
 
-def _options(path: Path, network: Record, *, num_tensors: int) -> dict[str, Any]:
-    """Our constructor's arguments from those in the file, which have the same names."""
+def _options(path: Path, network: Record, tensors: dict[str, StoredTensor]) -> dict[str, Any]:
+    """Our constructor's arguments from those in the file, which have the same names, if its tensors fit them."""
     given = network.state.get("_init_kwargs")
     if type(given) is not dict or network.state.get("_init_args", ()) != ():
         raise refusal(path, "a network without its constructor's arguments by name")
@@ -138,21 +135,16 @@ def _options(path: Path, network: Record, *, num_tensors: int) -> dict[str, Any]
             )
         options[name] = value
     try:
-        return build_from(options, num_tensors=num_tensors).options
+        built = build_from(options, num_tensors=len(tensors))
     except ValueError as error:
         raise refusal(path, f"a network that cannot be built ({error})") from None
-
-
-def _check_state(found: NetworkFile) -> None:
-    network = build_from(found.options)
-    wanted = {name: tuple(x.shape) for name, x in network.state_dict().items()}
-    given = {name: x.shape for name, x in {**found.parameters, **found.buffers}.items()}
+    wanted = {name: tuple(x.shape) for name, x in built.state_dict().items()}
+    given = {name: x.shape for name, x in tensors.items()}
     for name in sorted(wanted.keys() | given.keys()):
         if wanted.get(name) != given.get(name):
-            raise refusal(
-                found.path,
-                f"{_shape(given.get(name))} for {name}, where its network has {_shape(wanted.get(name))}",
-            )
+            told = f"{_shape(given.get(name))} for {name}, where its network has {_shape(wanted.get(name))}"
+            raise refusal(path, told)
+    return built.options
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

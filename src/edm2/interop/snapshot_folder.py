@@ -58,16 +58,11 @@ def parse_name(name: str) -> SnapshotName | None:
     match = _NAME.fullmatch(name)
     if match is None:
         return None
-    num_images, sigma_rel = images_of(int(match["thousands"])), float(match["sigma_rel"])
-    if num_images is None or not 0 < sigma_rel < 0.2887:
+    thousands, sigma_rel = int(match["thousands"]), float(match["sigma_rel"])
+    num_images = -(-thousands * 1000 // 1024) * 1024  # the multiple of 1024 among the name's thousand
+    if num_images == 0 or num_images // 1000 != thousands or not 0 < sigma_rel < 0.2887:
         return None
     return SnapshotName(prefix=match["prefix"], num_images=num_images, sigma_rel=sigma_rel)
-
-
-def images_of(thousands: int) -> int | None:
-    """The multiple of 1024 images among a name's thousands; None if there is none."""
-    num_images = -(-thousands * 1000 // 1024) * 1024
-    return num_images if num_images and num_images // 1000 == thousands else None
 
 
 def open_snapshots(folder: str | Path, *, prefix: str | None = None) -> ForeignSnapshots:
