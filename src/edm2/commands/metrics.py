@@ -157,11 +157,9 @@ def score(prog: str, words: Sequence[str]) -> None:
     if chosen.out is None and "://" in chosen.images:
         raise ValueError(f"the numbers cannot be written beside {chosen.images}: give --out with a file")
     with join_world(options.device) as world:
-        real = _Side(reference=read_reference(chosen.ref, metric=chosen.metric), where=str(chosen.ref))
-        made = _Side(
-            images=open_images(chosen.images, split=options.split, num_classes=real.num_classes),
-            where=chosen.images,
-        )
+        real = _Side(found=read_reference(chosen.ref, metric=chosen.metric), where=str(chosen.ref))
+        found = open_images(chosen.images, split=options.split, num_classes=real.num_classes)
+        made = _Side(found=found, where=chosen.images)
         out = chosen.out or Path(f"{chosen.images.rstrip('/')}.metrics.json")
         _score(real, made, _open(options, real, world), out, options, world)
 
@@ -178,10 +176,8 @@ def compare(prog: str, words: Sequence[str]) -> None:
     with join_world(options.device) as world:
         real = _side(chosen.a, options, None)
         made = _side(chosen.b, options, real.num_classes)
-        extractor = None
-        if real.images is not None or made.images is not None:
-            known = next((side for side in (real, made) if side.reference is not None), None)
-            extractor = _open(options, known, world)
+        known = [side for side in (real, made) if isinstance(side.found, Reference)]
+        extractor = None if len(known) == 2 else _open(options, known[0] if known else None, world)
         stems = [Path(name.rstrip("/")).stem for name in names]
         out = chosen.out or Path(f"{stems[0]}-vs-{stems[1]}.metrics.json")
         _score(real, made, extractor, out, options, world)
@@ -192,16 +188,12 @@ class _Side:
     """One of the two sets that are compared: images, or a reference."""
 
     where: str
-    images: ImageSet | None = None
-    reference: Reference | None = None
+    found: ImageSet | Reference
 
     @property
     def provenance(self) -> dict[str, Any]:
-        if self.images is not None:
-            return self.images.provenance
-        assert self.reference is not None
-        known: dict[str, Any] = self.reference.provenance["images"]
-        return known
+        known: dict[str, Any] = self.found.provenance
+        return known if isinstance(self.found, ImageSet) else known["images"]
 
     @property
     def num_classes(self) -> int | None:
@@ -209,42 +201,37 @@ class _Side:
         return len(counts) if counts else None
 
     def measured(self, extractor: FeatureExtractor | None, options: _Options, world: World) -> FeatureSet:
-        if self.reference is not None:
-            return self.reference
-        assert self.images is not None
+        if isinstance(self.found, Reference):
+            return self.found
         assert extractor is not None
-        return _measured(self.images, extractor, options, world)
+        return _measured(self.found, extractor, options, world)
 
 
 def _side(name: str, options: _Options, num_classes: int | None) -> _Side:
     if is_reference(name):
-        return _Side(reference=read_reference(name), where=name)
-    return _Side(images=open_images(name, split=options.split, num_classes=num_classes), where=name)
+        return _Side(found=read_reference(name), where=name)
+    return _Side(found=open_images(name, split=options.split, num_classes=num_classes), where=name)
 
 
 def _score(
     real: _Side, made: _Side, extractor: FeatureExtractor | None, out: Path, options: _Options, world: World
 ) -> None:
     """Check everything, then measure, print and write; two references need no extractor."""
-    if extractor is not None:
-        described = describe_extractor(extractor)
-    else:
-        assert made.reference is not None
-        described = made.reference.provenance["extractor"]
+    described = made.found.provenance["extractor"] if extractor is None else describe_extractor(extractor)
     for side in (real, made):
-        if side.reference is not None:
-            check_extractor(described, side.reference.provenance["extractor"], side.where)
+        if isinstance(side.found, Reference):
+            check_extractor(described, side.found.provenance["extractor"], side.where)
     provenance = provenance_of(made.provenance, described, keep=options.keep, seed=options.seed)
     provenance["reference"] = {
         "images": real.provenance,
-        "sha256": real.reference.sha256 if real.reference is not None else None,
+        "sha256": real.found.sha256 if isinstance(real.found, Reference) else None,
     }
     old = check_result(out, provenance)
     if old is not None:
         return _print_result(old, f"these numbers were in {out} already") if world.is_first else None
     for side in (real, made):
-        if side.images is not None and extractor is not None:
-            _see(extractor, side.images)
+        if isinstance(side.found, ImageSet) and extractor is not None:
+            _see(extractor, side.found)
     found = find_cautions(made.provenance, real.provenance, provenance["extractor"])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -312,8 +299,8 @@ def _check(options: _Options) -> None:
 def _open(options: _Options, known: _Side | None, world: World) -> FeatureExtractor:
     """The extractor that is asked for, or that a reference was made with."""
     name: str | None = options.extractor
-    if known is not None and known.reference is not None:
-        wanted = known.reference.provenance["extractor"]["name"]
+    if known is not None:
+        wanted = known.found.provenance["extractor"]["name"]
         if name not in (None, wanted):
             raise ValueError(f"{known.where} was measured by {wanted}: leave --extractor {name} out")
         name = wanted

@@ -29,12 +29,10 @@ class ImageSet:
     dataset: ImageDataset
     provenance: dict[str, Any]
 
-    def batches(
-        self, size: int, *, rank: int = 0, world_size: int = 1, quiet: bool = False
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def batches(self, size: int, *, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Indices and images of this process's share, in order, with progress on the first process."""
         mine = np.array_split(np.arange(len(self.dataset)), world_size)[rank]
-        with Progress("features", len(mine), "images", quiet=quiet or rank > 0) as progress:
+        with Progress("features", len(mine), "images", quiet=rank > 0) as progress:
             for start in range(0, len(mine), size):
                 indices = mine[start : start + size]
                 yield indices, self.dataset.images(indices)

@@ -6,7 +6,7 @@ from typing import Any
 
 from edm2.files import sha256_of
 from edm2.interop.reference import is_imported_reference, read_reference_statistics
-from edm2.metrics import FeatureStatistics, Reference
+from edm2.metrics import Reference
 
 OFFICIAL = {"fid": "inception", "fd_dinov2": "dinov2"}
 
@@ -39,9 +39,8 @@ def read_reference(path: str | Path, *, metric: str | None = None) -> Reference:
         raise ValueError(f"{path} does not hold {metric}, only {', '.join(found)}")
     moments = found[metric]
     # Where the file does not say the number, any will do: the distance is of mean and covariance alone.
-    statistics = FeatureStatistics.from_moments(moments.mean, moments.cov, num_images=moments.num_images or 2)
     return Reference(
-        statistics=statistics,
+        statistics=moments.to_features(num_images=2),
         features=None,
         provenance={
             "extractor": {"name": OFFICIAL.get(metric, metric), "num_features": len(moments.mean)},
