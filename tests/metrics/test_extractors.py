@@ -79,7 +79,7 @@ def test_torchscript_is_not_opened_without_hash_or_trust(tmp_path, monkeypatch):
         ValueError, match=f"contains code that runs: give the sha256 .*or trust it .*{sha256}"
     ):
         InceptionFeatures(path)
-    with pytest.raises(ValueError, match=f"has the sha256 {sha256}, not {'0' * 64}.* was not opened"):
+    with pytest.raises(ValueError, match=f"has the sha256 {sha256}, not {'0' * 64}.* is not used"):
         InceptionFeatures(path, sha256="0" * 64, trust_code=True)
 
 

@@ -16,6 +16,7 @@ from edm2.metrics import (
     measure,
 )
 from edm2.metrics.dinov2 import DINOV2
+from edm2.metrics.extractors import check_sha256
 from edm2.metrics.inception import HOW_TO_GET_INCEPTION
 from edm2.metrics.measure import kept_rows
 from edm2.train.world import World
@@ -56,8 +57,7 @@ def open_extractor(
         return InceptionFeatures(weights, sha256=sha256, trust_code=trust, device=device)
     assert weights is not None
     found = ClassifierFeatures.load(weights)
-    if sha256 is not None and sha256_of(weights) != sha256.lower():
-        raise ValueError(f"the sha256 of {weights} is not {sha256}: it is another file")
+    check_sha256(weights, sha256_of(weights), sha256)
     return found
 
 

@@ -8,7 +8,7 @@ diffusers is needed for latents only.
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ with needed("edm2.hub.pipeline"):
     from PIL import Image
 
 OutputType = Literal["pil", "np", "pt", "latent"]
-_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _PIL_CHANNELS = (1, 3, 4)
 
 
@@ -142,8 +141,8 @@ class EDM2Pipeline(ModelHubMixin):
     def _check_output(self, output_type: str) -> bool:
         generator = self.model.generator
         kind, channels = generator.coding.kind, generator.denoiser.img_shape[0]
-        if output_type not in _OUTPUT_TYPES:
-            raise ValueError(f"output_type {output_type!r}: there are {', '.join(_OUTPUT_TYPES)}")
+        if output_type not in get_args(OutputType):
+            raise ValueError(f"output_type {output_type!r}: there are {', '.join(get_args(OutputType))}")
         if output_type == "latent" and kind != "latents":
             raise ValueError(f"output_type 'latent' is for latent models, and this one makes {kind}")
         if output_type == "pil" and (

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from edm2.extras import needed
 from edm2.files import sha256_of
-from edm2.metrics.extractors import as_rgb
+from edm2.metrics.extractors import as_rgb, check_sha256
 
 DINOV2 = "facebook/dinov2-large"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -51,10 +51,7 @@ class DinoV2Features:
             from transformers import Dinov2Model
         folder = _find(source)
         self.sha256 = sha256_of(folder / _WEIGHTS)
-        if sha256 is not None and sha256.lower() != self.sha256:
-            raise ValueError(
-                f"{folder / _WEIGHTS} has the sha256 {self.sha256}, not {sha256}: it is damaged or another file"
-            )
+        check_sha256(folder / _WEIGHTS, self.sha256, sha256)
         try:
             loaded: Any = Dinov2Model.from_pretrained(
                 folder,

@@ -1,6 +1,7 @@
 """Feature extractors: a small protocol, and any function as an extractor."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -81,6 +82,14 @@ class CallableFeatures:
 def describe_extractor(extractor: FeatureExtractor) -> dict[str, Any]:
     """What identifies an extractor's features, as JSON."""
     return {key: getattr(extractor, key) for key in ("name", "sha256", "num_features", "resize")}
+
+
+def check_sha256(path: str | Path, found: str, expected: str | None) -> None:
+    """Raise a ValueError unless a file's hash is the expected one, if there is one."""
+    if expected is not None and expected.lower() != found:
+        raise ValueError(
+            f"{path} has the sha256 {found}, not {expected}: it is damaged or another file, and is not used"
+        )
 
 
 def check_images(images: np.ndarray | Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edm2.metrics.extractors import as_rgb
+from edm2.metrics.extractors import as_rgb, check_sha256
 
 HOW_TO_GET_INCEPTION = (
     "get the TorchScript file of the 2015-12-05 TensorFlow graph, inception-2015-12-05.pt as published with NVIDIA's "
@@ -58,10 +58,7 @@ class InceptionFeatures:
                 f"{path} is TorchScript, which contains code that runs: give the sha256 that its publisher states, or "
                 f"trust it explicitly (the file's is {self.sha256}: compare it with the published one)"
             )
-        if sha256 is not None and sha256.lower() != self.sha256:
-            raise ValueError(
-                f"{path} has the sha256 {self.sha256}, not {sha256}: it is damaged or another file, and was not opened"
-            )
+        check_sha256(path, self.sha256, sha256)
         self._device = torch.device(device)
         with warnings.catch_warnings():
             # torch deprecates TorchScript, but the file behind everybody's numbers is in that format.
