@@ -321,7 +321,7 @@ def scripted(path):
             return torch.cat([x.mean(dim=(2, 3)), x[:, :, 0, 0]], dim=1)[:, 2:4]
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # torch deprecates TorchScript
         torch.jit.save(torch.jit.script(Network()), path)
     return path, hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -45,7 +45,7 @@ class Latent(nn.Module):
 
 def scripted(module, path):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # torch deprecates TorchScript
         torch.jit.save(torch.jit.script(module), path)
     return path, hashlib.sha256(path.read_bytes()).hexdigest()
 

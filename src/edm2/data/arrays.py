@@ -125,6 +125,7 @@ def _mapped(path: Path) -> np.ndarray:
     # Mapping refuses a header that promises more than there is.
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.ndarray):
+        array.close()
         raise ValueError("it is an .npz file by another name")
     return array
 

@@ -62,7 +62,8 @@ class InceptionFeatures:
         self._device = torch.device(device)
         with warnings.catch_warnings():
             # torch deprecates TorchScript, but the file behind everybody's numbers is in that format.
-            warnings.simplefilter("ignore", DeprecationWarning)
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", category)
             try:
                 self._network = torch.jit.load(io.BytesIO(content), map_location=self._device).eval()
             except (RuntimeError, ValueError) as error:

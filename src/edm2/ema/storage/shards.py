@@ -240,6 +240,7 @@ _KNOWN = {
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.filesystem",
     "pathlib",
+    "pathlib._local",  # what Python 3.13 calls it
 }
 
 
