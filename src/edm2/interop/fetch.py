@@ -263,6 +263,10 @@ def _check_size(size: int) -> None:
 
 def _open(url: str, headers: dict[str, str] | None = None, *, method: str = "GET") -> HTTPResponse:
     request = urllib.request.Request(url, headers={"User-Agent": "edm2", **(headers or {})}, method=method)
-    response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        error.close()  # it holds the connection
+        raise
     assert isinstance(response, HTTPResponse)
     return response
