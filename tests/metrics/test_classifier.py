@@ -107,6 +107,14 @@ def test_a_damaged_classifier_is_refused(tmp_path):
         ClassifierFeatures.load(tmp_path / "c")
 
 
+def test_a_file_that_claims_a_huge_network_costs_nothing(tmp_path):
+    network = toy()
+    network._network.settings["width"] = 1 << 18  # some terabytes
+    network.save(tmp_path / "c")
+    with pytest.raises(ValueError, match=r"(?s)is not a classifier .*size mismatch"):
+        ClassifierFeatures.load(tmp_path / "c")
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"must be \[N, C, H, W\] uint8, not \[40, 2, 6, 9\] torch\.float32"):
         fit_classifier(TOY.astype(np.float32), TOY_LABELS, num_classes=2)

@@ -5,7 +5,7 @@ model_index.json names and wants the weights in a layout of its own. Only safete
 diffusers is needed for latents only.
 """
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -267,7 +267,7 @@ class EDM2Pipeline(ModelHubMixin):
 def _count(num_images: int | None, **others: Any) -> int:
     """Number of images on which all that was given agrees; one label or generator serves any number."""
     given = {} if num_images is None else {"num_images": num_images}
-    given |= {name: len(value) for name, value in others.items() if isinstance(value, Sized)}
+    given |= {name: len(value) for name, value in others.items() if np.ndim(value)}
     if len(set(given.values())) > 1:
         told = ", ".join(f"{name} {length}" for name, length in given.items())
         raise ValueError(f"how many images? {told}: they must agree")

@@ -68,7 +68,7 @@ class ClassifierFeatures:
             raise ValueError(
                 f"{path} is not a classifier that `ClassifierFeatures.save` wrote ({error})"
             ) from error
-        return cls(network)
+        return cls(network.float())
 
     def save(self, path: str | Path) -> None:
         """Write the network as safetensors; the same network gives the same bytes."""

@@ -164,6 +164,7 @@ def test_generators_give_the_seeds(pipe: EDM2Pipeline) -> None:
 
 def test_labels_and_numbers(pipe: EDM2Pipeline) -> None:
     one = pipe(3, class_labels=2, seeds=[0, 1, 2], output_type="pt", **QUICK).images
+    assert len(pipe(class_labels=np.array(2), **QUICK).images) == 1
     many = pipe(class_labels=[2, 2, 2], seeds=[0, 1, 2], output_type="pt", images_at_once=2, **QUICK).images
     assert one.shape == (3, 1, 8, 8)
     assert (one - many).abs().max() <= 1.01 / 255
