@@ -11,21 +11,18 @@ import torch
 from torch import Tensor
 
 from edm2.data import Augmentation, Batch, Batches, ImageDataset, mirror
-from edm2.diffusion import Denoiser, draw_sigma, edm2_loss
+from edm2.diffusion import Denoiser
 from edm2.ema.tracking.sharding import is_sharded
-from edm2.nn import ForcedWeightNorm, faster_channels_last, keyed_normal, use_channels_last
+from edm2.nn import ForcedWeightNorm, faster_channels_last, use_channels_last
 from edm2.train.build import checkpoint_activations
 from edm2.train.coding import Coding
 from edm2.train.config import TrainConfig
 from edm2.train.gradients import clean_gradients
 from edm2.train.norms import UpdateNorm
+from edm2.train.objectives import DROPOUT_SEED_OFFSET, TrainingBatch, make_objective
 from edm2.train.parallel import average_whole_gradients, blocks_of, exchange_gradients, replicate, shard
 from edm2.train.schedule import learning_rate
 from edm2.train.world import World
-
-# Streams of keyed random numbers; dropout blocks count up from 0 under a seed of their own.
-_SIGMA, _NOISE = 0, 1
-_DROPOUT_SEED_OFFSET = 1 << 62
 
 
 class Stepper:
@@ -53,6 +50,7 @@ class Stepper:
         self._share = world.share(config.batch_size, config.microbatch)
         self._size = min(config.microbatch or self._share, self._share)
         self._dataset = dataset
+        self._objective = make_objective(config)
         augment = config.dataset.augment
         self._augment = Augmentation(probability=augment) if augment else None
         self._batches: Batches | None = None
@@ -128,7 +126,7 @@ class Stepper:
             with exchange_gradients(self._eager, wanted=start + self._size == self._share):
                 batch = next(batches)
                 with self._seeded(batch.position):
-                    loss = self._loss(forward, batch)
+                    loss = self._objective(forward, self._inputs(batch, num_images))
                 # Processes average their gradients, but the loss is a sum over the batch.
                 (loss.sum() * (config.loss_scaling * world.size) / config.batch_size).backward()
             loss_sum += loss.detach().mean(dtype=torch.float64) * (self._size / config.batch_size)
@@ -175,10 +173,10 @@ class Stepper:
             return
         device = self._world.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self._config.seed + _DROPOUT_SEED_OFFSET + position)
+            torch.manual_seed(self._config.seed + DROPOUT_SEED_OFFSET + position)
             yield
 
-    def _loss(self, forward: Any, batch: Batch) -> Tensor:
+    def _inputs(self, batch: Batch, num_images: int) -> TrainingBatch:
         config, device = self._config, self._world.device
         span = (batch.position, batch.position + len(batch.images))
         where = torch.arange(*span, device=device)
@@ -191,17 +189,10 @@ class Stepper:
         if self._augment is not None:
             # Drawn on the CPU, so that the values are known without waiting for the device.
             images, augment_labels = self._augment(images, torch.arange(*span), seed=config.seed)
-        sigma = draw_sigma(
-            where, p_mean=config.loss.p_mean, p_std=config.loss.p_std, seed=config.seed, stream=_SIGMA
-        )
-        noise = keyed_normal(where, images.shape[1:], seed=config.seed, stream=_NOISE)
-        return edm2_loss(
-            forward,
-            images.to(memory_format=self._layout),
-            labels,
-            sigma,
-            noise,
-            dropout_index=where,
-            dropout_seed=config.seed + _DROPOUT_SEED_OFFSET,
+        return TrainingBatch(
+            images=images.to(memory_format=self._layout),
+            index=where,
+            num_images=num_images,
+            labels=labels,
             augment_labels=augment_labels,
         )

@@ -1,0 +1,91 @@
+"""What a network is trained for: the loss of a batch.
+
+The stepper turns stored images into a `TrainingBatch`; an `Objective` computes its loss with the network. All that an
+objective draws is a function of (seed, position of the image in the run), so that any run resumes bit for bit.
+
+Ref: EDM2 Sec. 2-3.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from edm2.diffusion.loss import TrainableDenoiser, draw_sigma, edm2_loss
+from edm2.nn import keyed_normal
+from edm2.train.config import TrainConfig
+
+# Streams of keyed random numbers; dropout blocks count up from 0 under a seed of their own.
+_SIGMA, _NOISE = 0, 1
+DROPOUT_SEED_OFFSET = 1 << 62
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBatch:
+    """A batch, or a microbatch, as the network takes it.
+
+    Attributes:
+        images: `[B, C, H, W]` clean images in network units.
+        index: `[B]` int64 positions of the images in the run, the index of all keyed random numbers.
+        num_images: Images seen before this step, the same for all microbatches.
+        labels: As the denoiser takes them; None without labels.
+        augment_labels: `[B, augment_dim]`, how the images were augmented; None if they were not.
+    """
+
+    images: Tensor
+    index: Tensor
+    num_images: int
+    labels: Tensor | None = None
+    augment_labels: Tensor | None = None
+
+    def network_arguments(self, seed: int) -> dict[str, Any]:
+        """What the denoiser is given besides noisy images, noise level and labels.
+
+        Args:
+            seed: Seed of the run.
+        """
+        return {
+            "augment_labels": self.augment_labels,
+            "dropout_index": self.index,
+            "dropout_seed": seed + DROPOUT_SEED_OFFSET,
+        }
+
+
+class Objective(Protocol):
+    """A loss to train a network with."""
+
+    def __call__(self, denoiser: TrainableDenoiser, batch: TrainingBatch, /) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            denoiser: The network in training mode, possibly compiled or wrapped for several processes.
+            batch: Its share of the step's images.
+
+        Returns:
+            `[B, C, H, W]` loss of each element, summed and divided by the batch size for gradients.
+        """
+
+
+@dataclass(frozen=True)
+class DenoisingObjective:
+    """The loss of EDM2: remove noise of random levels.
+
+    Args:
+        config: All settings.
+
+    Ref: EDM2 Eq. 21.
+    """
+
+    config: TrainConfig
+
+    def __call__(self, denoiser: TrainableDenoiser, batch: TrainingBatch, /) -> Tensor:
+        """Compute the loss of each element; see `Objective`."""
+        loss, seed = self.config.loss, self.config.seed
+        sigma = draw_sigma(batch.index, p_mean=loss.p_mean, p_std=loss.p_std, seed=seed, stream=_SIGMA)
+        noise = keyed_normal(batch.index, batch.images.shape[1:], seed=seed, stream=_NOISE)
+        return edm2_loss(denoiser, batch.images, batch.labels, sigma, noise, **batch.network_arguments(seed))
+
+
+def make_objective(config: TrainConfig) -> Objective:
+    """The objective that the settings ask for."""
+    return DenoisingObjective(config)
