@@ -17,7 +17,7 @@ import torch
 import torch.distributed.fsdp
 from tiny_run import tiny_config, tiny_data, tiny_network
 
-import edm2.train.loop
+import edm2.train.outputs
 from edm2.generate.live_samples import LiveSamples
 from edm2.train import Stopped, TrainConfig, Trainer, train
 
@@ -87,6 +87,6 @@ def killed(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     # Files of several processes are compared, between whose starts somebody may commit.
-    edm2.train.loop.git_state = lambda: None
+    edm2.train.outputs.git_state = lambda: None
     where = Path(sys.argv[1])
     killed(where) if "killed" in sys.argv[2:] else main(where)

@@ -53,7 +53,7 @@ def test_training_goes_on_after_any_interruption(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A commit while the test runs must not change the files.
-    monkeypatch.setattr("edm2.train.loop.git_state", lambda: None)
+    monkeypatch.setattr("edm2.train.outputs.git_state", lambda: None)
 
     def work(root: Path) -> None:
         intervals = "--images 48 --snapshot-images 24 --checkpoint-images 24"

@@ -8,9 +8,10 @@ from edm2.train.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from edm2.train.loop import Trainer, train
+from edm2.train.loop import Trainer
 from edm2.train.rules import TrainingRules, traditional_decay, training_rules
 from edm2.train.schedule import learning_rate
+from edm2.train.session import train
 from edm2.train.signals import Stopped
 
 __all__ = [

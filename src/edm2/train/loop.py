@@ -9,101 +9,33 @@ Ref: EDM2 Sec. 2-3, App. B.
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from edm2.data import ImageDataset
-from edm2.diffusion import MODEL_FILE, NetworkFunction, register_network, save_model
+from edm2.diffusion import MODEL_FILE, NetworkFunction, register_network
 from edm2.ema import PowerEMA
-from edm2.ema.storage.manifest import MANIFEST
 from edm2.nn.magnitudes import MagnitudeRecorder
 from edm2.progress import Progress
 from edm2.train import run_folder
-from edm2.train.build import ema_device, git_state, make_denoiser, open_training_data, pick_device, versions
-from edm2.train.checkpoint import Role, find_newest, newest, prune, read_checkpoint
+from edm2.train.build import ema_device, make_denoiser, pick_device
+from edm2.train.checkpoint import Role, newest
 from edm2.train.coding import Coding, make_coding
 from edm2.train.config import TrainConfig
 from edm2.train.loggers import Logger, numbers
 from edm2.train.logs import LOG_FILE, MAGNITUDES_FILE, append_log, rewind_log
 from edm2.train.memory import size_text, used_bytes
+from edm2.train.outputs import Outputs
 from edm2.train.parallel import whole
-from edm2.train.saver import Saver
 from edm2.train.signals import Stopped, stop_requests
 from edm2.train.state import gather, scatter
 from edm2.train.stepper import Stepper
-from edm2.train.tally import Tally
-from edm2.train.world import World, join_world
-
-
-def train(
-    config: TrainConfig,
-    out: str | Path,
-    *,
-    dataset: ImageDataset | None = None,
-    network: NetworkFunction | None = None,
-    preset: str = "",
-    quiet: bool = False,
-    on_step: Callable[["Trainer"], None] | None = None,
-    loggers: Sequence[Logger] = (),
-) -> Path:
-    """Train a model, or continue the run in the folder; under torchrun, on all of its processes.
-
-    Args:
-        config: All settings.
-        out: Folder of the run, visible to all processes.
-        dataset: Training images. Default: the data that the configuration names.
-        network: Function of (img_resolution, img_channels, label_dim) that makes the network; see
-            `edm2.diffusion.register_network`. Default: the one that the configuration names, or its U-Net.
-        preset: Name of the preset behind the settings, stored for reference.
-        quiet: Do not show progress.
-        on_step: Called with the trainer after every step.
-        loggers: Receive every log record; see `edm2.train.loggers`.
-
-    Returns:
-        File of the final model: the longest tracked average at the end of the run.
-
-    Raises:
-        ValueError: If settings or data are invalid, the folder holds another run, or no checkpoint can be read.
-        FloatingPointError: If losses or gradients stay non-finite.
-        OSError: If a file cannot be written; older checkpoints are untouched. If snapshots were lost.
-        Stopped: After SIGINT, SIGTERM, `max_hours` or `Trainer.request_stop`, once a checkpoint is written.
-    """
-    if network is not None:
-        config = dataclasses.replace(config, network_from=register_network(network))
-    with join_world(config.device) as world:
-        # A separate function, so that nothing refers to the process group once it returns.
-        return _train(config, Path(out), world, dataset, preset, quiet, on_step, loggers)
-
-
-def _train(
-    config: TrainConfig,
-    out: Path,
-    world: World,
-    dataset: ImageDataset | None,
-    preset: str,
-    quiet: bool,
-    on_step: "Callable[[Trainer], None] | None",
-    loggers: Sequence[Logger],
-) -> Path:
-    with ExitStack() as held:
-        world.on_first(lambda: held.enter_context(run_folder.hold(out)))
-        dataset = open_training_data(config) if dataset is None else dataset
-        trainer = Trainer(config, dataset, out, preset=preset, world=world)
-        trainer.resume()
-        trainer.loggers = loggers if world.is_first else ()
-        for logger in trainer.loggers:
-            logger.start(trainer.out, trainer.run_id, config.to_json(), trainer.num_images)
-        try:
-            trainer.run(quiet=quiet, on_step=on_step)
-        finally:
-            trainer.close()
-            for logger in trainer.loggers:
-                logger.finish()
-        return trainer.finish()
+from edm2.train.tally import Tally, nonfinite_error
+from edm2.train.world import World
 
 
 class Trainer:
@@ -123,13 +55,10 @@ class Trainer:
         ema: The averages; None on all processes but the first, unless the network is sharded.
         num_images: Images seen.
         run_id: Name of the run.
-        loggers: told whatever is logged.
 
     Raises:
         ValueError: As in `train`.
     """
-
-    loggers: Sequence[Logger] = ()
 
     def __init__(
         self,
@@ -149,12 +78,12 @@ class Trainer:
         self.device = self.world.device
         self.coding: Coding = make_coding(config, dataset)
         self.run_id = config.run_id(dataset.fingerprint)
-        self._settings = {"preset": preset, **config.to_json()}
+        settings = {"preset": preset, **config.to_json()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             denoiser = make_denoiser(config, dataset, self.coding)
         self._stepper = Stepper(config, dataset, self.coding, denoiser, self.world)
-        self.world.on_first(lambda: run_folder.claim(out, self._settings, config.identity(), self.run_id))
+        self.world.on_first(lambda: run_folder.claim(out, settings, config.identity(), self.run_id))
         self.denoiser, self.optimizer = self._stepper.denoiser, self._stepper.optimizer
         self.ema: PowerEMA | None = None
         if self.world.is_first or self._stepper.is_sharded:
@@ -167,19 +96,19 @@ class Trainer:
             )
         recording = config.record_magnitudes and self.world.is_first and not self._stepper.is_sharded
         self._recorder = MagnitudeRecorder(self.denoiser) if recording else None
-        self._saver = Saver(out / run_folder.CHECKPOINTS, keep=config.keep_checkpoints)
         self.info = {
             "preset": preset,
             "coding": self.coding.to_json(),
             "class_names": list(dataset.class_names),
             "data": dataset.name,
         }
+        self._outputs = Outputs(config, out, settings=settings, run_id=self.run_id, info=self.info)
+        self._loggers: Sequence[Logger] = ()
         self.num_images = 0
         self._saved: int | None = None
         self._due: Role | None = None
         self._stop = False
         self._tally = Tally(self.device)
-        self._snapshot_times: list[int] = []
 
     def resume(self) -> None:
         """Load the newest intact checkpoint, if there is one.
@@ -187,28 +116,29 @@ class Trainer:
         Raises:
             ValueError: If the run had checkpoints and none is usable.
         """
-        folder = self.out / run_folder.CHECKPOINTS
-
-        def find() -> int | None:
-            found = find_newest(folder, run_id=self.run_id)
-            if found is None:
-                run_folder.check_not_lost(self.out)
-                return None
-            prune(folder, keep=self.config.keep_checkpoints)
-            return int(found.name)
-
-        number = self.world.on_first(find)
+        number = self.world.on_first(self._outputs.find_checkpoint)
         if number is not None:
-            tensors, state = read_checkpoint(folder / f"{number:012d}")
+            tensors, state = self._outputs.read_checkpoint(number)
             scatter(tensors, state["ema"], self.denoiser, self.optimizer, self.ema)
             self.num_images = number
             self._tally.load_json(state["tally"])
-            self._snapshot_times = state["snapshots"]
         if self.world.is_first:
             for name in (LOG_FILE, MAGNITUDES_FILE):
                 rewind_log(self.out, self.num_images, name)
-            if not self._is_last(self.num_images) and (problems := self._lost_snapshots()):
+            if not self._is_last(self.num_images) and (problems := self._outputs.lost_snapshots()):
                 warnings.warn(f"{'; '.join(problems)}; the run continues without them", stacklevel=2)
+
+    @contextmanager
+    def logging_to(self, loggers: Sequence[Logger]) -> Iterator[None]:
+        """Tell loggers, on the first process, whatever is logged."""
+        self._loggers = loggers if self.world.is_first else ()
+        for logger in self._loggers:
+            logger.start(self.out, self.run_id, self.config.to_json(), self.num_images)
+        try:
+            yield
+        finally:
+            for logger in self._loggers:
+                logger.finish()
 
     def run(self, *, quiet: bool = False, on_step: Callable[["Trainer"], None] | None = None) -> None:
         """Train until `config.num_images`; save on the way and at the end.
@@ -229,7 +159,7 @@ class Trainer:
         with (
             Progress("training", end, "images", done=min(self.num_images, end), quiet=quiet) as progress,
             stop_requests() as stop_requested,
-            self._saver,
+            self._outputs.saver as saver,
         ):
             while self.num_images < end:
                 self.step(record=self.is_due(config.log_images, self.num_images + config.batch_size))
@@ -245,7 +175,7 @@ class Trainer:
                 progress.advance(config.batch_size, **fields)
                 if self.is_due(config.snapshot_interval):
                     self.snapshot()
-                self._saver.check()
+                saver.check()
                 self._checkpoint_if_due()
                 self._stop_if_asked(stop_requested())
 
@@ -269,7 +199,7 @@ class Trainer:
             saved = f"not saved, because loss or gradients were NaN or infinite in the last {bad} steps"
         elif self._saved != self.num_images:
             self.checkpoint(role="passing")
-        self._saver.wait()
+        self._outputs.saver.wait()
         raise Stopped(
             f"stopped at {self.num_images} of {config.num_steps * config.batch_size} images, {saved}; the same "
             "command continues"
@@ -299,17 +229,11 @@ class Trainer:
             append_log(self.out, {"num_images": self.num_images, **found}, MAGNITUDES_FILE)
 
     def _check_finite(self) -> None:
-        bad, config = self._tally.bad_in_a_row, self.config
-        if bad >= config.stop_after_nonfinite:
-            first = self.num_images // config.batch_size - bad + 1
-            self._saver.wait()
-            kept = newest(self.out / run_folder.CHECKPOINTS)
-            raise FloatingPointError(
-                f"loss or gradients were NaN or infinite in {bad} steps in a row, from step {first} (image "
-                f"{(first - 1) * config.batch_size}) on. The newest checkpoint is "
-                f"{'none yet' if kept is None else f'{kept}, from before'}; the same command would end here again. "
-                "Look for bad values in the data, lower --optimizer.ref-lr, or use --dtype float32 or bfloat16: "
-                "these changes need a new --out. Only --loss-scaling, for float16, may change in this one"
+        bad = self._tally.bad_in_a_row
+        if bad >= self.config.stop_after_nonfinite:
+            self._outputs.saver.wait()
+            raise nonfinite_error(
+                bad, self.num_images, self.config.batch_size, newest(self._outputs.checkpoints)
             )
 
     def _log(self, **timing: float) -> dict[str, Any]:
@@ -326,7 +250,7 @@ class Trainer:
         }
         if self.world.is_first:
             append_log(self.out, {**record, **timing})
-        for logger in self.loggers:
+        for logger in self._loggers:
             logger.log(self.num_images, numbers({**record, **timing}))
         shown = {"loss": sums["loss"], "nonfinite_steps": sums["nonfinite_steps"]}
         memory = size_text(used_bytes(self.device))
@@ -334,17 +258,8 @@ class Trainer:
 
     def snapshot(self) -> None:
         """Store the averages in the run's snapshot folder."""
-        if self.ema is None:
-            return
-        folder = self.out / run_folder.SNAPSHOTS
-        # Written once: data may move, and the preset may be renamed, during a run.
-        described = (folder / MANIFEST).exists()
-        description = {"network": self.denoiser.options, "info": self.info}
-        self.ema.snapshot(folder, metadata=None if described else description, dtype=self.config.ema.dtype)
-        self._snapshot_times.append(self.num_images)
-
-    def _lost_snapshots(self) -> list[str]:
-        return run_folder.find_lost_snapshots(self.out, self._snapshot_times, self.config.ema.sigma_rels)
+        if self.ema is not None:
+            self._outputs.snapshot(self.ema, self.denoiser, self.num_images)
 
     def close(self) -> None:
         """Stop the background readers; a later step starts them again."""
@@ -365,19 +280,9 @@ class Trainer:
         """
         self._saved, self._due = self.num_images, None
         tensors, average = gather(self.denoiser, self.optimizer, self.ema, keep=self.world.is_first)
-        if not self.world.is_first:
-            return
-        state = {
-            "num_images": self.num_images,
-            "run_id": self.run_id,
-            "ema": average,
-            "tally": self._tally.to_json(),
-            "snapshots": list(self._snapshot_times),
-            "settings": self._settings,
-            "versions": versions(),
-            "git": git_state(),
-        }
-        self._saver.save(self.num_images, tensors, state, role=role)
+        if self.world.is_first:
+            values = {"ema": average, "tally": self._tally.to_json()}
+            self._outputs.save_checkpoint(self.num_images, tensors, values, role)
 
     def _role(self) -> Role:
         every, interval = self.config.keep_every, self.config.checkpoint_images
@@ -394,21 +299,9 @@ class Trainer:
         Raises:
             OSError: If snapshots were lost while the run went on; the model is written all the same.
         """
-        longest = max(self.config.ema.sigma_rels)
         tensors = {name: whole(value) for name, value in self.denoiser.state_dict().items()}
-        tensors |= {} if self.ema is None else self.ema.average(longest)
-        info = {**self.info, "sigma_rel": longest, "num_images": self.num_images, "run_id": self.run_id}
-
-        def write() -> None:
-            save_model(self.out, self.denoiser.options, tensors, info, overwrite=True)
-            if problems := self._lost_snapshots():
-                raise OSError(
-                    f"training is done and {self.out / MODEL_FILE} is written, but snapshots are lost, which other EMA "
-                    f"lengths are made from: {'; '.join(problems)}. Restore them from a copy, then run the same "
-                    "command again"
-                )
-
-        self.world.on_first(write)
+        tensors |= {} if self.ema is None else self.ema.average(max(self.config.ema.sigma_rels))
+        self.world.on_first(lambda: self._outputs.write_model(self.denoiser, tensors, self.num_images))
         return self.out / MODEL_FILE
 
     def is_due(self, interval: int, num_images: int | None = None) -> bool:

@@ -1,5 +1,6 @@
 """Sums between two lines of the log, and a count of non-finite steps."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,3 +56,24 @@ class Tally:
         """Load the result of `to_json`."""
         self._sums.copy_(torch.tensor(content["sums"], dtype=torch.float64))
         self._bad_in_a_row.fill_(content["bad_in_a_row"])
+
+
+def nonfinite_error(
+    bad: int, num_images: int, batch_size: int, checkpoint: Path | None
+) -> FloatingPointError:
+    """Return the error of a run that stops because losses or gradients stay non-finite.
+
+    Args:
+        bad: Number of such steps in a row.
+        num_images: Images seen after the last of them.
+        batch_size: Images in a step.
+        checkpoint: Newest checkpoint, if there is one.
+    """
+    first = num_images // batch_size - bad + 1
+    kept = "none yet" if checkpoint is None else f"{checkpoint}, from before"
+    return FloatingPointError(
+        f"loss or gradients were NaN or infinite in {bad} steps in a row, from step {first} (image "
+        f"{(first - 1) * batch_size}) on. The newest checkpoint is {kept}; the same command would end here again. "
+        "Look for bad values in the data, lower --optimizer.ref-lr, or use --dtype float32 or bfloat16: "
+        "these changes need a new --out. Only --loss-scaling, for float16, may change in this one"
+    )

@@ -1,0 +1,114 @@
+"""What a run writes beside its logs: snapshots of the averages, checkpoints, and the model at the end."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from edm2.diffusion import MODEL_FILE, Denoiser, save_model
+from edm2.ema import PowerEMA
+from edm2.ema.storage.manifest import MANIFEST
+from edm2.train import run_folder
+from edm2.train.build import git_state, versions
+from edm2.train.checkpoint import Role, Tensors, find_newest, prune, read_checkpoint
+from edm2.train.config import TrainConfig
+from edm2.train.saver import Saver
+
+
+class Outputs:
+    """Writes a run's snapshots, checkpoints and model into its folder, and finds them again.
+
+    Args:
+        config: All settings.
+        out: Folder of the run.
+        settings: What checkpoints say about the settings.
+        run_id: Name of the run.
+        info: What snapshots and models say about data and coding.
+
+    Attributes:
+        saver: Writes checkpoints in the background.
+        snapshot_times: Images seen at each snapshot that was taken.
+    """
+
+    def __init__(
+        self, config: TrainConfig, out: Path, *, settings: dict[str, Any], run_id: str, info: dict[str, Any]
+    ) -> None:
+        self._config, self._out = config, out
+        self._settings, self._run_id, self._info = settings, run_id, info
+        self.checkpoints = out / run_folder.CHECKPOINTS
+        self.saver = Saver(self.checkpoints, keep=config.keep_checkpoints)
+        self.snapshot_times: list[int] = []
+
+    def snapshot(self, ema: PowerEMA, denoiser: Denoiser, num_images: int) -> None:
+        """Store the averages in the snapshot folder."""
+        folder = self._out / run_folder.SNAPSHOTS
+        # Written once: data may move, and the preset may be renamed, during a run.
+        described = (folder / MANIFEST).exists()
+        description = {"network": denoiser.options, "info": self._info}
+        ema.snapshot(folder, metadata=None if described else description, dtype=self._config.ema.dtype)
+        self.snapshot_times.append(num_images)
+
+    def lost_snapshots(self) -> list[str]:
+        """Say which snapshots that were taken are missing or damaged."""
+        return run_folder.find_lost_snapshots(self._out, self.snapshot_times, self._config.ema.sigma_rels)
+
+    def save_checkpoint(self, num_images: int, tensors: Tensors, values: dict[str, Any], role: Role) -> None:
+        """Start writing a checkpoint.
+
+        Args:
+            num_images: Images seen.
+            tensors: Copies that nothing else modifies.
+            values: JSON values of the state beside the tensors.
+            role: See `edm2.train.checkpoint.save_checkpoint`.
+
+        Raises:
+            OSError: If the previous checkpoint could not be written.
+        """
+        state = {
+            "num_images": num_images,
+            "run_id": self._run_id,
+            **values,
+            "snapshots": list(self.snapshot_times),
+            "settings": self._settings,
+            "versions": versions(),
+            "git": git_state(),
+        }
+        self.saver.save(num_images, tensors, state, role=role)
+
+    def find_checkpoint(self) -> int | None:
+        """Find the newest intact checkpoint, and delete unwanted ones.
+
+        Returns:
+            Images seen; None if there is no checkpoint.
+
+        Raises:
+            ValueError: If the run had checkpoints and none is usable.
+        """
+        found = find_newest(self.checkpoints, run_id=self._run_id)
+        if found is None:
+            run_folder.check_not_lost(self._out)
+            return None
+        prune(self.checkpoints, keep=self._config.keep_checkpoints)
+        return int(found.name)
+
+    def read_checkpoint(self, num_images: int) -> tuple[Tensors, dict[str, Any]]:
+        """Read the tensors and the state of a checkpoint that `find_checkpoint` found."""
+        tensors, state = read_checkpoint(self.checkpoints / f"{num_images:012d}")
+        self.snapshot_times = state["snapshots"]
+        return tensors, state
+
+    def write_model(self, denoiser: Denoiser, tensors: dict[str, Tensor], num_images: int) -> None:
+        """Write the longest tracked average as the run's model.
+
+        Raises:
+            OSError: If snapshots were lost while the run went on; the model is written all the same.
+        """
+        longest = max(self._config.ema.sigma_rels)
+        info = {**self._info, "sigma_rel": longest, "num_images": num_images, "run_id": self._run_id}
+        save_model(self._out, denoiser.options, tensors, info, overwrite=True)
+        if problems := self.lost_snapshots():
+            raise OSError(
+                f"training is done and {self._out / MODEL_FILE} is written, but snapshots are lost, which other EMA "
+                f"lengths are made from: {'; '.join(problems)}. Restore them from a copy, then run the same "
+                "command again"
+            )
