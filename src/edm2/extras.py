@@ -19,6 +19,7 @@ EXTRAS = {
     "scoringrules": "cli",
     "sklearn": "cli",
     "tyro": "cli",
+    "yaml": "cli",
     "datasets": "data",
     "transformers": "metrics",
     "diffusers": "latent",
@@ -37,7 +38,7 @@ EXTRAS = {
     "lightning": "integrations",
     "peft": "integrations",
 }
-_CALLED = {"PIL": "pillow", "sklearn": "scikit-learn"}
+_CALLED = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 
 class MissingExtra(ModuleNotFoundError):

@@ -1,5 +1,6 @@
 """`edm2 train`."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -15,10 +16,12 @@ from edm2.generate.live_samples import LiveSamples
 from edm2.presets import get_preset
 from edm2.progress import show
 from edm2.train import Stopped, TrainConfig, train
+from edm2.train.amounts import Amount
 from edm2.train.dry_run import dry_run
 from edm2.train.loggers import open_loggers
 from edm2.train.logs import LOG_FILE
 from edm2.train.run_folder import SNAPSHOTS
+from edm2.train.settings_file import read_settings
 from edm2.train.signals import under_torchrun
 from edm2.train.with_config import with_config
 
@@ -27,19 +30,21 @@ from edm2.train.with_config import with_config
 class _Train:
     """Train a model, or continue the run in the folder. Interrupted runs resume: run the same command again.
 
-    The preset sets every option, --config changes what the paper changes for that configuration, and options given
-    here override both.
+    The preset sets every option, --settings changes some of them, --config what the paper changes for that
+    configuration, and options given here override all three.
     """
 
-    preset: str
-    """Settings to start from; `edm2 info` lists the names."""
+    preset: str = ""
+    """Settings to start from; `edm2 info` lists the names. Needed unless --settings is given."""
+    settings: Path | None = None
+    """File of settings (.json, .toml, .yaml), or a run to take them from; options given here override them."""
     out: Path
     """Folder of the run, for checkpoints, snapshots, logs and the final model."""
     dry_run: bool = False
     """Measure a few steps, print the settings and the cost of the run, and write nothing."""
     machines: int = 1
     """With --dry-run: number of machines like this one to estimate the time for."""
-    sample_images: int | None = None
+    sample_images: Amount | None = None
     """Training images between sample grids from fixed seeds, written to the run's folder `progress`. Default: none."""
     sample_sigma_rel: float | None = None
     """EMA length of these samples. Default: the longest tracked length."""
@@ -50,12 +55,8 @@ class _Train:
 
 def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 train`."""
-    name = take_option("--preset", list(words))[0]
-    settings = get_preset("digits" if name is None else name)
-    letter = take_option("--config", list(words))[0]
-    if letter is not None:
-        settings = with_config(settings, letter)
-    default: Any = _Train(preset=tyro.MISSING if name is None else name, out=tyro.MISSING, config=settings)
+    name, settings = _starting_point(list(words))
+    default: Any = _Train(preset=name, out=tyro.MISSING, config=settings)
     chosen = tyro.cli(_Train, prog=prog, args=list(words), default=default)
     for option, value in (("machines", chosen.machines), ("sample-images", chosen.sample_images)):
         if value is not None and value < 1:
@@ -80,3 +81,29 @@ def run(prog: str, words: Sequence[str]) -> None:
         end(str(stop), code)
     if is_first:
         show(f"model:     {model}\nsnapshots: {chosen.out / SNAPSHOTS}\nlog:       {chosen.out / LOG_FILE}")
+
+
+def _starting_point(words: list[str]) -> tuple[Any, TrainConfig]:
+    """The name of the preset, and the settings that the other options change."""
+    file, letter = take_option("--settings", words)[0], take_option("--config", words)[0]
+    name = take_option("--preset", words)[0]
+    if file is None:
+        settings = get_preset("digits" if name is None else name)
+        return tyro.MISSING if name is None else name, settings if letter is None else with_config(
+            settings, letter
+        )
+    given = read_settings(file)
+    if given.is_complete:
+        if name is not None:
+            raise ValueError(
+                f"--preset {name} has no effect, because the run {file} has every setting: leave it out"
+            )
+        settings = given.apply(TrainConfig())
+        return given.preset or "", settings if letter in (None, settings.config) else with_config(
+            settings, letter
+        )
+    name = given.preset if name is None else name
+    # The rest of the file overrides what the configuration changes, as options do.
+    letter = given.values.get("config", "G") if letter is None else letter
+    settings = with_config(TrainConfig() if name is None else get_preset(name), letter)
+    return name or "", dataclasses.replace(given, values={**given.values, "config": letter}).apply(settings)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from edm2.ema import sigma_rel_to_gamma
 from edm2.ema.maths.plans import named_plan
 from edm2.extras import needed
+from edm2.train.amounts import Amount
 
 with needed("edm2.train"):
     import tyro
@@ -156,11 +157,11 @@ class TrainConfig:
     data: str = ""
     """Training images: digits, fashion-mnist, hf://NAME, or the path of an image folder, a ZIP, a .npy, .npz or
     Parquet file, or a folder of IDX files; see docs/data.md."""
-    num_images: Annotated[int, _NAME(name="images")] = 2048 << 20
+    num_images: Annotated[Amount, _NAME(name="images")] = 2048 << 20
     """Length of the run in images; it ends after the step that reaches it."""
-    batch_size: Annotated[int, _NAME(name="batch")] = 2048
+    batch_size: Annotated[Amount, _NAME(name="batch")] = 2048
     """Images per step."""
-    microbatch: int | None = None
+    microbatch: Amount | None = None
     """Images per forward pass, a divisor of batch; smaller takes less memory. Default: the whole batch."""
     config: Literal["A", "B", "C", "D", "E", "F", "G"] = "G"
     """Configuration of the paper. On the command line it also changes the preset's learning rate, noise levels and
@@ -170,12 +171,12 @@ class TrainConfig:
     docs/own_network.md. The options of --network are then ignored."""
     seed: int = 0
     """Seed of the weights, the order of images, noise and dropout."""
-    snapshot_images: int | None = None
+    snapshot_images: Amount | None = None
     """Images between snapshots of the averages; one more is taken at the end. Default: halfway and at the end, which is
     enough for the default averages."""
-    checkpoint_images: int = 8 << 20
+    checkpoint_images: Amount = 8 << 20
     """Images between checkpoints; one more is written at the end."""
-    log_images: int = 64 << 10
+    log_images: Amount = 64 << 10
     """Images between lines of the log."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
@@ -271,7 +272,7 @@ class TrainConfig:
 
 
 # Where the command line's names differ from those of the fields.
-_OPTIONS = {"num_images": "images", "batch_size": "batch"}
+OPTION_NAMES = {"num_images": "images", "batch_size": "batch"}
 _GROUPS = {
     "DataConfig": "dataset.",
     "NetworkConfig": "network.",
@@ -283,7 +284,7 @@ _GROUPS = {
 
 def _require(config: object, name: str, holds: bool, rule: str) -> None:
     if not holds:
-        option = _GROUPS.get(type(config).__name__, "") + _OPTIONS.get(name, name)
+        option = _GROUPS.get(type(config).__name__, "") + OPTION_NAMES.get(name, name)
         raise ValueError(
             f"{name} {getattr(config, name)} must be {rule}: change --{option.replace('_', '-')} ({name} in Python)"
         )
