@@ -45,6 +45,7 @@ COMMANDS: dict[str, Any] = {
         "ref": "measure a data set once, for use as a reference",
         "score": "score images against a reference",
         "compare": "compare two sets of images, or two results",
+        "ensemble": "score forecasts: CRPS, spread and skill, ranks, reliability, spectra",
     },
     "report": "write a page about one run, or several side by side",
     "import": "convert the released models and other official files to safetensors",

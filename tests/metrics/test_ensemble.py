@@ -44,7 +44,9 @@ def test_crps_and_spread_skill_of_gaussians(spread: float, error: float, members
     rmse = math.sqrt(1 + error**2 + spread**2 / members)
     assert found.rmse.value == pytest.approx(rmse, rel=0.05)
     assert found.spread.value == pytest.approx(spread, rel=0.05)
-    assert found.spread_skill.value == pytest.approx(math.sqrt((members + 1) / members) * spread / rmse, rel=0.05)
+    assert found.spread_skill.value == pytest.approx(
+        math.sqrt((members + 1) / members) * spread / rmse, rel=0.05
+    )
     assert (found.crps_fair.low < found.crps_fair.value).all()
     assert (found.crps_fair.value < found.crps_fair.high).all()
 
@@ -75,7 +77,8 @@ def test_intervals_cover_the_expectation() -> None:
 
 def test_ranks_are_flat_for_honest_ensembles_only() -> None:
     honest, sure, shifted = (
-        score_ensemble(*gaussian(spread=s, error=e, cases=100), climate=False) for s, e in ((1, 0), (0.7, 0), (1, 0.3))
+        score_ensemble(*gaussian(spread=s, error=e, cases=100), climate=False)
+        for s, e in ((1, 0), (0.7, 0), (1, 0.3))
     )
     assert honest.ranks.sum() == 100 * np.prod(SHAPE)
     assert (honest.ranks_p > 0.001).all()

@@ -1,4 +1,4 @@
-"""`edm2 metrics ref | score | compare`."""
+"""`edm2 metrics ref | score | compare | ensemble`."""
 
 import warnings
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from edm2.commands.metrics_ensemble import ensemble as ensemble
 from edm2.evaluation.cautions import find_cautions
 from edm2.evaluation.extractors import EXTRACTORS, measure_images, open_extractor
 from edm2.evaluation.images import MIN_IMAGES, ImageSet, open_images

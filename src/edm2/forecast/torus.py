@@ -122,7 +122,8 @@ class Torus:
 
     def _white(self, index: Tensor, seed: int, stream: int) -> Tensor:
         noise = keyed_normal(index, (self.side, self.side), seed=seed, stream=stream)
-        return torch.fft.fft2(noise.double())
+        waves: Tensor = torch.fft.fft2(noise.double())
+        return waves
 
     def _waves(self) -> "_Waves":
         k = 2 * math.pi * torch.fft.fftfreq(self.side, dtype=torch.float64)
@@ -133,11 +134,9 @@ class Torus:
         power = torch.exp(-squared * self.length**2 / 2)
         # The highest wave has no direction, so that nothing could drift in it.
         power = power * (down > k.min()) * (right > k.min())
-        return _Waves(alpha=rate * turn, phi=self.memory * turn, power=power / self._unit(rate, power))
-
-    def _unit(self, rate: Tensor, power: Tensor) -> Tensor:
-        """Mean power of the field's waves where the noise has `power`."""
-        return (_stationary(rate, self.memory)[2] * power).mean()
+        # So that a pixel of the field has variance 1.
+        unit = (_stationary(rate, self.memory)[2] * power).mean()
+        return _Waves(alpha=rate * turn, phi=self.memory * turn, power=power / unit)
 
     def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
         return _stationary(self._waves().alpha.abs(), self.memory)

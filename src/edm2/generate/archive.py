@@ -50,7 +50,7 @@ def write_zip(
     pairs = (
         [[n, int(c)] for n, c in zip(names, labels, strict=True)] if labels is not None and classes else None
     )
-    with _writing(path) as put:
+    with writing(path) as put:
         for name, file in zip(names, files, strict=True):
             put(name, [file.read_bytes()])
         put("dataset.json", [json.dumps({"labels": pairs}).encode()])
@@ -72,17 +72,17 @@ def write_npz(
     shape = (len(seeds), *_stored(first).shape)
 
     def rows() -> Iterator[bytes]:
-        yield _array_header(first.dtype, shape)
+        yield array_header(first.dtype, shape)
         yield _stored(first).tobytes()
         for image in images:
             yield _stored(image).tobytes()
 
-    with _writing(path) as put:
+    with writing(path) as put:
         put("arr_0.npy", rows())
         if labels is not None:
-            put("arr_1.npy", [_array_header(labels.dtype, labels.shape), labels.tobytes()])
+            put("arr_1.npy", [array_header(labels.dtype, labels.shape), labels.tobytes()])
         numbers = np.asarray(seeds, np.int64)
-        put("seeds.npy", [_array_header(numbers.dtype, numbers.shape), numbers.tobytes()])
+        put("seeds.npy", [array_header(numbers.dtype, numbers.shape), numbers.tobytes()])
         put(SETTINGS_FILE, [json.dumps(settings, indent=1, sort_keys=True).encode()])
 
 
@@ -90,7 +90,8 @@ def _stored(image: np.ndarray) -> np.ndarray:
     return image.transpose(1, 2, 0) if image.dtype == np.uint8 else image
 
 
-def _array_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+def array_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """What stands before an array's values in a .npy file."""
     header = BytesIO()
     description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, description)
@@ -98,8 +99,12 @@ def _array_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[Callable[[str, Any], None]]:
-    """Write an uncompressed archive, which appears when it is whole."""
+def writing(path: Path) -> Iterator[Callable[[str, Any], None]]:
+    """Write an uncompressed archive, which appears when it is whole.
+
+    Yields:
+        A function that adds a member: its name, and its content in parts.
+    """
     with replacing(path) as file, zipfile.ZipFile(file, "w") as content:
 
         def put(name: str, parts: Any) -> None:

@@ -1,9 +1,10 @@
 """Scores of ensembles of fields: how close to what happened, and how honest about what is not known.
 
-A forecast is `[cases, members, leads, channels, height, width]`, the truth the same without members. NaN marks a missing
-value; a pixel counts where the truth and all members are known.
+A forecast is `[cases, members, leads, channels, height, width]`, the truth the same without members. NaN marks a
+missing value; a pixel counts where the truth and all members are known.
 
-Ref: fair scores, Ferro, Q. J. R. Meteorol. Soc. 140 (2014); spread and skill, Fortin et al., J. Hydrometeorol. 15 (2014).
+Ref: fair scores, Ferro, Q. J. R. Meteorol. Soc. 140 (2014); spread and skill, Fortin et al., J. Hydrometeorol. 15
+(2014).
 """
 
 import warnings
@@ -227,7 +228,12 @@ class _Case:
         rules = need("scoringrules", "scores of ensembles")
         # "pwm" is the fair estimator computed by sorting, "qd" that of the ensemble as it is.
         score: np.ndarray = rules.crps_ensemble(
-            self.truth, members, m_axis=0, estimator="pwm" if fair else "qd", sorted_ensemble=True, backend="numpy"
+            self.truth,
+            members,
+            m_axis=0,
+            estimator="pwm" if fair else "qd",
+            sorted_ensemble=True,
+            backend="numpy",
         )
         return score
 
@@ -294,7 +300,7 @@ class _Sums:
         cases, m, sums = len(self.count), self.num_members, self._by_case
         weights = rng.multinomial(cases, [1 / cases] * cases, size=resamples).astype(np.float64)
 
-        def estimate(function: Callable[..., np.ndarray], *of: np.ndarray) -> Estimate:
+        def estimate(function: Callable[..., Any], *of: np.ndarray) -> Estimate:
             with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # where nothing is defined, neither is an interval
                 value = function(*(a.sum(axis=0) for a in of))
@@ -302,20 +308,11 @@ class _Sums:
                 low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0) if resamples else (value, value)
             return Estimate(value, low, high)
 
-        def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-            return a / b
-
-        def root(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-            return np.sqrt(a / b)
-
-        def skill(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-            return 1 - ours / theirs
-
         baselines = {
             name: Baseline(
-                crps=estimate(ratio, kept["score"], kept["count"]),
-                rmse=estimate(root, kept["square"], kept["count"]),
-                skill=estimate(skill, kept["fair"], kept["score"]),
+                crps=estimate(_ratio, kept["score"], kept["count"]),
+                rmse=estimate(_root, kept["square"], kept["count"]),
+                skill=estimate(_skill, kept["fair"], kept["score"]),
             )
             for name, kept in self._references.items()
         }
@@ -324,11 +321,11 @@ class _Sums:
             num_cases=cases,
             num_members=m,
             known=total / (cases * self._pixels),
-            crps_fair=estimate(ratio, sums["fair"], self.count),
-            crps=estimate(ratio, sums["plain"], self.count),
-            rmse=estimate(root, sums["square"], self.count),
-            spread=estimate(root, sums["variance"], self.count),
-            spread_skill=estimate(root, (m + 1) / m * sums["variance"], sums["square"]),
+            crps_fair=estimate(_ratio, sums["fair"], self.count),
+            crps=estimate(_ratio, sums["plain"], self.count),
+            rmse=estimate(_root, sums["square"], self.count),
+            spread=estimate(_root, sums["variance"], self.count),
+            spread_skill=estimate(_root, (m + 1) / m * sums["variance"], sums["square"]),
             ranks=self.ranks.sum(axis=0).astype(np.int64),
             ranks_p=flatness(self.ranks),
             reliability=tuple(self._reliable(j, *level) for j, level in enumerate(levels)),
@@ -347,6 +344,18 @@ class _Sums:
                 count=count.astype(np.int64),
                 brier=self._brier[j] / self.count.sum(axis=0),
             )
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> Any:
+    return a / b
+
+
+def _root(a: np.ndarray, b: np.ndarray) -> Any:
+    return np.sqrt(a / b)
+
+
+def _skill(ours: np.ndarray, theirs: np.ndarray) -> Any:
+    return 1 - ours / theirs
 
 
 def _plain(value: Any) -> Any:

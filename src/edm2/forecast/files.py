@@ -1,0 +1,151 @@
+"""Forecasts on the disk: one `.npz`, NetCDF or zarr, with the same arrays under the same names."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edm2.extras import needed
+from edm2.files import read_json, replacing, replacing_folder
+from edm2.generate.archive import array_header, writing
+
+FORMATS = (".npz", ".nc", ".zarr")
+_SETTINGS = "settings.json"  # in an archive; an attribute elsewhere
+_MOST_NETCDF = (1 << 32) - 4  # bytes of an array in NetCDF 3, which every program reads
+_DIMENSIONS = {
+    "members": ("case", "member", "lead", "channel", "y", "x"),
+    "truth": ("case", "lead", "channel", "y", "x"),
+    "start": ("case", "frame", "channel", "y", "x"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Members of a forecast, and what is known beside them, in the data's own units.
+
+    Attributes:
+        members: `[cases, members, leads, channels, height, width]`.
+        truth: `[cases, leads, channels, height, width]`, NaN where it is missing; None if it is not known.
+        start: `[cases, frames, channels, height, width]`, the frames that the forecast starts from, the latest last:
+            that one for all leads is the reference "persistence".
+        settings: What made it.
+    """
+
+    members: np.ndarray
+    truth: np.ndarray | None = None
+    start: np.ndarray | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def persistence(self) -> np.ndarray | None:
+        """The last known frame, `[cases, channels, height, width]`."""
+        return None if self.start is None else self.start[:, -1]
+
+
+def check_format(path: Path) -> None:
+    """Raise ValueError unless a forecast can be written under this name."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path} must end in {', '.join(FORMATS)}, which says how the forecast is written")
+    if path.suffix.lower() != ".npz":
+        with needed(f"a {path.suffix.lower()} file", instead="; .npz needs nothing"):
+            import xarray  # noqa: F401 - before hours of sampling
+
+            if path.suffix.lower() == ".zarr":
+                import zarr  # noqa: F401
+
+
+def write_forecast(path: Path, forecast: Forecast) -> Path:
+    """Write a forecast in the format that the name's ending says; it appears when it is whole.
+
+    Equal forecasts are equal bytes as `.npz`, and equal values in all formats.
+
+    Args:
+        path: The file, or the folder for .zarr; an older one is replaced.
+        forecast: Its arrays may be mapped from files: they are written part by part.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the name has another ending, or an array is too large for NetCDF.
+        MissingExtra: If a package for the format is missing.
+    """
+    check_format(path)
+    arrays = {name: getattr(forecast, name) for name in _DIMENSIONS if getattr(forecast, name) is not None}
+    settings = json.dumps(forecast.settings, indent=1, sort_keys=True)
+    if path.suffix.lower() == ".npz":
+        with writing(path) as put:
+            for name, array in arrays.items():
+                header = array_header(array.dtype, array.shape)
+                put(f"{name}.npy", (header, *(np.ascontiguousarray(row).tobytes() for row in array)))
+            put(_SETTINGS, [settings.encode()])
+        return path
+    import xarray
+
+    is_netcdf = path.suffix.lower() == ".nc"
+    if is_netcdf:  # NetCDF 3 has no unsigned bytes
+        arrays = {n: a.astype(np.int16) if a.dtype == np.uint8 else a for n, a in arrays.items()}
+    content = xarray.Dataset(
+        {name: (_DIMENSIONS[name], array) for name, array in arrays.items()},
+        coords={"lead": np.arange(1, forecast.members.shape[2] + 1)},
+        attrs={"settings": settings},
+    )
+    if is_netcdf:
+        if max(array.nbytes for array in arrays.values()) > _MOST_NETCDF:
+            raise ValueError(f"{path} would hold more than 4 GiB, the most of NetCDF 3: choose .zarr or .npz")
+        with replacing(path) as file:
+            content.to_netcdf(file.name, engine="scipy", format="NETCDF3_64BIT")
+    else:
+        with replacing_folder(path) as folder:
+            content.to_zarr(folder, mode="a", consolidated=False)  # "w" would replace the folder itself
+    return path
+
+
+def read_forecast(path: Path) -> Forecast:
+    """Read a forecast, of edm2 or with the same names.
+
+    Args:
+        path: `.npz`, NetCDF or zarr with `members`, and possibly `truth` and `start`.
+
+    Raises:
+        ValueError: If the file cannot be read, or holds no forecast.
+    """
+    try:
+        arrays, settings = _read_npz(path) if path.suffix.lower() == ".npz" else _read_xarray(path)
+        if "members" not in arrays:
+            raise ValueError(f"it holds {', '.join(arrays) or 'nothing'}, but no 'members'")
+        for name, array in arrays.items():
+            dimensions = _DIMENSIONS[name]
+            if array.ndim != len(dimensions) or not np.issubdtype(array.dtype, np.number):
+                raise ValueError(
+                    f"{name} of {array.dtype} {list(array.shape)} must be numbers [{', '.join(dimensions)}]"
+                )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a forecast ({error}): make it with `edm2 forecast` or `edm2 sample --members`, or write "
+            "members [case, member, lead, channel, y, x] and truth, the same without members"
+        ) from error
+    return Forecast(**arrays, settings=settings)
+
+
+def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], Any]:
+    with np.load(path, allow_pickle=False) as archive:
+        names = archive.files
+        settings = read_json(archive.zip.read(_SETTINGS)) if _SETTINGS in archive.zip.namelist() else {}
+        return {name: archive[name] for name in _DIMENSIONS if name in names}, settings
+
+
+def _read_xarray(path: Path) -> tuple[dict[str, np.ndarray], Any]:
+    check_format(path)
+    import xarray
+
+    extra: dict[str, Any] = {"consolidated": False} if path.suffix.lower() == ".zarr" else {}
+    with xarray.open_dataset(path, **extra) as content:
+        found = {name: content[name].values for name in _DIMENSIONS if name in content}
+        arrays = {
+            name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in found.items()
+        }
+        return arrays, json.loads(content.attrs.get("settings", "{}"))
