@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -169,6 +170,9 @@ class TrainConfig:
     network_from: str | None = None
     """MODULE:FUNCTION that makes a network of your own, called as f(img_resolution, img_channels, label_dim); see
     docs/own_network.md. The options of --network are then ignored."""
+    init: str | None = None
+    """Start from weights instead of random numbers: a finished run, a model file, or a folder with one. The network
+    must be the same, but may have further classes or channels of a condition, and another resolution."""
     seed: int = 0
     """Seed of the weights, the order of images, noise and dropout."""
     snapshot_images: Amount | None = None
@@ -248,10 +252,14 @@ class TrainConfig:
         settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return settings
 
-    def identity(self) -> dict[str, Any]:
-        """The settings that must stay the same when a run is continued."""
+    def identity(self, models: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What must stay the same when a run is continued.
+
+        Args:
+            models: What identifies the models that settings name, by setting; see `edm2.train.initial.identify_models`.
+        """
         free = {
-            "num_images", "microbatch", "verify_data", "ema_device", "snapshot_images", "checkpoint_images",
+            "init", "num_images", "microbatch", "verify_data", "ema_device", "snapshot_images", "checkpoint_images",
             "keep_checkpoints", "keep_every",
             "max_hours", "workers", "device", "channels_last", "sharding", "checkpoint_activations", "loss_scaling",
             "compile", "record_magnitudes", "stop_after_nonfinite",
@@ -263,11 +271,11 @@ class TrainConfig:
         if self.network_from is None:
             del kept["network_from"]
         kept["architecture"] = kept.pop("config")
-        return kept
+        return kept | dict(models or {})
 
-    def run_id(self, fingerprint: str) -> str:
+    def run_id(self, fingerprint: str, models: Mapping[str, Any] | None = None) -> str:
         """Name of the run: a hash of its identity and of its data's fingerprint."""
-        text = json.dumps([self.identity() | {"data": None}, fingerprint], sort_keys=True)
+        text = json.dumps([self.identity(models) | {"data": None}, fingerprint], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -26,6 +26,7 @@ from edm2.train.build import ema_device, make_denoiser, pick_device
 from edm2.train.checkpoint import Role, newest
 from edm2.train.coding import Coding, make_coding
 from edm2.train.config import TrainConfig
+from edm2.train.initial import carried_licence, identify_models, take_over
 from edm2.train.loggers import Logger, numbers
 from edm2.train.logs import LOG_FILE, MAGNITUDES_FILE, append_log, rewind_log
 from edm2.train.memory import size_text, used_bytes
@@ -77,13 +78,16 @@ class Trainer:
         self.config, self.dataset, self.out = config, dataset, out
         self.device = self.world.device
         self.coding: Coding = make_coding(config, dataset)
-        self.run_id = config.run_id(dataset.fingerprint)
+        models = identify_models(config, out)
+        self.run_id = config.run_id(dataset.fingerprint, models)
         settings = {"preset": preset, **config.to_json()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             denoiser = make_denoiser(config, dataset, self.coding)
+        if config.init is not None and newest(out / run_folder.CHECKPOINTS) is None:
+            take_over(denoiser, config.init)
         self._stepper = Stepper(config, dataset, self.coding, denoiser, self.world)
-        self.world.on_first(lambda: run_folder.claim(out, settings, config.identity(), self.run_id))
+        self.world.on_first(lambda: run_folder.claim(out, settings, config.identity(models), self.run_id))
         self.denoiser, self.optimizer = self._stepper.denoiser, self._stepper.optimizer
         self.ema: PowerEMA | None = None
         if self.world.is_first or self._stepper.is_sharded:
@@ -101,6 +105,7 @@ class Trainer:
             "coding": self.coding.to_json(),
             "class_names": list(dataset.class_names),
             "data": dataset.name,
+            **carried_licence(models),
         }
         self._outputs = Outputs(config, out, settings=settings, run_id=self.run_id, info=self.info)
         self._loggers: Sequence[Logger] = ()
