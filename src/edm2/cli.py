@@ -38,6 +38,7 @@ COMMANDS: dict[str, Any] = {
         "profile": "draw the wanted averages and their reconstructions",
     },
     "sample": "make images with a model",
+    "forecast": "continue films step by step, as an ensemble",
     "tune": "find a run's best EMA length, guide and guidance",
     "ladder": "train configurations A to G alike and compare them",
     "metrics": {

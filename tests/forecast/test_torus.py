@@ -49,6 +49,7 @@ def test_the_law_scores_as_it_should() -> None:
     members = TORUS.members(start.repeat_interleave(12, 0), index, 3, seed=9).reshape(150, 12, 3, 1, 16, 16)
     found = score_ensemble(members.numpy(), frames[:, 2:, None].numpy(), start=frames[:, 1, None].numpy())
     assert found.crps_fair.value[:, 0] == pytest.approx(std.numpy() / math.sqrt(math.pi), rel=0.05)
+    assert found.crps_fair.value[:, 0] == pytest.approx(TORUS.law_score(start, frames[:, 2:]), rel=0.02)
     assert found.spread_skill.value == pytest.approx(1, abs=0.06)
     assert (found.ranks_p > 0.001).all()
     assert (found.baselines["persistence"].skill.value > 0.3).all()

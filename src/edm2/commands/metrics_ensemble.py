@@ -46,15 +46,15 @@ class _Ensemble:
 def ensemble(prog: str, words: Sequence[str]) -> None:
     """`edm2 metrics ensemble`."""
     chosen = tyro.cli(_Ensemble, prog=prog, args=list(words))
-    out = chosen.out or chosen.forecast.with_name(f"{chosen.forecast.name}.scores.json")
-    _check_out(out)
+    out = chosen.out or scores_file(chosen.forecast)
+    check_scores_file(out)
     if chosen.resamples < 1:
         raise ValueError(f"--resamples {chosen.resamples} must be at least 1")
     found = read_forecast(chosen.forecast)
-    truth = found.truth if chosen.truth is None else _read(chosen.truth)
+    truth = found.truth if chosen.truth is None else read_array(chosen.truth)
     if truth is None:
         raise ValueError(f"{chosen.forecast} holds no truth to score against: give it with --truth")
-    climate = True if chosen.climate is None else _read(chosen.climate)
+    climate = True if chosen.climate is None else read_array(chosen.climate)
     with Progress("scoring", len(truth), "cases") as progress:
         scores = score_ensemble(
             found.members,
@@ -67,7 +67,9 @@ def ensemble(prog: str, words: Sequence[str]) -> None:
             seed=chosen.seed,
             on_case=progress.advance,
         )
-    write_json(out, {"format": _FORMAT, **_settings(chosen, found), "scores": scores.to_json()})
+    given = {name: getattr(chosen, name) for name in ("thresholds", "quantiles", "resamples", "seed")}
+    files = {name: str(getattr(chosen, name)) for name in ("forecast", "truth", "climate")}
+    write_scores(out, scores, found, settings=given, files=files)
     for line in score_lines(scores):
         show(line)
     show(f"written to {out}")
@@ -121,13 +123,20 @@ def _text(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _settings(chosen: _Ensemble, found: Forecast) -> dict[str, Any]:
-    given = {name: getattr(chosen, name) for name in ("thresholds", "quantiles", "resamples", "seed")}
-    files = {name: str(getattr(chosen, name)) for name in ("forecast", "truth", "climate")}
-    return {"settings": given, "files": files, "made_by": dict(found.settings)}
+def scores_file(forecast: Path) -> Path:
+    """Where the scores of a forecast are written."""
+    return forecast.with_name(f"{forecast.name}.scores.json")
 
 
-def _check_out(out: Path) -> None:
+def write_scores(out: Path, scores: EnsembleScores, forecast: Forecast, **facts: Any) -> None:
+    """Write all numbers, with the settings of the forecast."""
+    write_json(
+        out, {"format": _FORMAT, "made_by": dict(forecast.settings), **facts, "scores": scores.to_json()}
+    )
+
+
+def check_scores_file(out: Path) -> None:
+    """Raise ValueError if a file exists that does not hold scores of an ensemble."""
     if not out.exists():
         return
     try:
@@ -138,7 +147,12 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"{out} exists and does not hold scores of an ensemble: choose another --out")
 
 
-def _read(path: Path) -> np.ndarray:
+def read_array(path: Path) -> np.ndarray:
+    """Read a .npy file of numbers.
+
+    Raises:
+        ValueError: If it cannot be read, or holds something else.
+    """
     try:
         array = np.load(path, allow_pickle=False)
         if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.number):

@@ -12,9 +12,11 @@ the law of all later frames given two is Gaussian, with mean and variance in clo
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from edm2.extras import need
 from edm2.nn import keyed_normal
 
 # Streams of keyed random numbers: two for the first frames, then one for each step.
@@ -115,6 +117,24 @@ class Torus:
             variance = variance + (in_field.abs().square() * waves.power).mean()
             variances.append(variance)
         return torch.stack(means, dim=1), torch.stack(variances).sqrt().float()
+
+    def law_score(self, frames: Tensor, truth: Tensor) -> np.ndarray:
+        """CRPS of the exact law, the lowest on average that any forecast has.
+
+        Args:
+            frames: `[N, 2, side, side]`, the earlier frame first.
+            truth: `[N, steps, side, side]` what followed.
+
+        Returns:
+            `[steps]`, the mean over cases and pixels.
+        """
+        rules = need("scoringrules", "the score of the exact law")
+        mean, std = (x.double().numpy() for x in self.law(frames, truth.shape[1]))
+        score: np.ndarray = rules.crps_normal(
+            truth.double().numpy(), mean, std[:, None, None], backend="numpy"
+        )
+        means: np.ndarray = score.mean(axis=(0, 2, 3))
+        return means
 
     def _state(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         before, now = torch.fft.fft2(frames.double()).unbind(1)

@@ -91,7 +91,7 @@ def write_samples(
     files = [folder / f"{seed:06d}.{suffix}" for seed in seeds]
     work = _Work(generator, guide, seeds, rows, conditions, options, files)
     if packed and out.exists():
-        _check_same(out, read_settings(out), {**settings, "seeds": _digest(np.asarray(seeds))})
+        check_same(out, read_settings(out), {**settings, "seeds": digest(np.asarray(seeds))})
         if folder.exists():  # left by a kill after the archive was written
             world.on_first(lambda: _remove_parts(out, files))
         return out
@@ -166,7 +166,7 @@ def _settings(
         "model": generator.identity(),
         "guide": None if guide is None else guide.identity(),
         "labels": "seed modulo classes" if labels is None else _named(labels),
-        "conditions": None if conditions is None else _digest(conditions),
+        "conditions": None if conditions is None else digest(conditions),
         "sampler": options.to_json(),
     }
     made_with = {"edm2": edm2.__version__, "torch": torch.__version__}
@@ -175,10 +175,11 @@ def _settings(
 
 
 def _named(labels: int | np.ndarray) -> dict[str, Any]:
-    return {"array": _digest(labels)} if isinstance(labels, np.ndarray) else {"class": labels}
+    return {"array": digest(labels)} if isinstance(labels, np.ndarray) else {"class": labels}
 
 
-def _digest(array: np.ndarray) -> str:
+def digest(array: np.ndarray) -> str:
+    """Sixteen hexadecimal digits of an array's shape, type and values."""
     return hashlib.sha256(f"{array.shape}{array.dtype}".encode() + array.tobytes()).hexdigest()[:16]
 
 
@@ -193,14 +194,15 @@ def _claim(stack: ExitStack, folder: Path, out: Path, settings: dict[str, Any]) 
                 raise ValueError("it does not hold a table of settings")
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
-        _check_same(folder, old, settings)
+        check_same(folder, old, settings)
     elif any(not entry.name.startswith(f".{SETTINGS_FILE}") for entry in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and does not hold samples of edm2: choose another --out")
     else:
         write_json(path, settings)
 
 
-def _check_same(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def check_same(where: Path, old: dict[str, Any], new: dict[str, Any], *, what: str = "samples") -> None:
+    """Raise ValueError unless what lies somewhere was made with the same settings; versions may differ."""
     old, new = _flat(old), _flat(new)
     differing = [
         f"{key} {old.get(key)} there, {new.get(key)} here"
@@ -209,7 +211,7 @@ def _check_same(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     ]
     if differing:
         raise ValueError(
-            f"{where} holds samples of other settings ({'; '.join(differing)}): choose another --out"
+            f"{where} holds {what} of other settings ({'; '.join(differing)}): choose another --out"
         )
 
 
@@ -221,7 +223,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _pack(work: _Work, out: Path, settings: dict[str, Any]) -> None:
-    settings = {**settings, "seeds": _digest(np.asarray(work.seeds))}
+    settings = {**settings, "seeds": digest(np.asarray(work.seeds))}
     if out.suffix.lower() == ".zip":
         write_zip(out, settings, work.files, work.seeds, work.rows)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,6 +87,26 @@ class Page:
         shape = {"class": "pixels", "width": large.width, "height": large.height}
         self._picture(png_bytes(large), "png", shape, caption, alt)
 
+    def film(
+        self, pictures: Sequence[PIL.Image.Image], caption: str, alt: str, *, seconds: float = 0.8
+    ) -> None:
+        """Add pictures of one size that play in turn, for ever; the last one is shown twice as long.
+
+        Readers whose system asks for little motion see the last picture. It plays without a script, as animated PNG.
+
+        Args:
+            pictures: At least one.
+            caption: Text under it.
+            alt: What it shows, for readers who cannot see it.
+            seconds: How long each is shown.
+        """
+        buffer = io.BytesIO()
+        times = [round(1000 * seconds)] * (len(pictures) - 1) + [round(2000 * seconds)]
+        first, *rest = pictures
+        first.save(buffer, format="PNG", save_all=True, append_images=rest, duration=times, loop=0)
+        shape = {"class": "pixels", "width": first.width, "height": first.height}
+        self._picture(buffer.getvalue(), "png", shape, caption, alt, still=png_bytes(pictures[-1]))
+
     @contextmanager
     def columns(self) -> Iterator[None]:
         """Put what is added inside the `with` side by side, or one below the other on a narrow screen."""
@@ -161,11 +182,25 @@ class Page:
         self._blocks.append({"kind": kind, **content})
 
     def _picture(
-        self, data: bytes, kind: str, attributes: Mapping[str, object], caption: str, alt: str
+        self,
+        data: bytes,
+        kind: str,
+        attributes: Mapping[str, object],
+        caption: str,
+        alt: str,
+        still: bytes = b"",
     ) -> None:
         assert alt.strip(), "say in words what the picture shows"
-        content = base64.b64encode(data).decode("ascii")
-        self._add("picture", base64=content, format=kind, attributes=attributes, caption=caption, alt=alt)
+        content, calm = (base64.b64encode(part).decode("ascii") for part in (data, still))
+        self._add(
+            "picture",
+            base64=content,
+            still=calm,
+            format=kind,
+            attributes=attributes,
+            caption=caption,
+            alt=alt,
+        )
 
 
 def _write_out(value: object) -> str:

@@ -1,0 +1,118 @@
+"""`edm2 forecast`."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from edm2.commands.metrics_ensemble import (
+    check_scores_file,
+    read_array,
+    score_lines,
+    scores_file,
+    write_scores,
+)
+from edm2.commands.sampling import Sampling, chosen_path, open_guide, sampler_options, with_saved
+from edm2.forecast import Cases, Forecast, make_forecast, past_frames, read_cases
+from edm2.forecast.page import write_forecast_page
+from edm2.generate import ImageGenerator, parse_seeds
+from edm2.metrics.ensemble import EnsembleScores, score_ensemble
+from edm2.progress import show
+from edm2.train.world import join_world
+
+
+@dataclass(kw_only=True)
+class _Forecast(Sampling):
+    """Continue films step by step with a model of the next frame, as an ensemble, and write a page that plays it.
+
+    The model was trained with past frames as the condition, the channels of the earliest first, and the next frame as
+    the image. Member m of case i depends on --seed, i and m alone; under torchrun the processes share the work. Run the
+    same command again to continue after a stop.
+    """
+
+    start: Annotated[Path, tyro.conf.arg(aliases=["--from"])]
+    """Where to start (under torchrun, which has an option of that name, write --from): .npz, NetCDF or zarr with
+    `frames` [N, time, C, H, W], whose later frames are the truth, or with `conditions` as in training, or with `start`
+    [N, frames, C, H, W]; possibly `truth` [N, steps, C, H, W], `vectors` [N, steps, V] for a model that is told
+    something at each step, and `labels`. Or .npy with frames or conditions."""
+    steps: int = 12
+    """Frames to forecast."""
+    members: int = 16
+    """Members of each case."""
+    out: Path
+    """Forecast to write: .npz, .nc or .zarr. The page, and the scores where the truth is known, are written beside."""
+    truth: Path | None = None
+    """.npy file with what followed, [N, steps, C, H, W], missing values NaN. Default: that of --start."""
+    cases: str | None = None
+    """Which cases: 0-9 or 0,5,7. Default: all."""
+    seed: int = 0
+    """Seed of the noise."""
+    noise: Literal["independent", "common"] = "independent"
+    """independent: each case has noise of its own. common: member m has the same noise in all cases, so that cases
+    differ by their start alone."""
+    page: bool = True
+    """Write the page."""
+
+
+def run(prog: str, words: Sequence[str]) -> None:
+    """`edm2 forecast`."""
+    chosen = tyro.cli(_Forecast, prog=prog, args=list(words))
+    check_scores_file(scores_file(chosen.out))
+    path = chosen_path(chosen)
+    chosen, path = with_saved(chosen, path)
+    with join_world(chosen.device) as world:
+        common: dict[str, Any] = dict(device=world.device, dtype=chosen.dtype, compile=chosen.compile)
+        generator = ImageGenerator.load(path, chosen.ema, num_images=chosen.ema_images, **common)
+        made = make_forecast(
+            generator,
+            _cases(chosen, generator),
+            chosen.out,
+            steps=chosen.steps,
+            members=chosen.members,
+            seed=chosen.seed,
+            common=chosen.noise == "common",
+            guide=open_guide(chosen, path, common),
+            batch_size=chosen.batch,
+            world=world,
+            **sampler_options(chosen),
+        )
+        if world.is_first:
+            _report(chosen, path, made)
+
+
+def _cases(chosen: _Forecast, generator: ImageGenerator) -> Cases:
+    channels = generator.denoiser.img_shape[0]
+    cases = read_cases(chosen.start, frames=past_frames(generator), channels=channels)
+    if chosen.truth is not None:
+        cases = dataclasses.replace(cases, truth=read_array(chosen.truth))
+    if chosen.cases is None:
+        return cases
+    rows = np.array(parse_seeds(chosen.cases))
+    if rows.max() >= len(cases):
+        raise ValueError(f"--cases {chosen.cases}: {chosen.start} holds {len(cases)} cases, numbered from 0")
+    return cases.take(rows)
+
+
+def _report(chosen: _Forecast, path: Path, made: Forecast) -> None:
+    scores: EnsembleScores | None = None
+    if made.truth is not None and not np.isnan(made.truth).all():
+        scores = score_ensemble(made.members, made.truth, start=made.persistence)
+        write_scores(scores_file(chosen.out), scores, made)
+        for line in score_lines(scores):
+            show(line)
+    show(chosen.out)
+    if chosen.page:
+        settings = [(name, value) for name, value in made.settings.items() if value is not None]
+        page = write_forecast_page(
+            made,
+            chosen.out.with_name(f"{chosen.out.name}.html"),
+            scores=scores,
+            title=f"Forecast by {path.name}",
+            lead=f"{len(made.members)} cases, {chosen.members} members, {chosen.steps} steps.",
+            settings=[(name, value) for name, value in settings if not isinstance(value, dict)],
+        )
+        show(f"page: {page}")
