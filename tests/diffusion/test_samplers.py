@@ -19,6 +19,7 @@ from edm2.diffusion import (
     guided,
     sample_dpmpp_2m,
     sample_dpmpp_2m_sde,
+    sample_dpmpp_3m,
     sample_euler,
     sample_heun,
     time_steps,
@@ -74,7 +75,7 @@ def exact_solution(noise, mean, std, sigma_max):
     return mean + (sigma_max * noise - mean) * std / math.sqrt(std**2 + sigma_max**2)
 
 
-@pytest.mark.parametrize(("name", "order"), [("heun", 2), ("euler", 1), ("dpmpp-2m", 2)])
+@pytest.mark.parametrize(("name", "order"), [("heun", 2), ("euler", 1), ("dpmpp-2m", 2), ("dpmpp-3m", 3)])
 def test_order_of_convergence_to_the_exact_solution(name, order):
     noise = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = exact_solution(noise, 0.3, 0.5, 80)
@@ -116,6 +117,32 @@ def test_multistep_equals_hand_computation():
     x2 = 1 / 5 * x1 + (1 - 1 / 5) * (x1 / 2 + slope * math.log(5) / 2)
     assert seen == pytest.approx([x0, x1, x2], rel=1e-12)
     assert float(out) == pytest.approx(x2 / 2, rel=1e-12)
+
+
+def test_third_order_multistep_is_exact_for_a_parabola():
+    """Where the denoised images are a parabola in lambda = -ln sigma, only the first two steps are approximate."""
+
+    def parabola(sigma):
+        return 0.3 - 0.2 * math.log(sigma) + 0.1 * math.log(sigma) ** 2
+
+    noise = torch.tensor([[[[0.3]]]], dtype=torch.float64)
+    seen = []
+    sigmas = torch.tensor([9.0, 5.0, 2.0, 1.5, 0.4, 0.0], dtype=torch.float64)
+    sample_dpmpp_3m(
+        lambda x, sigma, labels: torch.full_like(x, parabola(float(sigma))), noise, sigmas,
+        callback=lambda i, sigma, x, denoised: seen.append(float(x)), dtype=torch.float64,
+    )  # fmt: skip
+    # x = sigma (x0 / sigma0 + int e^l D(l) dl), by the antiderivative of e^l (a + b l + c l^2).
+    a, b, c = 0.3, 0.2, 0.1
+
+    def antiderivative(sigma):
+        l = -math.log(sigma)
+        return (a - b + 2 * c + (b - 2 * c) * l + c * l**2) / sigma
+
+    levels = sigmas.tolist()
+    for i in (2, 3):
+        grown = seen[i] / levels[i] + antiderivative(levels[i + 1]) - antiderivative(levels[i])
+        assert seen[i + 1] == pytest.approx(levels[i + 1] * grown, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -299,7 +326,7 @@ def test_samplers_go_by_their_names():
     assert {*SAMPLERS} == {*typing.get_args(SamplerName)}
     assert find_sampler("euler") is sample_euler
     with pytest.raises(
-        ValueError, match="unknown sampler 'rk4': there are heun, euler, dpmpp-2m, dpmpp-2m-sde"
+        ValueError, match="unknown sampler 'rk4': there are heun, euler, dpmpp-2m, dpmpp-2m-sde, dpmpp-3m"
     ):
         find_sampler("rk4")
 
