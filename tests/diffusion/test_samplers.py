@@ -136,8 +136,8 @@ def test_third_order_multistep_is_exact_for_a_parabola():
     a, b, c = 0.3, 0.2, 0.1
 
     def antiderivative(sigma):
-        l = -math.log(sigma)
-        return (a - b + 2 * c + (b - 2 * c) * l + c * l**2) / sigma
+        time = -math.log(sigma)
+        return (a - b + 2 * c + (b - 2 * c) * time + c * time**2) / sigma
 
     levels = sigmas.tolist()
     for i in (2, 3):
