@@ -75,7 +75,7 @@ def _sample(chosen: _Sample, path: Path, seeds: list[int], options: dict[str, An
             seeds,
             labels=_labels(chosen),
             conditions=None if chosen.conditions is None else _read_array(chosen.conditions),
-            guide=open_guide(chosen, path, common),
+            guide=open_guide(chosen, path, common, generator),
             batch_size=chosen.batch,
             grid=chosen.grid,
             world=world,

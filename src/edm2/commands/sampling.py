@@ -12,6 +12,7 @@ from edm2.diffusion import SamplerName
 from edm2.generate import ImageGenerator, SamplerOptions
 from edm2.hub import Parts, find_parts
 from edm2.progress import tell
+from edm2.tuning.plan import SELF
 from edm2.tuning.result import tuned_settings
 
 _OPTIONS = [field.name for field in dataclasses.fields(SamplerOptions)]
@@ -31,7 +32,8 @@ class Sampling:
     ema_images: float | None = None
     """Time of that average, in training images. Default: the last snapshot."""
     guide: Path | None = None
-    """Guide: an unconditional model, or a weaker one."""
+    """Guide: an unconditional model, or a weaker one; or self, the model without labels (see --label-dropout of
+    `edm2 train`), whose EMA length is the model's unless --guide-ema is given."""
     guide_ema: float | None = None
     """EMA length of the guide, reconstructed from the snapshots of --guide, or of the run itself. Needs --guidance."""
     guide_images: float | None = None
@@ -127,12 +129,15 @@ def _tuned_settings(run: Path) -> dict[str, Any]:
     return settings
 
 
-def open_guide(chosen: Sampling, path: Path, common: dict[str, Any]) -> ImageGenerator | None:
+def open_guide(
+    chosen: Sampling, path: Path, common: dict[str, Any], model: ImageGenerator | None = None
+) -> ImageGenerator | None:
     """Open the guide that the options ask for; None for none.
 
     Args:
         chosen: The options.
         path: Model or run that is sampled.
+        model: The same, opened; needed where it may guide itself.
         common: Arguments of `ImageGenerator.load` that both share.
 
     Raises:
@@ -154,6 +159,8 @@ def open_guide(chosen: Sampling, path: Path, common: dict[str, Any]) -> ImageGen
                 "earlier average of the run as --guide-ema (with --guide-images); --guidance 1 is none"
             )
         return None
-    return ImageGenerator.load(
-        chosen.guide or path, chosen.guide_ema, num_images=chosen.guide_images, **common
-    )
+    if chosen.guide == SELF and chosen.guide_ema is None and model is not None:
+        return model.without_labels()
+    source = path if chosen.guide in (None, SELF) else chosen.guide
+    found = ImageGenerator.load(source, chosen.guide_ema, num_images=chosen.guide_images, **common)
+    return found.without_labels() if chosen.guide == SELF else found

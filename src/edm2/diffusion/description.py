@@ -108,6 +108,8 @@ def check_info(info: Mapping[str, Any]) -> None:
         "class_names": lambda x: type(x) is list and all(isinstance(name, str) for name in x),
         "source": lambda x: type(x) is dict and all(isinstance(text, str) for text in x.values()),
         "coding": lambda x: type(x) is dict,
+        "label_dropout": lambda x: type(x) is float and 0 <= x < 1,
+        "ignores_labels": lambda x: type(x) is bool,
     }
     for name, fits in rules.items():
         value = info.get(name)

@@ -1,8 +1,10 @@
 """From a saved model to images, each of which depends only on its own seed."""
 
+import copy
 import hashlib
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from edm2.nn import faster_channels_last, keyed_normal, use_channels_last
 from edm2.train.coding import Coding
 
 _PRECISIONS = ("float32", "bfloat16", "float16")
+IGNORES_LABELS = "ignores_labels"  # in a model's info
 # First of the image's streams of keyed random numbers for noise that a sampler adds; 0 is its starting noise.
 _NOISE_STREAM = 2
 
@@ -111,6 +114,32 @@ class ImageGenerator:
             use_channels_last(denoiser)
         return cls(denoiser, coding, info, fix_weights=True, compile=compile, decoder=decoder)
 
+    def without_labels(self) -> "ImageGenerator":
+        """The same model with labels left out: the guide of classifier-free guidance by a single network.
+
+        Raises:
+            ValueError: If the model has no labels to leave out.
+        """
+        if not self.denoiser.label_dim:
+            raise ValueError(
+                "an unconditional model cannot guide itself, because it has no labels to leave out: choose another "
+                "guide"
+            )
+        if not (self.info.get("label_dropout") or self.ignores_labels):
+            warnings.warn(
+                "the model says nothing of a training with some labels missing (label_dropout), which a guide without "
+                "labels relies on",
+                stacklevel=2,
+            )
+        other = copy.copy(self)
+        other.info = {**self.info, IGNORES_LABELS: True}
+        return other
+
+    @property
+    def ignores_labels(self) -> bool:
+        """Whether this is a model whose labels are left out."""
+        return bool(self.info.get(IGNORES_LABELS))
+
     def to(self, device: torch.device | str) -> "ImageGenerator":
         """Move to a device; returns itself."""
         self.denoiser.to(device)
@@ -129,7 +158,9 @@ class ImageGenerator:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         facts = {key: self.info.get(key) for key in ("run_id", "num_images", "sigma_rel", "data")}
         precision = str(self.denoiser.dtype).removeprefix("torch.")
-        decoding = {} if self.decoder is None else {"decoder": self.decoder.identity()}
+        decoding: dict[str, Any] = {} if self.decoder is None else {"decoder": self.decoder.identity()}
+        if self.ignores_labels:
+            decoding[IGNORES_LABELS] = True
         return {**facts, "digest": digest.hexdigest()[:16], "dtype": precision, **decoding}
 
     def decode(self, x: Tensor) -> Tensor:
@@ -293,11 +324,20 @@ class ImageGenerator:
         def randn_like(x: Tensor) -> Tensor:
             return keyed_normal(index, shape, stream=next(streams)).to(x.dtype)
 
-        second = guide._bind(condition) if isinstance(guide, ImageGenerator) else guide
-        if isinstance(guide, WithoutLabels) and guide.network is self.denoiser:
+        network = self._bind(condition)
+        second: DenoiserFn | None
+        if isinstance(guide, ImageGenerator):
+            # One object where they share a network, so that one batch can evaluate both.
+            shared = guide.denoiser is self.denoiser and condition is None
+            second = network if shared else guide._bind(condition)
+            if guide.ignores_labels:
+                second = WithoutLabels(second, guide.denoiser.label_dim or 0)
+        elif isinstance(guide, WithoutLabels) and guide.network is self.denoiser:
             second = WithoutLabels(self._bind(condition), guide.label_dim)
+        else:
+            second = guide
         return options.sample(
-            self._bind(condition),
+            network,
             keyed_normal(index, shape),
             given,
             guide=second,

@@ -173,6 +173,9 @@ class TrainConfig:
     init: str | None = None
     """Start from weights instead of random numbers: a finished run, a model file, or a folder with one. The network
     must be the same, but may have further classes or channels of a condition, and another resolution."""
+    label_dropout: float = 0.0
+    """Probability that an image is shown without its label, so that the network can be guided by itself without labels
+    (`edm2 sample --guide self`)."""
     seed: int = 0
     """Seed of the weights, the order of images, noise and dropout."""
     snapshot_images: Amount | None = None
@@ -232,6 +235,7 @@ class TrainConfig:
             _require(self, "max_hours", self.max_hours > 0, "above 0")
         every = self.snapshot_images
         _require(self, "snapshot_images", every is None or every >= 1, "at least 1")
+        _require(self, "label_dropout", 0 <= self.label_dropout < 1, "a probability, in [0, 1)")
         _require(self, "seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
         if self.microbatch is not None:
             divides = 1 <= self.microbatch <= self.batch_size and self.batch_size % self.microbatch == 0
@@ -268,8 +272,9 @@ class TrainConfig:
         # Runs that were started before these options and names existed continue.
         if not self.dataset.augment:
             del kept["dataset"]["augment"]
-        if self.network_from is None:
-            del kept["network_from"]
+        for name in ("network_from", "label_dropout"):
+            if kept[name] == TrainConfig.__dataclass_fields__[name].default:
+                del kept[name]
         kept["architecture"] = kept.pop("config")
         return kept | dict(models or {})
 

@@ -84,6 +84,11 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             denoiser = make_denoiser(config, dataset, self.coding)
+        if config.label_dropout and not denoiser.label_dim:
+            raise ValueError(
+                f"label_dropout {config.label_dropout} has no effect, because the training data has no labels: leave "
+                "it out, or give data with classes"
+            )
         if config.init is not None and newest(out / run_folder.CHECKPOINTS) is None:
             take_over(denoiser, config.init)
         self._stepper = Stepper(config, dataset, self.coding, denoiser, self.world)
@@ -105,6 +110,7 @@ class Trainer:
             "coding": self.coding.to_json(),
             "class_names": list(dataset.class_names),
             "data": dataset.name,
+            **({"label_dropout": config.label_dropout} if config.label_dropout else {}),
             **carried_licence(models),
         }
         self._outputs = Outputs(config, out, settings=settings, run_id=self.run_id, info=self.info)

@@ -18,6 +18,7 @@ from edm2.train.build import checkpoint_activations
 from edm2.train.coding import Coding
 from edm2.train.config import TrainConfig
 from edm2.train.gradients import clean_gradients
+from edm2.train.label_dropout import drop_labels
 from edm2.train.norms import UpdateNorm
 from edm2.train.objectives import DROPOUT_SEED_OFFSET, TrainingBatch, make_objective
 from edm2.train.parallel import average_whole_gradients, blocks_of, exchange_gradients, replicate, shard
@@ -189,6 +190,14 @@ class Stepper:
         if self._augment is not None:
             # Drawn on the CPU, so that the values are known without waiting for the device.
             images, augment_labels = self._augment(images, torch.arange(*span), seed=config.seed)
+        if config.label_dropout and labels is not None:
+            labels = drop_labels(
+                labels,
+                where,
+                num_classes=self.denoiser.label_dim or 0,
+                probability=config.label_dropout,
+                seed=config.seed,
+            )
         return TrainingBatch(
             images=images.to(memory_format=self._layout),
             index=where,

@@ -16,7 +16,7 @@ from edm2.ema import reconstruct_many
 from edm2.ema.storage.manifest import read_manifest
 from edm2.generate import ImageGenerator, snapshots_of
 from edm2.train.logs import append_log, read_log, rewind_log
-from edm2.tuning.plan import TuningPlan, has_snapshots
+from edm2.tuning.plan import SELF, TuningPlan, has_snapshots
 from edm2.tuning.result import BASELINE_SIGMA_REL, FOLDER, Knobs
 
 _LOG = "evaluations.jsonl"
@@ -72,7 +72,9 @@ class Bench:
         self.guide_moment, guide = None, None
         if plan.guide is not None:
             guide = check_guide(run, plan.guide).identity()
-            if has_snapshots(plan.guide):
+            if plan.guide == SELF:
+                self.guide_moment = self.moments[-1]
+            elif has_snapshots(plan.guide):
                 self.guide_moment = moments(plan.guide)[-1]
         self._guide_identity = json.dumps(guide, sort_keys=True)
         self._folder = run / FOLDER
@@ -100,7 +102,8 @@ class Bench:
         """The model and, if there is one, its guide."""
         networks: list[_Network] = [(self._run, knobs.sigma_rel, self.moments[-1])]
         if knobs.is_guided:
-            source = self._run if knobs.guide is None else Path(knobs.guide)
+            own = knobs.guide is None or knobs.is_guided_by_itself
+            source = self._run if own else Path(knobs.guide or "")
             networks.append((source, knobs.guide_sigma_rel, knobs.guide_images))
         return networks
 
@@ -109,9 +112,10 @@ class Bench:
         low, high = knobs.interval
         levels = tuple(level for level in self._levels if low < level <= high)
         model, *guide = self._networks(knobs)
-        if not guide or guide == [model] or knobs.guidance == 1 or not levels:
+        same = guide == [model] and not knobs.is_guided_by_itself
+        if not guide or same or knobs.guidance == 1 or not levels:
             return (knobs.sigma_rel,)
-        return (model, *guide, knobs.guidance, levels)
+        return (model, *guide, knobs.is_guided_by_itself, knobs.guidance, levels)
 
     def evaluate(self, knobs: Knobs, seeds: range) -> float:
         """Score the images of some seeds, unless that was done before.
@@ -144,6 +148,8 @@ class Bench:
         """Make the images of some seeds."""
         options = dict(self._options)
         model, *guides = [self._generator(network) for network in self._networks(knobs)]
+        if knobs.is_guided_by_itself:
+            guides = [guide.without_labels() for guide in guides]
         if guides:
             options |= {"guide": guides[0], "guidance": knobs.guidance, "interval": knobs.interval}
         return model.images(seeds, **options)
@@ -168,9 +174,11 @@ def check_guide(run: str | Path, guide: Path) -> ImageGenerator:
     Raises:
         ValueError: If it does not fit the run, or as in `ImageGenerator.load`.
     """
-    length = BASELINE_SIGMA_REL if has_snapshots(guide) else None
-    opened = ImageGenerator.load(guide, length)
-    ImageGenerator.load(run, BASELINE_SIGMA_REL).check_guide(opened)
+    model = ImageGenerator.load(run, BASELINE_SIGMA_REL)
+    if guide == SELF:
+        return model.without_labels()
+    opened = ImageGenerator.load(guide, BASELINE_SIGMA_REL if has_snapshots(guide) else None)
+    model.check_guide(opened)
     return opened
 
 

@@ -8,6 +8,7 @@ from edm2.diffusion import SamplerName, find_sampler, time_steps
 from edm2.ema.maths.profiles import sigma_rel_to_gamma
 from edm2.train.run_folder import SNAPSHOTS
 
+SELF = Path("self")  # as a guide: the network itself without labels
 # Seeds of samples; the search never sees those of the final measurement.
 SEARCH_SEED, HELD_OUT_SEED = 3_000_000, 4_000_000
 
@@ -23,7 +24,7 @@ class TuningPlan:
         guide_moments: Moments of the guide, as fractions of the run; the nearest snapshots are taken.
         guide_factors: EMA lengths of the guide, in units of the best length.
         guide: Model file, or run with EMA lengths of its own, to try as guide beside the run's earlier moments: an
-            unconditional network, or a weaker one.
+            unconditional network, or a weaker one; or `self`, the run's own network without labels.
         guidances: Guidance weights to try.
         highs: Upper ends of the interval to try.
         lows: Lower ends of the interval to try.
@@ -86,7 +87,8 @@ class TuningPlan:
         """Largest number of settings that the search tries; each takes one set of images."""
         guides = len(self.guide_moments) * len(self.guide_factors)
         if self.guide is not None:
-            guides += len(self.guide_factors) if has_snapshots(self.guide) else 1
+            own = self.guide == SELF or has_snapshots(self.guide)
+            guides += len(self.guide_factors) if own else 1
         rest = len(self.guidances) + len(self.highs) + len(self.lows)
         return 2 * len(self.sigma_rels) + guides + rest
 

@@ -12,6 +12,8 @@ from edm2.ema.storage.manifest import read_manifest
 from edm2.evaluation.judge import FRECHET, OWN_CLASSIFIER
 from edm2.files import read_sealed, write_sealed
 from edm2.generate import reconstruct_denoiser, snapshots_of
+from edm2.generate.generator import IGNORES_LABELS
+from edm2.tuning.plan import SELF
 
 BASELINE_SIGMA_REL = 0.10
 FOLDER = "tuning"
@@ -31,7 +33,8 @@ class Knobs:
         guide_sigma_rel: EMA length of the guide, likewise.
         guidance: Guidance weight; 1 for none.
         interval: Noise levels (low, high] at which guidance acts.
-        guide: Model file or run that guides, where it is not an earlier moment of the same run.
+        guide: Model file or run that guides, where it is not an earlier moment of the same run; `self` for the run's
+            own network without labels.
     """
 
     sigma_rel: float
@@ -46,11 +49,17 @@ class Knobs:
         """Whether there is a guide."""
         return self.guide is not None or self.guide_images is not None
 
+    @property
+    def is_guided_by_itself(self) -> bool:
+        """Whether the guide is the run's own network without labels."""
+        return self.guide == str(SELF)
+
     def describe(self) -> str:
         """Return the settings in words."""
         text = f"EMA {self.sigma_rel:g}"
         if self.is_guided:
-            text += f", guide {self.guide or f'of {self.guide_images:,.0f} images'}"
+            named = "self without labels" if self.is_guided_by_itself else self.guide
+            text += f", guide {named or f'of {self.guide_images:,.0f} images'}"
             if self.guide_sigma_rel is not None:
                 text += f" with EMA {self.guide_sigma_rel:g}"
             text += f", weight {self.guidance:g}"
@@ -178,12 +187,14 @@ def save_tuned(run: str | Path, tuned: Tuned) -> Path:
     if tuned.is_better:
         networks[MODEL_FILE] = reconstruct_denoiser(run, knobs.sigma_rel, tuned.num_images)
     if tuned.is_better and knobs.is_guided:
-        source = knobs.guide or run
+        source = run if knobs.is_guided_by_itself else knobs.guide or run
         networks[GUIDE_FILE] = (
             load_model(source)
             if knobs.guide_sigma_rel is None
             else reconstruct_denoiser(source, knobs.guide_sigma_rel, knobs.guide_images)
         )
+        if knobs.is_guided_by_itself:
+            networks[GUIDE_FILE][1][IGNORES_LABELS] = True
     # Removed only now, because the guide may have been this file.
     for name in (MODEL_FILE, GUIDE_FILE):
         if name not in networks:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from edm2.tuning.bench import Bench, Score
-from edm2.tuning.plan import HELD_OUT_SEED, SEARCH_SEED, TuningPlan, has_snapshots
+from edm2.tuning.plan import HELD_OUT_SEED, SEARCH_SEED, SELF, TuningPlan, has_snapshots
 from edm2.tuning.result import BASELINE_SIGMA_REL, Knobs, Tried, Tuned
 
 _FOR_GUIDE_SEARCH = 1.5  # weight with which guides are compared, before the weight itself is searched
@@ -116,7 +116,7 @@ def _guides(tried: Sequence[Tried], plan: TuningPlan, bench: Bench) -> Iterable[
     lengths = [min(max(start.sigma_rel * factor, shortest), longest) for factor in plan.guide_factors]
     sources: list[tuple[str | None, float | None, list[float] | list[None]]] = []
     if plan.guide is not None:
-        own = lengths if has_snapshots(plan.guide) else [None]
+        own = lengths if plan.guide == SELF or has_snapshots(plan.guide) else [None]
         sources.append((str(plan.guide), bench.guide_moment, own))
     wanted = [fraction * bench.moments[-1] for fraction in plan.guide_moments]
     for images in sorted({min(bench.moments, key=lambda m: abs(m - w)) for w in wanted}):
