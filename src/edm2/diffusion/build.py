@@ -45,8 +45,8 @@ def build_denoiser(
         config: `A` to `G`; `edm2.train.training_rules` has what training must do for it.
         dtype: Precision of the network; in A and B, embedding and attention logits stay float32.
         sigma_data: Standard deviation of the data.
-        logvar_channels: Features of the learned uncertainty, which config A lacks. None: 128, as in the released
-            networks.
+        logvar_channels: Features of the learned uncertainty, which config A lacks; 0 for none. None: 128, as in the
+            released networks.
         model_channels: See `edm2.nn.UNet`, as for all others.
         channel_mult: Width of each level.
         channel_mult_noise: Noise features.
@@ -74,10 +74,10 @@ def build_denoiser(
     options = {name: list(v) if isinstance(v, (tuple, list)) else v for name, v in given.items()}
     network = UNet(**{name: v for name, v in given.items() if name not in ("sigma_data", "logvar_channels")})
     uncertainty = None
-    if network.features.uncertainty:
+    if network.features.uncertainty and logvar_channels != 0:
         channels = options["logvar_channels"] = 128 if logvar_channels is None else logvar_channels
         uncertainty = LearnedUncertainty(channels, config=config)
-    elif logvar_channels is not None:
+    elif logvar_channels:
         raise ValueError(
             f"config {config} has no learned uncertainty, so no logvar_channels={logvar_channels}: leave it out"
         )

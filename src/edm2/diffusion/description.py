@@ -18,9 +18,9 @@ _LARGEST_SIZE, _LARGEST_REAL = 1 << 20, 1e6
 _MOST_LEVELS, _MOST_BLOCKS = 16, 1024
 # Smallest value of each argument that is a whole number.
 _INTS = {
-    **dict.fromkeys(("label_dim", "cond_channels", "augment_dim"), 0),
+    **dict.fromkeys(("label_dim", "cond_channels", "augment_dim", "logvar_channels"), 0),
     **dict.fromkeys(("img_channels", "model_channels", "channel_mult_noise", "channel_mult_emb"), 1),
-    **dict.fromkeys(("num_blocks", "channels_per_head", "logvar_channels"), 1),
+    **dict.fromkeys(("num_blocks", "channels_per_head"), 1),
 }
 _LISTS = ("img_resolution", "channel_mult", "attn_resolutions")
 _REALS = (

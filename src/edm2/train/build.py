@@ -74,7 +74,8 @@ def make_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) ->
             coding.num_channels,
             dataset.num_classes,
             network_from=register_network(config.network_from),
-            config=config.config,
+            # The letter chooses the uncertainty alone, which A lacks.
+            config="A" if config.loss.uncertainty is False else config.config,
             sigma_data=config.loss.sigma_data,
             dtype=config.dtype,
         )
@@ -92,6 +93,7 @@ def make_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) ->
         config=config.config,
         dtype=config.dtype,
         sigma_data=config.loss.sigma_data,
+        logvar_channels=0 if config.loss.uncertainty is False else None,
         model_channels=network.model_channels,
         channel_mult=network.channel_mult,
         num_blocks=network.num_blocks,

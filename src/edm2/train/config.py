@@ -94,22 +94,29 @@ class NetworkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam and its learning rate; see `edm2.train.learning_rate`."""
+    """Adam, or AdamW, and its learning rate; see `edm2.train.learning_rate`."""
 
     ref_lr: float = 0.01
     """Learning rate after the ramp-up."""
+    decay: Literal["inverse-sqrt", "cosine"] = "inverse-sqrt"
+    """How the rate falls: with the inverse square root after ref_batches steps, or along half a cosine to 0 at the end
+    of the run, whose length then cannot change any more."""
     ref_batches: float = 70000
-    """Steps after which the rate decays with the inverse square root; 0 for never."""
+    """Steps after which the rate decays with the inverse square root; 0 for never, which is a constant rate."""
     rampup_mimg: float = 10.0
     """Length of the linear ramp-up, in millions of images; 0 for none."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of Adam's moments."""
     eps: float = 1e-8
     """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW) of weights with two or more dimensions; not for configs D to G."""
+    clip: float = 0.0
+    """Norm that the gradient of all weights together is clipped to; 0 for no clipping."""
 
     def __post_init__(self) -> None:
         _require(self, "ref_lr", 0 < self.ref_lr < math.inf, "above 0 and finite")
-        for name in ("ref_batches", "rampup_mimg"):
+        for name in ("ref_batches", "rampup_mimg", "weight_decay", "clip"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
         _require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "in [0, 1)")
         _require(self, "eps", self.eps > 0, "above 0")
@@ -125,6 +132,9 @@ class LossConfig:
     """Standard deviation of ln sigma."""
     sigma_data: float = 0.5
     """Standard deviation of the coded data."""
+    uncertainty: bool | None = None
+    """Whether noise levels are balanced by a learned uncertainty. Default: as the configuration has it, which is yes
+    but for A. Without it the loss is that of EDM."""
 
     def __post_init__(self) -> None:
         _require(self, "p_mean", math.isfinite(self.p_mean), "finite")
@@ -235,6 +245,16 @@ class TrainConfig:
             _require(self, "max_hours", self.max_hours > 0, "above 0")
         every = self.snapshot_images
         _require(self, "snapshot_images", every is None or every >= 1, "at least 1")
+        if self.optimizer.weight_decay and self.network_from is None and self.config in "DEFG":
+            raise ValueError(
+                f"optimizer.weight_decay {self.optimizer.weight_decay} does not suit config {self.config}: its weights "
+                "are normalised at each use, so decay would only shrink its gains and change the effective learning "
+                "rate; leave it out, or take config A, B or C, or a network of your own"
+            )
+        if self.loss.uncertainty and self.config == "A":
+            raise ValueError(
+                "loss.uncertainty True does not suit config A, which has no learned uncertainty: take config B"
+            )
         _require(self, "label_dropout", 0 <= self.label_dropout < 1, "a probability, in [0, 1)")
         _require(self, "seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
         if self.microbatch is not None:
@@ -270,11 +290,13 @@ class TrainConfig:
         }  # fmt: skip
         kept = {key: value for key, value in self.to_json().items() if key not in free}
         # Runs that were started before these options and names existed continue.
-        if not self.dataset.augment:
-            del kept["dataset"]["augment"]
-        for name in ("network_from", "label_dropout"):
-            if kept[name] == TrainConfig.__dataclass_fields__[name].default:
-                del kept[name]
+        for group, names in _ADDED.items():
+            found, defaults = (kept[group], getattr(self, group)) if group else (kept, self)
+            for name in names:
+                if found[name] == type(defaults).__dataclass_fields__[name].default:
+                    del found[name]
+        if self.optimizer.decay == "cosine":
+            kept["num_images"] = self.num_images
         kept["architecture"] = kept.pop("config")
         return kept | dict(models or {})
 
@@ -284,6 +306,13 @@ class TrainConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+# Settings that are younger than the first runs, by group.
+_ADDED = {
+    "": ("network_from", "label_dropout"),
+    "dataset": ("augment",),
+    "optimizer": ("decay", "weight_decay", "clip"),
+    "loss": ("uncertainty",),
+}
 # Where the command line's names differ from those of the fields.
 OPTION_NAMES = {"num_images": "images", "batch_size": "batch"}
 _GROUPS = {

@@ -32,3 +32,16 @@ def clean_gradients(gradients: Sequence[Tensor], *, scale: float = 1.0) -> Tenso
         for part in parts:
             torch.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0, out=part)
     return norm
+
+
+@torch.no_grad()
+def clip_gradients(gradients: Sequence[Tensor], norm: Tensor, largest: float) -> None:
+    """Scale gradients down, in place, to a joint L2 norm of at most `largest`, without waiting for the device.
+
+    Args:
+        gradients: What `clean_gradients` was given.
+        norm: What it returned; where that is not finite, nothing is scaled.
+        largest: Above 0.
+    """
+    factor = torch.where(torch.isfinite(norm), (largest / norm.clamp(min=1e-30)).clamp(max=1.0), 1.0)
+    torch._foreach_mul_([local(g) for g in gradients], factor)

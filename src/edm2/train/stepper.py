@@ -17,10 +17,11 @@ from edm2.nn import ForcedWeightNorm, faster_channels_last, use_channels_last
 from edm2.train.build import checkpoint_activations
 from edm2.train.coding import Coding
 from edm2.train.config import TrainConfig
-from edm2.train.gradients import clean_gradients
+from edm2.train.gradients import clean_gradients, clip_gradients
 from edm2.train.label_dropout import drop_labels
 from edm2.train.norms import UpdateNorm
 from edm2.train.objectives import DROPOUT_SEED_OFFSET, TrainingBatch, make_objective
+from edm2.train.optimizer import make_optimizer
 from edm2.train.parallel import average_whole_gradients, blocks_of, exchange_gradients, replicate, shard
 from edm2.train.schedule import learning_rate
 from edm2.train.world import World
@@ -67,18 +68,7 @@ class Stepper:
         if sharded:
             shard(self.denoiser, world)
         self._force_norm = ForcedWeightNorm(self.denoiser)
-        options = config.optimizer
-        # One call of the fused optimiser takes either whole or sharded weights.
-        groups = [
-            [p for p in self.denoiser.parameters() if is_sharded(p) is spread] for spread in (False, True)
-        ]
-        self.optimizer = torch.optim.Adam(
-            [{"params": group} for group in groups if group],
-            lr=0.0,
-            betas=options.betas,
-            eps=options.eps,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(self.denoiser, config.optimizer)
         copies = world.size > 1 and not sharded
         self._eager: Any = replicate(self.denoiser, world) if copies else self.denoiser
         self._forward: Any = torch.compile(self._eager) if config.compile else self._eager
@@ -102,6 +92,7 @@ class Stepper:
             ref_lr=config.optimizer.ref_lr,
             ref_batches=config.optimizer.ref_batches,
             rampup_mimg=config.optimizer.rampup_mimg,
+            cosine_images=config.num_images if config.optimizer.decay == "cosine" else None,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -134,6 +125,8 @@ class Stepper:
         gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
         average_whole_gradients(gradients, world)
         norm = clean_gradients(gradients, scale=1 / config.loss_scaling)
+        if config.optimizer.clip:
+            clip_gradients(gradients, norm, config.optimizer.clip)
         # Copied after activations are freed, so that the peak of memory does not rise.
         update = UpdateNorm(list(self.denoiser.parameters())) if measure else None
         self.optimizer.step()
