@@ -48,6 +48,7 @@ COMMANDS: dict[str, Any] = {
         "compare": "compare two sets of images, or two results",
         "ensemble": "score forecasts: CRPS, spread and skill, ranks, reliability, spectra",
     },
+    "export": "write a model for torch.export, ONNX or diffusers",
     "report": "write a page about one run, or several side by side",
     "import": "convert the released models and other official files to safetensors",
     "info": "describe a preset, a saved model or a run",

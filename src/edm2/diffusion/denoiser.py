@@ -162,7 +162,7 @@ class Denoiser(nn.Module):
             "augment_labels": augment_labels,
         }
         extra = {name: value for name, value in given.items() if name in self._arguments}
-        raw = self.unet(inputs.to(self.dtype), c_noise, self._encode(labels), **extra)
+        raw = self.unet(inputs.to(self.dtype), c_noise, self.encode_labels(labels), **extra)
         denoised = c_skip * x + c_out * raw.to(torch.float32)
         return (denoised, self.logvar(sigma)) if return_logvar else denoised
 
@@ -191,7 +191,8 @@ class Denoiser(nn.Module):
                 "it has attention depends on that; resize the images, or build it with their img_resolution and "
                 "img_channels"
             )
-        if sigma.numel() not in (1, len(x)):
+        # Not `len(x)`, a plain number, to which torch.export would bind the batch.
+        if sigma.numel() != x.shape[0] and sigma.numel() != 1:
             raise ValueError(
                 f"{sigma.numel()} noise levels for {len(x)} images: give one for all, or one for each"
             )
@@ -210,7 +211,8 @@ class Denoiser(nn.Module):
                 f"augment_labels of shape {_shape(augment_labels)} must be [B, {self.augment_dim}]"
             )
 
-    def _encode(self, labels: Tensor | None) -> Tensor | None:
+    def encode_labels(self, labels: Tensor | None) -> Tensor | None:
+        """Labels as the network takes them, `[B, label_dim]` float32 or None; errors as in `forward`."""
         if labels is None or self.label_dim is None:
             return labels
         if self.label_dim == 0:

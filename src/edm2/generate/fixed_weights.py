@@ -34,13 +34,16 @@ class SamplingNetwork:
     Args:
         denoiser: The original, which is not changed.
         compile: Whether to use torch.compile; the first evaluation then takes minutes.
+
+    Attributes:
+        module: The copy.
     """
 
     def __init__(self, denoiser: Denoiser, *, compile: bool = False) -> None:
         self._original = denoiser
-        self._copy = copy.deepcopy(denoiser).eval().requires_grad_(False)
+        self.module = copy.deepcopy(denoiser).eval().requires_grad_(False)
         self._fixed: dict[str, FixedConv] = {}
-        for name, layer in list(self._copy.named_modules()):
+        for name, layer in list(self.module.named_modules()):
             if (
                 isinstance(layer, NormalizedConv)
                 and name.startswith("unet.")
@@ -48,14 +51,14 @@ class SamplingNetwork:
             ):
                 parent, _, own = name.rpartition(".")
                 self._fixed[name] = FixedConv(_effective_weight(denoiser, name))
-                setattr(self._copy.get_submodule(parent), own, self._fixed[name])
-        self._forward: Any = torch.compile(self._copy) if compile else self._copy
+                setattr(self.module.get_submodule(parent), own, self._fixed[name])
+        self._forward: Any = torch.compile(self.module) if compile else self.module
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the original's current weights and precision."""
-        self._copy.dtype = self._original.dtype
-        state = self._copy.state_dict()
+        self.module.dtype = self._original.dtype
+        state = self.module.state_dict()
         for name, tensor in self._original.state_dict().items():
             layer = name.removesuffix(".weight")
             if layer not in self._fixed:
@@ -69,7 +72,7 @@ class SamplingNetwork:
 
     def to(self, device: torch.device | str) -> None:
         """Move the copy to a device; the original stays where it is."""
-        self._copy.to(device)
+        self.module.to(device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, as the denoiser does."""

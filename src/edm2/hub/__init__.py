@@ -3,6 +3,7 @@
 - `save_pretrained`, `open_pretrained`: models in folders (`folder`).
 - `Pretrained`: a model with its guide, `Sampling` settings, `Result`s and licence (`pretrained`, `results`).
 - `EDM2Pipeline`: calls as in diffusers, and the hub (`pipeline`; needs huggingface_hub).
+- `export`: networks for programs that do not know edm2; `diffusers`: for diffusers' schedulers.
 - The card that goes with a shared model is in `model_card`.
 """
 

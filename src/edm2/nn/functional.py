@@ -27,7 +27,10 @@ def rms(x: Tensor, dim: int | Sequence[int]) -> Tensor:
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
-    return norm * math.sqrt(norm.numel() / x.numel()) if x.numel() else norm
+    count = math.prod(
+        x.shape[d] for d in dims
+    )  # without the batch, to which torch.export would bind the graph
+    return norm * math.sqrt(1 / count) if count else norm
 
 
 def normalize(x: Tensor, dim: int | Sequence[int] | None = None, eps: float = 1e-4) -> Tensor:
