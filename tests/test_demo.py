@@ -69,6 +69,7 @@ def test_writes_what_it_measured(done: tuple[Path, Measured]) -> None:
     assert measured.accuracy_real > 0.97
     assert measured.nearest > 0
     assert 0 <= measured.copies <= 1
+    assert 0 <= measured.authentic <= 1
     assert not measured.continued
 
 
@@ -104,7 +105,7 @@ def test_report(done: tuple[Path, Measured]) -> None:
     assert f"{100 * measured.accuracy_real:.1f}%" in page
     assert f"{measured.nearest_real:.4f}" in page
     assert "whole job" in page
-    assert page.count("<img") == 2 + 3
+    assert page.count("<img") == 2 + 1 + 3  # samples, copies, curves
     assert "http://" not in page.replace("http://www.w3.org", "")
     for name in ("network.model_channels", "optimizer.ref_lr", "ema.sigma_rels", "num_images", "seed"):
         assert f">{name}<" in page

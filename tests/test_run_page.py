@@ -56,12 +56,12 @@ def test_recording_changes_nothing(run, tmp_path, tiny_digits):
 def test_page_of_one_run(run, tmp_path):
     page = page_of([run], tmp_path)
     for heading in (
-        "Training", "Magnitudes", "EMA profiles", "Error by noise level", "Samples over time", "Settings"
+        "Training", "Magnitudes", "EMA profiles", "Error by noise level", "Samples over time", "Copies", "Settings"
     ):  # fmt: skip
         assert f">{heading}</h2>" in page
     assert ">Tuning</h2>" not in page
     assert "64 of 64" in page
-    assert page.count("<img") == 2 + 4 + 2 + 1 + 1
+    assert page.count("<img") == 2 + 4 + 2 + 1 + 1 + 1
 
 
 @pytest.mark.usefixtures("quick")
@@ -110,7 +110,7 @@ def test_a_run_without_its_data_or_snapshots(run, tmp_path):
     (other / "config.json").write_text(json.dumps(config))
     assert "The training data can no longer be opened" in page_of([other], tmp_path)
     shutil.rmtree(other / "snapshots")
-    assert page_of([other], tmp_path).count("No snapshot yet.") == 3
+    assert page_of([other], tmp_path).count("No snapshot yet.") == 4
 
 
 @pytest.mark.usefixtures("quick")

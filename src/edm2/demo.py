@@ -12,13 +12,14 @@ import numpy as np
 
 from edm2.data import ImageDataset, open_dataset
 from edm2.diffusion import read_model_header
+from edm2.evaluation.copies import add_copies
 from edm2.evaluation.judge import Judge
 from edm2.evaluation.noise_errors import errors_by_noise, noise_density
 from edm2.files import write_atomic, write_json
 from edm2.generate import ImageGenerator, read_images, reconstruct_models, write_samples
 from edm2.generate.lengths import generators
 from edm2.generate.reconstructed import ema_file_name
-from edm2.metrics import label_agreement, nearest_distances
+from edm2.metrics import check_copies, label_agreement
 from edm2.presets import get_preset
 from edm2.progress import Progress, show, time_text
 from edm2.report import Page, figure_png, image_grid, loss_curve, save_png, score_curve, uncertainty_curve
@@ -52,6 +53,7 @@ class Measured:
         nearest: Median distance of the final images to the nearest training image.
         nearest_real: The same for real test images.
         copies: Share of the final images nearer to a training image than 99% of the test images are.
+        authentic: Share of the final images further from their nearest training image than that is from its own.
         seconds: Time of this session.
         continued: Whether an earlier session did a part, so that `seconds` is not the whole job.
     """
@@ -66,6 +68,7 @@ class Measured:
     nearest: float
     nearest_real: float
     copies: float
+    authentic: float
     seconds: float
     continued: bool
 
@@ -122,7 +125,7 @@ def run_demo(
     made = read_images([out / "samples" / f"{seed:06d}.png" for seed in seeds])
     wanted = generator.labels_for(seeds)
     say("Measuring and writing the report")
-    near, near_real = (nearest_distances(some, images).distance for some in (made, test_images))
+    check = check_copies(made, images, test_images)
     measured = Measured(
         sigma_rels=SWEEP,
         scores=tuple(scores),
@@ -131,14 +134,15 @@ def run_demo(
         frechet_real=judge.distance(test_images),
         agreement=label_agreement(images, labels, made, wanted),
         accuracy_real=label_agreement(images, labels, test_images, test_labels),
-        nearest=float(np.median(near)),
-        nearest_real=float(np.median(near_real)),
-        copies=float((near < np.quantile(near_real, 0.01)).mean()),
+        nearest=check.median,
+        nearest_real=check.median_held_out,
+        copies=check.suspects,
+        authentic=check.authentic,
         seconds=time.monotonic() - start,
         continued=continued,
     )
     write_json(out / "measured.json", dataclasses.asdict(measured))
-    _write_report(out, config, measured, generator, made, test_images, test_labels)
+    _write_report(out, config, measured, generator, made, images, test_images, test_labels)
     return measured
 
 
@@ -196,6 +200,7 @@ def _write_report(
     measured: Measured,
     generator: ImageGenerator,
     made: np.ndarray,
+    images: np.ndarray,
     test_images: np.ndarray,
     test_labels: np.ndarray,
 ) -> None:
@@ -227,17 +232,8 @@ def _write_report(
     with page.columns():
         page.image(made_grid, "Generated", "Grid of generated digits, one column per class")
         page.image(real_grid, "Real, from the held-out test set", "Grid of real digits, one column per class")
-    page.section(
-        "Are they copies?",
-        "Distance to the nearest training image, root mean square over pixels scaled to [0, 1]. A generator that "
-        "copied its training set would lie far below the real test digits.",
-    )
-    nearest = [f"{measured.nearest:.4f}", f"{measured.nearest_real:.4f}"]
-    rows = [
-        ["median distance to the nearest training image", *nearest],
-        ["share nearer than 99% of the test digits", f"{100 * measured.copies:.1f}%", "1.0%"],
-    ]
-    page.table(["", "generated", "real test digits"], rows)
+    page.section("Are they copies?")
+    add_copies(page, made, images, test_images)
     sigma, learned, errors = errors_by_noise(generator, test_images, test_labels)
     density = noise_density(sigma, p_mean=config.loss.p_mean, p_std=config.loss.p_std)
     uncertainty = uncertainty_curve(sigma, learned, measured=errors, density=density)

@@ -10,6 +10,7 @@ import numpy as np
 
 from edm2.ema import reconstruct_many
 from edm2.ema.storage.manifest import MANIFEST, read_manifest
+from edm2.evaluation.copies import add_copies, held_out_images, training_images
 from edm2.evaluation.noise_errors import errors_by_noise, noise_density
 from edm2.generate import ImageGenerator
 from edm2.generate.lengths import generators
@@ -24,6 +25,7 @@ from edm2.tuning.page import add_knobs, add_ranking, add_result
 from edm2.tuning.result import read_tuned
 
 _NOISE_IMAGES = 256
+_COPY_SAMPLES = 128
 _MOMENTS, _SEEDS_SHOWN, _STEPS = 6, 10, 16
 _LENGTHS = (0.03, 0.05, 0.10, 0.20)
 
@@ -88,7 +90,7 @@ def write_run_report(
     )
     parts = {"Training": _training, "EMA profiles": _averages}
     if samples:
-        parts |= {"Error by noise level": _noise, "Samples over time": _samples}
+        parts |= {"Error by noise level": _noise, "Samples over time": _samples, "Copies": _copies}
     if any(run.tuned for run in opened):
         parts["Tuning"] = _tuning
     with Progress("report", len(parts) * len(opened), "parts", quiet=quiet) as progress:
@@ -240,6 +242,15 @@ def _samples(page: Page, run: _Run) -> None:
     )
 
 
+def _copies(page: Page, run: _Run) -> None:
+    try:
+        training = training_images(run.folder)
+        samples = run.generator().images(range(_COPY_SAMPLES), num_steps=_STEPS, sampler="dpmpp-2m")
+    except (ValueError, OSError, FloatingPointError) as error:
+        return page.text(f"Not looked for: {error}")
+    add_copies(page, samples, training, held_out_images(run.folder))
+
+
 def _classes(generator: ImageGenerator) -> str:
     if not generator.num_classes:
         return ""
@@ -247,7 +258,7 @@ def _classes(generator: ImageGenerator) -> str:
     return f"; classes {', '.join(names[label] for label in generator.labels_for(range(_SEEDS_SHOWN)))}"
 
 
-_OF_SNAPSHOTS = (_averages, _noise, _samples)
+_OF_SNAPSHOTS = (_averages, _noise, _samples, _copies)
 
 
 def _settings(page: Page, runs: Sequence[_Run]) -> None:

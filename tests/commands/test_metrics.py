@@ -436,3 +436,22 @@ def test_cautions():
 
 def test_seed_text():
     assert seed_text([3, 1, 2, 7, 9, 10]) == "1-3,7,9-10"
+
+
+def test_copies_are_found_and_told(digits_ref, tmp_path, capsys):
+    copied = write_images(tmp_path / "made", 12, seed=3)
+    np.save(tmp_path / "training.npy", np.concatenate([copied, copied[::-1, :, ::-1]]))
+    score = ("metrics", "score", tmp_path / "made", "--ref", digits_ref, "--out", tmp_path / "numbers.json")
+    told = run(*score, "--training", tmp_path / "training.npy", "--held-out", "digits")
+    assert any(text.startswith("the model copies its training images: 100% of the samples") for text in told)
+    found = json.loads((tmp_path / "numbers.json").read_text())
+    assert (found["scores"]["nearer_than_held_out"], found["scores"]["authentic"]) == (1.0, 0.0)
+    assert found["copies"]["held_out"]["num_images"] == 359  # the split test
+    assert any("copies its training images" in text for text in found["warnings"])
+    assert "nearer than held out                    1" in capsys.readouterr().out
+    with Image.open(tmp_path / "numbers.copies.png") as picture:
+        assert picture.size[0] > 12 * 64
+    assert run(*score, "--training", tmp_path / "training.npy", "--held-out", "digits") == []  # from the file
+    assert "nearer than held out                    1" in capsys.readouterr().out
+    err = fails(capsys, *score, "--held-out", "digits")
+    assert "--held-out digits is for the check for copies: give --training, too" in err

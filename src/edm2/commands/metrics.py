@@ -10,11 +10,14 @@ import numpy as np
 import tyro
 
 from edm2.commands.metrics_ensemble import ensemble as ensemble
+from edm2.data.sources import BUILT_IN
 from edm2.evaluation.cautions import find_cautions
+from edm2.evaluation.copies import copy_pairs, some_images
 from edm2.evaluation.extractors import EXTRACTORS, measure_images, open_extractor
 from edm2.evaluation.images import MIN_IMAGES, ImageSet, open_images
 from edm2.evaluation.references import check_extractor, is_reference, read_reference
 from edm2.evaluation.results import (
+    COPY_NAMES,
     SCORE_NAMES,
     check_result,
     differences,
@@ -25,15 +28,18 @@ from edm2.evaluation.results import (
 )
 from edm2.metrics import (
     ClassifierFeatures,
+    CopyCheck,
     FeatureExtractor,
     FeatureSet,
     Reference,
+    check_copies,
     describe_extractor,
     fit_classifier,
 )
 from edm2.metrics import score as score_measured
 from edm2.metrics.measure import KEPT_FEATURES
 from edm2.progress import show
+from edm2.report import image_grid, save_png
 from edm2.train.world import World, join_world
 
 # Where two results differ in one of these, their numbers cannot be compared.
@@ -94,6 +100,12 @@ class _Score:
     the file that `edm2 import` made from one of these."""
     metric: str | None = None
     """Which of an official file's statistics: fid or fd_dinov2. Default: fid, where the file holds both."""
+    training: str | None = None
+    """The model's training images, to look for copies among the samples; a picture of the closest pairs is written
+    beside the numbers."""
+    held_out: str | None = None
+    """Images of the same kind that the model has not seen (the split test, where there is one), for that comparison.
+    Default: training images, each without itself."""
     out: Path | None = None
     """JSON file for the numbers. Default: beside the images."""
     options: _Shared = field(default_factory=_Options)
@@ -162,7 +174,12 @@ def score(prog: str, words: Sequence[str]) -> None:
         found = open_images(chosen.images, split=options.split, num_classes=real.num_classes)
         made = _Side(found=found, where=chosen.images)
         out = chosen.out or Path(f"{chosen.images.rstrip('/')}.metrics.json")
-        _score(real, made, _open(options, real, world), out, options, world)
+        copies = None if chosen.training is None else _Copies.open(chosen.training, chosen.held_out)
+        if copies is None and chosen.held_out is not None:
+            raise ValueError(
+                f"--held-out {chosen.held_out} is for the check for copies: give --training, too"
+            )
+        _score(real, made, _open(options, real, world), out, options, world, copies)
 
 
 def compare(prog: str, words: Sequence[str]) -> None:
@@ -208,6 +225,37 @@ class _Side:
         return _measured(self.found, extractor, options, world)
 
 
+@dataclass(kw_only=True)
+class _Copies:
+    """The images that samples are compared with in the check for copies."""
+
+    training: ImageSet
+    held_out: ImageSet | None
+
+    @classmethod
+    def open(cls, training: str, held_out: str | None) -> "_Copies":
+        unseen = None
+        if held_out is not None:
+            split = "test" if held_out in BUILT_IN else "train"
+            unseen = open_images(held_out, split=split)
+        return cls(training=open_images(training), held_out=unseen)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        unseen = None if self.held_out is None else self.held_out.provenance
+        return {"training": self.training.provenance, "held_out": unseen}
+
+    def check(self, made: ImageSet, out: Path) -> CopyCheck:
+        """Look for copies, and write the picture."""
+        samples, training = some_images(made.dataset), some_images(self.training.dataset)
+        held_out = None if self.held_out is None else some_images(self.held_out.dataset)
+        check = check_copies(samples, training, held_out)
+        pairs = copy_pairs(samples, training, check)
+        picture = image_grid(pairs, columns=len(pairs) // 2, scale=max(1, 64 // pairs.shape[-1]))
+        save_png(picture, out.with_suffix(".copies.png"))
+        return check
+
+
 def _side(name: str, options: _Options, num_classes: int | None) -> _Side:
     if is_reference(name):
         return _Side(found=read_reference(name), where=name)
@@ -215,7 +263,13 @@ def _side(name: str, options: _Options, num_classes: int | None) -> _Side:
 
 
 def _score(
-    real: _Side, made: _Side, extractor: FeatureExtractor | None, out: Path, options: _Options, world: World
+    real: _Side,
+    made: _Side,
+    extractor: FeatureExtractor | None,
+    out: Path,
+    options: _Options,
+    world: World,
+    copies: _Copies | None = None,
 ) -> None:
     """Check everything, then measure, print and write; two references need no extractor."""
     described = made.found.provenance["extractor"] if extractor is None else describe_extractor(extractor)
@@ -227,6 +281,8 @@ def _score(
         "images": real.provenance,
         "sha256": real.found.sha256 if isinstance(real.found, Reference) else None,
     }
+    if copies is not None:
+        provenance["copies"] = copies.provenance
     old = check_result(out, provenance)
     if old is not None:
         return _print_result(old, f"these numbers were in {out} already") if world.is_first else None
@@ -243,9 +299,13 @@ def _score(
         )
     found += [str(warning.message) for warning in caught]
     if world.is_first:
+        check = None
+        if copies is not None and isinstance(made.found, ImageSet):
+            check = copies.check(made.found, out)
+            found += [check.verdict] if check.is_copying else []
         for text in found:
             warnings.warn(text, stacklevel=2)
-        _print_result(write_result(out, provenance, scores, found), f"written to {out}")
+        _print_result(write_result(out, provenance, scores, found, check), f"written to {out}")
 
 
 def _compare_results(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -271,7 +331,8 @@ def _print_result(result: dict[str, Any], note: str) -> None:
     sha256 = (extractor.get("sha256") or "")[:16] or "(weights not known)"
     show(f"extractor  {extractor['name']} {sha256}, {extractor['num_features']:,} features")
     scores = {name: result["scores"].get(name) for name in SCORE_NAMES}
-    for name, value in scores.items():
+    copies = {name: result["scores"][name] for name in COPY_NAMES if name in result["scores"]}
+    for name, value in (scores | copies).items():
         show(f"{name.replace('_', ' '):<28} {_text(value)}")
     if scores["kernel_distance"] is None:
         show("- needs the features of single images, which one of the two sets does not keep")

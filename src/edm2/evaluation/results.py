@@ -12,7 +12,7 @@ import torch
 
 import edm2
 from edm2.files import read_json, write_json
-from edm2.metrics import Scores
+from edm2.metrics import CopyCheck, Scores
 from edm2.metrics.measure import DENSITY_K, MANIFOLD_K
 
 FORMAT = "edm2 metrics 1"
@@ -26,6 +26,7 @@ SCORE_NAMES = (
     "density",
     "coverage",
 )
+COPY_NAMES = ("nearer_than_held_out", "authentic", "copying_c_t")
 
 
 def provenance_of(
@@ -75,10 +76,17 @@ def without_numbers(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_result(
-    out: Path, provenance: dict[str, Any], scores: Scores, warnings: list[str]
+    out: Path,
+    provenance: dict[str, Any],
+    scores: Scores,
+    warnings: list[str],
+    copies: CopyCheck | None = None,
 ) -> dict[str, Any]:
-    """Write numbers and provenance; returns them as JSON."""
-    result = {"format": FORMAT, **provenance, "scores": flat_scores(scores), "warnings": warnings}
+    """Write numbers, with those of a check for copies if there was one, and provenance; returns them as JSON."""
+    values = flat_scores(scores)
+    if copies is not None:
+        values |= dict(zip(COPY_NAMES, (copies.suspects, copies.authentic, copies.c_t), strict=True))
+    result = {"format": FORMAT, **provenance, "scores": values, "warnings": warnings}
     write_json(out, result)
     return result
 

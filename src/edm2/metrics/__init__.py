@@ -5,6 +5,7 @@ Heavy packages are imported inside the functions that need them.
 
 from edm2.metrics.agreement import label_agreement
 from edm2.metrics.classifier import ClassifierFeatures, fit_classifier
+from edm2.metrics.copies import CopyCheck, check_copies
 from edm2.metrics.dinov2 import DinoV2Features
 from edm2.metrics.extractors import CallableFeatures, FeatureExtractor, describe_extractor
 from edm2.metrics.frechet import FeatureStatistics, frechet_distance
@@ -18,6 +19,7 @@ from edm2.metrics.reference import Reference
 __all__ = [
     "CallableFeatures",
     "ClassifierFeatures",
+    "CopyCheck",
     "DensityCoverage",
     "DinoV2Features",
     "FeatureExtractor",
@@ -29,6 +31,7 @@ __all__ = [
     "PrecisionRecall",
     "Reference",
     "Scores",
+    "check_copies",
     "density_coverage",
     "describe_extractor",
     "fit_classifier",

@@ -17,12 +17,15 @@ class Nearest(NamedTuple):
     indices: np.ndarray
 
 
-def nearest_distances(queries: np.ndarray, references: np.ndarray, *, block: int = 512) -> Nearest:
+def nearest_distances(
+    queries: np.ndarray, references: np.ndarray, *, skip: np.ndarray | None = None, block: int = 512
+) -> Nearest:
     """Nearest reference image of each query image, by pixels.
 
     Args:
         queries: `[N, ...]` uint8.
         references: `[M, ...]` uint8, images of the same shape.
+        skip: `[N]` int, a reference that does not count for each query, such as the query itself; None for none.
         block: Number of queries compared at a time; bounds the memory to `block * M` float64.
 
     Returns:
@@ -48,7 +51,10 @@ def nearest_distances(queries: np.ndarray, references: np.ndarray, *, block: int
     for start in range(0, len(queries), block):
         part = queries[start : start + block].reshape(-1, known.shape[1]).astype(np.float64)
         distance = known_square - 2 * (part @ known.T) + np.square(part).sum(axis=1)[:, None]
+        rows = np.arange(len(part))
+        if skip is not None:
+            distance[rows, skip[start : start + block]] = np.inf
         nearest = distance.argmin(axis=1)
         index[start : start + block] = nearest
-        squared[start : start + block] = distance[np.arange(len(part)), nearest]
+        squared[start : start + block] = distance[rows, nearest]
     return Nearest(np.sqrt(squared / known.shape[1]) / 255, index)
