@@ -23,6 +23,7 @@ FLOORS = {
     "interop": (2, ("train",)),
     "generate": (3, ()),
     "presets": (3, ()),
+    "advice": (4, ()),
     "evaluation": (4, ()),
     "forecast": (4, ("evaluation",)),
     "tuning": (4, ("evaluation", "forecast")),

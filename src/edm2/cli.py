@@ -21,6 +21,7 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
 # Command to what it does; a dict holds the commands of a group.
 COMMANDS: dict[str, Any] = {
     "demo": "train, tune, sample and measure on handwritten digits, in minutes",
+    "suggest": "settings for your images and your time, each with its reason",
     "train": "train a model on your images, or continue a run",
     "data": {
         "": "inspect images, bring them to one size, encode them to latents",

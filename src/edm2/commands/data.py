@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from edm2.advice import words_for
+from edm2.commands.next_step import run_for, tell_next
 from edm2.data import open_dataset
 from edm2.data.autoencoder import load_autoencoder
 from edm2.data.prepare.chunks import Made
@@ -54,6 +56,8 @@ class _Convert:
     """center-crop: cover the size and cut out the centre, as for ImageNet. resize: stretch to the size."""
     mode: Literal["auto", "gray", "rgb", "rgba"] = "auto"
     """Mode of the pictures; auto: the one that they have in common, or rgb."""
+    background: str | None = None
+    """Colour on which transparent parts are laid, by name or as #rrggbb; the pictures then lose their transparency."""
     split: str = "train"
     """Split, if the source has several."""
     labels: bool = True
@@ -94,13 +98,20 @@ def info(prog: str, words: Sequence[str]) -> None:
     """`edm2 data info`."""
     chosen = tyro.cli(_Info, prog=prog, args=list(words))
     catalog = open_catalog(chosen.source, split=chosen.split, labels=chosen.labels)
-    show(describe(survey(catalog, sample=chosen.sample, workers=chosen.workers)))
+    found = survey(catalog, sample=chosen.sample, workers=chosen.workers)
+    show(describe(found))
+    mending = words_for(found)
+    if mending is not None:
+        return tell_next(mending)
+    tell_next("train", "--data", Path(chosen.source), "--out", run_for(chosen.source))
 
 
 def convert(prog: str, words: Sequence[str]) -> None:
     """`edm2 data convert`."""
     chosen = tyro.cli(_Convert, prog=prog, args=list(words))
-    conversion = Conversion(size=_size(chosen.size), method=chosen.method, mode=chosen.mode)
+    conversion = Conversion(
+        size=_size(chosen.size), method=chosen.method, mode=chosen.mode, background=chosen.background
+    )
     if chosen.stream:
         done = convert_stream(
             chosen.source,
@@ -116,6 +127,7 @@ def convert(prog: str, words: Sequence[str]) -> None:
             catalog, chosen.out, conversion, skip_damaged=chosen.skip_damaged, workers=chosen.workers
         )
     show(_outcome(done))
+    tell_next("train", "--data", done.path, "--out", run_for(done.path))
 
 
 def encode(prog: str, words: Sequence[str]) -> None:

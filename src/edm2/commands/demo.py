@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from edm2.commands.next_step import tell_next
 from edm2.demo import run_demo
 from edm2.generate.reconstructed import ema_file_name
 from edm2.progress import show
@@ -32,3 +33,4 @@ def run(prog: str, words: Sequence[str]) -> None:
         f"samples: {chosen.out / 'samples.png'}\n"
         f"model:   {chosen.out / 'ema' / ema_file_name(measured.best)}"
     )
+    tell_next("train", "--data", Path("FOLDER"), "--out", Path("runs/FOLDER"))

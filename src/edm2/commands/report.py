@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from edm2.commands.next_step import after_looking
 from edm2.progress import show
 from edm2.run_page import write_run_report
 
@@ -30,3 +31,4 @@ def run(prog: str, words: Sequence[str]) -> None:
         raise ValueError("no run was given: name the folder of at least one")
     out = chosen.out or chosen.runs[0] / "report.html"
     show(write_run_report(chosen.runs, out, samples=chosen.samples))
+    after_looking(chosen.runs[0])

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 import tyro
 
+from edm2.commands.next_step import tell_next
 from edm2.commands.sampling import Sampling, chosen_path, open_guide, sampler_options, with_saved
 from edm2.data import LatentDecoder
 from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
 from edm2.generate import ImageGenerator, parse_seeds, read_coding, write_samples
 from edm2.progress import show
+from edm2.train.run_folder import CONFIG_FILE
 from edm2.train.world import join_world
 
 
@@ -30,8 +32,8 @@ class _Sample(Sampling):
     """Folder for the images, or a file that ends in .zip (in the layout of data sets) or .npz."""
     seeds: str = "0-63"
     """One image per seed: 0-63 or 1,5,10-12. The seed determines noise and class."""
-    label: int | None = None
-    """Class of all images. Default: seed modulo the number of classes."""
+    label: str | None = None
+    """Class of all images, by name or number. Default: seed modulo the number of classes."""
     labels: Path | None = None
     """.npy file of classes or vectors; an image uses row (seed modulo number of rows)."""
     conditions: Path | None = None
@@ -59,6 +61,8 @@ def run(prog: str, words: Sequence[str]) -> None:
     made = _sample(chosen, path, seeds, options)
     if made is not None:
         show(made)
+        if (path / CONFIG_FILE).is_file():
+            tell_next("report", path)
 
 
 def _sample(chosen: _Sample, path: Path, seeds: list[int], options: dict[str, Any]) -> Path | None:
@@ -73,7 +77,7 @@ def _sample(chosen: _Sample, path: Path, seeds: list[int], options: dict[str, An
             generator,
             chosen.out,
             seeds,
-            labels=_labels(chosen),
+            labels=_labels(chosen, generator),
             conditions=None if chosen.conditions is None else _read_array(chosen.conditions),
             guide=open_guide(chosen, path, common, generator),
             batch_size=chosen.batch,
@@ -105,9 +109,9 @@ def _decoder(chosen: _Sample, path: Path, device: torch.device) -> LatentDecoder
     )
 
 
-def _labels(chosen: _Sample) -> int | np.ndarray | None:
+def _labels(chosen: _Sample, generator: ImageGenerator) -> int | np.ndarray | None:
     if chosen.labels is None:
-        return chosen.label
+        return None if chosen.label is None else generator.class_of(chosen.label)
     if chosen.label is not None:
         raise ValueError("--label and --labels exclude each other: give one")
     return _read_array(chosen.labels)

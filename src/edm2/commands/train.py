@@ -10,17 +10,21 @@ from typing import Annotated, Any
 
 import tyro
 
+from edm2.advice import SUGGESTED, Advice, check_pictures, suggest
 from edm2.cli import EXIT_STOPPED, end
 from edm2.commands.common import take_option
+from edm2.commands.next_step import after_training
 from edm2.generate.live_samples import LiveSamples
+from edm2.generate.own_guide import own_guide
 from edm2.presets import get_preset
 from edm2.progress import show
 from edm2.train import Stopped, TrainConfig, train
 from edm2.train.amounts import Amount
-from edm2.train.dry_run import dry_run
+from edm2.train.build import open_training_data
+from edm2.train.dry_run import DryRun, dry_run
 from edm2.train.loggers import open_loggers
 from edm2.train.logs import LOG_FILE
-from edm2.train.run_folder import SNAPSHOTS
+from edm2.train.run_folder import CONFIG_FILE, SNAPSHOTS
 from edm2.train.settings_file import read_settings
 from edm2.train.signals import under_torchrun
 from edm2.train.with_config import with_config
@@ -30,18 +34,23 @@ from edm2.train.with_config import with_config
 class _Train:
     """Train a model, or continue the run in the folder. Interrupted runs resume: run the same command again.
 
-    The preset sets every option, --settings changes some of them, --config what the paper changes for that
-    configuration, and options given here override all three.
+    A run in the folder continues with its own settings. Otherwise settings come from a preset, from a file, or, with
+    neither, from the data and the speed of this machine, as `edm2 suggest` finds them. --config changes what
+    the paper changes for that configuration, and options given here override everything.
     """
 
     preset: str = ""
-    """Settings to start from; `edm2 info` lists the names. Needed unless --settings is given."""
+    """Settings to start from; `edm2 info` lists the names."""
     settings: Path | None = None
     """File of settings (.json, .toml, .yaml), or a run to take them from; options given here override them."""
     out: Path
     """Folder of the run, for checkpoints, snapshots, logs and the final model."""
+    hours: float | None = None
+    """Hours to train, for settings from the data. Default: 0.25 on a CPU, 2 on a GPU."""
     dry_run: bool = False
-    """Measure a few steps, print the settings and the cost of the run, and write nothing."""
+    """Measure a few steps, print the cost of the run, and write nothing."""
+    print_settings: bool = False
+    """Print all settings as JSON, which --settings takes, and write nothing."""
     machines: int = 1
     """With --dry-run: number of machines like this one to estimate the time for."""
     sample_images: Amount | None = None
@@ -55,16 +64,22 @@ class _Train:
 
 def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 train`."""
-    name, settings = _starting_point(list(words))
+    name, settings, cost = _starting_point(prog, list(words))
     default: Any = _Train(preset=name, out=tyro.MISSING, config=settings)
     chosen = tyro.cli(_Train, prog=prog, args=list(words), default=default)
+    if chosen.hours is not None and cost is None:
+        raise ValueError(
+            f"--hours {chosen.hours:g} has no effect: a preset, a file and a run have a length of their own, which "
+            "--images changes"
+        )
     for option, value in (("machines", chosen.machines), ("sample-images", chosen.sample_images)):
         if value is not None and value < 1:
             raise ValueError(f"--{option} {value} must be at least 1")
+    if chosen.print_settings:
+        return show(json.dumps(chosen.config.to_json(), indent=1))
     if chosen.dry_run:
-        show(json.dumps(chosen.config.to_json(), indent=1))
-        show(dry_run(chosen.config).describe(chosen.machines))
-        return
+        cost = cost if chosen.config == settings and cost is not None else dry_run(chosen.config)
+        return show(cost.describe(chosen.machines))
     loggers = open_loggers(chosen.log_to)
     live = None
     if chosen.sample_images is not None:
@@ -81,17 +96,58 @@ def run(prog: str, words: Sequence[str]) -> None:
         end(str(stop), code)
     if is_first:
         show(f"model:     {model}\nsnapshots: {chosen.out / SNAPSHOTS}\nlog:       {chosen.out / LOG_FILE}")
+        if chosen.preset == SUGGESTED:
+            grid = chosen.out / "samples.png"
+            if own_guide(chosen.out).save_grid(grid):
+                show(f"samples:   {grid}")
+        after_training(chosen.out)
 
 
-def _starting_point(words: list[str]) -> tuple[Any, TrainConfig]:
-    """The name of the preset, and the settings that the other options change."""
+def _starting_point(prog: str, words: list[str]) -> tuple[Any, TrainConfig, DryRun | None]:
+    """The name of the preset, the settings that the other options change, and their cost where it was measured."""
     file, letter = take_option("--settings", words)[0], take_option("--config", words)[0]
-    name = take_option("--preset", words)[0]
-    if file is None:
-        settings = get_preset("digits" if name is None else name)
-        return tyro.MISSING if name is None else name, settings if letter is None else with_config(
-            settings, letter
+    name, out = take_option("--preset", words)[0], take_option("--out", words)[0]
+    if file is None and name is None and out is not None and (Path(out) / CONFIG_FILE).exists():
+        file = out
+    if file is None and name is None:
+        advice = _advice(prog, words)
+        return SUGGESTED, advice.config if letter is None else with_config(advice.config, letter), advice.cost
+    return *_stored(name, file, letter), None
+
+
+def _advice(prog: str, words: list[str]) -> Advice:
+    """Settings from the data and the speed of this machine, which are shown with their reasons."""
+    given = tyro.cli(_Train, prog=prog, args=words)
+    config = given.config
+    if under_torchrun():
+        raise ValueError(
+            "settings from the data are measured by one process: give a preset, or write them with `edm2 suggest` and "
+            "give them with --settings"
         )
+    if config.data:
+        check_pictures(config.data, labels=config.dataset.labels, device=config.device)
+    # Every image is decoded when the run starts.
+    whole = dataclasses.replace(
+        config, verify_data=False, dataset=dataclasses.replace(config.dataset, pad_to=None)
+    )
+    advice = suggest(
+        open_training_data(whole),
+        data=config.data,
+        hours=given.hours,
+        device=config.device,
+        options=config.dataset,
+    )
+    show(advice.headline())
+    show(advice.describe())
+    return advice
+
+
+def _stored(name: str | None, file: str | None, letter: str | None) -> tuple[str, TrainConfig]:
+    """The name of the preset, and settings from it, from a file, or from a run."""
+    if file is None:
+        assert name is not None
+        settings = get_preset(name)
+        return name, settings if letter is None else with_config(settings, letter)
     given = read_settings(file)
     if given.is_complete:
         if name is not None:

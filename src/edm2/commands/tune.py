@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from edm2.commands.next_step import tell_next
 from edm2.diffusion import MODEL_FILE
 from edm2.evaluation.extractors import open_extractor
 from edm2.evaluation.judge import Judge, Metric
@@ -80,6 +81,7 @@ def run(prog: str, words: Sequence[str]) -> None:
     show(f"report: {report}")
     if found.is_better:
         show(f"model:  {folder / MODEL_FILE}")
+    tell_next("sample", chosen.run, "--out", chosen.run / "samples")
 
 
 def _judge(chosen: _Tune, device: torch.device) -> Judge:

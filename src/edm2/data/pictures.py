@@ -163,14 +163,15 @@ def needs_whole(head: bytes) -> bool:
 
 
 @refusing()
-def decode(name: str, data: bytes, mode: str | None = None) -> np.ndarray:
+def decode(name: str, data: bytes, mode: str | None = None, background: str = "white") -> np.ndarray:
     """Read a whole image.
 
     Args:
         name: Name of the file; `.npy` is an array, any other a picture.
         data: The file.
         mode: Mode to which a picture is converted, L, LA, RGB or RGBA: gray is repeated, transparent parts are laid
-            on white, colour becomes luma. Default: as stored.
+            on the background, colour becomes luma. Default: as stored.
+        background: Name or hexadecimal code of the background's colour.
 
     Returns:
         `[C, H, W]` uint8 or float32.
@@ -186,7 +187,7 @@ def decode(name: str, data: bytes, mode: str | None = None) -> np.ndarray:
         opened.load()
         image: Image.Image = opened
         if own != "F":
-            image = _converted(_with_alpha(opened, own, depth), mode or own)
+            image = _converted(_with_alpha(opened, own, depth), mode or own, background)
         if turn is not None:
             image = image.transpose(turn)
         pixels = np.asarray(image)
@@ -200,10 +201,10 @@ def decode(name: str, data: bytes, mode: str | None = None) -> np.ndarray:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _converted(image: Image.Image, mode: str) -> Image.Image:
+def _converted(image: Image.Image, mode: str, background: str) -> Image.Image:
     if mode in ("L", "RGB") and image.mode in ("LA", "RGBA"):
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        below = Image.new("RGBA", image.size, background)
+        image = Image.alpha_composite(below, image.convert("RGBA"))
     return image if image.mode == mode else image.convert(mode)
 
 

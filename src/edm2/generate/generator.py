@@ -1,6 +1,7 @@
 """From a saved model to images, each of which depends only on its own seed."""
 
 import copy
+import difflib
 import hashlib
 import itertools
 import json
@@ -171,6 +172,24 @@ class ImageGenerator:
     def labels_for(self, seeds: Sequence[int]) -> np.ndarray:
         """Default class of each seed: seed modulo the number of classes, `[N]` int64."""
         return np.asarray(seeds, np.int64) % max(self.num_classes, 1)
+
+    def class_of(self, name: str) -> int:
+        """Number of a class that is given by its name, or by its number.
+
+        Raises:
+            ValueError: If there is no such class.
+        """
+        if name in self.class_names:
+            return self.class_names.index(name)
+        if name.isdecimal() and int(name) < max(self.num_classes, 1):
+            return int(name)
+        if not self.num_classes:
+            raise ValueError(f"the model has no classes, and --label names {name!r}: leave it out")
+        near = difflib.get_close_matches(name, self.class_names, n=2, cutoff=0.5)
+        known = f"did you mean {' or '.join(near)}?" if near else f"there are {_some(self.class_names)}"
+        if not self.class_names:
+            known = f"give a number from 0 to {self.num_classes - 1}"
+        raise ValueError(f"there is no class {name!r}: {known}")
 
     def check_inputs(
         self, count: int, labels: np.ndarray | None, conditions: np.ndarray | Tensor | None
@@ -382,6 +401,10 @@ def check_decoder(decoder: LatentDecoder, coding: Coding) -> None:
             f"the autoencoder decodes latents of {decoder.latent_channels} channels and the model's have "
             f"{coding.num_channels}: name the one that its training data was encoded with"
         )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f", and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

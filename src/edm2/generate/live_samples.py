@@ -10,7 +10,7 @@ import numpy as np
 from edm2.ema import sigma_rel_to_gamma
 from edm2.ema.maths.solve import solve_live
 from edm2.generate import ImageGenerator
-from edm2.report import image_grid, save_png
+from edm2.report import class_grid, save_png
 from edm2.train import Trainer
 
 FOLDER = "progress"
@@ -76,8 +76,7 @@ class LiveSamples:
             return
         # Latents and floats have no colours: each channel is stretched to its range.
         pixels = images if images.dtype == np.uint8 else _stretched(images)
-        columns = generator.num_classes if 2 <= generator.num_classes <= 16 else 8
-        grid = image_grid(pixels, columns=columns, scale=max(1, 48 // pixels.shape[-1]))
+        grid = class_grid(pixels, generator.num_classes, generator.class_names)
         save_png(grid, self.path(trainer.out, trainer.num_images))
 
     @staticmethod

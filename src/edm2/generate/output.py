@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,7 @@ from edm2.generate.generator import ImageGenerator
 from edm2.generate.image_files import PNG_CHANNELS, missing_files, read_image, read_images, write_image
 from edm2.generate.sampler_options import SamplerOptions
 from edm2.progress import Progress
-from edm2.report import image_grid, save_png
+from edm2.report import class_grid, save_png
 from edm2.train.world import World
 
 _GRID = "grid.png"
@@ -102,7 +103,11 @@ def write_samples(
         if packed:
             world.on_first(lambda: _pack(work, out, settings))
         elif grid and suffix == "png":
-            world.on_first(lambda: _save_grid(files[:grid], folder / _GRID, generator.num_classes))
+            # Only images of classes in turn stand in columns of one class.
+            turn = labels is None and seeds == [*range(seeds[0], seeds[0] + len(seeds))]
+            turn = turn and not seeds[0] % max(generator.num_classes, 1)
+            names = generator.class_names if turn else ()
+            world.on_first(lambda: _save_grid(files[:grid], folder / _GRID, generator.num_classes, names))
             return folder / _GRID
     return out
 
@@ -245,11 +250,5 @@ def _remove_files(files: list[Path]) -> None:
         folder.rmdir()
 
 
-def _save_grid(files: list[Path], path: Path, classes: int) -> None:
-    shown = read_images(files)
-    columns = classes if 4 <= classes <= 32 else max(1, round(len(shown) ** 0.5))
-    save_png(image_grid(shown, columns=min(columns, len(shown)), scale=_zoom(shown.shape[-1])), path)
-
-
-def _zoom(side: int) -> int:
-    return max(1, 32 // side)
+def _save_grid(files: list[Path], path: Path, classes: int, names: Sequence[str]) -> None:
+    save_png(class_grid(read_images(files), classes, names), path)

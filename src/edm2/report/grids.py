@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,10 @@ from edm2.files import write_atomic
 
 with needed("edm2.report"):
     import PIL.Image
+    import PIL.ImageDraw
+    import PIL.ImageFont
+
+_MOST_COLUMNS, _MOST_NAMED, _NAME_SIZE = 32, 16, 12
 
 
 def image_grid(images: np.ndarray, *, columns: int, scale: int = 1, padding: int = 1) -> PIL.Image.Image:
@@ -47,6 +52,48 @@ def image_grid(images: np.ndarray, *, columns: int, scale: int = 1, padding: int
     grid = grid.reshape(rows * (height + padding), columns * (width + padding), depth)
     grid = grid[: grid.shape[0] - padding, : grid.shape[1] - padding]
     return PIL.Image.fromarray(grid.repeat(scale, axis=0).repeat(scale, axis=1))
+
+
+def class_grid(
+    images: np.ndarray, classes: int = 0, names: Sequence[str] = (), *, tile: int = 64
+) -> PIL.Image.Image:
+    """Lay out images large enough to see; those of classes in turn with a column for each, its name above.
+
+    Args:
+        images: uint8 [N, C, H, W]; image i is of class i modulo the number of classes.
+        classes: Number of classes; with fewer than 2 or more than 32, the grid is square.
+        names: Name of each class; drawn for up to 16.
+        tile: Least width or height of an image on the grid, to which its pixels are repeated.
+
+    Returns:
+        A picture as `image_grid` makes it, with a line for the names.
+    """
+    scale = max(1, -(-tile // max(images.shape[-2:])))
+    if not 2 <= classes <= _MOST_COLUMNS or len(images) < classes:
+        return image_grid(images, columns=max(1, round(len(images) ** 0.5)), scale=scale)
+    grid = image_grid(images, columns=classes, scale=scale)
+    if len(names) != classes or classes > _MOST_NAMED:
+        return grid
+    step = (grid.width + scale) // classes
+    font = PIL.ImageFont.load_default(_NAME_SIZE)
+    upright = all(font.getlength(name) < step - 2 for name in names)
+    height = _NAME_SIZE + 6 if upright else round(max(font.getlength(name) for name in names)) + 8
+    strip = PIL.Image.new("L", (grid.width, height))
+    draw = PIL.ImageDraw.Draw(strip)
+    for i, name in enumerate(names):
+        middle = i * step + (step - scale) // 2
+        if upright:
+            draw.text((middle, height // 2), name, fill=255, font=font, anchor="mm")
+            continue
+        tall = PIL.Image.new("L", (height, _NAME_SIZE + 4))
+        PIL.ImageDraw.Draw(tall).text((2, tall.height // 2), name, fill=255, font=font, anchor="lm")
+        strip.paste(tall.rotate(90, expand=True), (middle - tall.height // 2, 0))
+    whole = PIL.Image.new(grid.mode, (grid.width, grid.height + height))
+    # Mid-grey letters on nothing can be read on light and dark pages.
+    ink = (128, 255) if grid.mode == "LA" else (128, 128, 128, 255)
+    whole.paste(PIL.Image.new(grid.mode, strip.size, ink), (0, 0), strip)
+    whole.paste(grid, (0, height))
+    return whole
 
 
 def _with_opacity(images: np.ndarray) -> np.ndarray:

@@ -110,20 +110,32 @@ def dry_run(config: TrainConfig, *, steps: int = 5, dataset: ImageDataset | None
         seconds = time.perf_counter() - start
         peak = peak_bytes(trainer.device)
         flops = _flops(trainer)
-    num_params = sum(p.numel() for p in trainer.denoiser.parameters())
+    return costs(
+        config,
+        num_params=sum(p.numel() for p in trainer.denoiser.parameters()),
+        flops=flops,
+        peak_bytes=peak,
+        images_per_second=steps * config.batch_size / seconds,
+    )
+
+
+def costs(
+    config: TrainConfig, *, num_params: int, flops: float, peak_bytes: int, images_per_second: float
+) -> DryRun:
+    """Cost of a run of a known network and speed; the arguments are those of `DryRun`."""
     tracks = len(config.ema.sigma_rels)
     averages = memory_bytes(num_params, tracks, updates=config.num_steps)
     times = math.ceil(config.num_images / config.snapshot_interval)
+    kept = min(config.keep_checkpoints, math.ceil(config.num_images / config.checkpoint_images))
     return DryRun(
         num_images=config.num_images,
         num_params=num_params,
         flops=flops,
         state_bytes=4 * num_params * _FLOAT_BYTES + averages,
-        peak_bytes=peak,
+        peak_bytes=peak_bytes,
         snapshot_bytes=times * tracks * num_params * _STORED_BYTES[config.ema.dtype],
-        checkpoint_bytes=min(config.keep_checkpoints, math.ceil(config.num_images / config.checkpoint_images))
-        * (3 * num_params * _FLOAT_BYTES + averages),
-        images_per_second=steps * config.batch_size / seconds,
+        checkpoint_bytes=kept * (3 * num_params * _FLOAT_BYTES + averages),
+        images_per_second=images_per_second,
     )
 
 

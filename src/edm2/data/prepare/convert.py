@@ -8,10 +8,10 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 
 from edm2.data.dataset import Skipped
 from edm2.data.files import Catalog, damage_message, read_headers, warn_passed_over
@@ -37,14 +37,18 @@ class Conversion:
         size: New height and width in pixels; None keeps the images' own, which must be equal.
         method: "center-crop" covers the size and cuts out the centre, "resize" stretches to it.
         mode: New mode of pictures; "auto" is the mode that they have in common, or RGB. Arrays keep their channels.
+        background: Colour, by name or as #rrggbb, on which transparent parts are laid; with "auto", all pictures then
+            lose their transparency. None: white where the new mode has no transparency.
 
     Raises:
-        ValueError: If the size is below 1 or above 67 million pixels, or the mode or method is unknown.
+        ValueError: If the size is below 1 or above 67 million pixels, or the mode, method or colour is unknown, or a
+            background is given for a mode that keeps transparency.
     """
 
     size: tuple[int, int] | None = None
     method: Literal["center-crop", "resize"] = "center-crop"
     mode: Mode = "auto"
+    background: str | None = None
 
     def __post_init__(self) -> None:
         if self.size is not None and min(self.size) < 1:
@@ -58,6 +62,23 @@ class Conversion:
             raise ValueError(f"method {self.method!r} must be center-crop or resize")
         if self.mode not in ("auto", *_MODES):
             raise ValueError(f"mode {self.mode!r} must be one of auto, {', '.join(_MODES)}")
+        if self.background is None:
+            return
+        if self.mode == "rgba":
+            raise ValueError(
+                f"background {self.background!r} has no effect on mode rgba: leave one of them out"
+            )
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError:
+            raise ValueError(
+                f"background {self.background!r} is not a colour: give a name such as white, or #rrggbb"
+            ) from None
+
+    @property
+    def is_coloured(self) -> bool:
+        """Whether the background is not gray, so that gray pictures become colour."""
+        return self.background is not None and len(set(ImageColor.getrgb(self.background)[:3])) > 1
 
 
 def convert(
@@ -96,7 +117,9 @@ def convert(
         "classes": list(catalog.class_names),
         "mode": mode,
     }
-    work = {"size": [conversion.size, conversion.method], "chunk": count}
+    work: dict[str, Any] = {"size": [conversion.size, conversion.method], "chunk": count}
+    if conversion.background is not None:
+        work["background"] = conversion.background
     with begin(Path(dest), {**settings, **work}) as folder:
         job = _Job(folder, conversion, _MODES.get(mode), skip_damaged, catalog, count)
         if made := folder.finished():
@@ -137,6 +160,8 @@ def convert_stream(
         )
     count = _chunk_images(conversion.size)
     settings = {"stream": f"{source}, {split}", **asdict(conversion), "chunk": count}
+    if conversion.background is None:  # so that work begun before there was this option continues
+        del settings["background"]
     with begin(Path(dest), settings) as folder:
         job = _Job(folder, conversion, _MODES[conversion.mode], skip_damaged, None, count)
         if made := folder.finished():
@@ -263,7 +288,7 @@ def _converted_chunk(job: _Job, rows: _Rows) -> Chunk:
         place, entry = row if isinstance(row, tuple) else (row, _entry(job, row))
         is_array = entry.name.lower().endswith(".npy")
         try:
-            image = decode(entry.name, _bytes(job, entry), job.mode)
+            image = decode(entry.name, _bytes(job, entry), job.mode, job.conversion.background or "white")
             image, enlarged = _fitted(image, job.conversion, alpha=not is_array and len(image) in (2, 4))
         except UNREADABLE as error:
             damaged = Skipped(entry.name, str(error))
@@ -328,6 +353,8 @@ def _checked(
     if conversion.mode != "auto" or not modes:
         return conversion.mode, size
     common = common_mode(modes)
+    if conversion.background is not None:
+        common = "L" if common in ("L", "LA") and not conversion.is_coloured else "RGB"
     return next((ours for ours, mode in _MODES.items() if mode == common), "auto"), size
 
 

@@ -1,0 +1,187 @@
+"""Advice in words: each setting with what it follows from."""
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from edm2.advice.structure import Structure
+from edm2.data import ImageDataset
+from edm2.progress import time_text
+from edm2.train.config import OPTION_NAMES, TrainConfig
+from edm2.train.dry_run import DryRun
+from edm2.train.memory import size_text
+
+DEFAULT_SIGMA_MAX = 80.0
+SUGGESTED = "suggested"
+"""What a run with settings from here stores in place of a preset's name."""
+_FEW_STEPS = 1000  # the preset `digits` takes 1,375
+_FEW_IMAGES = 500  # 50 digits are copied, 1,438 are not
+
+
+class Reason(NamedTuple):
+    """Why some settings have their values.
+
+    Attributes:
+        settings: Names of the fields of `TrainConfig`, such as `network.model_channels`.
+        why: What they follow from, and the source.
+    """
+
+    settings: tuple[str, ...]
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What `edm2.advice.suggest` found.
+
+    Attributes:
+        config: All settings.
+        cost: Measured cost of the run.
+        structure: What the spectrum of the data says.
+        sigma_max: Highest noise level to sample from.
+        dataset: The images.
+        memory: Bytes that a step may take; None for no limit.
+    """
+
+    config: TrainConfig
+    cost: DryRun
+    structure: Structure
+    sigma_max: float
+    dataset: ImageDataset
+    memory: float | None
+
+    def reasons(self) -> list[Reason]:
+        """Return the settings that are not defaults, each with its reason and source."""
+        return [*self._network(), *self._length(), *self._noise(), *self._rest()]
+
+    def headline(self) -> str:
+        """Return one line about the images and the run."""
+        channels, height, width = self.dataset.image_shape
+        classes = f", {self.dataset.num_classes} classes" if self.dataset.num_classes else ""
+        return (
+            f"settings for {self.config.data}: {len(self.dataset):,} images, {height}x{width}, "
+            f"{channels} channel{'s' * (channels > 1)}{classes}; {time_text(self.cost.seconds)} of training"
+        )
+
+    def describe(self) -> str:
+        """Return the advice as options of `edm2 train` with their reasons, and what to know before the run starts."""
+        lines = []
+        for names, why in self.reasons():
+            lines += [
+                " ".join(f"--{_option(name)} {_words(self._value(name))}" for name in names),
+                f"    {why}",
+            ]
+        return "\n".join([*lines, *(f"note: {text}" for text in self.remarks())])
+
+    def to_toml(self) -> str:
+        """Return a settings file for `edm2 train --settings`, with the reasons as comments."""
+        lines = [f"data = {json.dumps(self.config.data)}"]
+        for names, why in self.reasons():
+            lines += ["", f"# {why}"]
+            lines += [f"{name} = {json.dumps(self._value(name))}" for name in names]
+        return "\n".join([*lines, "", *(f"# note: {text}" for text in self.remarks())]).rstrip() + "\n"
+
+    def _value(self, name: str) -> Any:
+        return functools.reduce(getattr, name.split("."), self.config)
+
+    def _network(self) -> Iterator[Reason]:
+        network = self.config.network
+        names = ["model_channels", "channel_mult", "num_blocks", "channels_per_head"]
+        names += [] if network.attn_resolutions is None else ["attn_resolutions"]
+        yield Reason(
+            tuple(f"network.{name}" for name in names),
+            f"{self.cost.num_params:,} parameters: time divides between network and length as in two runs that worked, "
+            "the preset digits and EDM2's XS on ImageNet-64 (Table 6)",
+        )
+        if self.config.dataset.pad_to:
+            yield Reason(("dataset.pad_to",), "every level of the network halves the side")
+
+    def _length(self) -> Iterator[Reason]:
+        config, cost, steps = self.config, self.cost, self.config.num_steps
+        yield Reason(
+            ("num_images",),
+            f"{time_text(cost.seconds)} at {cost.images_per_second:,.0f} images/s, measured here; each image is seen "
+            f"{self._passes:,.0f} times",
+        )
+        split = config.microbatch is not None
+        yield Reason(
+            ("batch_size", *(["microbatch"] if split else [])),
+            f"{steps:,} steps; between 32 (digits) and 2048 (EDM2) by the length of the run"
+            + (f"; divided to fit into {size_text(self.memory or 0)}" if split else ""),
+        )
+        yield Reason(
+            ("optimizer.ref_lr",),
+            f"0.136 / sqrt({config.network.model_channels} channels), within 6% of every rate in EDM2 Table 6",
+        )
+        yield Reason(
+            ("optimizer.ref_batches", "optimizer.rampup_mimg"),
+            f"the rate falls after {config.optimizer.ref_batches / steps:.0%} of the run (digits 11%, EDM2 7%), and "
+            "rises in a short ramp, by the length of the run",
+        )
+
+    def _noise(self) -> Iterator[Reason]:
+        found = self.structure
+        yield Reason(
+            ("loss.p_mean", "loss.p_std"),
+            f"the spectrum of {found.num_images:,} images helps a linear denoiser at ln sigma {found.center:.2f} +- "
+            f"{found.width:.2f}; shapes are finer, so 0.3 lower (EDM2: -0.8 +- 1.6 at 64x64)",
+        )
+
+    def _rest(self) -> Iterator[Reason]:
+        config = self.config
+        regularised = ("dataset.augment",) * bool(config.dataset.augment) + ("network.dropout",) * bool(
+            config.network.dropout
+        )
+        if regularised:
+            yield Reason(
+                regularised,
+                f"{self._passes:,.0f} passes over the images: EDM used augmentation and dropout for 2,857 to 12,700 "
+                "passes (CIFAR-10, FFHQ, AFHQv2), EDM2 neither for its XS's 840 over ImageNet",
+            )
+        yield Reason(
+            ("snapshot_images", "ema.dtype"),
+            f"ten moments of {len(config.ema.sigma_rels)} averages, {size_text(self.cost.snapshot_bytes)}: any EMA "
+            "length at each of them, and guides from the run's own past",
+        )
+        yield Reason(
+            ("checkpoint_images", "log_images"), "a checkpoint every ten minutes, a hundred lines of the log"
+        )
+        yield Reason(("dtype",), "bfloat16 on GPUs; on CPUs the faster one, measured here")
+
+    @property
+    def _passes(self) -> float:
+        return self.config.num_images / len(self.dataset)
+
+    def remarks(self) -> list[str]:
+        """Return what to know before the run starts, in sentences."""
+        config, remarks = self.config, []
+        _, height, width = self.dataset.image_shape
+        if config.num_steps < _FEW_STEPS:
+            smaller = (
+                "" if min(height, width) <= 32 else ", or smaller pictures (edm2 data convert --size 32)"
+            )
+            remarks.append(
+                f"{config.num_steps:,} steps are few for pictures of {height}x{width}, and samples will be rough: give "
+                f"more --hours{smaller}"
+            )
+        if len(self.dataset) < _FEW_IMAGES:
+            remarks.append(f"{len(self.dataset):,} images are few: the network may copy some of them")
+        if self.sigma_max > DEFAULT_SIGMA_MAX:
+            remarks.append(
+                f"sample with --sigma-max {self.sigma_max:g}, so that noise hides the strongest pattern, whose "
+                f"standard deviation is {self.structure.strongest:.0f}; EDM's {DEFAULT_SIGMA_MAX:g} is 4.5 times that "
+                "of photographs of 64x64"
+            )
+        return remarks
+
+
+def _option(name: str) -> str:
+    return OPTION_NAMES.get(name, name).replace("_", "-")
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,70 @@
+"""`edm2 suggest`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from edm2.advice import check_pictures, suggest
+from edm2.commands.next_step import run_for, tell_next
+from edm2.data import open_dataset
+from edm2.files import write_atomic
+from edm2.progress import show
+from edm2.train.config import DataConfig
+
+
+@dataclass(kw_only=True)
+class _Suggest:
+    """Suggest settings for training on your images in the time you have, each with its reason.
+
+    Measures the spectrum of the data, and the speed of a few steps on this machine.
+    """
+
+    data: Annotated[str, tyro.conf.Positional]
+    """Training images, as for `edm2 train --data`."""
+    hours: float | None = None
+    """Hours to train. Default: 0.25 on a CPU, 2 on a GPU."""
+    memory: float | None = None
+    """Memory for training, in GB. Default: what a GPU has free; no limit on a CPU."""
+    out: Path | None = None
+    """File for `edm2 train --settings`: .toml, with the reasons, or .json. Default: none."""
+    labels: bool = True
+    """Whether to condition on the data's classes, if it has any."""
+    as_they_are: bool = False
+    """Whether to accept pictures with transparency, which is then learned as a fourth channel."""
+    skip_damaged: bool = False
+    """Whether to leave damaged images out."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+
+
+def run(prog: str, words: Sequence[str]) -> None:
+    """`edm2 suggest`."""
+    chosen = tyro.cli(_Suggest, prog=prog, args=list(words))
+    if chosen.out is not None:
+        if chosen.out.suffix not in (".toml", ".json"):
+            raise ValueError(f"--out {chosen.out} must end in .toml or .json")
+        if chosen.out.exists():
+            raise ValueError(f"{chosen.out} exists already: choose another --out, or delete it")
+    if not chosen.as_they_are:
+        check_pictures(chosen.data, labels=chosen.labels, device=chosen.device)
+    advice = suggest(
+        open_dataset(chosen.data, labels=chosen.labels, skip_damaged=chosen.skip_damaged),
+        data=chosen.data,
+        hours=chosen.hours,
+        memory=None if chosen.memory is None else chosen.memory * 1e9,
+        device=chosen.device,
+        options=DataConfig(labels=chosen.labels, skip_damaged=chosen.skip_damaged),
+    )
+    show(advice.headline())
+    show(advice.describe())
+    folder = run_for(chosen.data)
+    if chosen.out is None:
+        hours = [] if chosen.hours is None else ["--hours", f"{chosen.hours:g}"]
+        return tell_next("train", "--data", Path(chosen.data), "--out", folder, *hours)
+    text = advice.to_toml() if chosen.out.suffix == ".toml" else json.dumps(advice.config.to_json(), indent=1)
+    write_atomic(chosen.out, text.encode())
+    tell_next("train", "--settings", chosen.out, "--out", folder)
