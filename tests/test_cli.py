@@ -71,7 +71,7 @@ def test_help_of_a_command(words: tuple[str, ...], capsys: pytest.CaptureFixture
         (["import", "nothing", "--out", "x"], "no file or folder is called 'nothing', and no released model"),
         (["sample", "--sedes", "1"], "--sedes"),
         (["sample"], "--out"),
-        (["train"], "--preset"),
+        (["train"], "--out"),
         (["train", "--preset"], "--preset"),
         (["train", "--preset", "digits"], "--out"),
         (

@@ -21,7 +21,6 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
 # Command to what it does; a dict holds the commands of a group.
 COMMANDS: dict[str, Any] = {
     "demo": "train, tune, sample and measure on handwritten digits, in minutes",
-    "suggest": "settings for your images and your time, each with its reason",
     "train": "train a model on your images, or continue a run",
     "data": {
         "": "inspect images, bring them to one size, encode them to latents",
@@ -29,6 +28,7 @@ COMMANDS: dict[str, Any] = {
         "convert": "one size and mode, into a ZIP or folder",
         "encode": "latents for a latent diffusion model",
     },
+    "suggest": "settings for your images and your time, each with its reason",
     "ema": {
         "": "average the weights of a run over any length, after training",
         "list": "contents of a snapshot folder",

@@ -91,7 +91,7 @@ def test_the_final_model(run: Path, tmp_path: Path, words: list[str]) -> None:
         (["{run}", "--guidance", "2"], "--guidance 2 needs a guide: give a model as --guide, or the EMA length"),
         (["{run}", "--guide", "{other}", "--guidance", "2"], "the guide has images (1, 8, 8), the model (1, 4, 4)"),
         (["{run}", "--guide-ema", "0.05", "--guidance", "2", "--interval", "90", "99"], "holds none of the schedule"),
-        (["{run}", "--label", "3"], "class 3 is outside 0..2"),
+        (["{run}", "--label", "3"], "there is no class '3': give a number from 0 to 2"),
         (["{run}", "--label", "1", "--labels", "x.npy"], "--label and --labels exclude each other"),
         (["{run}", "--labels", "nothing.npy"], "nothing.npy cannot be read as a .npy file"),
         (["{run}", "--seeds", "1,1"], "seed 1 is given twice"),

@@ -8,6 +8,7 @@ import torch
 from edm2.commands.train import run
 from edm2.generate.live_samples import LiveSamples
 from edm2.presets import get_preset
+from edm2.report.grids import _NAME_SIZE
 from edm2.train import train
 
 
@@ -25,8 +26,8 @@ def test_grids_come_when_due_and_change_nothing(tmp_path):
     found = sorted(p.name for p in (tmp_path / "a" / "progress").iterdir())
     assert found == ["000000000016.png", "000000000032.png", "000000000040.png"]
     with PIL.Image.open(LiveSamples.path(tmp_path / "a", 40)) as grid:
-        # Ten classes, two rows, 8 pixels and a gap of one, each six times as large.
-        assert grid.size == (6 * (10 * 9 - 1), 6 * (2 * 9 - 1))
+        # Ten classes, two rows, 8 pixels and a gap of one, each eight times as large; above them the classes.
+        assert grid.size == (8 * (10 * 9 - 1), _NAME_SIZE + 6 + 8 * (2 * 9 - 1))
 
 
 def test_the_grid_is_of_the_chosen_average(tmp_path):
@@ -50,7 +51,8 @@ def test_the_grid_is_of_the_chosen_average(tmp_path):
 
     train(tiny(), tmp_path / "run", quiet=True, on_step=both)
     with PIL.Image.open(LiveSamples.path(tmp_path / "run", 40)) as grid:
-        first = np.asarray(grid.convert("L"))[: 6 * 8 : 6, : 6 * 8 : 6]
+        top = _NAME_SIZE + 6
+        first = np.asarray(grid.convert("L"))[top : top + 8 * 8 : 8, : 8 * 8 : 8]
     assert torch.equal(torch.from_numpy(first.copy()), torch.from_numpy(made["images"][0, 0]))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from edm2.report import image_grid, png_bytes, save_png
+from edm2.report import class_grid, image_grid, png_bytes, save_png
 
 
 def pixels(image):
@@ -85,3 +85,32 @@ def test_png_is_lossless_and_the_same_every_time(tmp_path):
 def test_other_endings_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"grid\.jpg' does not end in \.png"):
         save_png(PIL.Image.new("L", (1, 1)), tmp_path / "grid.jpg")
+
+
+def test_classes_stand_in_columns_under_their_names():
+    images = np.full((6, 3, 16, 16), 200, np.uint8)
+    plain = image_grid(images, columns=3, scale=4)
+    named = class_grid(images, 3, ("cat", "dog", "owl"))
+    height = named.height - plain.height
+    assert named.width == plain.width
+    np.testing.assert_array_equal(pixels(named)[height:], pixels(plain))
+    letters = pixels(named)[:height, :, 3] > 128
+    step = (plain.width + 4) // 3
+    assert all(letters[:, i * step : (i + 1) * step].any() for i in range(3))
+
+
+def test_long_names_are_written_upwards():
+    images = np.zeros((4, 1, 8, 8), np.uint8)
+    short, long = (class_grid(images, 4, (name, "b", "c", "d")) for name in ("a", "a very long name"))
+    assert long.height > short.height + 40
+
+
+@pytest.mark.parametrize(("count", "classes", "names"), [(9, 0, ()), (9, 40, ()), (9, 10, "abcdefghij")])
+def test_other_images_stand_in_a_square(count, classes, names):
+    images = np.zeros((count, 1, 32, 32), np.uint8)
+    assert class_grid(images, classes, names).size == image_grid(images, columns=3, scale=2).size
+
+
+def test_many_classes_have_columns_without_names():
+    images = np.zeros((20, 1, 64, 64), np.uint8)
+    assert class_grid(images, 20, [str(i) for i in range(20)]).size == image_grid(images, columns=20).size

@@ -146,8 +146,8 @@ SMALL = [
 
 def shown(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     """Settings that a command would train with."""
-    main(["train", *words, "--dry-run", "--out", "none"])
-    settings: dict[str, Any] = json.JSONDecoder().raw_decode(capsys.readouterr().out)[0]
+    main(["train", *words, "--print-settings", "--out", "none"])
+    settings: dict[str, Any] = json.JSONDecoder().decode(capsys.readouterr().out)
     return settings
 
 

@@ -4,4 +4,12 @@ from edm2.advice.choose import DEFAULT_HOURS, suggest
 from edm2.advice.pictures import check_pictures, words_for
 from edm2.advice.reasons import DEFAULT_SIGMA_MAX, SUGGESTED, Advice
 
-__all__ = ["DEFAULT_HOURS", "DEFAULT_SIGMA_MAX", "SUGGESTED", "Advice", "check_pictures", "suggest", "words_for"]
+__all__ = [
+    "DEFAULT_HOURS",
+    "DEFAULT_SIGMA_MAX",
+    "SUGGESTED",
+    "Advice",
+    "check_pictures",
+    "suggest",
+    "words_for",
+]

@@ -57,7 +57,9 @@ def mending_words(
         clear: Whether some are transparent.
         device: Where training will be; the size suits it.
     """
-    side = max(_SMALLEST, min([*map(min, sizes), _USUAL_SIDE.get(pick_device(device).type, _USUAL_SIDE["cpu"])]))
+    side = max(
+        _SMALLEST, min([*map(min, sizes), _USUAL_SIDE.get(pick_device(device).type, _USUAL_SIDE["cpu"])])
+    )
     side -= side % 4
     out = f"{Path(source).name.removesuffix('.zip')}-{side}.zip"
     words = f"data convert {shlex.quote(source)} --out {shlex.quote(out)} --size {side}"

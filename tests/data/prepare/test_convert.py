@@ -383,6 +383,8 @@ def test_images_that_cannot_go_together(folder, tmp_path):
         ),
         ({"method": "crop"}, "method 'crop' must be center-crop or resize"),
         ({"mode": "bw"}, "mode 'bw' must be one of auto, gray, rgb, rgba"),
+        ({"background": "whit"}, "background 'whit' is not a colour: give a name such as white, or #rrggbb"),
+        ({"background": "red", "mode": "rgba"}, "background 'red' has no effect on mode rgba"),
     ],
 )
 def test_errors_of_conversions(options, message):
@@ -439,3 +441,29 @@ def test_a_full_disk_names_the_file(folder, tmp_path, workers):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     run(folder, tmp_path / "out.zip", workers, size=(64, 64))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mixed", "out.zip"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "background", "expected"),
+    [
+        ("RGBA", "#0000ff", (0, 0, 255)),
+        ("RGBA", "black", (0, 0, 0)),
+        ("LA", "black", (0,)),
+        ("LA", "red", (255, 0, 0)),
+    ],
+)
+def test_transparent_parts_get_the_background(tmp_path, mode, background, expected):
+    (tmp_path / "in").mkdir()
+    Image.new(mode, (8, 8)).save(tmp_path / "in" / "x.png")
+    run(tmp_path / "in", tmp_path / "out", background=background)
+    image = open_dataset(tmp_path / "out").images(np.array([0]))[0]
+    np.testing.assert_array_equal(image[:, 0, 0], expected)
+
+
+def test_another_background_is_other_work(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGBA", (8, 8)).save(tmp_path / "in" / "x.png")
+    run(tmp_path / "in", tmp_path / "out", background="red")
+    assert run(tmp_path / "in", tmp_path / "out", background="red").num_images == 1
+    with pytest.raises(ValueError, match="exists already"):
+        run(tmp_path / "in", tmp_path / "out", background="blue")
