@@ -1,10 +1,13 @@
-"""How a run's files and outputs fare: one-bit flips, two processes with one output, reads beside a writer that thins.
+"""How files and outputs fare: flipped bits, two processes with one output, reads beside a writer, hostile files.
 
     python benchmarks/robustness.py flips --count 10000
     python benchmarks/robustness.py pairs --count 200
     python benchmarks/robustness.py reads --count 1000
+    python benchmarks/robustness.py mutate --count 20000
+    python benchmarks/robustness.py pickles --count 20000
 
-Each prints a count of outcomes, and ends with exit code 1 if one of them is silent, wrong or a traceback.
+Each prints a count of outcomes, and ends with exit code 1 if one of them is silent, wrong or a traceback, or if a file
+of the last two kinds runs something, hangs, takes 200 MB, or writes outside its folder.
 """
 
 import argparse
@@ -37,8 +40,21 @@ from edm2.train.checkpoint import verify
 from edm2.train.logs import LOG_FILE, MAGNITUDES_FILE, read_log
 from edm2.train.run_folder import CHECKPOINTS, SNAPSHOTS, read_config
 
+sys.path.insert(0, str(Path(__file__).parent))
+import hostile_files
+
 LENGTH = 0.08
-BAD = ("silent", "unnamed", "traceback", "wrong", "left over")
+BAD = (
+    "silent",
+    "unnamed",
+    "traceback",
+    "wrong",
+    "left over",
+    "executed",
+    "hang",
+    "memory",
+    "written outside",
+)
 
 
 def make_run(folder: Path) -> Path:
@@ -204,17 +220,43 @@ def reads(folder: Path, count: int) -> collections.Counter[str]:
     return found
 
 
+def mutate(folder: Path, count: int, **chosen: Any) -> collections.Counter[str]:
+    """Damage JSON, safetensors, ZIP archives and pictures, a quarter of the tries each."""
+    places = {kind: folder / kind for kind in ("files", "archives", "pictures")}
+    for place in places.values():
+        place.mkdir()
+    targets = [
+        *hostile_files.json_and_safetensors(
+            places["files"], make_run(places["files"]), lambda _: make_run(places["files"])
+        ),
+        *hostile_files.archives(places["archives"]),
+        *hostile_files.pictures(places["pictures"]),
+    ]
+    return hostile_files.try_all(folder, targets, -(-count // 4), **chosen)
+
+
+def pickles(folder: Path, count: int, **chosen: Any) -> collections.Counter[str]:
+    """Damage pickles, and put hostile calls into them."""
+    return hostile_files.try_all(folder, [*hostile_files.pickles(folder)], count, **chosen)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["flips", "pairs", "reads"])
+    works: dict[str, Callable[..., collections.Counter[str]]] = {
+        work.__name__: work for work in (flips, pairs, reads, mutate, pickles)
+    }
+    parser.add_argument("what", choices=works)
     parser.add_argument("--count", type=int, default=100, help="tries (pairs: of each output)")
+    parser.add_argument("--seed", type=int, default=0, help="of mutate and pickles")
+    parser.add_argument("--only", type=int, help="the one try of mutate or pickles with this number")
     chosen = parser.parse_args()
     torch.set_num_threads(1)  # threads do not survive a fork
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        found = {"flips": flips, "pairs": pairs, "reads": reads}[chosen.what](Path(folder), chosen.count)
+        seeded = {"seed": chosen.seed, "only": chosen.only} if chosen.what in ("mutate", "pickles") else {}
+        found = works[chosen.what](Path(folder), chosen.count, **seeded)
     for outcome, number in sorted(found.items()):
         print(f"{number:7,}  {outcome}")
     raise SystemExit(any(word in outcome for outcome in found for word in BAD))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edm2.ema.storage.guarded_json import read_json
+from edm2.ema.storage.guarded_json import from_json, read_json
 from edm2.ema.storage.locking import folder_lock
 from edm2.ema.storage.replacing import (
     make_folder,
@@ -24,6 +24,7 @@ from edm2.ema.storage.replacing import (
 __all__ = [
     "check_seal",
     "claimed",
+    "from_json",
     "make_folder",
     "read_json",
     "read_sealed",

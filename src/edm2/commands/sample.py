@@ -121,7 +121,7 @@ def _read_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
         torch.as_tensor(array[:1])
-    except (OSError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # NumPy parses the header as Python and passes on all errors of the parser
         raise ValueError(f"{path} cannot be read as a .npy file of numbers ({error})") from error
     if not isinstance(array, np.ndarray) or not len(array):
         raise ValueError(f"{path} holds no rows of numbers: write it with numpy.save")

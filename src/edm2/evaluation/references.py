@@ -1,5 +1,6 @@
 """Reference statistics: ours, the official files, and whether features can be compared with them."""
 
+import contextlib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,8 @@ def is_reference(path: str | Path) -> bool:
     """Whether a file is a reference, and not images."""
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix == ".npz" and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+    if suffix == ".npz":
+        with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
             return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
     return suffix in (".safetensors", ".pkl")
 

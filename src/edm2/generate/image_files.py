@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from edm2.data.npy import read_array
 from edm2.files import write_atomic
 
 PNG_CHANNELS = (1, 3, 4)
@@ -41,7 +42,7 @@ def missing_files(files: Sequence[Path], *, warn: bool) -> list[int]:
 def _is_whole(path: Path) -> bool:
     try:
         if path.suffix == ".npy":
-            np.load(path, allow_pickle=False)
+            read_array(path.read_bytes())
             return True
         with Image.open(path) as image:
             image.verify()  # checksums of all parts, which takes less than decoding them
@@ -65,8 +66,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
 def read_image(path: Path) -> np.ndarray:
     """An image as `[C, H, W]`."""
     if path.suffix == ".npy":
-        array: np.ndarray = np.load(path, allow_pickle=False)
-        return array
+        return read_array(path.read_bytes())
     with Image.open(path) as image:
         pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import edm2
 from edm2.diffusion import MODEL_FILE, save_model
-from edm2.files import read_json, write_atomic, write_json
+from edm2.files import from_json, read_json, write_atomic, write_json
 from edm2.generate import ImageGenerator
 from edm2.hub.model_card import model_card
 from edm2.hub.pretrained import Pretrained, Sampling
@@ -202,7 +202,7 @@ def _shared_parts(folder: Path, content: dict[str, Any]) -> Parts:
         model=folder / MODEL_FILE,
         guide=folder / GUIDE_FILE if content["guide"] else None,
         sampling=Sampling.from_json(content["sampling"]),
-        results=tuple(Result.from_json(result) for result in content["results"]),
+        results=tuple(from_json(Result, result) for result in content["results"]),
         license=content["license"],
     )
 

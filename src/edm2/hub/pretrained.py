@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from edm2.diffusion import find_sampler
+from edm2.files import from_json
 from edm2.generate import ImageGenerator
 from edm2.hub.results import Result, check_results
 
@@ -35,9 +36,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         find_sampler(self.sampler)
-        if type(self.num_steps) is not int or not 1 <= self.num_steps <= _MOST_STEPS:
+        if not 1 <= self.num_steps <= _MOST_STEPS:
             raise ValueError(f"num_steps {self.num_steps} must be a number from 1 to {_MOST_STEPS}")
-        if type(self.guidance) not in (int, float) or not math.isfinite(self.guidance):
+        if not math.isfinite(self.guidance):
             raise ValueError(f"guidance {self.guidance!r} must be finite")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
             raise ValueError(f"interval {self.interval} of guidance: 0 <= low < high must hold")
@@ -55,7 +56,7 @@ class Sampling:
         if given.get("interval") is not None:
             low, high = given["interval"]
             given["interval"] = (float(low), math.inf if high is None else float(high))
-        return cls(**given)
+        return from_json(cls, given)
 
 
 class Pretrained:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edm2.evaluation.results import read_result
+from edm2.files import from_json
 from edm2.generate import ImageGenerator
 from edm2.tuning.result import BASELINE_SIGMA_REL, Tuned
 
@@ -39,9 +40,7 @@ class Result:
     digest: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.metric, str) or not isinstance(self.provenance, dict):
-            raise ValueError(f"result {self.metric!r} lacks a name or a provenance")
-        if not isinstance(self.value, (int, float)) or not math.isfinite(self.value):
+        if not math.isfinite(self.value):
             raise ValueError(
                 f"result {self.metric!r} has value {self.value!r}, which must be a finite number"
             )
@@ -49,11 +48,6 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return dict(vars(self))
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Result":
-        """Read the result of `to_json`."""
-        return cls(**content)
 
 
 def check_results(results: Sequence[Result], generator: ImageGenerator) -> None:
@@ -132,7 +126,9 @@ def published_result(content: dict[str, Any]) -> Result:
     """The score that the authors of released weights report, from the settings that `edm2 import` wrote."""
     reported = content["reported"]
     provenance = {"reported": f"by the authors, as {content['preset']}; not measured with these files"}
-    return Result(metric=reported["metric"], value=reported["value"], provenance=provenance)
+    return from_json(
+        Result, {"metric": reported["metric"], "value": reported["value"], "provenance": provenance}
+    )
 
 
 def _count(number: int | None) -> str:

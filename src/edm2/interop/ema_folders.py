@@ -95,6 +95,8 @@ def open_ema_folder(
     averaged = [
         n for n, spec in files[0].tensors.specs.items() if n not in integers and spec.dtype.is_floating_point
     ]
+    if not any(files[0].tensors.specs[name].numel for name in averaged):
+        raise ValueError(f"{files[0].path} holds whole numbers alone, which are not averaged: leave it out")
     _check_same_run(files, averaged)
     profiles = {
         f.path.name: update_profile(

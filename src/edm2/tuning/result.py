@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edm2.diffusion import MODEL_FILE, load_model, save_model
+from edm2.diffusion import MODEL_FILE, find_sampler, load_model, save_model
 from edm2.ema.storage.manifest import read_manifest
 from edm2.evaluation.judge import FRECHET, OWN_CLASSIFIER
-from edm2.files import read_sealed, write_sealed
+from edm2.files import from_json, read_sealed, write_sealed
 from edm2.generate import reconstruct_denoiser, snapshots_of
 from edm2.generate.generator import IGNORES_LABELS
 from edm2.tuning.plan import SELF
@@ -76,7 +76,7 @@ class Knobs:
     def from_json(cls, content: dict[str, Any]) -> "Knobs":
         """Read what `to_json` returned."""
         low, high = content["interval"]
-        return cls(**{**content, "interval": (low, math.inf if high is None else high)})
+        return from_json(cls, {**content, "interval": (low, math.inf if high is None else high)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +119,11 @@ class Tuned:
     metric: str = FRECHET
     features: str = OWN_CLASSIFIER
     num_images: float | None = None
+
+    def __post_init__(self) -> None:
+        find_sampler(self.sampler)
+        if not len(self.held_out) == len(self.baseline) > 0:
+            raise ValueError("held_out and baseline must hold one score for each repeat")
 
     @property
     def is_share(self) -> bool:
@@ -222,11 +227,11 @@ def read_tuned(run: str | Path) -> Tuned | None:
         return None
     try:
         content = read_sealed(path, finite=False)
-        return Tuned(
-            best=Knobs.from_json(content["knobs"]),
-            tried=[Tried(**{**t, "knobs": Knobs.from_json(t["knobs"])}) for t in content["tried"]],
+        return from_json(Tuned, {
+            "best": Knobs.from_json(content["knobs"]),
+            "tried": [from_json(Tried, {**t, "knobs": Knobs.from_json(t["knobs"])}) for t in content["tried"]],
             **{name: content[name] for name in _PLAIN if name in content},
-        )
+        })  # fmt: skip
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): run `edm2 tune` again; it reuses its evaluations"

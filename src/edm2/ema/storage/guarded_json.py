@@ -1,12 +1,17 @@
 """JSON from files that may be damaged or hostile: bounded in size, depth and numbers."""
 
+import functools
 import json
 import math
 import re
+import types
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+_T = TypeVar("_T")
 
 _MAX_BYTES = 32 << 20
 _MAX_DEPTH = 100
@@ -55,6 +60,44 @@ def read_json(source: bytes | str | Path, *, finite: bool = True) -> Any:
         parse_int=_integer,
         object_pairs_hook=_without_repeats,
     )
+
+
+def from_json(cls: type[_T], content: Any) -> _T:
+    """Make a dataclass from a JSON object whose values have the types of its fields.
+
+    Args:
+        cls: The dataclass. Its fields are annotated with str, int, float, bool, dict, list or tuple of these, `Any`,
+            dataclasses (given as built), or unions; what a dict holds is not checked.
+        content: Its fields by name.
+
+    Raises:
+        TypeError: If a value has another type, or a field is missing or unknown.
+    """
+    if not isinstance(content, dict):
+        raise TypeError(f"a {type(content).__name__} where an object is expected")
+    kinds = _annotations(cls)
+    for name, value in content.items():
+        if name in kinds and not _fits(value, kinds[name]):
+            raise TypeError(f"{name}, which is a {type(value).__name__}")
+    return cls(**content)
+
+
+@functools.cache
+def _annotations(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(x, inner[0]) for x in value)
+    if origin is tuple and inner[-1] is not Ellipsis:
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if kind in (int, float):  # bool counts as an int for isinstance
+        return type(value) in (int, kind)
+    return kind is Any or isinstance(value, origin or kind)
 
 
 def _check_structure(data: bytes) -> None:

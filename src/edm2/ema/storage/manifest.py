@@ -11,7 +11,7 @@ from typing import Any
 
 from edm2.ema.maths.profiles import gamma_to_sigma_rel
 from edm2.ema.maths.targets import Profile
-from edm2.ema.storage.guarded_json import read_json
+from edm2.ema.storage.guarded_json import from_json, read_json
 from edm2.ema.storage.replacing import replacing
 from edm2.ema.storage.tensorfile import TensorFile
 
@@ -173,17 +173,15 @@ def _checksum(content: dict[str, Any]) -> str:
 
 def _manifest(content: dict[str, Any]) -> Manifest:
     """The content as dataclasses; raises TypeError or KeyError for values that cannot be ours."""
-    run = RunInfo(**{f.name: content[f.name] for f in fields(RunInfo)})
-    _check_types(run, ("run_id", "clock", "start"))
+    run = from_json(RunInfo, {f.name: content[f.name] for f in fields(RunInfo)})
+    _check_finite(run)
     json.dumps(run.metadata, allow_nan=False)
-    if not isinstance(run.metadata, (dict, type(None))) or not isinstance(run.aliases, dict):
-        raise TypeError("metadata or aliases, which are not tables")
     snapshots = tuple(
-        Snapshot(**entry | ({"distance": math.nan} if entry["distance"] is None else {}))
+        from_json(Snapshot, entry | ({"distance": math.nan} if entry["distance"] is None else {}))
         for entry in content["snapshots"]
     )
     for snapshot in snapshots:
-        _check_types(snapshot, tuple(f.name for f in fields(Snapshot)))
+        _check_finite(snapshot)
         if Path(snapshot.file).name != snapshot.file:
             raise TypeError("file, which is not in this folder")
         if not snapshot.t > run.start:
@@ -195,12 +193,7 @@ def _manifest(content: dict[str, Any]) -> Manifest:
     return Manifest(run=run, layout=content["layout"], snapshots=snapshots)
 
 
-def _check_types(entry: RunInfo | Snapshot, names: tuple[str, ...]) -> None:
-    kinds: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float)}
-    types = {f.name: f.type for f in fields(entry)}
-    for name in names:
-        value = getattr(entry, name)
-        if type(value) not in kinds[types[name]]:  # bool counts as an int for isinstance
-            raise TypeError(f"{name}, which is a {type(value).__name__}")
+def _check_finite(entry: RunInfo | Snapshot) -> None:
+    for name, value in vars(entry).items():
         if isinstance(value, float) and not math.isfinite(value) and name != "distance":
             raise TypeError(f"{name}, which is {value}")
