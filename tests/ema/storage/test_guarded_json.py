@@ -4,11 +4,13 @@ import contextlib
 import json
 import random
 import tracemalloc
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from edm2.ema.storage.guarded_json import read_json
+from edm2.ema.storage.guarded_json import from_json, read_json
 
 
 def test_ordinary_json_is_read_as_json_reads_it(tmp_path: Path) -> None:
@@ -65,3 +67,54 @@ def test_no_mutation_of_a_text_ends_in_anything_but_an_error_of_value() -> None:
             data[rng.randrange(len(data))] = rng.randrange(256)
         with contextlib.suppress(ValueError):
             read_json(bytes(data))
+
+
+@dataclass(frozen=True)
+class Inner:
+    x: float
+
+
+@dataclass
+class Outer:
+    name: str
+    number: int
+    scores: list[float]
+    pair: tuple[float, float] | None = None
+    inner: Inner | None = None
+    table: dict[str, str] | None = None
+
+
+WHOLE: dict[str, Any] = {
+    "name": "a",
+    "number": 1,
+    "scores": [1, 2.5],
+    "pair": (0, 1.0),
+    "inner": Inner(2),
+    "table": {},
+}
+
+
+def test_a_dataclass_is_made_from_values_of_its_types() -> None:
+    assert from_json(Outer, WHOLE) == Outer(**WHOLE)
+    assert from_json(Outer, {"name": "a", "number": 1, "scores": []}).pair is None
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"name": 1}, "name, which is a int"),
+        ({"number": True}, "number, which is a bool"),
+        ({"number": 1.5}, "number, which is a float"),
+        ({"scores": ["a"]}, "scores, which is a list"),
+        ({"scores": None}, "scores, which is a NoneType"),
+        ({"pair": (1.0,)}, "pair, which is a tuple"),
+        ({"inner": {"x": 1}}, "inner, which is a dict"),
+        ({"table": []}, "table, which is a list"),
+        ({"other": 1}, "unexpected keyword argument 'other'"),
+    ],
+)
+def test_values_of_other_types_are_named(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(TypeError, match=told):
+        from_json(Outer, {**WHOLE, **change})
+    with pytest.raises(TypeError, match="a list where an object is expected"):
+        from_json(Outer, [])
