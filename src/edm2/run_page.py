@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from edm2.report.magnitudes import add_magnitudes, magnitude_curve
 from edm2.train.build import open_run_data
 from edm2.train.logs import MAGNITUDES_FILE, read_log
 from edm2.train.run_folder import SNAPSHOTS, flat_settings, read_config
+from edm2.train.settings_file import run_settings
 from edm2.tuning.page import add_knobs, add_ranking, add_result
 from edm2.tuning.result import read_tuned
 
@@ -36,7 +36,8 @@ class _Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.name = folder.name or str(folder.resolve())
-        self.settings: dict[str, Any] = read_config(folder)["settings"]
+        self.config = run_settings(folder)
+        self.preset = read_config(folder)["settings"].get("preset")
         self.log = read_log(folder)
         if not self.log:
             raise ValueError(f"{folder} has no line in its log yet: train on before asking for a report")
@@ -118,7 +119,7 @@ def _overview(page: Page, runs: Sequence[_Run]) -> None:
         rows.append(
             {
                 "run": run.name,
-                "images": f"{last['num_images']:,} of {run.settings['num_images']:,}",
+                "images": f"{last['num_images']:,} of {run.config.num_images:,}",
                 "last loss": "-" if last["loss"] is None else f"{last['loss']:.4f}",
                 "images/s": f"{last['images_per_second']:,.1f}",
                 "last session": time_text(last["seconds"]),
@@ -151,7 +152,7 @@ def _training(page: Page, run: _Run) -> None:
 
 def _below_zero(run: _Run) -> str:
     # Ref: EDM2 Eq. 21; config A has its first term only.
-    if (run.settings.get("config") or run.settings.get("architecture")) == "A":
+    if run.config.config == "A":
         return ""
     return "; the loss includes the learned uncertainty u(σ), so that it may fall below 0"
 
@@ -200,7 +201,7 @@ def _tuning(page: Page, run: _Run) -> None:
 
 
 def _noise(page: Page, run: _Run) -> None:
-    generator, settings = run.generator(), run.settings
+    generator, loss = run.generator(), run.config.loss
     try:
         dataset = open_run_data(run.folder)
     except (ValueError, OSError) as error:
@@ -210,7 +211,7 @@ def _noise(page: Page, run: _Run) -> None:
     sigma, learned, errors = errors_by_noise(generator, dataset.images(chosen), labels)
     if not np.isfinite(errors).all():
         return page.text("The network's outputs are not finite.")
-    density = noise_density(sigma, p_mean=settings["loss"]["p_mean"], p_std=settings["loss"]["p_std"])
+    density = noise_density(sigma, p_mean=loss.p_mean, p_std=loss.p_std)
     has_uncertainty = generator.denoiser.uncertainty is not None
     page.figure(
         uncertainty_curve(sigma, learned if has_uncertainty else None, errors, density),
@@ -263,7 +264,7 @@ _OF_SNAPSHOTS = (_averages, _noise, _samples, _copies)
 
 def _settings(page: Page, runs: Sequence[_Run]) -> None:
     page.section("Settings")
-    flat = [flat_settings(run.settings) for run in runs]
+    flat = [{"preset": run.preset, **flat_settings(run.config.to_json())} for run in runs]
     names = list(dict.fromkeys(name for settings in flat for name in settings))
     rows = [[name, *(json.dumps(settings.get(name)) for settings in flat)] for name in names]
     page.table(["setting", *(run.name for run in runs)], rows)

@@ -225,6 +225,12 @@ def test_folders_without_such_files_are_refused(tmp_path: Path) -> None:
         open_ema_folder(tmp_path)
 
 
+def test_whole_numbers_alone_are_nothing_to_average(tmp_path: Path) -> None:
+    torch.save({"ema_model.w": torch.ones(3), "step": torch.tensor(100)}, tmp_path / "0.100.pt")
+    with pytest.raises(ValueError, match=r"0\.100\.pt holds whole numbers alone, which are not averaged"):
+        open_ema_folder(tmp_path, sigma_rels=(0.1,), update_every=10)
+
+
 def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     class Hostile:
         def __reduce__(self) -> tuple[Any, ...]:

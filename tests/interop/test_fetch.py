@@ -31,6 +31,7 @@ class Server:
         self.length: str | None = "right"
         self.pause = 0.0
         self.if_range = True
+        self.drips_headers = False
         self.requests: list[str] = []
         outer = self
 
@@ -44,6 +45,9 @@ class Server:
             def reply(self, *, head: bool) -> None:
                 wanted = self.headers.get("Range")
                 outer.requests.append(f"{self.command} {wanted or 'all'}")
+                while outer.drips_headers:
+                    self.wfile.write(b"H")
+                    time.sleep(0.02)
                 if self.path != "/folder/a%20file.pkl":
                     return self.send_error(404 if "busy" not in self.path else 503)
                 if head and outer.no_head:
@@ -236,6 +240,20 @@ def test_a_connection_that_drips_is_given_up(
     server.pause = 0
     assert fetch(NAME, server.address, tmp_path).read_bytes() == CONTENT
     assert re.fullmatch(r"GET bytes=\d+-", server.requests[-1])
+
+
+def test_headers_that_drip_are_given_up(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "_TIMEOUT_SECONDS", 0.3)
+    server.drips_headers = True
+    with pytest.raises(
+        OSError, match=r"its server did not answer within 0\.3 s.: give the same command again"
+    ):
+        fetch(NAME, server.address, tmp_path)
+    server.drips_headers = False
+    monkeypatch.setattr(fetching, "_TIMEOUT_SECONDS", 30)
+    assert fetch(NAME, server.address, tmp_path).read_bytes() == CONTENT
 
 
 def test_two_processes_do_not_write_one_part(server: Server, tmp_path: Path) -> None:

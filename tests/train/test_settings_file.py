@@ -9,7 +9,11 @@ from tiny_run import tiny_config, tiny_data
 
 from edm2.cli import main
 from edm2.train import TrainConfig, read_settings, train
+from edm2.files import write_sealed
 from edm2.train.amounts import amount_text, parse_amount
+from edm2.train.build import open_run_data
+from edm2.train.run_folder import claim
+from edm2.train.settings_file import run_settings
 
 TOML = """
 preset = "fashion-mnist"
@@ -177,3 +181,40 @@ def test_command_line_with_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["train", "--settings", str(run), "--preset", "digits", "--out", "none"])
     assert "--preset digits has no effect" in capsys.readouterr().err
+
+
+def test_settings_of_a_run_that_an_older_edm2_began(tmp_path: Path) -> None:
+    config = tiny_config(config="C", num_images=24)
+    settings = {"preset": "digits", **config.to_json()}
+    settings["architecture"] = settings.pop("config")
+    for lost in ("seed", "loss", "workers"):
+        del settings[lost]
+    claim(tmp_path, settings, {}, "r")
+    found = run_settings(tmp_path)
+    assert (found.config, found.num_images, found.network) == ("C", 24, config.network)
+    assert (found.loss, found.seed) == (TrainConfig().loss, TrainConfig().seed)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"num_images": "many"}, r"config.json is damaged \(the setting num_images is 'many': it must be"),
+        ({"loss": {"p_mean": None}}, "the setting loss.p_mean is None"),
+        ({"num_images": -1}, "num_images -1 must be at least 1"),
+        ({"loss": 3}, "config.json: loss holds settings of its own, not 3"),
+        ({"unheard_of": 1}, "config.json has an unknown setting unheard_of"),
+    ],
+)
+def test_damaged_settings_of_a_run_are_named(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    content = {"run_id": "r", "identity": {}, "settings": {**TrainConfig().to_json(), **change}}
+    write_sealed(tmp_path / "config.json", content)
+    with pytest.raises(ValueError, match=told):
+        run_settings(tmp_path)
+
+
+def test_a_run_whose_images_were_given_in_python(tmp_path: Path) -> None:
+    claim(tmp_path, TrainConfig().to_json(), {}, "r")
+    with pytest.raises(
+        ValueError, match="does not name its training images: they were given to it in Python"
+    ):
+        open_run_data(tmp_path)

@@ -346,6 +346,17 @@ def test_tuned_settings_are_saved_and_read_back(run, found):
         (folder / "tuned.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"tuned\.json is damaged"):
             read_tuned(run)
+    hostile = {
+        "sampler": [["os.system"]],
+        "held_out": ["a"],
+        "baseline": [],
+        "num_steps": None,
+        "num_images": "9",
+    }
+    for name, value in hostile.items():
+        (folder / "tuned.json").write_text(json.dumps({**content, "sampler": found.sampler, name: value}))
+        with pytest.raises(ValueError, match=r"tuned\.json is damaged"):
+            read_tuned(run)
     save_tuned(run, found)
 
 

@@ -19,6 +19,7 @@ from edm2.presets import PRESETS, get_preset, image_shape
 from edm2.progress import clean, show
 from edm2.train.logs import read_log
 from edm2.train.run_folder import CONFIG_FILE, SNAPSHOTS, read_config
+from edm2.train.settings_file import run_settings
 
 
 @dataclass(kw_only=True)
@@ -143,12 +144,12 @@ def _state(denoiser: Denoiser) -> str:
 
 
 def _run_lines(run: Path) -> list[str]:
-    settings, log = read_config(run)["settings"], read_log(run)
+    config, log = run_settings(run), read_log(run)
     seen = log[-1]["num_images"] if log else 0
     loss = f", loss {log[-1]['loss']:.4f}" if log and log[-1]["loss"] is not None else ""
     lines = [
-        f"run         {run}, preset {settings['preset'] or 'none'}",
-        f"progress    {seen:,} of {settings['num_images']:,} images{loss}",
+        f"run         {run}, preset {read_config(run)['settings'].get('preset') or 'none'}",
+        f"progress    {seen:,} of {config.num_images:,} images{loss}",
     ]
     if (run / SNAPSHOTS).is_dir():
         snapshots = read_manifest(run / SNAPSHOTS).snapshots

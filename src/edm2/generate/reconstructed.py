@@ -13,7 +13,8 @@ from edm2.ema.reconstruct import reconstruct_each
 from edm2.ema.storage.manifest import ForeignSnapshots, read_manifest
 from edm2.ema.storage.tensorfile import read_header, save_tensors
 from edm2.train.logs import read_log
-from edm2.train.run_folder import CHECKPOINTS, CONFIG_FILE, SNAPSHOTS, read_config
+from edm2.train.run_folder import CHECKPOINTS, CONFIG_FILE, SNAPSHOTS
+from edm2.train.settings_file import run_settings
 
 
 def snapshots_of(run: str | Path) -> Path:
@@ -40,10 +41,8 @@ def _is_run(path: Path) -> bool:
 
 
 def _first_snapshot(run: Path) -> str:
-    settings, log = read_config(run)["settings"], read_log(run)
-    every, total = settings["snapshot_images"], settings["num_images"]
-    # As `TrainConfig.snapshot_interval` has it; the end of the run gets one in any case.
-    first = min(math.ceil(total / 2) if every is None else every, total)
+    config, log = run_settings(run), read_log(run)
+    first = min(config.snapshot_interval, config.num_images)  # the end of the run gets one in any case
     seen = log[-1]["num_images"] if log else 0
     return f"the first comes after {first:,} training images, and the log reaches {seen:,}"
 

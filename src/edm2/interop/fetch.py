@@ -3,20 +3,23 @@
 import contextlib
 import hashlib
 import os
+import queue
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from email.message import Message
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 from edm2.extras import needed
 from edm2.files import claimed, remedy, sha256_of, sync_folder
 from edm2.progress import Progress, tell
 
+_T = TypeVar("_T")
 SOURCE_VARIABLE = "EDM2_RELEASED_FROM"
 _HUB = "hf://"
 _BLOCK = 1 << 20
@@ -240,7 +243,8 @@ def _save(response: HTTPResponse, part: Path, have: int) -> None:
         open(part, "ab" if have else "wb") as file,
         Progress(f"download {part.stem}", total or 0, "bytes", done=have) as progress,
     ):
-        while block := response.read1(_BLOCK):  # what has come, instead of waiting for a whole block
+        # What has come, instead of waiting for a whole block.
+        while block := _within(_TIMEOUT_SECONDS, lambda: response.read1(_BLOCK)):
             file.write(block)
             progress.advance(len(block))
             _check_size(progress.done)
@@ -264,9 +268,31 @@ def _check_size(size: int) -> None:
 def _open(url: str, headers: dict[str, str] | None = None, *, method: str = "GET") -> HTTPResponse:
     request = urllib.request.Request(url, headers={"User-Agent": "edm2", **(headers or {})}, method=method)
     try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
+        response = _within(
+            _TIMEOUT_SECONDS, lambda: urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
+        )
     except urllib.error.HTTPError as error:
         error.close()  # it holds the connection
         raise
     assert isinstance(response, HTTPResponse)
     return response
+
+
+def _within(seconds: float, work: Callable[[], _T]) -> _T:
+    """Do something that the server can prolong without end, byte by byte, within a time."""
+    done: queue.SimpleQueue[tuple[_T | None, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((work(), None))
+        except Exception as error:
+            done.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise OSError(f"its server did not answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return cast("_T", result)

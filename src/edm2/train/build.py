@@ -1,5 +1,6 @@
 """The parts of a run: its data, its device, its network."""
 
+import dataclasses
 import functools
 import subprocess
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from edm2.diffusion.own_network import build_own_denoiser
 from edm2.ema.maths.plans import memory_bytes
 from edm2.train.coding import Coding
 from edm2.train.config import TrainConfig
-from edm2.train.run_folder import read_config
+from edm2.train.settings_file import run_settings
 
 _MOST_FOR_AVERAGES = 0.25  # of the free memory: activations need the rest
 
@@ -49,14 +50,10 @@ def open_run_data(run: Path) -> ImageDataset:
     Raises:
         ValueError: If the folder is not a run, or as in `edm2.data.open_dataset`.
     """
-    settings = read_config(run)["settings"]
-    options = settings["dataset"]
-    return open_dataset(
-        settings["data"],
-        labels=options["labels"],
-        pad_to=options["pad_to"],
-        skip_damaged=options["skip_damaged"],
-    )
+    config = run_settings(run)
+    if not config.data:
+        raise ValueError(f"{run} does not name its training images: they were given to it in Python")
+    return open_training_data(dataclasses.replace(config, verify_data=False))
 
 
 def make_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) -> Denoiser:

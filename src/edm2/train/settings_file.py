@@ -59,6 +59,8 @@ def read_settings(path: str | Path) -> SettingsFile:
     path = Path(path)
     is_run = path.is_dir() or path.name == CONFIG_FILE
     content = read_config(path if path.is_dir() else path.parent)["settings"] if is_run else _parse(path)
+    if is_run and "architecture" in content:  # what earlier versions called it
+        content["config"] = content.pop("architecture")
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold names and values of settings, such as images = 8Mi")
     preset = content.get("preset")
@@ -66,6 +68,20 @@ def read_settings(path: str | Path) -> SettingsFile:
         raise ValueError(f"{path}: preset {preset!r} must be a name that `edm2 info` lists")
     values = _named({key: value for key, value in content.items() if key != "preset"}, TrainConfig, path, "")
     return SettingsFile(preset=preset or None, values=values, is_complete=is_run)
+
+
+def run_settings(run: str | Path) -> TrainConfig:
+    """Read the settings of a run; those that the edm2 that began it did not have get their defaults.
+
+    Raises:
+        ValueError: If the folder is not a run, or its settings are damaged.
+    """
+    path = Path(run) / CONFIG_FILE
+    settings = read_settings(path)
+    try:
+        return settings.apply(TrainConfig())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from error
 
 
 def _parse(path: Path) -> Any:

@@ -216,7 +216,7 @@ def test_entries_of_another_kind_are_named(tmp_path: Path, change: dict[str, obj
         read_manifest(tmp_path)
     content["snapshots"], content["metadata"] = [], "none"
     reseal(tmp_path, content)
-    with pytest.raises(ValueError, match=r"damaged \(entry metadata or aliases, which are not tables\)"):
+    with pytest.raises(ValueError, match=r"damaged \(entry metadata, which is a str\)"):
         read_manifest(tmp_path)
 
 

@@ -75,7 +75,7 @@ def from_json(cls: type[_T], content: Any) -> _T:
     """
     if not isinstance(content, dict):
         raise TypeError(f"a {type(content).__name__} where an object is expected")
-    kinds = _annotations(cls)
+    kinds: dict[str, Any] = _annotations(cls)  # type: ignore[arg-type]
     for name, value in content.items():
         if name in kinds and not _fits(value, kinds[name]):
             raise TypeError(f"{name}, which is a {type(value).__name__}")
