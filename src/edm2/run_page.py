@@ -18,7 +18,7 @@ from edm2.report import Page, image_grid, loss_curve, uncertainty_curve
 from edm2.report.ema_figures import reconstruction_figure, tracked_figure
 from edm2.report.magnitudes import add_magnitudes, magnitude_curve
 from edm2.train.build import open_run_data
-from edm2.train.logs import MAGNITUDES_FILE, read_log
+from edm2.train.logs import MAGNITUDES_FILE, is_magnitudes, is_progress, read_log
 from edm2.train.run_folder import SNAPSHOTS, flat_settings, read_config
 from edm2.train.settings_file import run_settings
 from edm2.tuning.page import add_knobs, add_ranking, add_result
@@ -38,10 +38,10 @@ class _Run:
         self.name = folder.name or str(folder.resolve())
         self.config = run_settings(folder)
         self.preset = read_config(folder)["settings"].get("preset")
-        self.log = read_log(folder)
+        self.log = read_log(folder, is_wanted=is_progress)
         if not self.log:
             raise ValueError(f"{folder} has no line in its log yet: train on before asking for a report")
-        self.magnitudes = read_log(folder, MAGNITUDES_FILE)
+        self.magnitudes = read_log(folder, MAGNITUDES_FILE, is_wanted=is_magnitudes)
         self.snapshots = folder / SNAPSHOTS
         self.manifest = read_manifest(self.snapshots) if (self.snapshots / MANIFEST).exists() else None
         self.times = sorted({s.t for s in self.manifest.snapshots}) if self.manifest else []

@@ -9,7 +9,15 @@ import pytest
 from tiny_run import log_of, tiny_config, tiny_data
 
 from edm2.train import train
-from edm2.train.logs import LOG_FILE, append_log, read_log, rewind_log
+from edm2.train.logs import (
+    LOG_FILE,
+    MAGNITUDES_FILE,
+    append_log,
+    is_magnitudes,
+    is_progress,
+    read_log,
+    rewind_log,
+)
 
 RECORDS = [{"num_images": n, "loss": 0.1 * n, "of": {"a": [n, None]}} for n in range(1, 6)]
 
@@ -79,3 +87,25 @@ def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / LOG_FILE).mkdir()
     with pytest.raises(OSError, match=r"could not write .*log.jsonl .*: checkpoints are untouched"):
         append_log(tmp_path, {})
+
+
+def test_records_of_another_kind_are_left_out_for_pages(tmp_path: Path) -> None:
+    good = {
+        "loss": None,
+        "grad_norm": 1.0,
+        "learning_rate": 1,
+        "nonfinite_steps": 0,
+        "seconds": 1.0,
+        "images_per_second": 2,
+    }
+    bad = [{"loss": []}, {"grad_norm": "a"}, {"learning_rate": None}, {"seconds": {}}]
+    for n, change in enumerate([{}, *bad, {}]):
+        append_log(tmp_path, {"num_images": n, **good, **change})
+    append_log(tmp_path, {"num_images": 9})
+    with pytest.warns(UserWarning, match="lines 2, 3, 4, 5, 7 are damaged and left out"):
+        assert [r["num_images"] for r in read_log(tmp_path, is_wanted=is_progress)] == [0, 5]
+    tables = {kind: {"enc": 1.0} for kind in ("activations", "weights", "gradients", "updates")}
+    for n, change in enumerate([{}, {"weights": None}, {"updates": {"a": {}}}]):
+        append_log(tmp_path, {"num_images": n, **tables, **change}, MAGNITUDES_FILE)
+    with pytest.warns(UserWarning, match="lines 2, 3 are damaged"):
+        assert len(read_log(tmp_path, MAGNITUDES_FILE, is_wanted=is_magnitudes)) == 1

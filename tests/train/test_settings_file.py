@@ -8,8 +8,8 @@ import pytest
 from tiny_run import tiny_config, tiny_data
 
 from edm2.cli import main
-from edm2.train import TrainConfig, read_settings, train
 from edm2.files import write_sealed
+from edm2.train import TrainConfig, read_settings, train
 from edm2.train.amounts import amount_text, parse_amount
 from edm2.train.build import open_run_data
 from edm2.train.run_folder import claim

@@ -17,7 +17,7 @@ from edm2.interop.released import SAMPLING_PRESETS, sampling_preset
 from edm2.nn import count_flops
 from edm2.presets import PRESETS, get_preset, image_shape
 from edm2.progress import clean, show
-from edm2.train.logs import read_log
+from edm2.train.logs import is_progress, read_log
 from edm2.train.run_folder import CONFIG_FILE, SNAPSHOTS, read_config
 from edm2.train.settings_file import run_settings
 
@@ -144,7 +144,7 @@ def _state(denoiser: Denoiser) -> str:
 
 
 def _run_lines(run: Path) -> list[str]:
-    config, log = run_settings(run), read_log(run)
+    config, log = run_settings(run), read_log(run, is_wanted=is_progress)
     seen = log[-1]["num_images"] if log else 0
     loss = f", loss {log[-1]['loss']:.4f}" if log and log[-1]["loss"] is not None else ""
     lines = [

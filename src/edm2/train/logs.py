@@ -5,6 +5,7 @@ import os
 import re
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,26 @@ from edm2.files import reason, remedy, sync_folder, write_atomic
 LOG_FILE = "log.jsonl"
 MAGNITUDES_FILE = "magnitudes.jsonl"
 _CHECK = "crc32"
+_NUMBERS = ("learning_rate", "nonfinite_steps", "seconds", "images_per_second")
+_TABLES = ("activations", "weights", "gradients", "updates")
 _SEAM = re.compile(rb'(?<=[0-9]\}).(?=\{")')
 
 
-def read_log(run: Path, name: str = LOG_FILE) -> list[dict[str, Any]]:
+def is_progress(record: dict[str, Any]) -> bool:
+    """Whether a record of `log.jsonl` holds what pages about a run need."""
+    finite = all(isinstance(record.get(key), int | float) for key in _NUMBERS)
+    return finite and all(isinstance(record.get(key), int | float | None) for key in ("loss", "grad_norm"))
+
+
+def is_magnitudes(record: dict[str, Any]) -> bool:
+    """Whether a record of `magnitudes.jsonl` holds what pages about a run need."""
+    tables = [record.get(kind) for kind in _TABLES]
+    return all(isinstance(t, dict) and all(isinstance(x, int | float) for x in t.values()) for t in tables)
+
+
+def read_log(
+    run: Path, name: str = LOG_FILE, *, is_wanted: Callable[[dict[str, Any]], bool] = bool
+) -> list[dict[str, Any]]:
     """Read the records of a log, in order.
 
     Lines that are not as they were written are left out, and a warning names them: a kill can cut the last one short.
@@ -24,6 +41,7 @@ def read_log(run: Path, name: str = LOG_FILE) -> list[dict[str, Any]]:
     Args:
         run: Folder of the run.
         name: File name of the log.
+        is_wanted: Tells of a record whether it is of the kind that the caller can use; others are left out likewise.
 
     Returns:
         The records; none where there is no such file.
@@ -37,8 +55,9 @@ def read_log(run: Path, name: str = LOG_FILE) -> list[dict[str, Any]]:
     for number, line in enumerate(content.removesuffix(b"\n").split(b"\n") if content else [], start=1):
         # Where the line feed between two lines is damaged, both are still whole.
         parts = [_parse(part) for part in _SEAM.split(line)]
-        records += [part for part in parts if part is not None]
-        damaged += [str(number)] if None in parts else []
+        good = [part for part in parts if part is not None and is_wanted(part)]
+        records += good
+        damaged += [str(number)] if len(good) < len(parts) else []
     if damaged:
         which = f"line {damaged[0]} is" if len(damaged) == 1 else f"lines {', '.join(damaged)} are"
         warnings.warn(f"{path}: {which} damaged and left out", stacklevel=2)
