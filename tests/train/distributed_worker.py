@@ -5,6 +5,7 @@ Usage: distributed_worker.py FOLDER
 """
 
 import dataclasses
+import errno
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import torch
 import torch.distributed.fsdp
 from tiny_run import tiny_config, tiny_data, tiny_network
 
+import edm2.train.checkpoint
 import edm2.train.outputs
 from edm2.generate.live_samples import LiveSamples
 from edm2.train import Stopped, TrainConfig, Trainer, train
@@ -61,6 +63,20 @@ def stop_on(rank: int, num_images: int) -> OnStep:
     return on_step
 
 
+def fails_while_saving(how: Callable[[], None]) -> OnStep:
+    """The second process fails in the middle of its part of the second checkpoint."""
+
+    def on_step(trainer: Trainer) -> None:
+        if trainer.world.rank == 1 and trainer.num_images == 72:
+            edm2.train.checkpoint.write_json = lambda *_: how()  # type: ignore[assignment]
+
+    return on_step
+
+
+def no_space() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def main(folder: Path) -> None:
     train(CONFIG, folder / "one", dataset=DATA, quiet=True)
     for name, config in (("ddp", CONFIG), ("fsdp", FULL)):
@@ -71,6 +87,12 @@ def main(folder: Path) -> None:
             out = folder / f"{name}-then-{size}"
             assert group(2, out, config, stop_on(1, 56)) == [75, 75], name
             assert group(size, out, config) == [0] * size, name
+    assert group(2, folder / "fsdp-no-space", FULL, fails_while_saving(no_space)) == [1, 1]
+    assert len(list((folder / "fsdp-no-space" / "checkpoints").glob("0*"))) == 1
+    assert group(2, folder / "fsdp-no-space", FULL) == [0, 0]
+    kill = fails_while_saving(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert group(2, folder / "fsdp-killed", FULL, kill) == [1, -signal.SIGKILL]
+    assert group(2, folder / "fsdp-killed", FULL) == [0, 0]
     live = LiveSamples(every=48, num_samples=3, num_steps=2)
     assert group(2, folder / "fsdp-seen", FULL, live) == [0, 0]
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_run import files_of, tiny_config, tiny_data
 
 from edm2.train import TrainConfig, Trainer, train
-from edm2.train.checkpoint import find_newest, prune, read_checkpoint, save_checkpoint, verify
+from edm2.train.checkpoint import StoredTensors, find_newest, prune, read_checkpoint, save_checkpoint, verify
 
 _NEWEST, _OLDER = "000000000160", "000000000120"
 
@@ -207,7 +208,7 @@ def test_writing_again_replaces(tmp_path: Path) -> None:
     assert verify(tmp_path / "000000000001", run_id="r") is None
     found = find_newest(tmp_path, run_id="r")
     assert found is not None
-    assert torch.equal(read_checkpoint(found)[0]["model"]["w"], torch.ones(3))
+    assert torch.equal(read_checkpoint(found)[0].read("model", "w"), torch.ones(3))
 
 
 def test_no_checkpoints_at_all(tmp_path: Path) -> None:
@@ -228,3 +229,17 @@ def test_trainer_claims_its_folder_before_work(tmp_path: Path) -> None:
     ):
         Trainer(tiny_config(), tiny_data(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_rows_are_read_across_parts(tmp_path: Path) -> None:
+    whole = torch.arange(14.0).view(7, 2)
+    for k, rows in enumerate((slice(0, 3), slice(3, 6), slice(6, 7)), start=1):
+        tensors = {"w": whole[rows], **({"gain": torch.tensor(2.0)} if k == 1 else {})}
+        save_file(tensors, tmp_path / f"model-0000{k}-of-00003.safetensors")
+    stored = StoredTensors(tmp_path)
+    assert sorted(stored.names("model")) == ["gain", "w"]
+    assert torch.equal(stored.read("model", "w"), whole)
+    assert float(stored.read("model", "gain")) == 2.0
+    for begin in range(8):
+        for end in range(begin, 8):
+            assert torch.equal(stored.read("model", "w", (begin, end)), whole[begin:end])

@@ -16,6 +16,7 @@ from PIL import Image
 from tiny_run import files_of, log_of, tiny_config
 
 from edm2.diffusion import build_denoiser
+from edm2.train.checkpoint import StoredTensors
 from edm2.train.parallel import shard
 from edm2.train.world import World, join_world
 
@@ -74,6 +75,32 @@ def test_equal_to_one_process(runs: Path, name: str) -> None:
 def test_a_stop_on_any_process_changes_no_byte(runs: Path, name: str) -> None:
     assert files_of(runs / f"{name}-then-2") == files_of(runs / name)
     assert log_of(runs / f"{name}-then-2") == log_of(runs / name)
+
+
+@pytest.mark.slow
+def test_each_process_stores_its_rows(runs: Path) -> None:
+    found = sorted((runs / "fsdp" / "checkpoints").iterdir())[-1]
+    names = [
+        f"{group}-0000{k}-of-00002.safetensors" for group in ("ema", "model", "optimizer") for k in (1, 2)
+    ]
+    assert sorted(path.name for path in found.glob("*.safetensors")) == names
+    sizes = {name: (found / name).stat().st_size for name in names}
+    for group in ("ema", "model", "optimizer"):
+        first, second = (sizes[f"{group}-0000{k}-of-00002.safetensors"] for k in (1, 2))
+        assert 0.3 < second / first < 1.1
+    stored, whole = StoredTensors(found), StoredTensors(sorted((runs / "one" / "checkpoints").iterdir())[-1])
+    assert set(stored.names("model")) == set(whole.names("model"))
+    for name in whole.names("model"):
+        torch.testing.assert_close(
+            stored.read("model", name), whole.read("model", name), rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["no-space", "killed"])
+def test_a_failure_of_one_process_while_saving_changes_no_byte(runs: Path, how: str) -> None:
+    assert files_of(runs / f"fsdp-{how}") == files_of(runs / "fsdp")
+    assert not list((runs / f"fsdp-{how}" / "checkpoints").glob(".*"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Checkpoints: folders of safetensors and JSON with a manifest; a checkpoint is complete or absent.
 
 checkpoints/000000012800/{model,optimizer,ema}.safetensors, state.json, manifest.json
+
+A sharded run has a file for each process, such as model-00002-of-00004.safetensors, with its rows of each tensor.
 """
 
 import itertools
@@ -10,11 +12,13 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from edm2.ema.storage.tensorfile import TensorSpec, write_tensors
 from edm2.files import (
+    make_folder,
     read_json,
     read_sealed,
     reason,
@@ -25,6 +29,7 @@ from edm2.files import (
     write_json,
     write_sealed,
 )
+from edm2.train.world import World
 
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -62,24 +67,91 @@ def save_checkpoint(
     final = folder / f"{num_images:012d}"
     try:
         with replacing_folder(final, flush=False) as aside:
-            files = {}
-            for name, tensors in groups.items():
-                file = f"{name}.safetensors"
-                files[file] = _write_tensors(aside / file, tensors)
-            write_json(aside / _STATE, state)
-            files[_STATE] = {
-                "num_bytes": (aside / _STATE).stat().st_size,
-                "sha256": sha256_of(aside / _STATE),
+            files = {
+                f"{name}.safetensors": _write_tensors(aside / f"{name}.safetensors", tensors)
+                for name, tensors in groups.items()
             }
-            write_sealed(aside / _MANIFEST, {"num_images": num_images, "role": role, "files": files})
+            _complete(aside, num_images, files, state, role)
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"could not write checkpoint {final} ({reason(error)}): older checkpoints are untouched; {remedy(error)} "
-            "and run the same command again",
-        ) from error
+        raise _unwritten(final, error) from error
     prune(folder, keep=keep)
     return final
+
+
+def save_in_parts(
+    folder: Path,
+    num_images: int,
+    groups: Tensors,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    role: Role = "regular",
+    world: World,
+) -> None:
+    """Write a checkpoint atomically, each process its part; a collective call. Otherwise like `save_checkpoint`.
+
+    Args:
+        folder: Folder of the run's checkpoints, visible to all processes.
+        num_images: Images seen, which name the checkpoint.
+        groups: File name without suffix -> this process's rows of tensors by name.
+        state: JSON values; those of the first process count.
+        keep: Number of newest checkpoints to keep.
+        role: See `save_checkpoint`.
+        world: The processes.
+
+    Raises:
+        OSError: If a process cannot write; older checkpoints are untouched.
+    """
+    final, aside = folder / f"{num_images:012d}", folder / f".{num_images:012d}.parts.tmp"
+
+    def clear() -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        make_folder(aside)
+
+    def publish() -> None:
+        try:
+            with replacing_folder(final, flush=False) as whole:
+                files: dict[str, Any] = {}
+                for listing in sorted(aside.glob("*.json")):
+                    files |= read_json(listing)
+                for name in files:
+                    os.replace(aside / name, whole / name)
+                _complete(whole, num_images, files, state, role)
+        except OSError as error:
+            raise _unwritten(final, error) from error
+        shutil.rmtree(aside, ignore_errors=True)
+        prune(folder, keep=keep)
+
+    world.on_first(clear)
+    part, failed = f"{world.rank + 1:05d}-of-{world.size:05d}", None
+    try:
+        names = {f"{group}-{part}.safetensors": tensors for group, tensors in groups.items() if tensors}
+        files = {name: _write_tensors(aside / name, tensors) for name, tensors in names.items()}
+        write_json(aside / f"{part}.json", files)
+    except OSError as error:
+        failed = error
+    if world.any(failed is not None):
+        if failed is not None:
+            raise _unwritten(final, failed) from failed
+        raise OSError(
+            f"another process could not write its part of checkpoint {final}: its own error says why"
+        )
+    world.on_first(publish)
+
+
+def _complete(aside: Path, num_images: int, files: dict[str, Any], state: dict[str, Any], role: Role) -> None:
+    """Write what makes tensors a checkpoint."""
+    write_json(aside / _STATE, state)
+    files[_STATE] = {"num_bytes": (aside / _STATE).stat().st_size, "sha256": sha256_of(aside / _STATE)}
+    write_sealed(aside / _MANIFEST, {"num_images": num_images, "role": role, "files": files})
+
+
+def _unwritten(final: Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"could not write checkpoint {final} ({reason(error)}): older checkpoints are untouched; {remedy(error)} "
+        "and run the same command again",
+    )
 
 
 def prune(folder: Path, *, keep: int) -> None:
@@ -143,10 +215,55 @@ def newest(folder: Path) -> Path | None:
     return folder / names[-1] if names else None
 
 
-def read_checkpoint(checkpoint: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Read a checkpoint's tensors, by file and name, and its state."""
-    groups = {p.stem: safetensors.torch.load_file(p) for p in sorted(checkpoint.glob("*.safetensors"))}
-    return groups, read_json(checkpoint / _STATE, finite=False)
+def read_checkpoint(checkpoint: Path) -> tuple["StoredTensors", dict[str, Any]]:
+    """Open a checkpoint's tensors, and read its state."""
+    return StoredTensors(checkpoint), read_json(checkpoint / _STATE, finite=False)
+
+
+class StoredTensors:
+    """Tensors of a checkpoint, read one at a time as they are needed, whole or some of their rows.
+
+    Args:
+        checkpoint: Folder of an intact checkpoint.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._parts: dict[str, dict[str, list[Any]]] = {}
+        for path in sorted(checkpoint.glob("*.safetensors")):  # parts in the order of their rows
+            group = self._parts.setdefault(path.stem.partition("-")[0], {})
+            file: Any = safe_open(path, "pt")
+            for name in file.keys():  # noqa: SIM118 - it is not a dictionary
+                group.setdefault(name, []).append(file)
+
+    def names(self, group: str) -> list[str]:
+        """Names of the tensors of `model`, `optimizer` or `ema`."""
+        return list(self._parts.get(group, {}))
+
+    def read(self, group: str, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """Read a tensor.
+
+        Args:
+            group: `model`, `optimizer` or `ema`.
+            name: Name of the tensor.
+            rows: First row to read, and the end; None for all.
+
+        Raises:
+            KeyError: If there is none of that name.
+        """
+        files = self._parts[group][name]
+        if rows is None and len(files) == 1:
+            whole: Tensor = files[0].get_tensor(name)
+            return whole
+        found: list[Tensor] = []
+        start = 0
+        for file in files:
+            stored = file.get_slice(name)
+            count = stored.get_shape()[0]
+            low, high = (0, count) if rows is None else (max(rows[0] - start, 0), min(rows[1] - start, count))
+            if low < high:
+                found.append(stored[low:high])
+            start += count
+        return torch.cat(found) if found else files[0].get_tensor(name)[:0]
 
 
 def verify(checkpoint: Path, *, run_id: str) -> str | None:

@@ -281,19 +281,25 @@ class Trainer:
         self._stop = True
 
     def checkpoint(self, *, role: Role = "regular") -> None:
-        """Copy the whole state and start writing it. Any number of processes can resume from it.
+        """Copy the whole state and start writing it; a sharded run writes it at once, each process its part.
+
+        Any number of processes can resume from it.
 
         Args:
             role: See `save_checkpoint`.
 
         Raises:
-            OSError: If the previous checkpoint could not be written.
+            OSError: If this checkpoint, or the previous one, could not be written.
         """
         self._saved, self._due = self.num_images, None
-        tensors, average = gather(self.denoiser, self.optimizer, self.ema, keep=self.world.is_first)
-        if self.world.is_first:
+        is_first, in_parts = self.world.is_first, self._stepper.is_sharded
+        tensors, average = gather(
+            self.denoiser, self.optimizer, self.ema, is_first=is_first, copy=not in_parts
+        )
+        if is_first or in_parts:
             values = {"ema": average, "tally": self._tally.to_json()}
-            self._outputs.save_checkpoint(self.num_images, tensors, values, role)
+            parts_of = self.world if in_parts else None
+            self._outputs.save_checkpoint(self.num_images, tensors, values, role, parts_of)
 
     def _role(self) -> Role:
         every, interval = self.config.keep_every, self.config.checkpoint_images

@@ -10,9 +10,18 @@ from edm2.ema import PowerEMA
 from edm2.ema.storage.manifest import MANIFEST
 from edm2.train import run_folder
 from edm2.train.build import git_state, versions
-from edm2.train.checkpoint import Role, Tensors, find_newest, prune, read_checkpoint
+from edm2.train.checkpoint import (
+    Role,
+    StoredTensors,
+    Tensors,
+    find_newest,
+    prune,
+    read_checkpoint,
+    save_in_parts,
+)
 from edm2.train.config import TrainConfig
 from edm2.train.saver import Saver
+from edm2.train.world import World
 
 
 class Outputs:
@@ -52,17 +61,20 @@ class Outputs:
         """Say which snapshots that were taken are missing or damaged."""
         return run_folder.find_lost_snapshots(self._out, self.snapshot_times, self._config.ema.sigma_rels)
 
-    def save_checkpoint(self, num_images: int, tensors: Tensors, values: dict[str, Any], role: Role) -> None:
-        """Start writing a checkpoint.
+    def save_checkpoint(
+        self, num_images: int, tensors: Tensors, values: dict[str, Any], role: Role, parts_of: World | None
+    ) -> None:
+        """Start writing a checkpoint; or with all processes write one in parts.
 
         Args:
             num_images: Images seen.
-            tensors: Copies that nothing else modifies.
+            tensors: Copies that nothing else modifies; or this process's part.
             values: JSON values of the state beside the tensors.
             role: See `edm2.train.checkpoint.save_checkpoint`.
+            parts_of: The processes, if each writes a part.
 
         Raises:
-            OSError: If the previous checkpoint could not be written.
+            OSError: If this checkpoint, or the previous one, could not be written.
         """
         state = {
             "num_images": num_images,
@@ -73,7 +85,11 @@ class Outputs:
             "versions": versions(),
             "git": git_state(),
         }
-        self.saver.save(num_images, tensors, state, role=role)
+        if parts_of is None:
+            self.saver.save(num_images, tensors, state, role=role)
+        else:
+            keep = self._config.keep_checkpoints
+            save_in_parts(self.checkpoints, num_images, tensors, state, keep=keep, role=role, world=parts_of)
 
     def find_checkpoint(self) -> int | None:
         """Find the newest intact checkpoint, and delete unwanted ones.
@@ -91,8 +107,8 @@ class Outputs:
         prune(self.checkpoints, keep=self._config.keep_checkpoints)
         return int(found.name)
 
-    def read_checkpoint(self, num_images: int) -> tuple[Tensors, dict[str, Any]]:
-        """Read the tensors and the state of a checkpoint that `find_checkpoint` found."""
+    def read_checkpoint(self, num_images: int) -> tuple[StoredTensors, dict[str, Any]]:
+        """Open the tensors and read the state of a checkpoint that `find_checkpoint` found."""
         tensors, state = read_checkpoint(self.checkpoints / f"{num_images:012d}")
         self.snapshot_times = state["snapshots"]
         return tensors, state

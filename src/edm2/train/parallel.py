@@ -94,11 +94,14 @@ def whole(tensor: Any) -> Tensor:
     return found
 
 
-def copy_whole(target: Any, value: Tensor) -> None:
-    """Copy a full tensor into one that may be sharded; each process takes its part."""
-    value = value.to(target.device)
-    if is_sharded(target):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value, target.device_mesh, target.placements)
-    target.copy_(value)
+def rows_of(tensor: Any) -> tuple[int, int] | None:
+    """Return the first row and the end of this process's part of a tensor; None if it is not sharded."""
+    if not is_sharded(tensor):
+        return None
+    # FSDP2 shards the first dimension as torch.chunk does: all parts but the last have the same size.
+    rows, size = tensor.shape[0], tensor.device_mesh.size()
+    length = -(-rows // size)
+    begin = min(tensor.device_mesh.get_local_rank() * length, rows)
+    end = min(begin + length, rows)
+    assert tensor.to_local().shape[0] == end - begin
+    return begin, end

@@ -1,4 +1,4 @@
-"""The state of a run as full tensors by name, independent of the number of processes."""
+"""The state of a run as tensors by name, independent of the number of processes."""
 
 from typing import Any
 
@@ -6,26 +6,28 @@ import torch
 from torch import Tensor, nn
 
 from edm2.ema import PowerEMA
-from edm2.train.checkpoint import Tensors
-from edm2.train.parallel import copy_whole, whole
+from edm2.ema.tracking.sharding import is_sharded, like_shard, local
+from edm2.train.checkpoint import StoredTensors, Tensors
+from edm2.train.parallel import rows_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def gather(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ema: PowerEMA | None, *, keep: bool
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: PowerEMA | None, *, is_first: bool, copy: bool
 ) -> tuple[Tensors, dict[str, Any]]:
-    """Copy the state to host memory; a collective call if tensors are sharded.
+    """What this process has to store: its rows of sharded tensors, and on the first process the other tensors.
 
     Args:
         model: The network.
         optimizer: Adam, after at least one step.
         ema: The averages, if this process has them.
-        keep: Whether this process keeps the tensors, or only takes part in gathering them.
+        is_first: Whether this is the first process.
+        copy: Whether to copy the tensors to host memory, so that training may go on while they are written.
 
     Returns:
-        Copies of the tensors of `model`, `optimizer` (named `exp_avg.NAME` and so on) and `ema`, and the JSON
-        values of the averages.
+        The tensors of `model`, `optimizer` (named `exp_avg.NAME` and so on) and `ema`, and the JSON values of the
+        averages.
     """
     average = {} if ema is None else ema.state_dict()
     groups: dict[str, dict[str, Tensor]] = {
@@ -37,32 +39,63 @@ def gather(
         },
         "ema": {key: value for key, value in average.items() if isinstance(value, Tensor)},
     }
-    copies: Tensors = {}
+    kept: Tensors = {}
     for group, tensors in groups.items():
-        copies[group] = {}
+        kept[group] = {}
         for name, tensor in tensors.items():
-            value = whole(tensor.detach())
-            if keep:
-                copies[group][name] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return copies, {key: value for key, value in average.items() if not isinstance(value, Tensor)}
+            part = local(tensor.detach())
+            if part.numel() if is_sharded(tensor) else is_first:
+                kept[group][name] = (
+                    part.to("cpu", copy=True, memory_format=torch.contiguous_format) if copy else part
+                )
+    return kept, {key: value for key, value in average.items() if not isinstance(value, Tensor)}
 
 
 @torch.no_grad()
 def scatter(
-    tensors: Tensors,
+    stored: StoredTensors,
     values: dict[str, Any],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: PowerEMA | None,
 ) -> None:
-    """Load the result of `gather` in place; each process takes its part."""
+    """Load what `gather` stored, in place; each process reads its rows alone, one tensor at a time.
+
+    Args:
+        stored: The tensors of a checkpoint.
+        values: JSON values of the averages.
+        model: The network.
+        optimizer: Adam.
+        ema: The averages, if this process has them.
+    """
+
+    def load(target: Tensor, group: str, name: str) -> None:
+        local(target).copy_(stored.read(group, name, rows_of(target)))
+
     for name, target in model.state_dict().items():
-        copy_whole(target, tensors["model"][name])
-    for name, p in model.named_parameters():
+        load(target, "model", name)
+    parameters = dict(model.named_parameters())
+    for name, p in parameters.items():
         moments = {key: torch.zeros_like(p) for key in _MOMENTS}
         for key, target in moments.items():
-            copy_whole(target, tensors["optimizer"][f"{key}.{name}"])
-        step = tensors["optimizer"][f"step.{name}"].to(p.device)
-        optimizer.state[p] = {"step": step, **moments}
-    if ema is not None:
-        ema.load_state_dict({**tensors["ema"], **values})
+            load(target, "optimizer", f"{key}.{name}")
+        optimizer.state[p] = {"step": stored.read("optimizer", f"step.{name}").to(p.device), **moments}
+    if ema is None:
+        return
+    state: dict[str, Any] = dict(values)
+    for key in stored.names("ema"):
+        template = _parameter_of(key, parameters)
+        if template is None or not is_sharded(template):
+            state[key] = stored.read("ema", key)
+        else:
+            state[key] = like_shard(stored.read("ema", key, rows_of(template)), template)
+    ema.load_state_dict(state)
+
+
+def _parameter_of(key: str, parameters: dict[str, nn.Parameter]) -> Tensor | None:
+    """The parameter that a tensor of the averages belongs to: `offset.0.NAME`, for example."""
+    while key:
+        if key in parameters:
+            return parameters[key]
+        key = key.partition(".")[2]
+    return None
