@@ -10,7 +10,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import safe_open
@@ -252,18 +252,18 @@ class StoredTensors:
         """
         files = self._parts[group][name]
         if rows is None and len(files) == 1:
-            whole: Tensor = files[0].get_tensor(name)
-            return whole
+            return cast(Tensor, files[0].get_tensor(name))
         found: list[Tensor] = []
         start = 0
         for file in files:
-            stored = file.get_slice(name)
-            count = stored.get_shape()[0]
+            count = file.get_slice(name).get_shape()[0]
             low, high = (0, count) if rows is None else (max(rows[0] - start, 0), min(rows[1] - start, count))
             if low < high:
-                found.append(stored[low:high])
+                found.append(file.get_tensor(name)[low:high])  # mapped from the file, not read as a whole
             start += count
-        return torch.cat(found) if found else files[0].get_tensor(name)[:0]
+        if not found:
+            return cast(Tensor, files[0].get_tensor(name)[:0])
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def verify(checkpoint: Path, *, run_id: str) -> str | None:
