@@ -80,8 +80,8 @@ class Plan:
 
 
 def memory_bytes(num_params: int, num_tracks: int, *, updates: int) -> int:
-    """Bytes of averages in float32, of their base in bfloat16, and of the window that more than 1,024 updates need."""
-    return num_params * (4 * (num_tracks + (updates > WINDOWS_PER_RUN)) + 2)
+    """Bytes of averages in float32, their base in bfloat16, and the window that one track or 1,025 updates need."""
+    return num_params * (4 * (num_tracks + (num_tracks == 1 or updates > WINDOWS_PER_RUN)) + 2)
 
 
 def spread(sigma_range: tuple[float, float], count: int) -> FloatArray:

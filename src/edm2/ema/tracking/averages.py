@@ -8,6 +8,9 @@ float32 average freezes. Two things prevent this:
 - When updates are much shorter than the averages, they first go into the mean of the weights over a short window
   of time, one window for all averages. A full window then goes into each average with its exact share. This also
   costs less: most updates write one buffer instead of one buffer per average.
+
+Within a window the weights count as in the narrowest average. With one average that is exact, so its windows hold 16
+updates from the start. The mean of up to 16 updates is accurate enough without the base, and then costs one pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,16 +25,15 @@ from edm2.ema.tracking.buffers import Block
 Rule = Callable[[float, float], float]
 """Share of the latest `dt` of time in an average: called with the time since training started, and dt."""
 
-_EVENNESS = (
-    64  # Within a window all weights count alike; the exact shares differ from that by less than 1/64.
-)
+_EVENNESS = 64  # Within a window the averages' exact shares differ from one another by less than 1/64.
+_MOST_PLAIN = 16  # updates in the plain mean of a window, which lags behind a drift by a quarter as many roundings
 _GROWTH = 1.25  # of the training time, after which the base is renewed
 _CHECK_EVERY = 100  # updates between checks for NaN
 
 
 def windows_per_run(gammas: Sequence[float]) -> float:
     """Number of windows in the training so far that keeps power-function averages accurate."""
-    return max(WINDOWS_PER_RUN, _EVENNESS * (max(gammas) + 1))
+    return max(WINDOWS_PER_RUN, _EVENNESS * (max(gammas) - min(gammas)))
 
 
 class Averages:
@@ -57,7 +59,9 @@ class Averages:
         windows: float | None,
     ) -> None:
         self._names, self._rules, self._windows = names, rules, windows
+        self._narrowest = max(rules, key=lambda rule: rule(2.0, 1.0))
         self._start = self._t = self._folded = self._based = start
+        self._held = 0  # updates in the open window if it is a plain mean
         self._updates, self._sound_until = 0, start
         self._pending: tuple[Tensor, Any, float] | None = None
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -77,18 +81,26 @@ class Averages:
             FloatingPointError: If an earlier update brought a NaN or infinity; checked every 100 updates.
         """
         elapsed, dt, span = t - self._start, t - self._t, t - self._folded
+        if span == dt:
+            if elapsed >= _GROWTH * (self._based - self._start):
+                for block in self._blocks:
+                    block.rebase(tensors)
+                self._based = t
+            plain = self._windows is not None and _MOST_PLAIN * self._windows * dt >= elapsed
+            self._held = 1 if plain else 0
+        elif self._held:
+            self._held += 1
         full = self._windows is None or span * self._windows >= elapsed
-        shares = self._shares(elapsed, span) if full else None
-        if span == dt and elapsed >= _GROWTH * (self._based - self._start):
-            for block in self._blocks:
-                block.rebase(tensors)
-            self._based = t
+        if self._held and self._windows is not None:
+            full = self._held == _MOST_PLAIN or (full and len(self._rules) > 1)
+        shares = [rule(elapsed, span) for rule in self._rules] if full else None
+        share = 1.0 if span == dt else self._narrowest(elapsed, dt) / self._narrowest(elapsed, span)
         for block in self._blocks:
-            block.update(tensors, dt / span, shares)
+            block.update(tensors, share, shares, plain=self._held > 0)
         self._t = t
         self._updates += 1
         if full:
-            self._folded = t
+            self._folded, self._held = t, 0
         if self._updates % _CHECK_EVERY == 0:
             self._check_later()
 
@@ -100,10 +112,11 @@ class Averages:
         for i in range(len(self._places)):
             block, place = self._places[i]
             offset = place.of(block.offsets[track])
+            base = place.of(block.base).to(offset.dtype)
             if share:
-                assert block.window is not None
-                offset = offset.lerp(place.of(block.window), share)
-            yield place.of(block.base).to(offset.dtype) - offset
+                window = place.of(block.make_window())
+                offset = offset.lerp(base - window if self._held else window, share)
+            yield base - offset
 
     def check(self) -> None:
         """Raise if an average is not finite; waits for the device.
@@ -132,6 +145,8 @@ class Averages:
     def parts(self, *, window: bool | None = None) -> dict[str, list[Tensor]]:
         """The running tensors that make up the averages: `base`, `offset.0`, ... and an open `window`.
 
+        The window is the mean of the weights if `times` says that it holds some updates, else an offset.
+
         Args:
             window: Whether the window is among them. Default: if it is open.
         """
@@ -145,13 +160,13 @@ class Averages:
         ordered = [self._places[i] for i in range(len(self._places))]
         return {key: [place.of(flat_of[id(b)][key]) for b, place in ordered] for key in flats[0]}
 
-    def times(self) -> dict[str, float]:
-        """Time up to which windows are in the averages, and time of the base."""
-        return {"folded": self._folded, "based": self._based}
+    def times(self) -> dict[str, Any]:
+        """Time up to which windows are in the averages, time of the base, and updates held in a plain mean."""
+        return {"folded": self._folded, "based": self._based, "held": self._held}
 
-    def set_times(self, start: float, t: float, *, folded: float, based: float) -> None:
+    def set_times(self, start: float, t: float, *, folded: float, based: float, held: int = 0) -> None:
         """Say what times the content of `parts` belongs to, after it was overwritten."""
-        self._start, self._t, self._folded, self._based = start, t, folded, based
+        self._start, self._t, self._folded, self._based, self._held = start, t, folded, based, held
         self._sound_until, self._pending = start, None
 
     def take_over(self, other: "Averages") -> None:
@@ -169,9 +184,6 @@ class Averages:
             for offsets, average in zip(block.offsets, averages, strict=True):
                 place.of(offsets).copy_(base).sub_(average[i].to(base.device))
         self.set_times(start, t, folded=t, based=t)
-
-    def _shares(self, elapsed: float, span: float) -> list[float]:
-        return [rule(elapsed, span) for rule in self._rules]
 
     def _totals(self) -> list[Tensor]:
         """Sums that are finite where the averages are: NaN and infinity stay in every average and in the window."""

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from edm2.ema.tracking.sharding import is_sharded, local
 
-FORMAT = "edm2.ema.PowerEMA/2"
+FORMAT = "edm2.ema.PowerEMA/3"
+_SECOND_FORMAT = "edm2.ema.PowerEMA/2"  # windows are offsets
 _FIRST_FORMAT = "edm2.ema.PowerEMA/1"  # averages as they are, and a window relative to the first of them
 _NUMBER = (int, float)
 _VALUES: dict[str, type | tuple[type, ...]] = {
-    "run_id": str, "start": _NUMBER, "t": _NUMBER, "folded": _NUMBER, "based": _NUMBER, "steps": int,
+    "run_id": str, "start": _NUMBER, "t": _NUMBER, "folded": _NUMBER, "based": _NUMBER, "held": int, "steps": int,
     "updates": int, "write_backs": list,
 }  # fmt: skip
 
@@ -65,11 +66,13 @@ def _sharded_otherwise(tensor: Tensor, given: Tensor) -> bool:
 
 def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """A state in today's format: earlier ones held the averages themselves."""
+    if state.get("format") == _SECOND_FORMAT:
+        return {**state, "format": FORMAT, "held": 0}
     if state.get("format") != _FIRST_FORMAT:
         return state
     new = {k: v for k, v in state.items() if not isinstance(v, Tensor) and k != "folds"}
     folded = state.get("folded", state.get("t"))
-    new |= {"format": FORMAT, "folded": folded, "based": folded, "steps": 0, "write_backs": [], "live": None}
+    new |= {"format": FORMAT, "folded": folded, "based": folded, "held": 0, "steps": 0, "write_backs": [], "live": None}
     for key, average in state.items():
         kind, _, name = key.partition(".")
         first = state.get(f"average.0.{name.partition('.')[2]}" if kind == "average" else f"average.0.{name}")

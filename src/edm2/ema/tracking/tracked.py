@@ -213,7 +213,8 @@ class TrackedAverages:
             part.copy_(shard_of(state[key], template))
         keys = ("run_id", "start", "t", "steps", "updates", "write_backs")
         self._resume(**{key: state[key] for key in keys})
-        self._averages.set_times(self.start, self.t, folded=state["folded"], based=state["based"])
+        times = {key: state[key] for key in ("folded", "based", "held")}
+        self._averages.set_times(self.start, self.t, **times)
         if self._live_average is not None:
             self._live_average.set_times(self.start, self.t, folded=self.t, based=state["live_based"])
         self._check()
