@@ -13,7 +13,7 @@ from edm2.ema import Target, reconstruct_many
 from edm2.ema.checkpoints import merge_checkpoints
 from edm2.ema.maths.plans import spread
 from edm2.ema.storage.manifest import MANIFEST, ForeignSnapshots, Manifest, read_manifest
-from edm2.ema.storage.verify import damaged
+from edm2.ema.storage.snapshots import damaged
 from edm2.files import write_atomic
 from edm2.generate.reconstructed import reconstruct_models, reconstruct_tensors, snapshots_of
 from edm2.interop.ema_folders import is_ema_folder, open_ema_folder

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from edm2.ema.maths.solve import HOPELESS_MISFIT, Solution
 from edm2.ema.maths.targets import Target
-from edm2.ema.storage.locking import folder_lock
 from edm2.ema.storage.manifest import ForeignSnapshots, Manifest, Snapshot, read_manifest
 from edm2.ema.storage.memory import free_memory
+from edm2.ema.storage.replacing import folder_lock
 from edm2.ema.stored_averages import StoredAverages
 
 _TRIES = 5

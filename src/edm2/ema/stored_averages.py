@@ -9,18 +9,16 @@ import torch
 from torch import Tensor
 
 from edm2.ema.maths.fit_motion import fit_motion
-from edm2.ema.maths.grid import Grid
-from edm2.ema.maths.motion import WHITE, Motion
+from edm2.ema.maths.motion import WHITE, Grid, Motion
 from edm2.ema.maths.plans import MOVEMENT
 from edm2.ema.maths.profiles import FloatArray
 from edm2.ema.maths.solve import Solution, solve_motion
 from edm2.ema.maths.targets import PowerProfile, Profile
-from edm2.ema.storage.distances import sample_squares
 from edm2.ema.storage.guarded_json import read_json
 from edm2.ema.storage.manifest import ForeignSnapshots, Manifest, Snapshot, layout_digest
 from edm2.ema.storage.snapshots import open_snapshot
 from edm2.ema.storage.tensorfile import TensorFile
-from edm2.ema.storage.weighted_sums import WeightedSums, read_tensors
+from edm2.ema.storage.weighted_sums import WeightedSums, read_tensors, sample_squares
 
 _MOST_JUDGED = 24
 _NEGLIGIBLE = 1e-9

@@ -12,8 +12,7 @@ from torch import nn
 from edm2.ema import PowerEMA, reconstruct, sigma_rel_to_gamma
 from edm2.ema.maths.profiles import step_weight
 from edm2.ema.storage.encoding import arithmetic_rounding
-from edm2.ema.tracking.averages import Averages, windows_per_run
-from edm2.ema.tracking.offload import HostAverages
+from edm2.ema.tracking.averages import Averages, HostAverages, windows_per_run
 
 MANY = (0.02, 0.05, 0.1, 0.25, 0.28)
 WIDTHS = (0.03, 0.05, 0.1, 0.25)

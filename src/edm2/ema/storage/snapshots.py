@@ -4,14 +4,14 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from edm2.ema.maths.plans import times_to_keep
 from edm2.ema.maths.profiles import sigma_rel_to_gamma
 from edm2.ema.storage.encoding import Track, write_track
-from edm2.ema.storage.locking import folder_lock
 from edm2.ema.storage.manifest import (
     FORMAT,
     MANIFEST,
@@ -22,9 +22,8 @@ from edm2.ema.storage.manifest import (
     read_manifest,
     write_manifest,
 )
-from edm2.ema.storage.replacing import make_folder, reason, remedy
+from edm2.ema.storage.replacing import folder_lock, make_folder, reason, remedy, sha256_of
 from edm2.ema.storage.tensorfile import FileSums, TensorFile, read_header
-from edm2.ema.storage.thinning import times_to_keep
 
 _TEMPORARY = re.compile(r"\.writing-.*\.tmp|\.manifest\.json(\.\d+)?\.tmp")
 _DATA = re.compile(r"t[\d.e+-]+_s[\d.]+_[0-9a-f]{8}\.safetensors")
@@ -274,3 +273,31 @@ def open_snapshot(folder: str | Path | ForeignSnapshots, run: RunInfo, snapshot:
                 f" {getattr(snapshot, name)!r}: restore the manifest from a copy"
             )
     return header
+
+
+def damaged(folder: Path, manifest: Manifest, *, read: bool = True) -> Iterator[str]:
+    """Compare every file with the manifest.
+
+    Args:
+        folder: Folder that `PowerEMA.snapshot` wrote.
+        manifest: Its content.
+        read: Whether to read all data and compare its sha256. False compares sizes and headers, in milliseconds.
+
+    Yields:
+        One message for each damaged file, naming it.
+    """
+    for snapshot in manifest.snapshots:
+        if problem := _problem(folder, manifest, snapshot, read=read):
+            yield problem
+
+
+def _problem(folder: Path, manifest: Manifest, snapshot: Snapshot, *, read: bool) -> str | None:
+    try:
+        path = open_snapshot(folder, manifest.run, snapshot).path
+        if read and sha256_of(path) != snapshot.sha256:
+            return f"{path} is damaged: its sha256 is not the one written; restore it from a copy"
+    except FileNotFoundError as error:
+        return f"{error.filename} is named by the manifest but missing: restore it from a copy"
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
