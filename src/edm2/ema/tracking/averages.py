@@ -125,16 +125,11 @@ class Averages:
         Raises:
             FloatingPointError: If one is not.
         """
-        self._check_now()
-
-    def _check_now(self) -> None:
         if all(torch.isfinite(total) for total in self._totals()):
             self._sound_until = self._t
             return
         broken = [
-            name
-            for name, x in zip(self._names, Averages.read(self, 0), strict=True)
-            if not torch.isfinite(x).all()
+            name for name, x in zip(self._names, self.read(0), strict=True) if not torch.isfinite(x).all()
         ]
         raise FloatingPointError(
             f"the average of {broken[0] if broken else self._names[0]!r} is not finite ({len(broken)} of"
@@ -199,7 +194,7 @@ class Averages:
             answer, event, t = self._pending
             event.synchronize()
             if not torch.isfinite(answer).all():
-                self._check_now()
+                self.check()
             self._pending, self._sound_until = None, t
         totals = self._totals()
         if any(x.is_cuda for x in totals):
@@ -208,7 +203,7 @@ class Averages:
             answer.copy_(torch.stack([x.to(device, answer.dtype) for x in totals]), non_blocking=True)
             self._pending = (answer, recorded_event(device), self._t)
         else:
-            self._check_now()
+            self.check()
 
 
 def recorded_event(device: torch.device) -> Any:
@@ -220,11 +215,11 @@ def recorded_event(device: torch.device) -> Any:
     return event
 
 
-class HostAverages(Averages):
-    """Averages on the CPU: weights are copied through pinned memory, and a thread updates the averages.
+class HostAverages:
+    """`Averages` on the CPU: weights are copied through pinned memory, and a thread updates the averages.
 
     The copy is queued on the current stream, so whatever changes the weights next waits for it. The host goes on
-    at once.
+    at once. Everything but an update waits for the update under way.
 
     Args:
         tensors: Local tensors at the start, on any device.
@@ -235,7 +230,7 @@ class HostAverages(Averages):
         self._staging = [
             torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x.detach()) for x in tensors
         ]
-        super().__init__(self._staging, *arguments, **options)
+        self._averages = Averages(self._staging, *arguments, **options)
         self._worker = ThreadPoolExecutor(1, "edm2-ema")
         self._running: Future[None] | None = None
 
@@ -251,39 +246,13 @@ class HostAverages(Averages):
     def _add(self, copied: Sequence[Any], t: float) -> None:
         for event in copied:
             event.synchronize()
-        super().update(self._staging, t)
+        self._averages.update(self._staging, t)
 
     def _finish(self) -> None:
         running, self._running = self._running, None
         if running is not None:
             running.result()
 
-    def read(self, track: int) -> Iterator[Tensor]:
-        """See `Averages.read`."""
+    def __getattr__(self, name: str) -> Any:
         self._finish()
-        return super().read(track)
-
-    def check(self) -> None:
-        """See `Averages.check`."""
-        self._finish()
-        super().check()
-
-    def parts(self, *, window: bool | None = None) -> dict[str, list[Tensor]]:
-        """See `Averages.parts`."""
-        self._finish()
-        return super().parts(window=window)
-
-    def times(self) -> dict[str, float]:
-        """See `Averages.times`."""
-        self._finish()
-        return super().times()
-
-    def set_times(self, start: float, t: float, **times: Any) -> None:
-        """See `Averages.set_times`."""
-        self._finish()
-        super().set_times(start, t, **times)
-
-    def adopt(self, averages: Sequence[Sequence[Tensor]], **times: Any) -> None:
-        """See `Averages.adopt`."""
-        self._finish()
-        super().adopt(averages, **times)
+        return getattr(self._averages, name)

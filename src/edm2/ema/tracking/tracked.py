@@ -139,8 +139,9 @@ class TrackedAverages:
     def _make_averages(self) -> tuple[Averages, Averages | None]:
         weights = self._followed.weights
         offload = self._device == "cpu" and any(x.device.type != "cpu" for x in weights)
+        kind: Any = HostAverages if offload else Averages
         make = partial(
-            HostAverages if offload else Averages,
+            kind,
             weights,
             self._followed.names,
             start=self.start,
