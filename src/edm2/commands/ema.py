@@ -188,7 +188,9 @@ def profile(prog: str, words: Sequence[str]) -> None:
         lengths = numbers("--sigma-rel", chosen.sigma_rel or "0.1")
     else:
         lengths = sorted({float(f"{x:.4f}") for x in spread((min(tracks), max(tracks)), 4)})
-    results = reconstruct_many(source, lengths, chosen.t, read=False)
+    last = max((s.t for s in manifest.snapshots), default=None)
+    # A trainer may write meanwhile: the picture shows the snapshots that were there when it began.
+    results = reconstruct_many(source, lengths, last if chosen.t is None else chosen.t, read=False)
     show(f"{'wanted':<16} {'files':>5}  {'largest coefficient':>19}  amplification  expected relative error")
     for result in results:
         largest = max(result.coefficients.values(), key=abs)

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+_filled: set[tuple[int, int]] = set()  # folders that this process fills, by device and inode
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # How file systems say that folders cannot be flushed.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
@@ -200,11 +201,14 @@ def _aside_folder(path: Path) -> Iterator[Path]:
             handle = None if os.name == "nt" else os.open(aside, os.O_RDONLY)
         except (FileExistsError, FileNotFoundError):
             continue
+        status = aside.stat()
+        _filled.add((status.st_dev, status.st_ino))
         try:
             if handle is None or _hold(handle, aside):
                 yield aside
                 return
         finally:
+            _filled.discard((status.st_dev, status.st_ino))
             if handle is None or _is_same(handle, aside):
                 shutil.rmtree(aside, ignore_errors=True)
             if handle is not None:
@@ -264,6 +268,8 @@ _NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EI
 def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold a folder against other writers. The system releases it if the process dies.
 
+    A folder that `replacing_folder` is filling is held already.
+
     Args:
         folder: An existing folder.
         wait: Whether to wait while another writer holds it.
@@ -281,6 +287,10 @@ def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
     handle = os.open(folder, os.O_RDONLY)
     try:
+        status = os.fstat(handle)
+        if (status.st_dev, status.st_ino) in _filled:
+            yield
+            return
         try:
             fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
