@@ -53,11 +53,13 @@ class DataSum:
             part = words[first : first + _ROW * _INDEX.size]
             table, rest = part[: part.size // _ROW * _ROW].reshape(-1, _ROW), part[part.size // _ROW * _ROW :]
             rows, columns = table.sum(axis=1), table.sum(axis=0)
-            total, after = int(rows.sum()), int(rest.sum())
-            weighted += _ROW * int((rows * _INDEX[: rows.size]).sum()) + first * (total + after)
-            weighted += int((columns * _INDEX[:_ROW]).sum()) + table.size * after
-            weighted += int((rest * _INDEX[: rest.size]).sum())
-            plain += total + after
+            total = int(rows.sum())
+            weighted += _ROW * int(rows @ _INDEX[: rows.size]) + int(columns @ _INDEX[:_ROW])
+            if rest.size:
+                weighted += table.size * int(rest.sum()) + int(rest @ _INDEX[: rest.size])
+                total += int(rest.sum())
+            weighted += first * total
+            plain += total
         if words.size * 8 < data.size:
             last = int.from_bytes(data[words.size * 8 :].tobytes(), "little")
             plain, weighted = plain + last, weighted + words.size * last

@@ -107,8 +107,12 @@ def read_exactly(handle: FileIO, file: TensorFile, position: int, out: ByteArray
     while done < len(view):
         count = handle.readinto(view[done:])
         if not count:
-            raise ValueError(f"{file.path} is cut short: restore it from a copy")
+            raise _cut_short(file)
         done += count
+
+
+def _cut_short(file: TensorFile) -> ValueError:
+    return ValueError(f"{file.path} is cut short: restore it from a copy")
 
 
 def read_elements(
@@ -124,15 +128,15 @@ def read_elements(
     parts = []
     with open(file.path, "rb", buffering=0) as handle:
         for name, runs in groupby(places, key=itemgetter(0)):
-            dtype, lengths = file.specs[name].dtype, [(start, length) for _, start, length in runs]
-            raw = torch.empty(sum(length for _, length in lengths), dtype=dtype)
-            data, done = raw.view(torch.uint8).numpy(), 0
-            for start, length in lengths:
-                size = length * dtype.itemsize
-                place = file.offsets[name] + start * dtype.itemsize
-                read_exactly(handle, file, place, data[done : done + size])
-                done += size
-            parts.append(raw.double().numpy() * scales.get(name, 1.0))
+            dtype, pieces, wanted = file.specs[name].dtype, [], 0
+            for _, start, length in runs:
+                handle.seek(file.offsets[name] + start * dtype.itemsize)
+                pieces.append(handle.read(length * dtype.itemsize))
+                wanted += length
+            data = bytearray(b"".join(pieces))
+            if len(data) != wanted * dtype.itemsize:
+                raise _cut_short(file)
+            parts.append(torch.frombuffer(data, dtype=dtype).double().numpy() * scales.get(name, 1.0))
     return np.concatenate(parts)
 
 
