@@ -201,14 +201,14 @@ def _aside_folder(path: Path) -> Iterator[Path]:
             handle = None if os.name == "nt" else os.open(aside, os.O_RDONLY)
         except (FileExistsError, FileNotFoundError):
             continue
-        status = aside.stat()
-        _filled.add((status.st_dev, status.st_ino))
+        filled = _identity(handle)
+        _filled.add(filled)
         try:
             if handle is None or _hold(handle, aside):
                 yield aside
                 return
         finally:
-            _filled.discard((status.st_dev, status.st_ino))
+            _filled.discard(filled)
             if handle is None or _is_same(handle, aside):
                 shutil.rmtree(aside, ignore_errors=True)
             if handle is not None:
@@ -219,6 +219,11 @@ def _hold(handle: int, aside: Path) -> bool:
     """Lock what was just made; False if another writer took it for dead and removed it before it was locked."""
     _lock(handle, wait=True)
     return _is_same(handle, aside)
+
+
+def _identity(handle: int | None) -> tuple[int, int]:
+    status = None if handle is None else os.fstat(handle)
+    return (0, 0) if status is None else (status.st_dev, status.st_ino)
 
 
 def _is_same(handle: int, path: Path) -> bool:
@@ -287,8 +292,7 @@ def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
     handle = os.open(folder, os.O_RDONLY)
     try:
-        status = os.fstat(handle)
-        if (status.st_dev, status.st_ino) in _filled:
+        if _identity(handle) in _filled:
             yield
             return
         try:

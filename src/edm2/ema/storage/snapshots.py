@@ -5,6 +5,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,39 @@ def write(
         The files of this time. None if `keep` thinned this time out of the folder before the run was restarted.
     """
     _check_json(run.metadata)
+    with _writing_to(folder):
+        known: tuple[Snapshot, ...] = ()
+        if (folder / MANIFEST).exists():
+            old = read_manifest(folder)
+            run, known = _same_run(folder, old, run, layout), old.snapshots
+            _warn_of_missing(folder, known)
+        else:
+            _start_folder(folder, run, layout, own_until)
+        remove_strays(folder, run, known)
+        try:
+            new = [_write_one(folder, run, t=t, track=track, dtype=dtype) for track in tracks]
+            later = _later(folder, run, known, new, keep=keep, own_until=own_until)
+            if later is None:
+                new, content = [], list(known)
+            else:
+                content = [s for s in known if s.t < t] + new + later
+            if keep is not None and new:
+                content = _thinned(content, run, new, keep)
+            write_manifest(folder, Manifest(run=run, layout=layout, snapshots=tuple(content)))
+        except Exception:
+            remove_strays(folder, run, read_manifest(folder).snapshots)
+            raise
+        remove_strays(folder, run, content)
+        return [folder / snapshot.file for snapshot in new]
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if missing, and let errors of writing say what it holds."""
     try:
         make_folder(folder)
         with folder_lock(folder):
-            return _write(
-                folder, run, t=t, layout=layout, tracks=tracks, dtype=dtype, keep=keep, own_until=own_until
-            )
+            yield
     except OSError as error:
         raise OSError(
             error.errno,
@@ -66,42 +94,6 @@ def write(
             f" {remedy(error)} and call snapshot() again",
             str(folder),
         ) from error
-
-
-def _write(
-    folder: Path,
-    run: RunInfo,
-    *,
-    t: float,
-    layout: str,
-    tracks: Iterable[Track],
-    dtype: str,
-    keep: int | None,
-    own_until: float,
-) -> list[Path]:
-    known: tuple[Snapshot, ...] = ()
-    if (folder / MANIFEST).exists():
-        old = read_manifest(folder)
-        run, known = _same_run(folder, old, run, layout), old.snapshots
-        _warn_of_missing(folder, known)
-    else:
-        _start_folder(folder, run, layout, own_until)
-    remove_strays(folder, run, known)
-    try:
-        new = [_write_one(folder, run, t=t, track=track, dtype=dtype) for track in tracks]
-        later = _later(folder, run, known, new, keep=keep, own_until=own_until)
-        if later is None:
-            new, content = [], list(known)
-        else:
-            content = [s for s in known if s.t < t] + new + later
-        if keep is not None and new:
-            content = _thinned(content, run, new, keep)
-        write_manifest(folder, Manifest(run=run, layout=layout, snapshots=tuple(content)))
-    except Exception:
-        remove_strays(folder, run, read_manifest(folder).snapshots)
-        raise
-    remove_strays(folder, run, content)
-    return [folder / snapshot.file for snapshot in new]
 
 
 def _thinned(content: list[Snapshot], run: RunInfo, new: list[Snapshot], keep: int) -> list[Snapshot]:
@@ -123,7 +115,7 @@ def _start_folder(folder: Path, run: RunInfo, layout: str, own_until: float) -> 
         warnings.warn(
             f"{folder} is empty now, but this run wrote snapshots there up to t {own_until:g}: something deleted"
             " or moved them, and averages of the time before now cannot be reconstructed without them",
-            stacklevel=5,
+            stacklevel=4,
         )
     write_manifest(folder, Manifest(run=run, layout=layout, snapshots=()))
 
@@ -135,7 +127,7 @@ def _warn_of_missing(folder: Path, known: Sequence[Snapshot]) -> None:
         warnings.warn(
             f"{folder}: {len(lost)} of {len(known)} snapshot files are missing or cut short ({lost[0]}, ...): restore"
             " them from a copy, or reconstruction will refuse this folder",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
@@ -181,7 +173,7 @@ def _later(
         warnings.warn(
             f"{folder}: the run went back to t {t:g} and now takes another course; the {len(later)} snapshots after"
             " that time belong to the old course and are removed",
-            stacklevel=5,
+            stacklevel=4,
         )
     return []
 

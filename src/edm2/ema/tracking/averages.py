@@ -13,6 +13,7 @@ Within a window the weights count as in the narrowest average. With one average 
 updates from the start. The mean of up to 16 updates is accurate enough without the base, and then costs one pass.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -104,6 +105,13 @@ class Averages:
             self._folded, self._held = t, 0
         if self._updates % _CHECK_EVERY == 0:
             self._check_later()
+
+    def mean_of(self, updates: int) -> int:
+        """Updates in the plain mean of a window, after so many evenly spaced ones, on average over the run."""
+        if self._windows is None:
+            return 1
+        held = float(_MOST_PLAIN) if len(self._rules) == 1 else updates / self._windows
+        return math.ceil(min(held, _MOST_PLAIN, _MOST_PLAIN**2 * self._windows / updates))
 
     def read(self, track: int) -> Iterator[Tensor]:
         """One average with all updates so far: new tensors, in the order given at the start."""
