@@ -45,24 +45,19 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def timed(
-    function: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
-) -> float:
+def timed(function: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = clock()
+    start = time.perf_counter()
     function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return clock() - start
+    return time.perf_counter() - start
 
 
 def in_turns(
-    functions: dict[str, Callable[[], object]],
-    device: torch.device,
-    rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
+    functions: dict[str, Callable[[], object]], device: torch.device, rounds: int
 ) -> dict[str, list[float]]:
     """Time every function once a round, A B C A B C ..., after one call of each to warm up."""
     for function in functions.values():
@@ -70,7 +65,7 @@ def in_turns(
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            times[name].append(timed(function, device, clock))
+            times[name].append(timed(function, device))
     return times
 
 

@@ -29,6 +29,7 @@ FLOORS = {
     "tuning": (4, ("evaluation", "forecast")),
     "ladder": (4, ("evaluation", "tuning")),
     "hub": (4, ("evaluation", "tuning")),
+    "distill": (4, ("hub",)),
     "demo": (4, ("evaluation", "ladder", "run_page", "tuning")),
     "run_page": (4, ("evaluation", "tuning")),
     "commands": (5, ("cli",)),

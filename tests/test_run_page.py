@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from edm2 import run_page
+from edm2.distill import distill, open_teacher, student_settings
 from edm2.ema.storage.manifest import read_manifest
 from edm2.evaluation.noise_errors import errors_by_noise
 from edm2.run_page import write_run_report
@@ -231,3 +232,17 @@ def test_bad_input_writes_nothing(run, tmp_path):
     with pytest.raises(ValueError, match="has no line in its log yet"):
         write_run_report([other], out)
     assert not out.exists()
+
+
+def test_page_of_a_student_shows_its_teacher_from_the_same_seeds(run, tmp_path, quick):
+    settings = student_settings(open_teacher(run), run, num_images=16)
+    settings = dataclasses.replace(settings, batch_size=8, log_images=8)
+    distill(open_teacher(run), tmp_path / "student", settings, quiet=True)
+    page = page_of([tmp_path / "student"], tmp_path)
+    assert "Teacher and student" in page
+    assert (
+        "Top row: the teacher, Heun with 63 evaluations. Below: the student with 4, 2, 1 evaluations" in page
+    )
+    assert "a student does not estimate the mean" in page
+    shutil.rmtree(tmp_path / "student" / "teacher")
+    assert "Not drawn: " in page_of([tmp_path / "student"], tmp_path)

@@ -41,6 +41,7 @@ COMMANDS: dict[str, Any] = {
     "sample": "make images with a model",
     "forecast": "continue films step by step, as an ensemble",
     "tune": "find a run's best EMA length, guide and guidance",
+    "distill": "turn a model into one that makes images in one to four evaluations",
     "ladder": "train configurations A to G alike and compare them",
     "metrics": {
         "": "scores of images, with everything that they depend on",

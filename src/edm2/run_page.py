@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from edm2.report import Page, image_grid, loss_curve, uncertainty_curve
 from edm2.report.ema_figures import reconstruction_figure, tracked_figure
 from edm2.report.magnitudes import add_magnitudes, magnitude_curve
 from edm2.train.build import open_run_data
+from edm2.train.consistency import Teacher
 from edm2.train.logs import MAGNITUDES_FILE, is_magnitudes, is_progress, read_log
 from edm2.train.run_folder import SNAPSHOTS, flat_settings, read_config
 from edm2.train.settings_file import run_settings
@@ -27,6 +29,7 @@ from edm2.tuning.result import read_tuned
 _NOISE_IMAGES = 256
 _COPY_SAMPLES = 128
 _MOMENTS, _SEEDS_SHOWN, _STEPS = 6, 10, 16
+_TEACHER_STEPS, _STUDENT_STEPS = 32, (4, 2, 1)
 _LENGTHS = (0.03, 0.05, 0.10, 0.20)
 
 
@@ -46,6 +49,22 @@ class _Run:
         self.manifest = read_manifest(self.snapshots) if (self.snapshots / MANIFEST).exists() else None
         self.times = sorted({s.t for s in self.manifest.snapshots}) if self.manifest else []
         self.tuned = read_tuned(folder)
+
+    @property
+    def is_student(self) -> bool:
+        """Whether the run is one of `edm2 distill`."""
+        return self.config.consistency is not None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """A quick way to sample."""
+        sampler = "consistency" if self.is_student else "dpmpp-2m"
+        return {"num_steps": self.num_steps, "sampler": sampler}
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the samples over time."""
+        return _STUDENT_STEPS[1] if self.is_student else _STEPS
 
     @property
     def sigma_rel(self) -> float:
@@ -92,6 +111,8 @@ def write_run_report(
     parts = {"Training": _training, "EMA profiles": _averages}
     if samples:
         parts |= {"Error by noise level": _noise, "Samples over time": _samples, "Copies": _copies}
+        if any(run.is_student for run in opened):
+            parts["Teacher and student"] = _side_by_side
     if any(run.tuned for run in opened):
         parts["Tuning"] = _tuning
     with Progress("report", len(parts) * len(opened), "parts", quiet=quiet) as progress:
@@ -201,6 +222,8 @@ def _tuning(page: Page, run: _Run) -> None:
 
 
 def _noise(page: Page, run: _Run) -> None:
+    if run.is_student:
+        return page.text("Not drawn: a student does not estimate the mean of the images behind the noise.")
     generator, loss = run.generator(), run.config.loss
     try:
         dataset = open_run_data(run.folder)
@@ -227,7 +250,7 @@ def _samples(page: Page, run: _Run) -> None:
         generator = run.generator(t)
         classes = _classes(generator)
         try:
-            rows.append(generator.images(range(_SEEDS_SHOWN), num_steps=_STEPS))
+            rows.append(generator.images(range(_SEEDS_SHOWN), num_steps=run.num_steps))
         except (ValueError, FloatingPointError) as error:
             return page.text(f"Not drawn: {error}")
     images = np.concatenate(rows)
@@ -238,7 +261,7 @@ def _samples(page: Page, run: _Run) -> None:
     page.image(
         image_grid(images, columns=_SEEDS_SHOWN, scale=scale),
         f"Seeds 0 to {_SEEDS_SHOWN - 1}, one column each, after {times} images (top to bottom); "
-        f"EMA length {run.sigma_rel:g}, {_STEPS} steps{classes}",
+        f"EMA length {run.sigma_rel:g}, {run.num_steps} steps{classes}",
         "Grid of samples from the same seeds at several moments of the training",
     )
 
@@ -246,10 +269,43 @@ def _samples(page: Page, run: _Run) -> None:
 def _copies(page: Page, run: _Run) -> None:
     try:
         training = training_images(run.folder)
-        samples = run.generator().images(range(_COPY_SAMPLES), num_steps=_STEPS, sampler="dpmpp-2m")
+        samples = run.generator().images(range(_COPY_SAMPLES), **run.sampling)
     except (ValueError, OSError, FloatingPointError) as error:
         return page.text(f"Not looked for: {error}")
     add_copies(page, samples, training, held_out_images(run.folder))
+
+
+def _side_by_side(page: Page, run: _Run) -> None:
+    options, seeds = run.config.consistency, range(_SEEDS_SHOWN)
+    if options is None:
+        return page.text("Not a student.")
+    tuned = run.tuned.best if run.tuned is not None and run.tuned.is_better else None
+    length = run.sigma_rel if tuned is None else tuned.sigma_rel
+    try:
+        teacher = Teacher.load(run.folder)
+        guidance: dict[str, Any] = {}
+        if teacher.guide is not None:
+            guidance = {"guidance": options.guidance, "interval": options.interval}
+            guidance["guide"] = teacher.guide_for_sampling
+        model = ImageGenerator(teacher.model, teacher.coding, teacher.info)
+        rows = [model.images(seeds, num_steps=_TEACHER_STEPS, **guidance)]
+        student = next(generators(run.snapshots, [length], run.times[-1]))
+        for steps in _STUDENT_STEPS:
+            levels = None if tuned is None or len(tuned.levels or ()) != steps - 1 else tuned.levels
+            rows.append(student.images(seeds, num_steps=steps, levels=levels))
+    except (ValueError, FloatingPointError) as error:
+        return page.text(f"Not drawn: {error}")
+    images = np.concatenate(rows)
+    if images.dtype != np.uint8:
+        return page.text("Not drawn: the model does not make pixels.")
+    evaluations = ", ".join(map(str, _STUDENT_STEPS))
+    page.image(
+        image_grid(images, columns=_SEEDS_SHOWN, scale=max(1, 48 // images.shape[-1])),
+        f"Seeds 0 to {_SEEDS_SHOWN - 1}, one column each, from the same noise. Top row: the teacher, Heun with "
+        f"{2 * _TEACHER_STEPS - 1} evaluations{', guided' if guidance else ''}. Below: the student with {evaluations} "
+        f"evaluations, EMA length {length:g}{_classes(student)}",
+        "Grid of samples of teacher and student from the same seeds",
+    )
 
 
 def _classes(generator: ImageGenerator) -> str:
@@ -259,7 +315,7 @@ def _classes(generator: ImageGenerator) -> str:
     return f"; classes {', '.join(names[label] for label in generator.labels_for(range(_SEEDS_SHOWN)))}"
 
 
-_OF_SNAPSHOTS = (_averages, _noise, _samples, _copies)
+_OF_SNAPSHOTS = (_averages, _noise, _samples, _copies, _side_by_side)
 
 
 def _settings(page: Page, runs: Sequence[_Run]) -> None:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small import latent_coding, small_denoiser, small_generator
@@ -101,3 +102,21 @@ def test_record_holds_what_is_not_the_default() -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplerOptions(**options)
+
+
+def test_a_student_takes_its_own_sampler_and_no_other() -> None:
+    student, plain = small_generator(), small_generator()
+    student.info = {**student.info, "consistency": {"teacher": "t", "sigma_max": 80.0}}
+    default = student.images(range(4))
+    assert np.array_equal(default, student.images(range(4), sampler="consistency", num_steps=2))
+    assert not np.array_equal(default, student.images(range(4), num_steps=4))
+    # Each image's noise depends on its own seed and step.
+    assert np.array_equal(default[2:], student.images([2, 3]))
+    for generator, options, told in (
+        (student, {"sampler": "heun"}, "the model is a student, which the sampler heun does not suit"),
+        (student, {"sigma_max": 40.0}, "trained to start at noise level 80, not at 40: leave sigma_max out"),
+        (plain, {"sampler": "consistency"}, "is for a student, and this model is not one: make one with"),
+        (plain, {"levels": (1.0,)}, r"levels \(1.0,\) are for the sampler consistency, not heun"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            generator.images(range(2), **options)

@@ -472,3 +472,40 @@ def test_a_run_under_way_says_which_snapshot_is_tuned(fresh, capsys):
     )
     assert "add --num-images 200" in printed.err
     assert "tuned after 200 training images\n" in printed.out
+
+
+def test_a_student_is_tuned_by_its_noise_levels(fresh, monkeypatch, tmp_path):
+    manifest = read_manifest(fresh / "snapshots")
+    metadata = manifest.run.metadata
+    metadata["info"]["consistency"] = {"teacher": "t", "sigma_max": 80.0}
+    write_manifest(
+        fresh / "snapshots",
+        dataclasses.replace(manifest, run=dataclasses.replace(manifest.run, metadata=metadata)),
+    )
+    plan = TuningPlan.for_run(fresh)
+    assert (plan.sampler, plan.num_steps, plan.is_for_student) == ("consistency", 2, True)
+    plan = dataclasses.replace(
+        plan, sigma_rels=(0.05, 0.08), num_steps=3, level_factors=(0.5, 2.0), samples=4, final_samples=4
+    )
+
+    def wanted(knobs):  # levels far apart, and then a longer average
+        high, low = knobs.levels or (1.5, 0.4)
+        return low / high + (0.1 if (knobs.sigma_rel == 0.08) == (knobs.levels is None) else 0.0)
+
+    score = Preferring(monkeypatch, wanted)
+    tuned = tune(fresh, score, plan)
+    assert len(tuned.tried) <= plan.most_evaluations
+    assert list(dict.fromkeys(t.stage for t in tuned.tried)) == [
+        "EMA length", "noise levels", "each noise level", "EMA length once more",
+    ]  # fmt: skip
+    assert tuned.best.sigma_rel == 0.08
+    assert tuned.best.levels[0] > 8 * tuned.best.levels[1]
+    assert "noise levels " in tuned.best.describe()
+    monkeypatch.undo()
+    save_tuned(fresh, dataclasses.replace(better(tuned), held_out=[5.0, 5.1], baseline=[10.0, 10.1]))
+    assert read_tuned(fresh).best == tuned.best
+    main(["sample", str(fresh), "--seeds", "0-3", "--out", str(tmp_path / "out")])
+    made = json.loads((tmp_path / "out" / "samples.json").read_text())["sampler"]
+    assert (made["name"], made["num_steps"]) == ("consistency", 3)
+    assert made["levels"] == list(tuned.best.levels)
+    main(["sample", str(fresh), "--seeds", "0-3", "--num-steps", "1", "--out", str(tmp_path / "one")])

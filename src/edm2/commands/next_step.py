@@ -5,6 +5,7 @@ from pathlib import Path
 
 from edm2.generate.own_guide import own_guide
 from edm2.progress import tell
+from edm2.train.settings_file import run_settings
 from edm2.tuning.result import read_tuned
 
 
@@ -25,7 +26,10 @@ def run_for(data: str | Path) -> Path:
 
 def after_training(run: Path) -> None:
     """Sample with the guide that usually helps most; then find the best one."""
-    tell_next("sample", run, own_guide(run).words(), "--out", run / "samples")
+    if run_settings(run).consistency is None:
+        tell_next("sample", run, own_guide(run).words(), "--out", run / "samples")
+    else:
+        tell_next("sample", run, "--out", run / "samples")
     tell_next("tune", run)
 
 

@@ -43,10 +43,13 @@ class Sampling:
     interval: tuple[float, float] | None = None
     """Lowest and highest noise level at which guidance acts. Default: all."""
     sampler: SamplerName | None = None
-    """heun runs the network twice at each noise level but the last, the others once; dpmpp-2m-sde adds noise.
-    Default: heun, or the sampler that the run was tuned with."""
+    """heun runs the network twice at each noise level but the last, the others once; dpmpp-2m-sde adds noise;
+    consistency is for students. Default: the sampler that the run was tuned with, consistency for a student, else
+    heun."""
     num_steps: int | None = None
-    """Number of noise levels. Default: 32, or the number that the run was tuned with."""
+    """Number of noise levels. Default: the number that the run was tuned with, 2 for a student, else 32."""
+    levels: tuple[float, ...] | None = None
+    """Noise levels of a student's steps after the first. Default: the tuned ones, or a standard choice."""
     sigma_min: float = 0.002
     """Lowest noise level."""
     sigma_max: float = 80.0
@@ -88,10 +91,7 @@ def chosen_path(chosen: Sampling) -> Path:
 
 def sampler_options(chosen: Sampling) -> dict[str, Any]:
     """The options that are fields of `SamplerOptions`."""
-    options = {name: getattr(chosen, name) for name in _OPTIONS}
-    if chosen.interval is None:
-        del options["interval"]
-    return options
+    return {name: getattr(chosen, name) for name in _OPTIONS if getattr(chosen, name) is not None}
 
 
 def with_saved(chosen: _Chosen, path: Path) -> tuple[_Chosen, Path]:
@@ -103,17 +103,18 @@ def with_saved(chosen: _Chosen, path: Path) -> tuple[_Chosen, Path]:
         saved = _tuned_settings(path) if free and path.is_dir() else {}
     else:
         saved, path = _shared_settings(parts) if free else {}, parts.model
-    own = {"num_steps": chosen.num_steps, "sampler": chosen.sampler}
+    own = {"num_steps": chosen.num_steps, "sampler": chosen.sampler, "levels": chosen.levels}
+    own = {name: value for name, value in own.items() if value is not None}
+    if any(saved.get(name) != value for name, value in own.items()):
+        saved.pop("levels", None)  # they are those of the saved steps
     guidance = 1.0 if chosen.guidance is None else chosen.guidance
-    standard = {"num_steps": SamplerOptions.num_steps, "sampler": SamplerOptions.sampler}
-    changes = {**standard, "guidance": guidance, **saved}
-    changes |= {name: value for name, value in own.items() if value is not None}
+    changes: dict[str, Any] = {"guidance": guidance, **saved, **own}
     return dataclasses.replace(chosen, **changes), path
 
 
 def _shared_settings(parts: Parts) -> dict[str, Any]:
     saved = parts.sampling
-    settings: dict[str, Any] = {"num_steps": saved.num_steps, "sampler": saved.sampler}
+    settings: dict[str, Any] = dict(num_steps=saved.num_steps, sampler=saved.sampler, levels=saved.levels)
     told = "no guidance"
     if parts.guide is not None:
         settings |= dict(guide=parts.guide, guidance=saved.guidance, interval=saved.interval)

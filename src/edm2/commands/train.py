@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,9 +85,24 @@ def run(prog: str, words: Sequence[str]) -> None:
     if chosen.sample_images is not None:
         live = LiveSamples(every=chosen.sample_images, sigma_rel=chosen.sample_sigma_rel)
         live.check(chosen.config.ema.sigma_rels)
+    train_or_stop(
+        lambda: train(chosen.config, chosen.out, preset=chosen.preset, on_step=live, loggers=loggers),
+        chosen.out,
+        grid=chosen.preset == SUGGESTED,
+    )
+
+
+def train_or_stop(work: Callable[[], Path], out: Path, *, grid: bool = False) -> None:
+    """Train and say where everything lies; a run that was asked to stop ends the process with its exit code.
+
+    Args:
+        work: Trains, and returns the model's file.
+        out: Folder of the run.
+        grid: Whether to make a grid of samples at the end.
+    """
     is_first = os.environ.get("RANK", "0") == "0"  # set by torchrun; the first process speaks for all
     try:
-        model = train(chosen.config, chosen.out, preset=chosen.preset, on_step=live, loggers=loggers)
+        model = work()
     except Stopped as stop:
         # torchrun takes any other code for a failure, and would start all processes again.
         code = 0 if under_torchrun() else EXIT_STOPPED
@@ -95,12 +110,11 @@ def run(prog: str, words: Sequence[str]) -> None:
             raise SystemExit(code) from None
         end(str(stop), code)
     if is_first:
-        show(f"model:     {model}\nsnapshots: {chosen.out / SNAPSHOTS}\nlog:       {chosen.out / LOG_FILE}")
-        if chosen.preset == SUGGESTED:
-            grid = chosen.out / "samples.png"
-            if own_guide(chosen.out).save_grid(grid):
-                show(f"samples:   {grid}")
-        after_training(chosen.out)
+        show(f"model:     {model}\nsnapshots: {out / SNAPSHOTS}\nlog:       {out / LOG_FILE}")
+        picture = out / "samples.png"
+        if grid and own_guide(out).save_grid(picture):
+            show(f"samples:   {picture}")
+        after_training(out)
 
 
 def _starting_point(prog: str, words: list[str]) -> tuple[Any, TrainConfig, DryRun | None]:
@@ -149,6 +163,10 @@ def _stored(name: str | None, file: str | None, letter: str | None) -> tuple[str
         settings = get_preset(name)
         return name, settings if letter is None else with_config(settings, letter)
     given = read_settings(file)
+    if given.values.get("consistency") is not None:
+        raise ValueError(
+            f"{file} is a student's run: give its teacher to `edm2 distill`, or other settings to `edm2 train`"
+        )
     if given.is_complete:
         if name is not None:
             raise ValueError(

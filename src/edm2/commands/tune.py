@@ -26,7 +26,8 @@ class _Tune:
     """Find the EMA length, guide, guidance weight and interval with the lowest distance to the run's training images.
 
     The guide is an earlier moment of the same run, or what --guide names. Evaluations are kept: the same command
-    continues after a stop. `edm2 sample RUN` uses what was found if it is better beyond its confidence interval.
+    continues after a stop. `edm2 sample RUN` uses what was found if it is better beyond its confidence interval. For a
+    student of `edm2 distill` it finds the EMA length and the noise levels of --num-steps steps.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -49,6 +50,9 @@ class _Tune:
 def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 tune`."""
     chosen = tyro.cli(_Tune, prog=prog, args=list(words))
+    # A student has defaults of its own.
+    default = dataclasses.replace(chosen, plan=TuningPlan.for_run(chosen.run))
+    chosen = tyro.cli(_Tune, prog=prog, args=list(words), default=default)
     device = pick_device(chosen.device)
     # What can be refused is refused before a classifier is trained.
     moment = moments(chosen.run, chosen.plan.num_images)[-1]

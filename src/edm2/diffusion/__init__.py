@@ -5,7 +5,7 @@ a denoiser; samplers turn noise into images with any callable `denoiser(x, sigma
 """
 
 from edm2.diffusion.build import build_denoiser
-from edm2.diffusion.denoiser import Denoiser, GivenDenoiser
+from edm2.diffusion.denoiser import Denoiser
 from edm2.diffusion.guidance import DenoiserFn, WithoutLabels, clipped, guided
 from edm2.diffusion.loss import draw_sigma, edm2_loss
 from edm2.diffusion.model_file import MODEL_FILE, load_model, read_model, read_model_header, save_model
@@ -14,7 +14,9 @@ from edm2.diffusion.samplers import (
     SAMPLERS,
     Churn,
     SamplerName,
+    consistency_steps,
     find_sampler,
+    sample_consistency,
     sample_dpmpp_2m,
     sample_dpmpp_2m_sde,
     sample_dpmpp_3m,
@@ -30,13 +32,13 @@ __all__ = [
     "Churn",
     "Denoiser",
     "DenoiserFn",
-    "GivenDenoiser",
     "LearnedUncertainty",
     "NetworkFunction",
     "SamplerName",
     "WithoutLabels",
     "build_denoiser",
     "clipped",
+    "consistency_steps",
     "draw_sigma",
     "edm2_loss",
     "find_sampler",
@@ -45,6 +47,7 @@ __all__ = [
     "read_model",
     "read_model_header",
     "register_network",
+    "sample_consistency",
     "sample_dpmpp_2m",
     "sample_dpmpp_2m_sde",
     "sample_dpmpp_3m",

@@ -110,6 +110,7 @@ def check_info(info: Mapping[str, Any]) -> None:
         "coding": lambda x: type(x) is dict,
         "label_dropout": lambda x: type(x) is float and 0 <= x < 1,
         "ignores_labels": lambda x: type(x) is bool,
+        "consistency": lambda x: type(x) is dict and _is_positive(x.get("sigma_max")),
     }
     for name, fits in rules.items():
         value = info.get(name)

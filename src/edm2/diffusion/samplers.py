@@ -8,7 +8,7 @@ Ref: EDM (arXiv 2206.00364) Alg. 1-2, Eq. 5; DPM-Solver++ (arXiv 2211.01095) Alg
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from edm2.diffusion.guidance import DenoiserFn
+
+# Range of the noise levels at which a consistency model's images are mended.
+_HIGH, _LOW = 3.0, 0.2
 
 Callback = Callable[[int, Tensor, Tensor, Tensor], None]
 """Called at each step with its index, sigma, the noisy images `x` and the denoised ones."""
@@ -51,6 +54,39 @@ def time_steps(
     ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
+
+
+def consistency_steps(
+    num_steps: int = 2, levels: Sequence[float] | None = None, sigma_max: float = 80.0
+) -> Tensor:
+    """The noise levels of `sample_consistency`: the highest, those in between, then 0.
+
+    Args:
+        num_steps: Number of levels above 0.
+        levels: The `num_steps - 1` levels in between, descending. Default: the middle of equal steps of ln sigma from
+            `HIGH` to `LOW`.
+        sigma_max: Highest level.
+
+    Returns:
+        `[num_steps + 1]` float64.
+
+    Raises:
+        ValueError: If num_steps is below 1, or the levels are not so many, or do not descend.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps {num_steps} must be at least 1")
+    if levels is None:
+        middle = (torch.arange(num_steps - 1, dtype=torch.float64) + 0.5) / max(num_steps - 1, 1)
+        levels = (_HIGH * (_LOW / _HIGH) ** middle).tolist()
+    if len(levels) != num_steps - 1:
+        raise ValueError(
+            f"{len(levels)} noise levels {tuple(levels)} for {num_steps} steps: give {num_steps - 1}, for all but "
+            "the first step"
+        )
+    found = torch.tensor([sigma_max, *levels, 0.0], dtype=torch.float64)
+    if not (found.isfinite().all() and (found.diff() < 0).all()):
+        raise ValueError(f"noise levels {tuple(levels)} must descend from below {sigma_max:g} to above 0")
+    return found
 
 
 @dataclass(frozen=True)
@@ -280,13 +316,52 @@ def sample_dpmpp_3m(
     return x
 
 
-SamplerName = Literal["heun", "euler", "dpmpp-2m", "dpmpp-2m-sde", "dpmpp-3m"]
+@torch.no_grad()
+def sample_consistency(
+    denoiser: DenoiserFn,
+    noise: Tensor,
+    sigmas: Tensor,
+    labels: Tensor | None = None,
+    *,
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    callback: Callback | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Map noise to images with a consistency model: denoise fully, add noise of the next level, denoise again.
+
+    Uses one evaluation for each level above 0. Other arguments are as in `sample_heun`.
+
+    Args:
+        denoiser: A denoiser that was trained to be consistent, such as the student of `edm2 distill`.
+        noise: See `sample_heun`.
+        sigmas: Levels that end in 0, such as `consistency_steps(2)`.
+        labels: See `sample_heun`.
+        randn_like: Draws unit noise of the shape of its argument.
+        callback: See `sample_heun`.
+        dtype: See `sample_heun`.
+
+    Returns:
+        `[B, C, H, W]` in `dtype`.
+
+    Ref: arXiv 2303.01469 Alg. 1, with 0 as the lowest level.
+    """
+    x = noise.to(dtype) * float(sigmas[0])
+    for i, sigma, _, next_level in _steps(sigmas, dtype):
+        denoised = denoiser(x, sigma, labels).to(dtype)
+        if callback is not None:
+            callback(i, sigma, x, denoised)
+        x = denoised + next_level * randn_like(x).to(dtype) if next_level else denoised
+    return x
+
+
+SamplerName = Literal["heun", "euler", "dpmpp-2m", "dpmpp-2m-sde", "dpmpp-3m", "consistency"]
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "heun": sample_heun,
     "euler": sample_euler,
     "dpmpp-2m": sample_dpmpp_2m,
     "dpmpp-2m-sde": sample_dpmpp_2m_sde,
     "dpmpp-3m": sample_dpmpp_3m,
+    "consistency": sample_consistency,
 }
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from edm2.diffusion import Churn, DenoiserFn, clipped, find_sampler, guided, time_steps
+from edm2.diffusion import Churn, DenoiserFn, clipped, consistency_steps, find_sampler, guided, time_steps
 
-_SDE = "dpmpp-2m-sde"
+_SDE, _CONSISTENCY = "dpmpp-2m-sde", "consistency"
 _ALWAYS_TOLD = ("num_steps", "sigma_min", "sigma_max", "rho", "guidance")
 
 
@@ -25,6 +25,7 @@ class SamplerOptions:
         sigma_min: Lowest noise level above 0.
         sigma_max: Highest noise level.
         rho: Exponent of the schedule.
+        levels: Noise levels of `consistency` after the first, `num_steps - 1` of them; None chooses them.
         guidance: Guidance weight; 1 for none.
         interval: Noise levels (low, high] at which guidance acts.
         s_churn: Strength of the noise that `heun` adds; 0 is deterministic.
@@ -42,6 +43,7 @@ class SamplerOptions:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+    levels: tuple[float, ...] | None = None
     guidance: float = 1.0
     interval: tuple[float, float] = (0.0, math.inf)
     s_churn: float = 0.0
@@ -71,6 +73,10 @@ class SamplerOptions:
         self._check_noise()
 
     def _check_noise(self) -> None:
+        if self.levels is not None and self.sampler != _CONSISTENCY:
+            raise ValueError(
+                f"levels {self.levels} are for the sampler consistency, not {self.sampler}: leave them out"
+            )
         if not 0 <= self.s_churn < math.inf:
             raise ValueError(f"s_churn {self.s_churn} must be at least 0 and finite; 0 adds no noise")
         if self.s_churn and self.sampler != "heun":
@@ -89,7 +95,9 @@ class SamplerOptions:
             )
 
     def sigmas(self) -> Tensor:
-        """The schedule, see `edm2.diffusion.time_steps`."""
+        """The schedule, see `edm2.diffusion.time_steps` and `edm2.diffusion.consistency_steps`."""
+        if self.sampler == _CONSISTENCY:
+            return consistency_steps(self.num_steps, self.levels, self.sigma_max)
         return time_steps(self.num_steps, self.sigma_min, self.sigma_max, self.rho)
 
     def sample(
@@ -127,6 +135,8 @@ class SamplerOptions:
         extra: dict[str, Any] = {}
         if self.s_churn:
             extra["churn"] = Churn(self.s_churn, self.s_min, self.s_max, self.s_noise, randn_like)
+        elif self.sampler == _CONSISTENCY:
+            extra = {"randn_like": randn_like}
         elif self.sampler == _SDE:
             extra = {"s_noise": self.s_noise, "randn_like": randn_like}
         return run(network, noise, self.sigmas(), labels, **extra)

@@ -93,7 +93,9 @@ def open_pretrained(
     measured = [result for file in results for result in read_results(file)]
     if sigma_rel is not None:
         return Pretrained(ImageGenerator.load(path, sigma_rel, **options), results=measured, license=license)
-    found = find_parts(path) or _tuned_parts(path) or Parts(model=path)
+    found = find_parts(path) or _tuned_parts(path)
+    if found is None:
+        return Pretrained(ImageGenerator.load(path, **options), results=measured, license=license)
     return Pretrained(
         ImageGenerator.load(found.model, **options),
         guide=None if found.guide is None else ImageGenerator.load(found.guide, **options),
@@ -234,6 +236,7 @@ def _tuned_parts(path: Path) -> Parts | None:
         num_steps=tuned.num_steps,
         guidance=knobs.guidance,
         interval=None if knobs.interval == (0.0, math.inf) else knobs.interval,
+        levels=knobs.levels,
     )
     guide = folder / GUIDE_FILE if knobs.is_guided else None
     return Parts(

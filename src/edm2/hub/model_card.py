@@ -6,6 +6,7 @@ from typing import Any
 
 import edm2
 from edm2.data.autoencoder import RELEASED_AUTOENCODER
+from edm2.diffusion import consistency_steps
 from edm2.hub.pretrained import Pretrained
 from edm2.interop.licence import LICENCE
 
@@ -61,6 +62,7 @@ def _what(model: Pretrained) -> str:
         "EMA length (sigma_rel)": None if info.get("sigma_rel") is None else f"{info['sigma_rel']:g}",
         "Expected error of that average": _percent(info.get("expected_error")),
         "Run": info.get("run_id"),
+        "Distilled from": (info.get("consistency") or {}).get("teacher"),
         "Made from": (info.get("source") or {}).get("file"),
         "Digest of the weights": generator.identity()["digest"],
     }
@@ -130,6 +132,9 @@ images = pipe({given}, generator=torch.Generator().manual_seed(0){kind}).images
 def _settings(model: Pretrained) -> str:
     sampling, guide = model.sampling, model.guide
     rows: list[tuple[str, object]] = [("Sampler", sampling.sampler), ("Steps", sampling.num_steps)]
+    if model.generator.is_student:
+        levels = consistency_steps(sampling.num_steps, sampling.levels)[:-1]
+        rows.append(("Noise levels", " ".join(f"{level:.3g}" for level in levels)))
     if guide is None:
         rows.append(("Guidance", "none"))
     else:

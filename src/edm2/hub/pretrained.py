@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from edm2.diffusion import find_sampler
+from edm2.diffusion import consistency_steps, find_sampler
 from edm2.files import from_json
 from edm2.generate import ImageGenerator
 from edm2.hub.results import Result, check_results
@@ -24,6 +24,7 @@ class Sampling:
         num_steps: Noise levels.
         guidance: weight; 1 for none.
         interval: Noise levels (low, high] where guidance acts; None: everywhere.
+        levels: Noise levels of a student's steps after the first; None: the standard ones.
 
     Raises:
         ValueError: For values out of range.
@@ -33,6 +34,7 @@ class Sampling:
     num_steps: int = 32
     guidance: float = 1.0
     interval: tuple[float, float] | None = None
+    levels: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         find_sampler(self.sampler)
@@ -42,12 +44,17 @@ class Sampling:
             raise ValueError(f"guidance {self.guidance!r} must be finite")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
             raise ValueError(f"interval {self.interval} of guidance: 0 <= low < high must hold")
+        if self.levels is not None:
+            consistency_steps(self.num_steps, self.levels)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; an interval without an upper end has null there."""
         low, high = self.interval or (0.0, math.inf)
         interval = None if self.interval is None else [low, None if high == math.inf else high]
-        return {**vars(self), "interval": interval}
+        told = {**vars(self), "interval": interval}
+        if self.levels is None:
+            del told["levels"]
+        return told
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Sampling":
@@ -56,6 +63,8 @@ class Sampling:
         if given.get("interval") is not None:
             low, high = given["interval"]
             given["interval"] = (float(low), math.inf if high is None else float(high))
+        if given.get("levels") is not None:
+            given["levels"] = tuple(float(level) for level in given["levels"])
         return from_json(cls, given)
 
 
@@ -85,7 +94,10 @@ class Pretrained:
         license: str | None = None,
     ) -> None:
         self.generator, self.guide = generator, guide
-        self.sampling = Sampling() if sampling is None else sampling
+        if sampling is None:
+            default = generator.sampler_options()
+            sampling = Sampling(sampler=str(default.sampler), num_steps=default.num_steps)
+        self.sampling = sampling
         if guide is not None:
             generator.check_guide(guide)
         if (self.sampling.guidance != 1) != (guide is not None):
@@ -117,6 +129,8 @@ class Pretrained:
     ) -> np.ndarray:
         """Sample as `ImageGenerator.images` does, with the model's own settings as defaults."""
         settings: dict[str, Any] = {"sampler": self.sampling.sampler, "num_steps": self.sampling.num_steps}
+        if self.sampling.levels is not None and {"sampler", "num_steps", "levels"}.isdisjoint(options):
+            settings["levels"] = self.sampling.levels
         if self.guide is not None and options.get("guidance", self.sampling.guidance) != 1:
             settings |= {"guide": self.guide, "guidance": self.sampling.guidance}
             if self.sampling.interval is not None:

@@ -1,6 +1,7 @@
 """Training: configuration, loop, schedule, checkpoints and log."""
 
 from edm2.train.config import (
+    ConsistencyConfig,
     DataConfig,
     EMAConfig,
     LossConfig,
@@ -16,6 +17,7 @@ from edm2.train.settings_file import read_settings
 from edm2.train.signals import Stopped
 
 __all__ = [
+    "ConsistencyConfig",
     "DataConfig",
     "EMAConfig",
     "LossConfig",

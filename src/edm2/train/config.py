@@ -15,7 +15,6 @@ from edm2.ema import sigma_rel_to_gamma
 from edm2.ema.maths.plans import named_plan
 from edm2.extras import needed
 from edm2.train.amounts import Amount
-from edm2.train.conditions import Resampling
 
 with needed("edm2.train"):
     import tyro
@@ -47,11 +46,6 @@ class DataConfig:
     0.15."""
     skip_damaged: bool = False
     """Whether to skip damaged images, with a warning that counts them, instead of stopping before the run starts."""
-    missing: Literal["refuse", "mask"] = "refuse"
-    """What NaN in float data means. refuse: an error. mask: a missing value, which is left out of the loss; in
-    conditions it becomes 0, and the network is told where values are known."""
-    resample: Resampling | None = None
-    """How conditions of another size than the images are resampled: bicubic, bilinear or nearest."""
 
     def __post_init__(self) -> None:
         if self.mirror and self.coding == "latents":
@@ -149,6 +143,38 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConsistencyConfig:
+    """Consistency tuning of a teacher; see `edm2.train.consistency`."""
+
+    teacher: Annotated[str, tyro.conf.Suppress] = ""
+    """What tells this teacher, its guide and its coding from others."""
+    path: Literal["data", "teacher"] = "data"
+    """How a point moves to the lower noise level. data: towards the training image that it was made from. teacher: by a
+    step of the teacher's ODE, which a guided teacher needs; costs a third more time, with a guide two thirds."""
+    halvings: int = 6
+    """Number of times that the gap between the noise levels of a pair is halved."""
+    halving_images: int | None = None
+    """Images for each halving; the gap then stays. Default: it is smallest after three quarters of the run."""
+    huber: float = 0.0005
+    """Scale of errors, relative to the image's norm, below which the loss is quadratic and above which it is linear."""
+    guidance: Annotated[float, tyro.conf.Suppress] = 1.0
+    """Weight with which the teacher is guided; 1 for none."""
+    interval: Annotated[tuple[float, float], tyro.conf.Suppress] = (0.0, 80.0)
+    """Noise levels (low, high] at which the guide acts."""
+
+    def __post_init__(self) -> None:
+        _require(self, "halvings", 0 <= self.halvings <= 20, "between 0 and 20")
+        every = self.halving_images
+        _require(self, "halving_images", every is None or every >= 1, "at least 1")
+        _require(self, "huber", 0 < self.huber < math.inf, "above 0 and finite")
+        if self.guidance != 1 and self.path == "data":
+            raise ValueError(
+                f"path 'data' cannot follow a teacher with guidance {self.guidance:g}: choose --consistency.path "
+                "teacher, or a teacher without a guide"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EMAConfig:
     """Averages of the weights that are tracked and stored; lengths in between can be reconstructed afterwards.
 
@@ -174,9 +200,6 @@ class TrainConfig:
     data: str = ""
     """Training images: digits, fashion-mnist, hf://NAME, or the path of an image folder, a ZIP, a .npy, .npz or
     Parquet file, or a folder of IDX files; see docs/data.md."""
-    condition: str | None = None
-    """Images given to the network with the training images: a folder, ZIP or array of as many images, matched by name.
-    Default: the `conditions` of the training data, if it has any; see docs/pairs.md."""
     num_images: Annotated[Amount, _NAME(name="images")] = 2048 << 20
     """Length of the run in images; it ends after the step that reaches it."""
     batch_size: Annotated[Amount, _NAME(name="batch")] = 2048
@@ -240,6 +263,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
+    consistency: Annotated[ConsistencyConfig | None, tyro.conf.Suppress, tyro.conf.Fixed] = None
+    """Consistency tuning, set by `edm2 distill`. Default: train a diffusion model."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -283,6 +308,8 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values."""
         settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        if self.consistency is None:
+            del settings["consistency"]
         return settings
 
     def identity(self, models: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -311,16 +338,14 @@ class TrainConfig:
 
     def run_id(self, fingerprint: str, models: Mapping[str, Any] | None = None) -> str:
         """Name of the run: a hash of its identity and of its data's fingerprint."""
-        # Where data lies may change; the fingerprint says what it is.
-        identity = {key: value for key, value in self.identity(models).items() if key != "condition"}
-        text = json.dumps([identity | {"data": None}, fingerprint], sort_keys=True)
+        text = json.dumps([self.identity(models) | {"data": None}, fingerprint], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # Settings that are younger than the first runs, by group.
 _ADDED = {
-    "": ("network_from", "condition", "label_dropout"),
-    "dataset": ("augment", "missing", "resample"),
+    "": ("network_from", "label_dropout"),
+    "dataset": ("augment",),
     "optimizer": ("decay", "weight_decay", "clip"),
     "loss": ("uncertainty",),
 }
@@ -332,6 +357,7 @@ _GROUPS = {
     "OptimizerConfig": "optimizer.",
     "LossConfig": "loss.",
     "EMAConfig": "ema.",
+    "ConsistencyConfig": "consistency.",
 }
 
 

@@ -26,6 +26,7 @@ from edm2.train.build import ema_device, make_denoiser, pick_device
 from edm2.train.checkpoint import Role, newest
 from edm2.train.coding import Coding, make_coding
 from edm2.train.config import TrainConfig
+from edm2.train.consistency import SIGMA_MAX, ConsistencyObjective, Teacher
 from edm2.train.initial import carried_licence, identify_models, take_over
 from edm2.train.loggers import Logger, numbers
 from edm2.train.logs import LOG_FILE, MAGNITUDES_FILE, append_log, rewind_log
@@ -77,13 +78,21 @@ class Trainer:
         self.world = World(rank=0, size=1, device=pick_device(config.device)) if world is None else world
         self.config, self.dataset, self.out = config, dataset, out
         self.device = self.world.device
-        self.coding: Coding = make_coding(config, dataset)
+        teacher = None
+        if config.consistency is not None:
+            teacher = Teacher.load(out, self.device)
+            teacher.check_data(dataset)
+        self.coding: Coding = make_coding(config, dataset) if teacher is None else teacher.coding
         models = identify_models(config, out)
         self.run_id = config.run_id(dataset.fingerprint, models)
         settings = {"preset": preset, **config.to_json()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            denoiser = make_denoiser(config, dataset, self.coding)
+            denoiser = (
+                make_denoiser(config, dataset, self.coding)
+                if teacher is None
+                else teacher.student(config.dtype)
+            )
         if config.label_dropout and not denoiser.label_dim:
             raise ValueError(
                 f"label_dropout {config.label_dropout} has no effect, because the training data has no labels: leave "
@@ -91,7 +100,8 @@ class Trainer:
             )
         if config.init is not None and newest(out / run_folder.CHECKPOINTS) is None:
             take_over(denoiser, config.init)
-        self._stepper = Stepper(config, dataset, self.coding, denoiser, self.world)
+        objective = None if teacher is None else ConsistencyObjective(config, teacher)
+        self._stepper = Stepper(config, dataset, self.coding, denoiser, self.world, objective)
         self.world.on_first(lambda: run_folder.claim(out, settings, config.identity(models), self.run_id))
         self.denoiser, self.optimizer = self._stepper.denoiser, self._stepper.optimizer
         self.ema: PowerEMA | None = None
@@ -105,7 +115,7 @@ class Trainer:
             )
         recording = config.record_magnitudes and self.world.is_first and not self._stepper.is_sharded
         self._recorder = MagnitudeRecorder(self.denoiser) if recording else None
-        self.info = {
+        self.info: dict[str, Any] = {
             "preset": preset,
             "coding": self.coding.to_json(),
             "class_names": list(dataset.class_names),
@@ -113,6 +123,9 @@ class Trainer:
             **({"label_dropout": config.label_dropout} if config.label_dropout else {}),
             **carried_licence(models),
         }
+        if teacher is not None and config.consistency is not None:
+            self.info["consistency"] = {"teacher": config.consistency.teacher, "sigma_max": SIGMA_MAX}
+            self.info |= teacher.licence
         self._outputs = Outputs(config, out, settings=settings, run_id=self.run_id, info=self.info)
         self._loggers: Sequence[Logger] = ()
         self.num_images = 0

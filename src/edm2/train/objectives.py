@@ -16,7 +16,7 @@ from edm2.nn import keyed_normal
 from edm2.train.config import TrainConfig
 
 # Streams of keyed random numbers; dropout blocks count up from 0 under a seed of their own.
-_SIGMA, _NOISE = 0, 1
+SIGMA_STREAM, NOISE_STREAM = 0, 1
 DROPOUT_SEED_OFFSET = 1 << 62
 
 
@@ -29,9 +29,6 @@ class TrainingBatch:
         index: `[B]` int64 positions of the images in the run, the index of all keyed random numbers.
         num_images: Images seen before this step, the same for all microbatches.
         labels: As the denoiser takes them; None without labels.
-        condition: `[B, cond_channels, H, W]` of unit magnitude, images given as a condition; None without any.
-        mask: `[B, C, H, W]` bool, False where the value of an image is missing (0 in `images`), whose loss does not
-            count; None if all are known.
         augment_labels: `[B, augment_dim]`, how the images were augmented; None if they were not.
     """
 
@@ -39,8 +36,6 @@ class TrainingBatch:
     index: Tensor
     num_images: int
     labels: Tensor | None = None
-    condition: Tensor | None = None
-    mask: Tensor | None = None
     augment_labels: Tensor | None = None
 
     def network_arguments(self, seed: int) -> dict[str, Any]:
@@ -49,9 +44,7 @@ class TrainingBatch:
         Args:
             seed: Seed of the run.
         """
-        given = {} if self.condition is None else {"condition": self.condition}
         return {
-            **given,
             "augment_labels": self.augment_labels,
             "dropout_index": self.index,
             "dropout_seed": seed + DROPOUT_SEED_OFFSET,
@@ -69,8 +62,8 @@ class Objective(Protocol):
             batch: Its share of the step's images.
 
         Returns:
-            `[B, C, H, W]` loss of each element. The trainer leaves out missing ones, sums, and divides by the batch
-            size.
+            `[B, C, H, W]` loss of each element, or `[B, 1, 1, 1]` of each image; for gradients, the sum is divided by
+            the batch size.
         """
 
 
@@ -89,8 +82,8 @@ class DenoisingObjective:
     def __call__(self, denoiser: TrainableDenoiser, batch: TrainingBatch, /) -> Tensor:
         """Compute the loss of each element; see `Objective`."""
         loss, seed = self.config.loss, self.config.seed
-        sigma = draw_sigma(batch.index, p_mean=loss.p_mean, p_std=loss.p_std, seed=seed, stream=_SIGMA)
-        noise = keyed_normal(batch.index, batch.images.shape[1:], seed=seed, stream=_NOISE)
+        sigma = draw_sigma(batch.index, p_mean=loss.p_mean, p_std=loss.p_std, seed=seed, stream=SIGMA_STREAM)
+        noise = keyed_normal(batch.index, batch.images.shape[1:], seed=seed, stream=NOISE_STREAM)
         return edm2_loss(denoiser, batch.images, batch.labels, sigma, noise, **batch.network_arguments(seed))
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from edm2.diffusion import MODEL_FILE
+from edm2.ema.storage.locking import folder_lock
 from edm2.ema.storage.manifest import read_manifest
-from edm2.ema.storage.replacing import folder_lock
-from edm2.ema.storage.snapshots import damaged
+from edm2.ema.storage.verify import damaged
 from edm2.files import read_sealed, write_sealed
 
 CONFIG_FILE = "config.json"
 SNAPSHOTS = "snapshots"
 CHECKPOINTS = "checkpoints"
+TEACHER = "teacher"  # of a student's run, written before the run begins
 
 
 @contextlib.contextmanager
@@ -59,16 +60,27 @@ def claim(out: Path, settings: dict[str, Any], identity: dict[str, Any], run_id:
                 "give the same settings to continue that run"
             )
     else:
-        _remove_if_empty(out / CHECKPOINTS)
-        names = sorted(p.name for p in out.iterdir()) if out.exists() else []
-        # Left, as the empty folder is, by a kill in the middle of this function.
-        if foreign := [name for name in names if name != f".{path.name}.tmp"]:
-            raise ValueError(
-                f"{out} is not empty and holds no run ({', '.join(foreign[:4])}): choose another --out"
-            )
+        check_free(out)
         # A run has this folder from the start, so that its loss is noticed.
         (out / CHECKPOINTS).mkdir(parents=True)
     write_sealed(path, {"run_id": run_id, "identity": identity, "settings": settings})
+
+
+def check_free(out: Path) -> None:
+    """Refuse a folder that is neither empty nor holds a run.
+
+    Raises:
+        ValueError: If it holds other files.
+    """
+    if (out / CONFIG_FILE).exists() or not out.exists():
+        return
+    # Left by a kill before the settings were written.
+    _remove_if_empty(out / CHECKPOINTS)
+    left = (f".{CONFIG_FILE}.tmp", TEACHER)
+    if foreign := sorted(p.name for p in out.iterdir() if p.name not in left):
+        raise ValueError(
+            f"{out} is not empty and holds no run ({', '.join(foreign[:4])}): choose another --out"
+        )
 
 
 def check_not_lost(out: Path) -> None:

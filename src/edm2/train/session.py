@@ -9,6 +9,7 @@ from edm2.diffusion import NetworkFunction
 from edm2.train import run_folder
 from edm2.train.build import open_training_data
 from edm2.train.config import TrainConfig
+from edm2.train.consistency import Teacher
 from edm2.train.loggers import Logger
 from edm2.train.loop import Trainer
 from edm2.train.world import World, join_world
@@ -20,6 +21,7 @@ def train(
     *,
     dataset: ImageDataset | None = None,
     network: NetworkFunction | None = None,
+    teacher: Teacher | None = None,
     preset: str = "",
     quiet: bool = False,
     on_step: Callable[[Trainer], None] | None = None,
@@ -33,6 +35,7 @@ def train(
         dataset: Training images. Default: the data that the configuration names.
         network: Function of (img_resolution, img_channels, label_dim) that makes the network; see
             `edm2.diffusion.register_network`. Default: the one that the configuration names, or its U-Net.
+        teacher: Model to tune for consistency, with `config.consistency`; stored in the run's folder.
         preset: Name of the preset behind the settings, stored for reference.
         quiet: Do not show progress.
         on_step: Called with the trainer after every step.
@@ -49,7 +52,7 @@ def train(
     """
     with join_world(config.device) as world:
         # A separate function, so that nothing refers to the process group once it returns.
-        return _train(config, Path(out), world, dataset, network, preset, quiet, on_step, loggers)
+        return _train(config, Path(out), world, dataset, network, teacher, preset, quiet, on_step, loggers)
 
 
 def _train(
@@ -58,6 +61,7 @@ def _train(
     world: World,
     dataset: ImageDataset | None,
     network: NetworkFunction | None,
+    teacher: Teacher | None,
     preset: str,
     quiet: bool,
     on_step: Callable[[Trainer], None] | None,
@@ -65,6 +69,8 @@ def _train(
 ) -> Path:
     with ExitStack() as held:
         world.on_first(lambda: held.enter_context(run_folder.hold(out)))
+        if teacher is not None:
+            world.on_first(lambda: teacher.save(out))
         dataset = open_training_data(config) if dataset is None else dataset
         trainer = Trainer(config, dataset, out, network=network, preset=preset, world=world)
         trainer.resume()

@@ -148,6 +148,8 @@ def _replaced(base: T, settings: dict[str, Any], prefix: str) -> T:
 
 def _converted(value: Any, kind: Any) -> Any:
     """A value as JSON, TOML or YAML has it, in the type of a setting; else an error that says what it must be."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _replaced(kind(), value, "")  # type: ignore[operator]
     choices = typing.get_args(kind)
     origin = typing.get_origin(kind)
     if origin in (types.UnionType, typing.Union):

@@ -114,7 +114,7 @@ class Bench:
         model, *guide = self._networks(knobs)
         same = guide == [model] and not knobs.is_guided_by_itself
         if not guide or same or knobs.guidance == 1 or not levels:
-            return (knobs.sigma_rel,)
+            return (knobs.sigma_rel, knobs.levels)
         return (model, *guide, knobs.is_guided_by_itself, knobs.guidance, levels)
 
     def evaluate(self, knobs: Knobs, seeds: range) -> float:
@@ -135,6 +135,8 @@ class Bench:
         # A guide is known by its content, not by its path.
         if settings.pop("guide") is not None:
             settings["guide"] = self._guide_identity
+        if settings["levels"] is None:  # as evaluations were remembered before there were levels
+            del settings["levels"]
         text = json.dumps([facts, settings])
         key = hashlib.sha256(text.encode()).hexdigest()[:24]
         if key not in self._known:
@@ -150,6 +152,8 @@ class Bench:
         model, *guides = [self._generator(network) for network in self._networks(knobs)]
         if knobs.is_guided_by_itself:
             guides = [guide.without_labels() for guide in guides]
+        if knobs.levels is not None:
+            options["levels"] = knobs.levels
         if guides:
             options |= {"guide": guides[0], "guidance": knobs.guidance, "interval": knobs.interval}
         return model.images(seeds, **options)

@@ -19,6 +19,8 @@ _KNOBS: dict[str, tuple[str, Callable[[Tried], float]]] = {
     "EMA length with guide": ("EMA length", lambda t: t.knobs.sigma_rel),
     "interval, upper end": ("upper end of the interval, sigma", lambda t: t.knobs.interval[1]),
     "interval, lower end": ("lower end of the interval, sigma", lambda t: t.knobs.interval[0]),
+    "noise levels": ("first noise level after the start", lambda t: (t.knobs.levels or (0.0,))[0]),
+    "EMA length once more": ("EMA length", lambda t: t.knobs.sigma_rel),
 }
 
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from edm2.diffusion import SamplerName, find_sampler, time_steps
 from edm2.ema.maths.profiles import sigma_rel_to_gamma
+from edm2.ema.storage.manifest import read_manifest
+from edm2.generate import snapshots_of
+from edm2.generate.generator import STUDENT_SAMPLER
 from edm2.train.run_folder import SNAPSHOTS
 
 SELF = Path("self")  # as a guide: the network itself without labels
@@ -28,11 +31,13 @@ class TuningPlan:
         guidances: Guidance weights to try.
         highs: Upper ends of the interval to try.
         lows: Lower ends of the interval to try.
+        level_factors: For a student: factors on the noise levels of its steps, first of all of them, then of each.
         samples: Images for each choice.
         final_samples: Images for each final measurement.
         repeats: Final measurements, each with its own seeds; at least 2, for a confidence interval.
         num_steps: Noise levels of the sampler.
-        sampler: heun runs the network twice at each noise level but the last, the others once.
+        sampler: heun runs the network twice at each noise level but the last, the others once; consistency is for
+            students.
 
     Raises:
         ValueError: If a value is out of range.
@@ -46,6 +51,7 @@ class TuningPlan:
     guidances: tuple[float, ...] = (1.2, 1.35, 1.75, 2.0, 2.5)
     highs: tuple[float, ...] = (8.0, 3.0, 1.2)
     lows: tuple[float, ...] = (0.05, 0.2, 0.5)
+    level_factors: tuple[float, ...] = (0.4, 0.6, 0.8, 1.25, 1.6, 2.5)
     samples: int = 1000
     final_samples: int = 1000
     repeats: int = 3
@@ -68,7 +74,7 @@ class TuningPlan:
             raise ValueError(
                 f"guide_moments {self.guide_moments} must lie between 0 and 1, as fractions of the run"
             )
-        for name in ("guide_moments", "guide_factors", "guidances", "highs", "lows"):
+        for name in ("guide_moments", "guide_factors", "guidances", "highs", "lows", "level_factors"):
             values = getattr(self, name)
             if any(not 0 < value < math.inf for value in values):
                 raise ValueError(f"{name} {values} must be positive and finite")
@@ -82,9 +88,29 @@ class TuningPlan:
             )
         find_sampler(self.sampler)
 
+    @classmethod
+    def for_run(cls, run: Path) -> "TuningPlan":
+        """The default plan for a run: for a student's, two steps and their noise level, without a guide.
+
+        Raises:
+            ValueError: If the run has no snapshots.
+        """
+        metadata = read_manifest(snapshots_of(run)).run.metadata or {}
+        return (
+            cls(num_steps=2, sampler=STUDENT_SAMPLER) if "consistency" in metadata.get("info", {}) else cls()
+        )
+
+    @property
+    def is_for_student(self) -> bool:
+        """Whether noise levels are searched, instead of a guide."""
+        return self.sampler == STUDENT_SAMPLER
+
     @property
     def most_evaluations(self) -> int:
         """Largest number of settings that the search tries; each takes one set of images."""
+        if self.is_for_student:
+            levels = self.num_steps - 1
+            return 2 * len(self.sigma_rels) + len(self.level_factors) * (levels + (levels > 1))
         guides = len(self.guide_moments) * len(self.guide_factors)
         if self.guide is not None:
             own = self.guide == SELF or has_snapshots(self.guide)

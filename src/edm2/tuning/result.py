@@ -12,7 +12,7 @@ from edm2.ema.storage.manifest import read_manifest
 from edm2.evaluation.judge import FRECHET, OWN_CLASSIFIER
 from edm2.files import from_json, read_sealed, write_sealed
 from edm2.generate import reconstruct_denoiser, snapshots_of
-from edm2.generate.generator import IGNORES_LABELS
+from edm2.train.consistency import IGNORES_LABELS
 from edm2.tuning.plan import SELF
 
 BASELINE_SIGMA_REL = 0.10
@@ -35,6 +35,7 @@ class Knobs:
         interval: Noise levels (low, high] at which guidance acts.
         guide: Model file or run that guides, where it is not an earlier moment of the same run; `self` for the run's
             own network without labels.
+        levels: Noise levels of a student's steps after the first; None: the standard ones.
     """
 
     sigma_rel: float
@@ -43,6 +44,7 @@ class Knobs:
     guidance: float = 1.0
     interval: tuple[float, float] = (0.0, math.inf)
     guide: str | None = None
+    levels: tuple[float, ...] | None = None
 
     @property
     def is_guided(self) -> bool:
@@ -65,6 +67,8 @@ class Knobs:
             text += f", weight {self.guidance:g}"
         if self.interval != (0.0, math.inf):
             text += f" for sigma in ({self.interval[0]:g}, {self.interval[1]:g}]"
+        if self.levels is not None:
+            text += f", noise levels {' '.join(f'{level:.3g}' for level in self.levels)}"
         return text
 
     def to_json(self) -> dict[str, Any]:
@@ -76,7 +80,12 @@ class Knobs:
     def from_json(cls, content: dict[str, Any]) -> "Knobs":
         """Read what `to_json` returned."""
         low, high = content["interval"]
-        return from_json(cls, {**content, "interval": (low, math.inf if high is None else high)})
+        levels = content.get("levels")
+        given = {
+            "interval": (low, math.inf if high is None else high),
+            "levels": levels and tuple(map(float, levels)),
+        }
+        return from_json(cls, {**content, **given})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +270,8 @@ def tuned_settings(run: Path) -> tuple[dict[str, Any], list[str]]:
             f"sampled, comes after {newest:,.0f}: run `edm2 tune` again to tune that"
         )
     settings: dict[str, Any] = dict(num_steps=found.num_steps, sampler=found.sampler, ema=knobs.sigma_rel)
+    if knobs.levels is not None:
+        settings["levels"] = knobs.levels
     if knobs.is_guided:
         settings |= {"guidance": knobs.guidance, "interval": knobs.interval}
     if knobs.guide is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from edm2.diffusion import consistency_steps
 from edm2.tuning.bench import Bench, Score
 from edm2.tuning.plan import HELD_OUT_SEED, SEARCH_SEED, SELF, TuningPlan, has_snapshots
 from edm2.tuning.result import BASELINE_SIGMA_REL, Knobs, Tried, Tuned
@@ -25,7 +26,8 @@ def tune(
     """Search one knob after the other; what was evaluated before is not evaluated again.
 
     The order is: EMA length; the guide (the plan's, or an earlier moment of the run) and its EMA length; guidance
-    weight; the EMA length once more, with the guide; upper end of the interval; lower end of the interval.
+    weight; the EMA length once more, with the guide; upper end of the interval; lower end of the interval. For a
+    student it is: EMA length; noise levels, first all, then each; EMA length once more.
 
     A guide that does harm at the weight of its search is tried at the lower weights; if it helps at none, the rest of
     the search is skipped. Settings that give the same images as others are skipped, such as an interval that holds the
@@ -79,7 +81,8 @@ def _search(bench: Bench, plan: TuningPlan, on_tried: Callable[[Tried, Tried], N
     seeds = range(SEARCH_SEED, SEARCH_SEED + plan.samples)
     tried: list[Tried] = []
     effects = set()
-    for stage, propose in _STAGES.items():
+    stages = _STUDENT_STAGES if plan.is_for_student else _STAGES
+    for stage, propose in stages.items():
         for knobs in propose(tried, plan, bench):
             effect = bench.effect(knobs)
             if effect in effects:
@@ -146,6 +149,23 @@ def _lows(tried: Sequence[Tried], plan: TuningPlan, _: Bench) -> Iterable[Knobs]
     return [dataclasses.replace(start, interval=(low, high)) for low in plan.lows if low < high]
 
 
+def _levels(tried: Sequence[Tried], plan: TuningPlan, _: Bench) -> Iterable[Knobs]:
+    start, levels = _best(tried).knobs, consistency_steps(plan.num_steps)[1:-1].tolist()
+    for factor in plan.level_factors if levels else ():
+        yield dataclasses.replace(start, levels=tuple(factor * level for level in levels))
+
+
+def _each_level(tried: Sequence[Tried], plan: TuningPlan, _: Bench) -> Iterable[Knobs]:
+    """From the lowest level to the highest, each from the best so far."""
+    for i in reversed(range(plan.num_steps - 1 if plan.num_steps > 2 else 0)):
+        start = _best(tried).knobs
+        levels = start.levels or tuple(consistency_steps(plan.num_steps)[1:-1].tolist())
+        for factor in plan.level_factors:
+            moved = (*levels[:i], factor * levels[i], *levels[i + 1 :])
+            if list(moved) == sorted(moved, reverse=True):
+                yield dataclasses.replace(start, levels=moved)
+
+
 # Name of each stage, and what it proposes after what was tried.
 _STAGES: dict[str, Callable[[Sequence[Tried], TuningPlan, Bench], Iterable[Knobs]]] = {
     "EMA length": _lengths,
@@ -154,4 +174,10 @@ _STAGES: dict[str, Callable[[Sequence[Tried], TuningPlan, Bench], Iterable[Knobs
     "EMA length with guide": _lengths,
     "interval, upper end": _highs,
     "interval, lower end": _lows,
+}
+_STUDENT_STAGES: dict[str, Callable[[Sequence[Tried], TuningPlan, Bench], Iterable[Knobs]]] = {
+    "EMA length": _lengths,
+    "noise levels": _levels,
+    "each noise level": _each_level,
+    "EMA length once more": _lengths,
 }

@@ -268,6 +268,28 @@ def test_models_in_memory(tmp_path: Path) -> None:
         Pretrained(generator, guide=small_generator(channels=2), sampling=Sampling(guidance=2.0))
 
 
+def test_a_student_is_shared_with_its_noise_levels(tmp_path: Path) -> None:
+    generator = small_generator()
+    generator.info = {**generator.info, "consistency": {"teacher": "0123 with EMA 0.1", "sigma_max": 80.0}}
+    default = Pretrained(generator)
+    assert (default.sampling.sampler, default.sampling.num_steps) == ("consistency", 2)
+    model = Pretrained(generator, sampling=Sampling(sampler="consistency", num_steps=2, levels=(1.5,)))
+    folder = save_pretrained(model, tmp_path / "student")
+    opened = open_pretrained(folder)
+    assert opened.sampling == model.sampling
+    assert np.array_equal(opened.images(SEEDS), generator.images(SEEDS, levels=(1.5,)))
+    assert not np.array_equal(opened.images(SEEDS), default.images(SEEDS))
+    # Levels of two steps are not those of three.
+    assert np.array_equal(opened.images(SEEDS, num_steps=3), generator.images(SEEDS, num_steps=3))
+    card = (folder / "README.md").read_text()
+    assert "| Noise levels | 80 1.5 |" in card
+    assert "| Distilled from | 0123 with EMA 0.1 |" in card
+    main(["sample", str(folder), "--seeds", "0-3", "--out", str(tmp_path / "out.npz")])
+    assert np.array_equal(np.load(tmp_path / "out.npz")["arr_0"].transpose(0, 3, 1, 2), opened.images(SEEDS))
+    with pytest.raises(ValueError, match="2 noise levels"):
+        Sampling(sampler="consistency", num_steps=2, levels=(1.5, 1.0))
+
+
 def test_a_card_is_safe_from_the_names_in_a_file(tmp_path: Path) -> None:
     denoiser = small_denoiser()
     info = {

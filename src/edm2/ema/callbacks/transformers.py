@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from edm2.ema.callbacks.steps import StepsCallback
+from edm2.ema import PowerEMA
+from edm2.ema.callbacks.steps import check_every, track_steps
 
 STATE_FILE = "power_ema.safetensors"
 
 
-class PowerEMACallback(StepsCallback, TrainerCallback):
+class PowerEMACallback(TrainerCallback):
     """Tracks averages while a Trainer trains, and writes a snapshot with every checkpoint and at the end.
 
     Each checkpoint also holds the running averages, so resuming is exact. Time is counted in optimiser steps.
@@ -45,7 +46,10 @@ class PowerEMACallback(StepsCallback, TrainerCallback):
         dtype: str = "fp32",
         **options: Any,
     ) -> None:
-        super().__init__(folder, sigma_rels, every, dtype, options)
+        check_every(every)
+        self.folder, self.every, self.dtype = Path(folder), every, dtype
+        self.ema: PowerEMA | None = None
+        self._build = lambda model: track_steps(model, tuple(sigma_rels), **options)
 
     def on_train_begin(
         self,
@@ -57,8 +61,8 @@ class PowerEMACallback(StepsCallback, TrainerCallback):
         **_: Any,
     ) -> None:
         """Start the averages, or continue those of the checkpoint."""
-        ema = self._begin(model)
-        if state.global_step > ema.start:
+        self.ema = self._build(model)
+        if state.global_step > self.ema.start:
             path = _checkpoint(args, state) / STATE_FILE
             if not path.exists():
                 raise ValueError(
@@ -66,7 +70,7 @@ class PowerEMACallback(StepsCallback, TrainerCallback):
                     " checkpoint in output_dir that was written with this callback, or start at that step with"
                     f" PowerEMACallback(..., start={state.global_step})"
                 )
-            ema.load_state_dict(_read(path))
+            self.ema.load_state_dict(_read(path))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -83,7 +87,7 @@ class PowerEMACallback(StepsCallback, TrainerCallback):
         assert self.ema is not None
         if self.ema.t == self.ema.start:
             return
-        self._snapshot(writes=state.is_world_process_zero)
+        self._snapshot(state)
         if state.is_world_process_zero:
             _write(_checkpoint(args, state) / STATE_FILE, self.ema.state_dict())
 
@@ -95,7 +99,13 @@ class PowerEMACallback(StepsCallback, TrainerCallback):
         # With load_best_model_at_end, the model already holds the weights of an earlier step here.
         if state.global_step > self.ema.t and not args.load_best_model_at_end:
             self.ema.update(state.global_step)
-        self._snapshot(writes=state.is_world_process_zero)
+        if self.ema.t > self.ema.start:
+            self._snapshot(state)
+
+    def _snapshot(self, state: TrainerState) -> None:
+        assert self.ema is not None
+        if state.is_world_process_zero:
+            self.ema.snapshot(self.folder, dtype=self.dtype)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
