@@ -45,19 +45,24 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def timed(function: Callable[[], object], device: torch.device) -> float:
+def timed(
+    function: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Seconds of one call."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def in_turns(
-    functions: dict[str, Callable[[], object]], device: torch.device, rounds: int
+    functions: dict[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time every function once a round, A B C A B C ..., after one call of each to warm up."""
     for function in functions.values():
@@ -65,7 +70,7 @@ def in_turns(
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            times[name].append(timed(function, device))
+            times[name].append(timed(function, device, clock))
     return times
 
 

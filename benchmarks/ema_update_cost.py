@@ -5,8 +5,9 @@
     PYTHONPATH=peers python benchmarks/ema_update_cost.py      # with ema-pytorch and nitrous-ema installed there
 
 The minimum is an in-place lerp of as many flat tensors of the same size: one pass over the same bytes. Methods take
-turns, and ratios are taken round by round. In runs of more than 1,024 updates most updates go into a window, and only
-full windows into the averages; costs after 10,000 and 100,000 updates are means over whole windows. Other libraries
+turns, and ratios are taken round by round, of CPU time where there is no GPU. In runs of more than 1,024 updates, and
+with a single average from the start, most updates go into a window, and only full windows into the averages; costs are
+means over whole windows. Other libraries
 are included if they are installed; each makes its own update of two averages on the model's device.
 pytorch-posthoc-ema moves the model to host memory and back, and is measured as it is.
 """
@@ -16,6 +17,7 @@ import importlib.util
 import math
 import statistics
 import tempfile
+import time
 
 import torch
 from common import in_turns, machine, options
@@ -144,7 +146,9 @@ def main():
             ema = PowerEMA(model, widths)
             ema.update(updates)
             window = math.ceil(updates / windows_per_run(ema.gammas))
-            name = f"edm2 after {updates:,} updates" if window > 1 else "edm2"
+            if arguments.tracks == 1:
+                window = max(window, 16)
+            name = f"edm2 after {updates:,} updates" if rows else "edm2"
             methods[name] = Counter(ema.update, updates, window)
             rows[name] = methods[name].in_a_row
         if arguments.tracks == 2 and arguments.peers:
@@ -153,7 +157,8 @@ def main():
             on_cpu = PowerEMA(model, widths, device="cpu")
             on_cpu.update(500)
             methods["edm2, averages on the CPU"] = Counter(on_cpu.update, 500)
-        times = in_turns(methods, device, arguments.rounds)
+        clock = time.perf_counter if device.type == "cuda" else time.process_time
+        times = in_turns(methods, device, arguments.rounds, clock)
     times = {name: [x / rows.get(name, 1) for x in seconds] for name, seconds in times.items()}
     print(
         f"one update of {arguments.tracks} averages, {arguments.million}M float32 parameters in"

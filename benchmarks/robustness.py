@@ -33,7 +33,7 @@ from edm2.data.sources import open_catalog
 from edm2.diffusion import load_model
 from edm2.ema import PowerEMA, reconstruct
 from edm2.ema.storage.manifest import read_manifest
-from edm2.ema.storage.verify import damaged
+from edm2.ema.storage.snapshots import damaged
 from edm2.generate import ImageGenerator, reconstruct_models, write_samples
 from edm2.train import EMAConfig, NetworkConfig, TrainConfig, train
 from edm2.train.checkpoint import verify

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from edm2.ema.storage.guarded_json import from_json, read_json
-from edm2.ema.storage.locking import folder_lock
 from edm2.ema.storage.replacing import (
+    folder_lock,
     make_folder,
     reason,
     remedy,

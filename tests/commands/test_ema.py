@@ -48,6 +48,28 @@ def failing(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
     return caught.value.code, capsys.readouterr().err
 
 
+def test_a_profile_is_drawn_whole_while_a_trainer_writes(
+    snapshots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = importlib.import_module("edm2.commands.ema")
+    before = read_manifest(snapshots)
+    seen = []
+
+    def beside_a_writer(source: Path, *arguments: object, **options: object) -> object:
+        model = nn.Sequential(nn.Linear(20, 20), nn.BatchNorm1d(20), nn.Linear(20, 20))
+        model[2].weight = model[0].weight
+        ema = PowerEMA(model, run_id="a-run", start=100)
+        ema.load_snapshot(source)
+        ema.update(190)
+        ema.snapshot(source, keep=8)
+        return seen.append(reconstruct_many(source, *arguments, **options)) or seen[-1]  # type: ignore[arg-type, func-returns-value]
+
+    monkeypatch.setattr(command, "reconstruct_many", beside_a_writer)
+    main(["ema", "profile", str(snapshots), "--sigma-rel", "0.07", "--out", str(tmp_path / "p.png")])
+    assert seen[0][0].t == 180
+    assert seen[0][0].coefficients.keys() <= {s.file for s in before.snapshots}
+
+
 def test_list_tells_what_a_folder_holds(snapshots: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["ema", "list", str(snapshots.parent)])  # the run's folder will do
     lines = capsys.readouterr().out.splitlines()

@@ -15,9 +15,9 @@ from torch import nn
 
 from edm2.ema import PowerEMA, reconstruct
 from edm2.ema.storage import snapshots
-from edm2.ema.storage.locking import folder_lock
 from edm2.ema.storage.manifest import read_manifest
-from edm2.ema.storage.verify import damaged
+from edm2.ema.storage.replacing import folder_lock
+from edm2.ema.storage.snapshots import damaged
 
 
 def tracker(size: int = 8) -> tuple[nn.Linear, PowerEMA]:

@@ -11,9 +11,9 @@ import torch
 
 from edm2.cli import main
 from edm2.ema import reconstruct, reconstruct_many, sigma_rel_to_gamma
-from edm2.ema.storage.torch_file import open_torch_file
 from edm2.interop import open_ema_folder
 from edm2.interop.ema_folders import update_profile
+from edm2.interop.torch_file import open_torch_file
 
 SIGMA_RELS = (0.05, 0.28)
 STEPS = 1200

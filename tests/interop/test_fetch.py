@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from edm2.ema.storage.locking import folder_lock
+from edm2.ema.storage.replacing import folder_lock
 from edm2.extras import MissingExtra
 from edm2.interop import fetch as fetching
 from edm2.interop.fetch import check_there, fetch

@@ -51,7 +51,7 @@ def test_the_distance_is_quadratic_near_and_linear_far():
 class Constant:
     """A denoiser that is consistent: it always knows the one image there is."""
 
-    sigma_data, label_dim, augment_dim = 0.5, 0, 0
+    sigma_data, label_dim, augment_dim, cond_channels = 0.5, 0, 0, 0
 
     def __init__(self, image: float) -> None:
         self.image = image

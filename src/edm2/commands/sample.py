@@ -11,7 +11,7 @@ import tyro
 
 from edm2.commands.next_step import tell_next
 from edm2.commands.sampling import Sampling, chosen_path, open_guide, sampler_options, with_saved
-from edm2.data import LatentDecoder
+from edm2.data import LatentDecoder, read_given
 from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
 from edm2.generate import ImageGenerator, parse_seeds, read_coding, write_samples
 from edm2.progress import show
@@ -35,9 +35,12 @@ class _Sample(Sampling):
     label: str | None = None
     """Class of all images, by name or number. Default: seed modulo the number of classes."""
     labels: Path | None = None
-    """.npy file of classes or vectors; an image uses row (seed modulo number of rows)."""
-    conditions: Path | None = None
-    """.npy file of condition images of unit magnitude; an image uses row (seed modulo number of rows)."""
+    """.npy file of classes, or of vectors in the units of the training data; an image uses row (seed modulo number of
+    rows)."""
+    conditions: str | None = None
+    """Images given as conditions, in the units of the training data: a .npy file, an .npz file with `conditions` and,
+    for a model that takes them, `vectors` and `labels`, or any source of images that `edm2 train --condition` takes.
+    An image uses row (seed modulo number of rows)."""
     vae: str | None = None
     """AutoencoderKL that decodes a latent model's latents: a name on the hub, or a folder.
     Default: stabilityai/sd-vae-ft-mse."""
@@ -77,8 +80,7 @@ def _sample(chosen: _Sample, path: Path, seeds: list[int], options: dict[str, An
             generator,
             chosen.out,
             seeds,
-            labels=_labels(chosen, generator),
-            conditions=None if chosen.conditions is None else _read_array(chosen.conditions),
+            **_given(chosen, generator),
             guide=open_guide(chosen, path, common, generator),
             batch_size=chosen.batch,
             grid=chosen.grid,
@@ -109,12 +111,28 @@ def _decoder(chosen: _Sample, path: Path, device: torch.device) -> LatentDecoder
     )
 
 
-def _labels(chosen: _Sample, generator: ImageGenerator) -> int | np.ndarray | None:
-    if chosen.labels is None:
-        return None if chosen.label is None else generator.class_of(chosen.label)
-    if chosen.label is not None:
+def _given(chosen: _Sample, generator: ImageGenerator) -> dict[str, Any]:
+    """Labels, conditions and vectors from the options and the file of conditions."""
+    if chosen.labels is not None and chosen.label is not None:
         raise ValueError("--label and --labels exclude each other: give one")
-    return _read_array(chosen.labels)
+    given: dict[str, Any] = {"labels": None if chosen.label is None else generator.class_of(chosen.label)}
+    coding = generator.coding
+    if chosen.conditions is not None:
+        path = Path(chosen.conditions)
+        if path.suffix == ".npy" and coding.condition is None:
+            given["conditions"] = _read_array(path)
+        else:
+            found = read_given(chosen.conditions, missing=coding.condition is not None)
+            given["conditions"] = found.conditions
+            if found.vectors is not None and coding.vectors is not None:
+                given["vectors"] = found.vectors
+            if found.labels is not None and generator.num_classes and chosen.label is None:
+                given["labels"] = found.labels
+    if chosen.labels is not None:
+        array = _read_array(chosen.labels)
+        is_vectors = coding.vectors is not None and array.dtype.kind == "f"
+        given["vectors" if is_vectors else "labels"] = array
+    return given
 
 
 def _read_array(path: Path) -> np.ndarray:

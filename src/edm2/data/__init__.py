@@ -3,14 +3,15 @@
 from edm2.data.arrays import NpyDataset, open_npz
 from edm2.data.augment import AUGMENT_DIM, Augmentation, mirror
 from edm2.data.autoencoder import LatentDecoder
-from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset, Skipped
+from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset, Skipped, Subset
 from edm2.data.encoders import FloatCoding, PixelCoding, coding_warning, measure_coding
 from edm2.data.files import FileDataset
 from edm2.data.hugging_face import stream_hugging_face
 from edm2.data.idx import read_idx
 from edm2.data.loader import Batch, Batches
 from edm2.data.order import epoch_order, indices
-from edm2.data.sources import BUILT_IN, open_dataset
+from edm2.data.pairs import Given, PairedDataset
+from edm2.data.sources import BUILT_IN, open_dataset, read_given
 from edm2.data.verify import find_damaged
 
 __all__ = [
@@ -22,12 +23,15 @@ __all__ = [
     "Batches",
     "FileDataset",
     "FloatCoding",
+    "Given",
     "ImageDataset",
     "LatentDecoder",
     "NpyDataset",
     "PaddedDataset",
+    "PairedDataset",
     "PixelCoding",
     "Skipped",
+    "Subset",
     "coding_warning",
     "epoch_order",
     "find_damaged",
@@ -36,6 +40,7 @@ __all__ = [
     "mirror",
     "open_dataset",
     "open_npz",
+    "read_given",
     "read_idx",
     "stream_hugging_face",
 ]

@@ -11,9 +11,11 @@ import numpy as np
 
 from edm2.data.dataset import ArrayDataset, ImageDataset
 from edm2.data.npy import as_image, as_stored, channels_last, image_layout, stored_kind
+from edm2.data.pairs import Given, PairedDataset, checked_vectors
 from edm2.data.pictures import refusing
 
-_IMAGE_KEYS, _LABEL_KEYS = ("images", "arr_0"), ("labels", "arr_1")
+# What an .npz file holds besides images and labels.
+_GIVEN = ("conditions", "vectors", "mask")
 _HASHED_BYTES = 1 << 28
 
 
@@ -28,12 +30,13 @@ class NpyDataset(ImageDataset):
     Args:
         path: The file.
         labels: Whether to read labels.
+        missing: Whether NaN is a missing value; otherwise it is an error.
 
     Raises:
         ValueError: If the file is damaged, of another shape or type, or the labels do not fit.
     """
 
-    def __init__(self, path: Path, *, labels: bool = True) -> None:
+    def __init__(self, path: Path, *, labels: bool = True, missing: bool = False) -> None:
         self._path = path
         self._array: Any = None
         with _refusing(f"{path} is not an array of images", "make it with numpy.save"):
@@ -57,6 +60,7 @@ class NpyDataset(ImageDataset):
             labels=values,
             fingerprint="",
             size=len(array),
+            missing=missing and dtype == np.float32,
         )
         # All of a large file would take minutes at every start.
         count = min(len(array), max(1, _HASHED_BYTES * len(array) // array.nbytes))
@@ -82,7 +86,7 @@ class NpyDataset(ImageDataset):
         batch = np.empty((len(indices), *self.image_shape), self.dtype)
         for row, index in enumerate(indices):
             try:
-                batch[row] = as_image(array[index])
+                batch[row] = as_image(array[index], missing=self.missing)
             except ValueError as error:
                 raise ValueError(f"image {index} of {self._path} is damaged ({error}): replace it") from error
         return batch
@@ -92,33 +96,104 @@ class NpyDataset(ImageDataset):
         return {**self.__dict__, "_array": None}
 
 
-def open_npz(path: Path, *, labels: bool = True) -> ArrayDataset:
-    """Open images, and labels if any, from one `.npz` file, into memory.
+def open_npz(path: Path, *, labels: bool = True, missing: bool = False) -> ImageDataset:
+    """Open images and what belongs to them from one `.npz` file, into memory.
 
     Args:
-        path: The file, with `images` (or `arr_0`) shaped as in `NpyDataset`, and `labels` (or `arr_1`).
+        path: The file, with `images` (or `arr_0`) shaped as in `NpyDataset`, and optionally: `labels` (or `arr_1`);
+            `conditions`, one image for each, shaped likewise with channels, height and width of their own; `vectors`
+            `[N, D]`; `mask`, a boolean of the images' shape or with one channel, False where a value is missing.
         labels: Whether to read labels.
+        missing: Whether NaN is a missing value. A mask makes the images float32, if they are bytes, with NaN where
+            it is False.
 
     Raises:
-        ValueError: If the file is damaged, has no images, or the labels do not fit.
+        ValueError: If the file is damaged, has no images, or labels, conditions, vectors or mask do not fit.
     """
-    advice = "make it with numpy.savez(path, images=[N, C, H, W], labels=[N])"
+    advice = "make it with numpy.savez(path, images=[N, C, H, W], labels=[N]); see docs/pairs.md for what else it holds"
     with _refusing(f"{path} is not a data set", advice):
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is not a whole .npz file")
-        with np.load(path, allow_pickle=False) as archive:
-            image_key, label_key = (
-                next((k for k in wanted if k in archive.files), None) for wanted in (_IMAGE_KEYS, _LABEL_KEYS)
+        found = read_npz(path)
+        if "images" not in found:
+            raise ValueError(f"it holds {', '.join(found)}, but no 'images'")
+        images = channels_first(found["images"])
+        if "mask" in found:
+            images = _masked(images, found["mask"])
+    dataset = ArrayDataset(
+        images,
+        found.get("labels") if labels else None,
+        name=path.stem,
+        missing=missing or "mask" in found,
+    )
+    if not found.keys() & {"conditions", "vectors"}:
+        return dataset
+    conditions = None
+    if "conditions" in found:
+        with _refusing(f"the conditions of {path} cannot be used", "store [N, C, H, W], one for each image"):
+            conditions = ArrayDataset(
+                channels_first(found["conditions"]), name=f"conditions of {path.stem}", missing=missing
             )
-            if image_key is None:
-                raise ValueError(f"it holds {', '.join(archive.files) or 'nothing'}, but no 'images'")
-            images = as_stored(archive[image_key])
-            values = archive[label_key] if labels and label_key else None
+    return PairedDataset(dataset, conditions, found.get("vectors"))
+
+
+def given_in_npz(path: Path, *, missing: bool = False) -> Given:
+    """Read what a model is given from one `.npz` file: its `conditions` (or `images`), vectors and labels.
+
+    Raises:
+        ValueError: As in `open_npz`.
+    """
+    with _refusing(
+        f"{path} does not hold conditions", "make it with numpy.savez(path, conditions=[N, C, H, W])"
+    ):
+        found = read_npz(path)
+        images = channels_first(found.get("conditions", found.get("images")))  # type: ignore[arg-type]
+        conditions = ArrayDataset(images, found.get("labels"), name=path.stem, missing=missing)
+        rows = np.arange(len(images))
+        return Given(
+            conditions.images(rows),
+            checked_vectors(found["vectors"], len(images)) if "vectors" in found else None,
+            conditions.labels(rows) if "labels" in found else None,
+        )
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Those arrays of an `.npz` file that `open_npz` names; `arr_0` and `arr_1` are called `images` and `labels`.
+
+    Raises:
+        ValueError: If the file is damaged, has neither images nor conditions, or an array holds Python objects.
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is not a whole .npz file")
+    with np.load(path, allow_pickle=False) as archive:
+        found = {}
+        for name, other in (("images", "arr_0"), ("labels", "arr_1"), *((n, n) for n in _GIVEN)):
+            key = name if name in archive.files else other
+            if key in archive.files:
+                found[name] = archive[key]
+        if not found.keys() & {"images", "conditions"}:
+            raise ValueError(f"it holds {', '.join(archive.files) or 'nothing'}, but no 'images'")
+    return found
+
+
+def channels_first(images: np.ndarray) -> np.ndarray:
+    """Images of any layout that `NpyDataset` takes, as `[N, C, H, W]` uint8 or float32."""
+    images = as_stored(images)
     if images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4 and channels_last(images.shape[1:]):
         images = images.transpose(0, 3, 1, 2)
-    return ArrayDataset(images, values, name=path.stem)
+    return images
+
+
+def _masked(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Float images with NaN where the mask is False."""
+    known = channels_first(mask).astype(bool)
+    if known.ndim != 4 or known.shape not in (images.shape, (len(images), 1, *images.shape[2:])):
+        raise ValueError(
+            f"its mask has the shape {list(mask.shape)}, but must have that of the images {list(images.shape)}, or one "
+            "channel"
+        )
+    masked: np.ndarray = np.where(known, images, np.nan).astype(np.float32)
+    return masked
 
 
 def _mapped(path: Path) -> np.ndarray:

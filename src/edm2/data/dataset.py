@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ class Skipped(NamedTuple):
 
 
 class ImageDataset(ABC):
-    """Images of one shape with class labels, read by index.
+    """Images of one shape, read by index, with what belongs to them: class labels, condition images, vectors.
 
     Attributes:
         name: Short name for logs and reports.
@@ -34,6 +34,10 @@ class ImageDataset(ABC):
             change of some images in a `.npy` file above 256 MiB (see `NpyDataset`). A folder and a ZIP of it have the
             same one if no file is above 64 KiB.
         skipped: Images that were left out because they cannot be read.
+        conditions: The image given with each image, such as its low resolution or the frame before: a data set of the
+            same length with a shape and type of its own. None for a set without conditions.
+        vector_dim: Numbers given with each image, such as the time of day; 0 for none.
+        missing: Whether values of float images may be missing, which is NaN.
     """
 
     def __init__(
@@ -48,8 +52,14 @@ class ImageDataset(ABC):
         fingerprint: str,
         size: int,
         skipped: Sequence[Skipped] = (),
+        conditions: "ImageDataset | None" = None,
+        vectors: np.ndarray | None = None,
+        missing: bool = False,
     ) -> None:
         self.name = name
+        self.conditions, self.missing = conditions, missing
+        self._vectors = vectors
+        self.vector_dim = 0 if vectors is None else vectors.shape[1]
         self.skipped = tuple(skipped)
         self.image_shape = image_shape
         self.dtype = dtype
@@ -100,6 +110,19 @@ class ImageDataset(ABC):
         chosen: np.ndarray = self._labels[self._checked(indices)]
         return chosen
 
+    def vectors(self, indices: np.ndarray) -> np.ndarray:
+        """Vectors of images.
+
+        Args:
+            indices: `[B]` integers in [0, len).
+
+        Returns:
+            `[B, vector_dim]` float32.
+        """
+        assert self._vectors is not None, "vector_dim is 0"
+        chosen: np.ndarray = self._vectors[self._checked(indices)]
+        return chosen
+
     def image_name(self, index: int) -> str:
         """Name of an image in messages."""
         return f"image {index}"
@@ -128,9 +151,11 @@ class ArrayDataset(ImageDataset):
         name: Short name for logs and reports.
         num_classes: Number of classes; default: the largest label plus 1.
         class_names: Name of each class.
+        missing: Whether NaN is a missing value; otherwise it is an error.
 
     Raises:
-        ValueError: If the shape or type is another, there are no images, or the labels do not fit.
+        ValueError: If the shape or type is another, there are no images, values are not finite, or the labels do not
+            fit.
     """
 
     def __init__(
@@ -141,6 +166,7 @@ class ArrayDataset(ImageDataset):
         name: str = "array",
         num_classes: int | None = None,
         class_names: Sequence[str] = (),
+        missing: bool = False,
     ) -> None:
         if images.ndim != 4:
             raise ValueError(f"images must have the shape [N, C, H, W], not {list(images.shape)}")
@@ -150,8 +176,8 @@ class ArrayDataset(ImageDataset):
             if not np.issubdtype(images.dtype, np.floating):
                 raise ValueError(f"images must be uint8 or float, not {images.dtype}: convert them first")
             images = images.astype(np.float32)
-            if not np.isfinite(images).all():
-                raise ValueError(f"data set {name!r} holds values that are not finite: remove them first")
+            if bad := not_finite(images, missing=missing):
+                raise ValueError(f"data set {name!r} holds {bad}")
         self._images = np.ascontiguousarray(images)
         super().__init__(
             name=name,
@@ -162,6 +188,7 @@ class ArrayDataset(ImageDataset):
             class_names=class_names,
             fingerprint="",
             size=len(images),
+            missing=bool(np.isnan(images).any()),
         )
         digest = hashlib.sha256(f"array {images.shape} {images.dtype.name} {self.num_classes}".encode())
         # One byte order for all machines.
@@ -193,6 +220,12 @@ class PaddedDataset(ImageDataset):
                 f"pad_to {size} is smaller than the images of {dataset.name!r} ({height}x{width}): "
                 f"give at least {max(height, width)}, or None for no padding (--dataset.pad-to None)"
             )
+        conditions = dataset.conditions
+        if conditions is not None and conditions.image_shape[1:] != (height, width):
+            raise ValueError(
+                f"pad_to {size} needs conditions of the images' size, {height}x{width}; those of {dataset.name!r} have "
+                f"{conditions.image_shape[1]}x{conditions.image_shape[2]}: pad both yourself, or leave pad_to out"
+            )
         self._dataset = dataset
         top, left = (size - height) // 2, (size - width) // 2
         self._margins = ((0, 0), (0, 0), (top, size - height - top), (left, size - width - left))
@@ -206,6 +239,9 @@ class PaddedDataset(ImageDataset):
             fingerprint=hashlib.sha256(f"pad {size} {dataset.fingerprint}".encode()).hexdigest(),
             size=len(dataset),
             skipped=dataset.skipped,
+            conditions=None if conditions is None else PaddedDataset(conditions, size),
+            vectors=dataset.vectors(np.arange(len(dataset))) if dataset.vector_dim else None,
+            missing=dataset.missing,
         )
 
     def image_name(self, index: int) -> str:
@@ -216,34 +252,32 @@ class PaddedDataset(ImageDataset):
         return np.pad(self._dataset.images(indices), self._margins)
 
 
-class WithoutDamaged(ImageDataset):
-    """Another data set without some of its images.
+class Subset(ImageDataset):
+    """Some images of another data set, with what belongs to them.
 
     Args:
         dataset: The other data set.
-        damaged: Index of each image to leave out, with its name and the reason.
-
-    Raises:
-        ValueError: If no image is left.
+        rows: `[M]` indices of the images, at least one.
+        skipped: Images that are left out because they cannot be read, in addition to the other data set's.
     """
 
-    def __init__(self, dataset: ImageDataset, damaged: Mapping[int, Skipped]) -> None:
-        self._dataset = dataset
-        self._rows = np.setdiff1d(np.arange(len(dataset)), list(damaged))
-        if not len(self._rows):
-            raise ValueError(f"none of the {len(dataset)} images of {dataset.name!r} can be read")
+    def __init__(self, dataset: ImageDataset, rows: np.ndarray, *, skipped: Sequence[Skipped] = ()) -> None:
+        self._dataset, self._rows = dataset, rows
         digest = hashlib.sha256(f"without {dataset.fingerprint}".encode())
-        digest.update(self._rows.astype("<i8").data)
+        digest.update(rows.astype("<i8").data)
         super().__init__(
             name=dataset.name,
             image_shape=dataset.image_shape,
             dtype=dataset.dtype,
-            labels=dataset.labels(self._rows) if dataset.num_classes else None,
+            labels=dataset.labels(rows) if dataset.num_classes else None,
             num_classes=dataset.num_classes,
             class_names=dataset.class_names,
             fingerprint=digest.hexdigest(),
-            size=len(self._rows),
-            skipped=(*dataset.skipped, *damaged.values()),
+            size=len(rows),
+            skipped=(*dataset.skipped, *skipped),
+            conditions=None if dataset.conditions is None else Subset(dataset.conditions, rows),
+            vectors=dataset.vectors(rows) if dataset.vector_dim else None,
+            missing=dataset.missing,
         )
 
     def image_name(self, index: int) -> str:
@@ -252,6 +286,20 @@ class WithoutDamaged(ImageDataset):
 
     def _read(self, indices: np.ndarray) -> np.ndarray:
         return self._dataset.images(self._rows[indices])
+
+
+def not_finite(images: np.ndarray, *, missing: bool) -> str | None:
+    """What is wrong with float images that hold infinite values, or NaN where that is not a missing value; or None."""
+    infinite = np.isinf(images).any()
+    if infinite or (not missing and np.isnan(images).any()):
+        remedy = (
+            "remove them first"
+            if infinite
+            else "if NaN marks missing values, say so with --dataset.missing mask (missing=True in Python); otherwise "
+            "fill them first"
+        )
+        return f"values that are not finite ({1 - np.isfinite(images).mean():.2%}): {remedy}"
+    return None
 
 
 def checked_labels(labels: np.ndarray, size: int) -> np.ndarray:

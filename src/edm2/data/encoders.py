@@ -170,13 +170,24 @@ def _channel_moments(dataset: ImageDataset, sample: int, latents: bool) -> tuple
         raise ValueError(f"sample {sample} must be at least 1")
     sample = min(sample, len(dataset))
     total = np.zeros((2, dataset.image_shape[0]))
+    known: np.ndarray | int = 0
     for start in range(0, sample, 256):
         chosen = indices(start, min(256, sample - start), size=len(dataset), seed=0)
         values = dataset.images(np.sort(chosen)).astype(np.float64)
         if dataset.dtype == np.uint8:
             values = values / 127.5 - 1
+        if dataset.missing:
+            known = known + np.isfinite(values).sum((0, 2, 3))
+            values = np.nan_to_num(values)
+        else:
+            known = known + values[:, 0].size
         total += [values.sum((0, 2, 3)), np.square(values).sum((0, 2, 3))]
-    mean, square = total / (sample * math.prod(dataset.image_shape[1:]))
+    if np.any(known == 0):
+        raise ValueError(
+            f"channel {int(np.argmin(known))} of data set {dataset.name!r} has no value that is not missing: leave "
+            "it out of the images"
+        )
+    mean, square = total / known
     if not latents:
         return mean, square
     half = len(mean) // 2

@@ -6,17 +6,15 @@ The images of a batch depend only on the run's seed and the position. Workers on
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from edm2.data.dataset import ImageDataset
 from edm2.data.order import indices
-from edm2.data.workers import process_pool, result_of
 
 
 class Batch(NamedTuple):
@@ -26,11 +24,15 @@ class Batch(NamedTuple):
         position: Position of the first image, in images since the start of the run.
         images: `[B, C, H, W]` uint8 or float32, as stored.
         labels: `[B]` int64, or None if the data set has none.
+        conditions: Images given with them, `[B, C', H', W']` as stored, or None.
+        vectors: `[B, vector_dim]` float32, or None.
     """
 
     position: int
     images: Tensor
-    labels: Tensor | None
+    labels: Tensor | None = None
+    conditions: Tensor | None = None
+    vectors: Tensor | None = None
 
 
 class Batches:
@@ -48,10 +50,7 @@ class Batches:
         microbatch: Images at a time, a divisor of the share; default: the share.
         rank: Rank of this process, in [0, world_size).
         world_size: Number of processes, a divisor of batch_size.
-        workers: Number of background workers; 0 reads in this thread.
-        processes: Whether workers are processes instead of threads. They pay off if reading is Python code that holds
-            the interpreter lock; decoding by Pillow and NumPy mostly does not. A script that uses them needs
-            `if __name__ == "__main__":`.
+        workers: Number of background threads; 0 reads in this one.
         pin_memory: Whether tensors are page-locked, so that they are copied to a GPU in the background; default: if
             CUDA is available.
 
@@ -60,11 +59,10 @@ class Batches:
 
     Raises:
         ValueError: If the numbers do not fit each other; from `next`, if an image cannot be read.
-        ChildProcessError: From `next`, if a worker process was killed.
 
     Example:
         >>> with Batches(dataset, 256, seed=0, start=num_images) as batches:
-        ...     for position, images, labels in batches: ...
+        ...     for batch in batches: ...
     """
 
     def __init__(
@@ -79,7 +77,6 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 2,
-        processes: bool = False,
         pin_memory: bool | None = None,
     ) -> None:
         share = _share(batch_size, rank, world_size)
@@ -92,16 +89,11 @@ class Batches:
         self._dataset, self._seed, self._size = dataset, seed, size
         self._pin = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._positions = _positions(batch_size, start, stop, rank * share, share, size)
-        self._processes = processes and workers > 0
-        self._pending: deque[tuple[int, Future[_Arrays]]] = deque()
+        self._pending: deque[Future[Batch]] = deque()
         # Two for each worker: one being read, one waiting.
         self._depth = 2 * workers
-        self._pool: Executor | None = None
+        self._pool = ThreadPoolExecutor(workers, "edm2-loader") if workers else None
         self._closed = False
-        if self._processes:
-            self._pool = process_pool(workers, _prepare, dataset)
-        elif workers:
-            self._pool = ThreadPoolExecutor(workers, "edm2-loader")
 
     def __iter__(self) -> "Batches":
         return self
@@ -139,40 +131,30 @@ class Batches:
                 "these batches are closed: make new ones, with start at the position that you need"
             )
         if self._pool is None:
-            position = next(self._positions)
-            return self._batch(position, _read(self._dataset, self._chosen(position)))
+            return self._read(next(self._positions))
         while len(self._pending) < self._depth:
-            position_ahead = next(self._positions, None)
-            if position_ahead is None:
+            position = next(self._positions, None)
+            if position is None:
                 break
-            self._pending.append((position_ahead, self._submit(self._pool, position_ahead)))
+            self._pending.append(self._pool.submit(self._read, position))
         if not self._pending:
             raise StopIteration
-        position, future = self._pending.popleft()
-        return self._batch(position, result_of(future))
+        return self._pending.popleft().result()
 
-    def _chosen(self, position: int) -> np.ndarray:
-        return indices(position, self._size, size=len(self._dataset), seed=self._seed)
-
-    def _submit(self, pool: Executor, position: int) -> "Future[_Arrays]":
-        if self._processes:
-            return pool.submit(_read_in_worker, self._chosen(position))
-        return pool.submit(self._read_and_pin, position)
-
-    def _read_and_pin(self, position: int) -> "_Arrays":
-        return self._pinned(_read(self._dataset, self._chosen(position)))
-
-    def _pinned(self, arrays: "_Arrays") -> "_Arrays":
-        if not self._pin or arrays[0].is_pinned():
-            return arrays
-        images, labels = arrays
-        return images.pin_memory(), None if labels is None else labels.pin_memory()
-
-    def _batch(self, position: int, arrays: "_Arrays") -> Batch:
-        return Batch(position, *self._pinned(arrays))
-
-
-_Arrays = tuple[Tensor, Tensor | None]
+    def _read(self, position: int) -> Batch:
+        dataset = self._dataset
+        chosen = indices(position, self._size, size=len(dataset), seed=self._seed)
+        batch = Batch(
+            position,
+            torch.from_numpy(dataset.images(chosen)),
+            torch.from_numpy(dataset.labels(chosen)) if dataset.num_classes else None,
+            None if dataset.conditions is None else torch.from_numpy(dataset.conditions.images(chosen)),
+            torch.from_numpy(dataset.vectors(chosen)) if dataset.vector_dim else None,
+        )
+        if not self._pin:
+            return batch
+        pinned: list[Any] = [None if tensor is None else tensor.pin_memory() for tensor in batch[1:]]
+        return Batch(position, *pinned)
 
 
 def _share(batch_size: int, rank: int, world_size: int) -> int:
@@ -190,22 +172,3 @@ def _positions(
     while stop is None or step < stop:
         yield from range(step + offset, step + offset + share, size)
         step += batch_size
-
-
-def _read(dataset: ImageDataset, chosen: np.ndarray) -> _Arrays:
-    images = torch.from_numpy(dataset.images(chosen))
-    return images, torch.from_numpy(dataset.labels(chosen)) if dataset.num_classes else None
-
-
-# In a worker process, the data set to read.
-_dataset: ImageDataset | None = None
-
-
-def _prepare(dataset: ImageDataset) -> None:
-    global _dataset
-    _dataset = dataset
-
-
-def _read_in_worker(chosen: np.ndarray) -> _Arrays:
-    assert _dataset is not None
-    return _read(_dataset, chosen)

@@ -45,8 +45,12 @@ def read_array(data: bytes) -> np.ndarray:
     return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
 
 
-def as_image(array: np.ndarray) -> np.ndarray:
+def as_image(array: np.ndarray, *, missing: bool = False) -> np.ndarray:
     """Return an array as `[C, H, W]` uint8 or float32; see `image_layout`.
+
+    Args:
+        array: The array.
+        missing: Whether NaN is a missing value; otherwise it is an error.
 
     Raises:
         ValueError: If the shape or type is not that of an image, or values are not finite.
@@ -54,7 +58,7 @@ def as_image(array: np.ndarray) -> np.ndarray:
     shape, last = image_layout(array.shape)
     array = array.transpose(2, 0, 1) if last else array.reshape(shape)
     image = as_stored(array)
-    if image.dtype == np.float32 and not np.isfinite(image).all():
+    if image.dtype == np.float32 and (np.isinf(image).any() if missing else not np.isfinite(image).all()):
         raise ValueError("it holds values that are not finite")
     return image
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from edm2.data.arrays import NpyDataset, open_npz
-from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset, WithoutDamaged
+from edm2.data.arrays import NpyDataset, given_in_npz, open_npz
+from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset, Subset
 from edm2.data.files import Catalog, FileDataset, damage_message, list_files
 from edm2.data.hugging_face import PREFIX, is_hugging_face, list_hugging_face
 from edm2.data.idx import idx_splits, open_idx
+from edm2.data.pairs import Given, PairedDataset
 from edm2.data.storage import zip_of
 from edm2.data.verify import find_damaged
 from edm2.extras import needed
@@ -29,6 +30,8 @@ def open_dataset(
     *,
     split: str = "train",
     labels: bool = True,
+    condition: str | Path | None = None,
+    missing: bool = False,
     pad_to: int | None = None,
     verify: bool = False,
     skip_damaged: bool = False,
@@ -42,6 +45,9 @@ def open_dataset(
             `datasets`, or Arrow or Parquet files. Write `./digits` for a folder with a built-in's name.
         split: "train", or another split that the source has.
         labels: Whether to read labels.
+        condition: Source of the images given with these, in the same order. Default: the `conditions` of an `.npz`
+            file.
+        missing: Whether NaN is a missing value; otherwise it is an error.
         pad_to: Height and width in pixels to which images are padded with zeros.
         verify: Whether to decode every image now, so that a damaged one is found before a run starts.
         skip_damaged: Whether to leave out images that cannot be decoded, with a warning that counts them; `skipped`
@@ -54,11 +60,31 @@ def open_dataset(
         ValueError: If the source or split is unknown, there are no images, sizes differ, files are damaged, or labels
             do not fit.
     """
-    found = _find(source, split, labels)
+    found = _find(source, split, labels, missing)
     dataset = FileDataset(found, skip_damaged=skip_damaged) if isinstance(found, Catalog) else found
+    if condition is not None:
+        given = open_dataset(condition, split=split, labels=False, missing=missing)
+        dataset = PairedDataset(dataset, given)
     if verify or skip_damaged:
         dataset = _verified(dataset, str(source), skip_damaged)
     return dataset if pad_to is None else PaddedDataset(dataset, pad_to)
+
+
+def read_given(source: str | Path, *, missing: bool = False) -> Given:
+    """Read what a model is given to make images: conditions, and the vectors and labels beside them.
+
+    Args:
+        source: An `.npz` file with `conditions`, or the source of condition images, as in `open_dataset`.
+        missing: Whether NaN is a missing value; otherwise it is an error.
+
+    Raises:
+        ValueError: As in `open_dataset`.
+    """
+    path = Path(source).expanduser()
+    if path.suffix.lower() == ".npz" and path.is_file():
+        return given_in_npz(path, missing=missing)
+    opened = open_dataset(source, labels=False, missing=missing)
+    return Given(opened.images(np.arange(len(opened))))
 
 
 def _verified(dataset: ImageDataset, source: str, skip_damaged: bool) -> ImageDataset:
@@ -66,7 +92,10 @@ def _verified(dataset: ImageDataset, source: str, skip_damaged: bool) -> ImageDa
     if damaged and not skip_damaged:
         raise ValueError(damage_message([skipped for _, skipped in damaged], source))
     if damaged:
-        dataset = WithoutDamaged(dataset, dict(damaged))
+        rows = np.setdiff1d(np.arange(len(dataset)), [row for row, _ in damaged])
+        if not len(rows):
+            raise ValueError(f"none of the {len(dataset)} images of {dataset.name!r} can be read")
+        dataset = Subset(dataset, rows, skipped=[skipped for _, skipped in damaged])
     if dataset.skipped:
         name, reason = dataset.skipped[0]
         count, total = len(dataset.skipped), len(dataset) + len(dataset.skipped)
@@ -120,7 +149,7 @@ class DatasetStorage:
         return int(self._dataset.fingerprint[:16], 16)
 
 
-def _find(source: str | Path, split: str, labels: bool) -> Catalog | ImageDataset:
+def _find(source: str | Path, split: str, labels: bool, missing: bool = False) -> Catalog | ImageDataset:
     if isinstance(source, str) and source in BUILT_IN:
         if split not in ("train", "test"):
             raise ValueError(f"{source} has no split {split!r}: its splits are test, train")
@@ -147,7 +176,8 @@ def _find(source: str | Path, split: str, labels: bool) -> Catalog | ImageDatase
             "open the other by its own path"
         )
     if arrays:
-        return NpyDataset(path, labels=labels) if suffix == ".npy" else open_npz(path, labels=labels)
+        opened = NpyDataset if suffix == ".npy" else open_npz
+        return opened(path, labels=labels, missing=missing)
     return list_files(path, labels=labels)
 
 

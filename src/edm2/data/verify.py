@@ -39,6 +39,8 @@ def _damaged(dataset: ImageDataset, rows: Sequence[int]) -> Iterator[tuple[int, 
     for row in rows:
         try:
             dataset.images(np.array([row]))
+            if dataset.conditions is not None:
+                dataset.conditions.images(np.array([row]))
         except ValueError as error:
             cause = error.__cause__ or error
             yield row, Skipped(dataset.image_name(row), str(cause))

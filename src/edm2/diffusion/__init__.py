@@ -5,7 +5,7 @@ a denoiser; samplers turn noise into images with any callable `denoiser(x, sigma
 """
 
 from edm2.diffusion.build import build_denoiser
-from edm2.diffusion.denoiser import Denoiser
+from edm2.diffusion.denoiser import Denoiser, GivenDenoiser
 from edm2.diffusion.guidance import DenoiserFn, WithoutLabels, clipped, guided
 from edm2.diffusion.loss import draw_sigma, edm2_loss
 from edm2.diffusion.model_file import MODEL_FILE, load_model, read_model, read_model_header, save_model
@@ -32,6 +32,7 @@ __all__ = [
     "Churn",
     "Denoiser",
     "DenoiserFn",
+    "GivenDenoiser",
     "LearnedUncertainty",
     "NetworkFunction",
     "SamplerName",

@@ -4,7 +4,7 @@ Ref: EDM2 Eq. 4-8 and 21; EDM (arXiv 2206.00364) Sec. 5, Table 1.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -166,6 +166,15 @@ class Denoiser(nn.Module):
         denoised = c_skip * x + c_out * raw.to(torch.float32)
         return (denoised, self.logvar(sigma)) if return_logvar else denoised
 
+    def given(self, condition: Tensor | None = None, vectors: Tensor | None = None) -> "GivenDenoiser":
+        """Bind this denoiser to what it is given, for samplers and guidance; see `GivenDenoiser`.
+
+        Args:
+            condition: `[N, cond_channels, H, W]`, see `forward`.
+            vectors: `[N, label_dim]` float, for a network of `label_kind` "vector".
+        """
+        return GivenDenoiser(self, condition, vectors)
+
     def logvar(self, sigma: Tensor) -> Tensor:
         """u(sigma), the log of the expected weighted squared error, `[B, 1, 1, 1]`; 0 without an uncertainty."""
         if self.uncertainty is None:
@@ -231,6 +240,45 @@ class Denoiser(nn.Module):
                     "pass labels=None for a missing label"
                 )
         return (labels[:, None] == torch.arange(self.label_dim, device=labels.device)).float()
+
+
+class GivenDenoiser:
+    """A denoiser bound to a condition, vectors or both: an ordinary denoiser `(x, sigma, labels)`.
+
+    For a batch of k N images, what N images are given is repeated k times.
+
+    Args:
+        network: Called as `network(x, sigma, labels, condition=condition)`; a `Denoiser`, or a copy of one.
+        condition: `[N, cond_channels, H, W]` of unit magnitude, or None.
+        vectors: `[N, label_dim]` float, which take the place of labels where none are given, or None. Labels given
+            in a call replace them, and a row of zeros stands for nothing known.
+
+    Raises:
+        ValueError: From a call, if the batch is not a multiple of N.
+    """
+
+    def __init__(
+        self, network: Callable[..., Tensor], condition: Tensor | None = None, vectors: Tensor | None = None
+    ) -> None:
+        self.network, self.condition, self.vectors = network, condition, vectors
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
+        """Noisy images, noise level and labels -> the expected clean images, all as in `Denoiser.forward`."""
+        labels = _repeated(self.vectors, len(x)) if labels is None else labels
+        if self.condition is None:
+            return self.network(x, sigma, labels)
+        return self.network(x, sigma, labels, condition=_repeated(self.condition, len(x)))
+
+
+def _repeated(given: Tensor | None, size: int) -> Tensor | None:
+    if given is None or len(given) == size:
+        return given
+    if size % len(given):
+        raise ValueError(
+            f"{size} images for conditions or vectors of {len(given)}: give one for each image, or a divisor of their "
+            "number"
+        )
+    return given.repeat(size // len(given), *[1] * (given.ndim - 1))
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from edm2.diffusion.denoiser import GivenDenoiser
+
 
 class DenoiserFn(Protocol):
     """Any denoiser: an `edm2.diffusion.Denoiser`, another network, or a closed form."""
@@ -30,7 +32,7 @@ class WithoutLabels:
 
     Args:
         network: Denoiser that accepts labels None, and `[B, label_dim]` floats of which a row of zeros is a missing
-            label.
+            label. A `GivenDenoiser` keeps its condition and is evaluated without its vectors.
         label_dim: Number of classes, or length of a label vector.
     """
 
@@ -43,9 +45,10 @@ class WithoutLabels:
         Raises:
             ValueError: If the images have no labels to leave out.
         """
-        if labels is None:
+        bound = isinstance(self.network, GivenDenoiser) and self.network.vectors is not None
+        if labels is None and not bound:
             raise ValueError("a guide without labels has no effect on images without labels: give labels")
-        return self.network(x, sigma, None)
+        return self.network(x, sigma, x.new_zeros(len(x), self.label_dim) if bound else None)
 
     def both(self, x: Tensor, sigma: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate with and without labels, in one batch."""

@@ -23,7 +23,7 @@ from edm2.ema.reconstruct import (
     reconstruct_each,
     reconstruct_many,
 )
-from edm2.ema.tracking.live import LiveEMA
+from edm2.ema.tracking.tracked import LiveEMA
 from edm2.ema.tracking.tracker import PowerEMA
 
 __all__ = [

@@ -2,25 +2,23 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from edm2.ema.maths.solve import HOPELESS_MISFIT, Solution
 from edm2.ema.maths.targets import Target
-from edm2.ema.storage.locking import folder_lock
 from edm2.ema.storage.manifest import ForeignSnapshots, Manifest, Snapshot, read_manifest
 from edm2.ema.storage.memory import free_memory
+from edm2.ema.storage.replacing import folder_lock
 from edm2.ema.stored_averages import StoredAverages
 
 _TRIES = 5
 _SHARE_OF_MEMORY = 0.5
-
-_Result = TypeVar("_Result")
 
 
 class AccuracyWarning(UserWarning):
@@ -175,34 +173,23 @@ def _chosen(
     tracks: Sequence[float] | None,
     warn_above: float,
 ) -> list[Reconstruction]:
-    """All targets; tensors for the chosen ones only. Solving for all together keeps their bits the same."""
+    """All targets; tensors for the chosen ones only. Solving for all together keeps their bits the same.
+
+    It tries again with the new manifest when a writer that keeps only some snapshots deletes files meanwhile.
+    """
     wanted = [x if isinstance(x, Target) else Target.power(x) for x in targets]
-
-    def attempt(manifest: Manifest) -> list[Reconstruction]:
-        part = _with_tracks(folder, manifest, tracks)
-        return _reconstruct(folder, part, wanted, chosen, _target_time(folder, part, t), warn_above)
-
-    return _while_files_vanish(folder, attempt)
-
-
-def _while_files_vanish(
-    folder: str | Path | ForeignSnapshots, attempt: Callable[[Manifest], _Result]
-) -> _Result:
-    """Try again with the new manifest when a writer that keeps only some snapshots deletes files meanwhile."""
     manifest = read_manifest(folder)
-    for tries in range(_TRIES):
+    for _ in range(_TRIES):
         try:
-            return attempt(manifest)
+            return _reconstruct(folder, manifest, wanted, chosen, t, tracks, warn_above)
         except FileNotFoundError as error:
             before, manifest = manifest, read_manifest(folder)
             if manifest == before:
                 raise ValueError(
                     f"{error.filename} is named by the manifest but missing: restore it from a copy"
                 ) from None
-            if tries == _TRIES - 1:
-                break
     with folder_lock(Path(str(folder))):  # the writer waits
-        return attempt(read_manifest(folder))
+        return _reconstruct(folder, read_manifest(folder), wanted, chosen, t, tracks, warn_above)
 
 
 def _reconstruct(
@@ -210,9 +197,12 @@ def _reconstruct(
     manifest: Manifest,
     wanted: Sequence[Target],
     chosen: Sequence[int],
-    t: float,
+    t: float | None,
+    tracks: Sequence[float] | None,
     warn_above: float,
 ) -> list[Reconstruction]:
+    manifest = _with_tracks(folder, manifest, tracks)
+    t = _target_time(folder, manifest, t)
     used = _useful(manifest, t)
     stored = StoredAverages(folder, manifest, used)
     profiles = [w.at(t - manifest.run.start) for w in wanted]
@@ -236,7 +226,7 @@ def _reconstruct(
         tensors |= {alias: tensors[name] for alias, name in manifest.run.aliases.items() if tensors}
         error = stored.expected_error(solution, profile)
         if error > warn_above:
-            warnings.warn(_advice(target, solution, error, used, t), AccuracyWarning, stacklevel=5)
+            warnings.warn(_advice(target, solution, error, used, t), AccuracyWarning, stacklevel=4)
         coefficients = zip((s.file for s in used), solution.coefficients.tolist(), strict=True)
         results.append(
             Reconstruction(

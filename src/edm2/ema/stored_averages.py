@@ -9,18 +9,16 @@ import torch
 from torch import Tensor
 
 from edm2.ema.maths.fit_motion import fit_motion
-from edm2.ema.maths.grid import Grid
-from edm2.ema.maths.motion import WHITE, Motion
+from edm2.ema.maths.motion import WHITE, Grid, Motion
 from edm2.ema.maths.plans import MOVEMENT
 from edm2.ema.maths.profiles import FloatArray
 from edm2.ema.maths.solve import Solution, solve_motion
 from edm2.ema.maths.targets import PowerProfile, Profile
-from edm2.ema.storage.distances import sample_squares
 from edm2.ema.storage.guarded_json import read_json
 from edm2.ema.storage.manifest import ForeignSnapshots, Manifest, Snapshot, layout_digest
 from edm2.ema.storage.snapshots import open_snapshot
 from edm2.ema.storage.tensorfile import TensorFile
-from edm2.ema.storage.weighted_sums import WeightedSums, read_tensors
+from edm2.ema.storage.weighted_sums import WeightedSums, read_tensors, sample_squares
 
 _MOST_JUDGED = 24
 _NEGLIGIBLE = 1e-9
@@ -50,11 +48,10 @@ class StoredAverages:
         self._used = used
         self._files = [open_snapshot(folder, manifest.run, s) for s in used]
         foreign = isinstance(folder, ForeignSnapshots)
-        copied = [_copied(f, None if foreign else manifest.layout) for f in self._files]
-        self._copied = copied[0]
+        described = [_described(f, None if foreign else manifest.layout) for f in self._files]
+        self._copied, _, self._complex = described[0]
         self._names = [name for name in self._files[0].specs if name not in self._copied]
-        self._scales = [_scales(f) for f in self._files]
-        self._complex = _complex_names(self._files[0])
+        self._scales = [scales for _, scales, _ in described]
         self.write_backs = tuple(read_json(self._files[-1].metadata.get("write_backs", "[]")))
         known = folder.profiles if isinstance(folder, ForeignSnapshots) else {}
         self._profiles: list[Profile] = [
@@ -118,31 +115,31 @@ class StoredAverages:
         return sums, copied
 
 
-def _copied(file: TensorFile, layout: str | None) -> list[str]:
-    """Names of the tensors that are not averaged; `layout` is the digest that the file's tensors must have."""
-    names = read_json(file.metadata.get("copied", ""))
-    if not isinstance(names, list) or not all(name in file.specs for name in names):
+def _described(file: TensorFile, layout: str | None) -> tuple[list[str], dict[str, float], list[str]]:
+    """What a file's header says of its tensors.
+
+    Args:
+        file: The file.
+        layout: Digest that the tensors' names and shapes must have.
+
+    Returns:
+        Names of the tensors that are not averaged, factors of those that were divided by one, and names of those that
+        are stored as real and imaginary parts.
+    """
+    copied, scales, pairs = (
+        read_json(file.metadata.get(key, default))
+        for key, default in (("copied", ""), ("scales", "{}"), ("complex", "[]"))
+    )
+    specs = file.specs
+    if not isinstance(copied, list) or not all(name in specs for name in copied):
         raise ValueError(f"{file.path} names copied tensors that it does not hold: restore it from a copy")
-    if layout is not None and layout_digest({n: s.shape for n, s in file.specs.items()}) != layout:
+    if layout is not None and layout_digest({n: s.shape for n, s in specs.items()}) != layout:
         raise ValueError(f"{file.path} holds other tensors than the manifest says: restore it from a copy")
-    return names
-
-
-def _scales(file: TensorFile) -> dict[str, float]:
-    scales = read_json(file.metadata.get("scales", "{}"))
     if not isinstance(scales, dict) or not all(isinstance(x, float | int) for x in scales.values()):
         raise ValueError(f"{file.path} has scales that are not numbers: restore it from a copy")
-    return scales
-
-
-def _complex_names(file: TensorFile) -> list[str]:
-    """Names of the tensors that are stored as real and imaginary parts."""
-    names = read_json(file.metadata.get("complex", "[]"))
-    if not isinstance(names, list) or not all(
-        n in file.specs and file.specs[n].shape[-1:] == (2,) for n in names
-    ):
+    if not isinstance(pairs, list) or not all(n in specs and specs[n].shape[-1:] == (2,) for n in pairs):
         raise ValueError(f"{file.path} names complex tensors that it does not hold: restore it from a copy")
-    return names
+    return copied, scales, pairs
 
 
 def _spread(used: Sequence[Snapshot], most: int) -> list[int]:

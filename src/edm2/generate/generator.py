@@ -7,6 +7,7 @@ import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edm2.data import LatentDecoder
-from edm2.diffusion import Denoiser, DenoiserFn, WithoutLabels, load_model
+from edm2.diffusion import Denoiser, DenoiserFn, GivenDenoiser, WithoutLabels, load_model
 from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.generate.reconstructed import read_info, reconstruct_denoiser
 from edm2.generate.sampler_options import SamplerOptions
@@ -43,7 +44,7 @@ class ImageGenerator:
         decoder: Decoder of a latent model's latents.
 
     Attributes:
-        num_classes: Number of classes; 0 for an unconditional model and for one that is conditioned on vectors.
+        num_classes: Number of classes; 0 for an unconditional model and for one that is conditioned on vectors only.
         class_names: One for each class, or empty.
         pixel_channels: Channels of its pictures; 0 if it makes floats, or latents without a decoder.
 
@@ -66,7 +67,7 @@ class ImageGenerator:
         self.denoiser, self.coding, self.decoder = denoiser, coding, decoder
         self.info = info or {}
         self.takes_vectors = denoiser.takes_vectors
-        self.num_classes = 0 if self.takes_vectors else denoiser.label_dim or 0
+        self.num_classes = coding.num_classes if self.takes_vectors else denoiser.label_dim or 0
         self.class_names = tuple(self.info.get("class_names", ()))
         self.pixel_channels = coding.num_channels if coding.kind == "pixels" else 0
         if decoder is not None:
@@ -195,28 +196,33 @@ class ImageGenerator:
         raise ValueError(f"there is no class {name!r}: {known}")
 
     def check_inputs(
-        self, count: int, labels: np.ndarray | None, conditions: np.ndarray | Tensor | None
+        self,
+        count: int,
+        labels: np.ndarray | None,
+        conditions: np.ndarray | Tensor | None,
+        vectors: np.ndarray | None = None,
     ) -> None:
-        """Raise ValueError unless labels and conditions fit the model and `count` images."""
+        """Raise ValueError unless labels, conditions and vectors fit the model and `count` images."""
+        size = self.denoiser.label_dim or 0
+        if self.coding.vectors is not None:
+            wanted: tuple[int, ...] = (count, size - self.num_classes)
+            if vectors is None or vectors.shape != wanted:
+                got = "none were given" if vectors is None else f"not of shape {list(vectors.shape)}"
+                raise ValueError(f"this model is conditioned on vectors: give vectors {list(wanted)}, {got}")
+            size = self.num_classes
+        elif vectors is not None:
+            raise ValueError("vectors were given to a model that was not trained with any: leave them out")
         if labels is not None and len(labels) != count:
             raise ValueError(f"{len(labels)} labels for {count} seeds: give one each")
-        size = self.denoiser.label_dim or 0
-        if self.takes_vectors:
+        if self.takes_vectors and self.coding.vectors is None:
             if labels is None or labels.ndim != 2 or labels.shape[1] != size:
                 got = "none were given" if labels is None else f"not of shape {labels.shape}"
                 raise ValueError(f"this model is conditioned on vectors: give labels [N, {size}], {got}")
         elif labels is not None:
-            if not size:
-                raise ValueError("labels were given to an unconditional model: leave them out")
-            if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-                raise ValueError(
-                    f"labels of {labels.dtype} {labels.shape} must be class indices, integers [N]"
-                )
-            wrong = labels[(labels < 0) | (labels >= size)]
-            if len(wrong):
-                raise ValueError(f"class {wrong[0]} is outside 0..{size - 1}")
+            _check_classes(labels, size)
         channels = self.denoiser.cond_channels
-        wanted = (count, channels, *self.denoiser.img_shape[1:])
+        coding = self.coding.condition
+        wanted = (count, *((channels, *self.denoiser.img_shape[1:]) if coding is None else coding.shape))
         if conditions is None and channels:
             raise ValueError(f"this model is conditioned on images: give conditions {list(wanted)}")
         if conditions is not None and tuple(conditions.shape) != wanted:
@@ -233,7 +239,17 @@ class ImageGenerator:
         ):
             if other != own and other not in fits:
                 raise ValueError(f"the guide has {what} {other}, the model {own}: choose a guide that fits")
-        if guide.coding != self.coding:
+        # What the guide is not given need not agree.
+        own_coding, guide_coding = (
+            replace(
+                coding,
+                condition=coding.condition if theirs.cond_channels else None,
+                vectors=coding.vectors if theirs.label_dim else None,
+                num_classes=coding.num_classes if theirs.label_dim else 0,
+            )
+            for coding in (self.coding, guide.coding)
+        )
+        if guide_coding != own_coding:
             raise ValueError(
                 f"the guide's images are coded as {guide.coding.to_json()}, the model's as {self.coding.to_json()}: "
                 "choose a guide that was trained with the same coding"
@@ -275,6 +291,7 @@ class ImageGenerator:
         labels: Sequence[int] | np.ndarray | None = None,
         *,
         conditions: np.ndarray | Tensor | None = None,
+        vectors: np.ndarray | None = None,
         guide: "ImageGenerator | DenoiserFn | None" = None,
         **options: Any,
     ) -> Tensor:
@@ -288,13 +305,15 @@ class ImageGenerator:
         if isinstance(guide, ImageGenerator):
             self.check_guide(guide)
             guide._refresh()
-        return self._sample(seeds, labels, conditions, guide, chosen)
+        return self._sample(seeds, labels, conditions, vectors, guide, chosen)
 
     def images(
         self,
         seeds: Sequence[int],
         labels: Sequence[int] | np.ndarray | None = None,
         *,
+        conditions: np.ndarray | Tensor | None = None,
+        vectors: np.ndarray | None = None,
         batch_size: int = 250,
         on_batch: Callable[[int], None] | None = None,
         **options: Any,
@@ -304,10 +323,13 @@ class ImageGenerator:
         Args:
             seeds: One per image; the seed alone determines the image's noise and default class.
             labels: Class of each image. Default: seed modulo the number of classes. For a model conditioned on
-                vectors: `[N, label_dim]` floats.
+                vectors whose coding it does not store: `[N, label_dim]` floats.
+            conditions: Images given as conditions, `[N, C, H, W]` in the units of the training data; of unit magnitude
+                for a model that does not store their coding.
+            vectors: Vectors given with the images, `[N, D]` in the units of the training data.
             batch_size: Images per batch.
             on_batch: Called with the number of images after each batch.
-            **options: Conditions and guide, as in `latents`, and the fields of `SamplerOptions`.
+            **options: Guide, as in `latents`, and the fields of `SamplerOptions`.
 
         Returns:
             `[N, C, H, W]` uint8 for pixels and decoded latents; float32 in the data's units for float data, and
@@ -317,12 +339,13 @@ class ImageGenerator:
             ValueError: If labels, conditions, guide or sampler options do not fit.
             FloatingPointError: If values are not finite.
         """
+        if conditions is not None and self.coding.condition is not None:
+            self.coding.condition.check(np.asarray(conditions))
         parts = []
-        conditions = options.pop("conditions", None)
         for part in _slices(len(seeds), batch_size):
-            chosen = None if labels is None else labels[part]
-            given = None if conditions is None else conditions[part]
-            latents = self.latents(seeds[part], chosen, conditions=given, **options)
+            given = {"labels": labels, "conditions": conditions, "vectors": vectors}
+            chosen: Any = {name: rows[part] for name, rows in given.items() if rows is not None}
+            latents = self.latents(seeds[part], **chosen, **options)
             self._check_finite(latents, seeds[part])
             decoded = self.decode(latents)
             parts.append(decoded.cpu().numpy())
@@ -346,16 +369,14 @@ class ImageGenerator:
 
     def _bind(self, condition: Tensor | None) -> DenoiserFn:
         network: Any = self.denoiser if self._fixed is None else self._fixed
-        if condition is None or not self.denoiser.cond_channels:
-            plain: DenoiserFn = network
-            return plain
-        return lambda x, sigma, labels, /: network(x, sigma, labels, condition=condition)
+        return GivenDenoiser(network, condition if self.denoiser.cond_channels else None)
 
     def _sample(
         self,
         seeds: Sequence[int],
         labels: Sequence[int] | np.ndarray | None,
         conditions: np.ndarray | Tensor | None,
+        vectors: np.ndarray | None,
         guide: "ImageGenerator | DenoiserFn | None",
         options: SamplerOptions,
     ) -> Tensor:
@@ -365,11 +386,16 @@ class ImageGenerator:
         chosen = None if labels is None else np.asarray(labels)
         if chosen is None and self.num_classes:
             chosen = self.labels_for(seeds)
-        self.check_inputs(len(index), chosen, conditions)
+        self.check_inputs(len(index), chosen, conditions, vectors)
         given = None if chosen is None else torch.from_numpy(chosen).to(device)
-        if given is not None:
+        if self.coding.vectors is not None:
+            given = self.coding.labels(given, torch.as_tensor(vectors, dtype=torch.float32, device=device))
+        elif given is not None:
             given = given.float() if self.takes_vectors else given.long()
-        condition = None if conditions is None else torch.as_tensor(conditions, device=device).float()
+        condition = None if conditions is None else torch.as_tensor(conditions, device=device)
+        if condition is not None:
+            coding = self.coding.condition
+            condition = condition.float() if coding is None else coding.encode(condition)
 
         streams = itertools.count(_NOISE_STREAM)
 
@@ -423,6 +449,16 @@ def read_coding(path: str | Path, sigma_rel: float | None = None) -> Coding:
         return Coding.from_json(info["coding"])
     except ValueError as error:
         raise ValueError(f"{path} describes {error}: restore it from a copy") from error
+
+
+def _check_classes(labels: np.ndarray, size: int) -> None:
+    if not size:
+        raise ValueError("labels were given to an unconditional model: leave them out")
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels of {labels.dtype} {labels.shape} must be class indices, integers [N]")
+    wrong = labels[(labels < 0) | (labels >= size)]
+    if len(wrong):
+        raise ValueError(f"class {wrong[0]} is outside 0..{size - 1}")
 
 
 def check_decoder(decoder: LatentDecoder, coding: Coding) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -34,6 +35,7 @@ def write_samples(
     *,
     labels: int | np.ndarray | None = None,
     conditions: np.ndarray | None = None,
+    vectors: np.ndarray | None = None,
     guide: ImageGenerator | None = None,
     batch_size: int = 250,
     grid: int = 400,
@@ -52,7 +54,8 @@ def write_samples(
         seeds: One seed per image.
         labels: Class of all images, or an array whose row `seed modulo rows` is an image's class or vector;
             default: seed modulo the number of classes.
-        conditions: `[N, cond_channels, H, W]`, chosen like the rows of labels.
+        conditions: Images given as conditions, as in `ImageGenerator.images`, chosen like the rows of labels.
+        vectors: Vectors given with images, likewise.
         guide: Model to guide with.
         batch_size: Images at a time.
         grid: Largest number of images on the grid; 0 for no grid.
@@ -71,26 +74,31 @@ def write_samples(
         raise ValueError(f"batch_size {batch_size} must be at least 1")
     if grid < 0:
         raise ValueError(f"grid {grid} must be at least 0; 0 makes no grid")
-    for name, array in (("labels", labels), ("conditions", conditions)):
+    given = {"conditions": conditions, "vectors": vectors}
+    for name, array in (("labels", labels), *given.items()):
         if isinstance(array, np.ndarray) and not len(array):
             raise ValueError(f"{name} is an array without rows: each image takes row `seed modulo rows`")
     rows = _rows_of(generator, labels, seeds)
-    # A view: a row for each of many seeds would not fit into memory.
-    first = (
-        None if conditions is None else np.broadcast_to(conditions[0], (len(seeds), *conditions.shape[1:]))
-    )
-    generator.check_inputs(len(seeds), rows, first)
+    # Views: a row for each of many seeds would not fit into memory.
+    first = {
+        name: None if array is None else np.broadcast_to(array[0], (len(seeds), *array.shape[1:]))
+        for name, array in given.items()
+    }
+    generator.check_inputs(len(seeds), rows, **first)
+    coding = generator.coding.condition
+    if conditions is not None and coding is not None and (warning := coding.check(conditions)):
+        warnings.warn(warning, stacklevel=2)
     if guide is not None:
         generator.check_guide(guide)
     world = World(rank=0, size=1, device=torch.device("cpu")) if world is None else world
     chosen_options = generator.sampler_options(**options)
     guided(generator.denoiser, None if guide is None else guide.denoiser, chosen_options.guidance)
-    settings = _settings(generator, guide, labels, conditions, chosen_options)
+    settings = _settings(generator, guide, labels, given, chosen_options)
     packed = out.suffix.lower() in ARCHIVES
     folder = out.with_name(f"{out.name}.parts") if packed else out
     suffix = "png" if generator.pixel_channels in PNG_CHANNELS else "npy"
     files = [folder / f"{seed:06d}.{suffix}" for seed in seeds]
-    work = _Work(generator, guide, seeds, rows, conditions, options, files)
+    work = _Work(generator, guide, seeds, rows, given, options, files)
     if packed and out.exists():
         check_same(out, read_settings(out), {**settings, "seeds": digest(np.asarray(seeds))})
         if folder.exists():  # left by a kill after the archive was written
@@ -117,7 +125,7 @@ class _Work(NamedTuple):
     guide: ImageGenerator | None
     seeds: list[int]
     rows: np.ndarray | None
-    conditions: np.ndarray | None
+    given: dict[str, np.ndarray | None]
     options: dict[str, Any]
     files: list[Path]
 
@@ -128,7 +136,6 @@ def _sample(work: _Work, world: World, batch_size: int, quiet: bool) -> None:
     world.any(False)  # all processes have looked before the first file is added
     todo = todo[world.rank :: world.size]
     total = len(work.seeds) if world.size == 1 else len(todo)
-    conditions = work.conditions
     with (
         Progress(
             "sampling", total, "images", done=total - len(todo), quiet=quiet or not world.is_first
@@ -138,10 +145,14 @@ def _sample(work: _Work, world: World, batch_size: int, quiet: bool) -> None:
         for start in range(0, len(todo), batch_size):
             part = todo[start : start + batch_size]
             chosen = [work.seeds[i] for i in part]
+            given = {
+                name: None if array is None else array[np.array(chosen) % len(array)]
+                for name, array in work.given.items()
+            }
             images = work.generator.images(
                 chosen,
                 None if work.rows is None else work.rows[part],
-                conditions=None if conditions is None else conditions[np.array(chosen) % len(conditions)],
+                **given,
                 batch_size=batch_size,
                 guide=work.guide,
                 **work.options,
@@ -164,16 +175,18 @@ def _settings(
     generator: ImageGenerator,
     guide: ImageGenerator | None,
     labels: int | np.ndarray | None,
-    conditions: np.ndarray | None,
+    given: dict[str, np.ndarray | None],
     options: SamplerOptions,
 ) -> dict[str, Any]:
     settings = {
         "model": generator.identity(),
         "guide": None if guide is None else guide.identity(),
         "labels": "seed modulo classes" if labels is None else _named(labels),
-        "conditions": None if conditions is None else digest(conditions),
+        "conditions": None if given["conditions"] is None else digest(given["conditions"]),
         "sampler": options.to_json(),
     }
+    if given["vectors"] is not None:
+        settings["vectors"] = digest(given["vectors"])
     made_with = {"edm2": edm2.__version__, "torch": torch.__version__}
     record: dict[str, Any] = json.loads(json.dumps({**settings, _MADE_WITH: made_with}))
     return record

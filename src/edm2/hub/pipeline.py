@@ -110,7 +110,7 @@ class EDM2Pipeline(ModelHubMixin):
             output_type: "pil", "np", "pt", or "latent" for a latent model's latents without decoding them.
             return_dict: False gives a tuple with the images alone.
             images_at_once: Images that pass through the network at a time; bounds the memory.
-            **options: `sampler`, `interval` and `conditions` of `edm2.generate.ImageGenerator.images`.
+            **options: `sampler`, `interval`, `conditions` and `vectors` of `edm2.generate.ImageGenerator.images`.
 
         Raises:
             ValueError: For inputs that do not fit the model or each other, before any work.
@@ -128,7 +128,7 @@ class EDM2Pipeline(ModelHubMixin):
         labels = class_labels
         if labels is not None:
             labels = np.full(count, labels) if np.ndim(labels) == 0 else np.asarray(labels)
-        self.model.generator.check_inputs(count, labels, conditions)
+        self.model.generator.check_inputs(count, labels, conditions, options.get("vectors"))
         settings = {"num_steps": num_inference_steps, "guidance": guidance_scale}
         given = {**{key: v for key, v in settings.items() if v is not None}, **options}
         decoder = None if latent else self._get_decoder()

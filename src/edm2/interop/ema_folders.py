@@ -17,11 +17,11 @@ from torch import Tensor
 
 from edm2.ema.maths.profiles import FloatArray, gamma_to_sigma_rel, sigma_rel_to_gamma
 from edm2.ema.maths.targets import TableProfile
-from edm2.ema.storage.distances import sample_squares
 from edm2.ema.storage.encoding import STORED
 from edm2.ema.storage.manifest import ForeignSnapshots, Manifest, RunInfo, Snapshot, layout_digest
 from edm2.ema.storage.tensorfile import TensorFile
-from edm2.ema.storage.torch_file import open_torch_file
+from edm2.ema.storage.weighted_sums import sample_squares
+from edm2.interop.torch_file import open_torch_file
 
 _NAME = re.compile(r"(\d+)\.(\d+)\.pt")
 _PREFIX = "ema_model."

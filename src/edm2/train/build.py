@@ -38,6 +38,8 @@ def open_training_data(config: TrainConfig) -> ImageDataset:
     return open_dataset(
         config.data,
         labels=options.labels,
+        condition=config.condition,
+        missing=options.missing == "mask",
         pad_to=options.pad_to,
         verify=config.verify_data,
         skip_damaged=options.skip_damaged,
@@ -65,11 +67,13 @@ def make_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) ->
     _, height, width = dataset.image_shape
     size = height if height == width else (height, width)
     network = config.network
+    label_dim = coding.label_dim or dataset.num_classes
+    cond_channels = 0 if coding.condition is None else coding.condition.num_channels
     if config.network_from is not None:
         denoiser = build_own_denoiser(
             size,
             coding.num_channels,
-            dataset.num_classes,
+            label_dim,
             network_from=register_network(config.network_from),
             # The letter chooses the uncertainty alone, which A lacks.
             config="A" if config.loss.uncertainty is False else config.config,
@@ -82,11 +86,20 @@ def make_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) ->
                 f"it an attribute augment_dim = {AUGMENT_DIM} and its forward an argument augment_labels, or leave "
                 "augment out"
             )
+        if denoiser.cond_channels != cond_channels or denoiser.takes_vectors != bool(coding.label_dim):
+            kind = "vector" if coding.label_dim else "class"
+            raise ValueError(
+                f"this data needs a network with the attributes cond_channels = {cond_channels} and label_kind = "
+                f"{kind!r}; that of {config.network_from} has cond_channels = {denoiser.cond_channels} and "
+                f"{'vectors' if denoiser.takes_vectors else 'classes'}: see docs/own_network.md"
+            )
         return denoiser
     return build_denoiser(
         size,
         coding.num_channels,
-        dataset.num_classes,
+        label_dim,
+        label_kind="vector" if coding.label_dim else "class",
+        cond_channels=cond_channels,
         config=config.config,
         dtype=config.dtype,
         sigma_data=config.loss.sigma_data,

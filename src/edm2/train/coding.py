@@ -1,5 +1,6 @@
 """From the stored images of a data set to network inputs, and back."""
 
+import math
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -7,10 +8,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from edm2.data import FloatCoding, ImageDataset, PixelCoding, coding_warning, measure_coding
+from edm2.data.dataset import MAX_CLASSES
 from edm2.nn import keyed_normal
-from edm2.train.config import TrainConfig
+from edm2.train.conditions import ConditionCoding, make_condition_coding, measure_vectors
+from edm2.train.config import DataConfig, TrainConfig
 
 _LATENT_STREAM = 2  # of keyed random numbers; 0 and 1 are the noise level and the noise
 
@@ -23,11 +27,24 @@ class Coding:
         kind: Pixels (bytes), floats, or latents (channels of means, then of standard deviations).
         values: Mean, standard deviation and sigma_data.
         num_channels: Channels of the network's images.
+        missing: Whether values of images may be missing, which is NaN.
+        condition: Coding of the images given as a condition; None without any.
+        vectors: Mean and standard deviation of the vectors given with images; None without any.
+        num_classes: Number of classes that precede the vectors; 0 without vectors.
     """
 
     kind: Literal["pixels", "floats", "latents"]
     values: FloatCoding
     num_channels: int
+    missing: bool = False
+    condition: ConditionCoding | None = None
+    vectors: FloatCoding | None = None
+    num_classes: int = 0
+
+    @property
+    def label_dim(self) -> int:
+        """Length of the network's label vectors; 0 if it takes no vectors."""
+        return 0 if self.vectors is None else self.num_classes + len(self.vectors.mean)
 
     def encode(self, stored: Tensor, index: Tensor, *, seed: int) -> Tensor:
         """Stored images to network units.
@@ -45,6 +62,28 @@ class Coding:
             stored = mean + std * keyed_normal(index, mean.shape[1:], seed=seed, stream=_LATENT_STREAM)
         return self.values.encode(stored)
 
+    def labels(self, classes: Tensor | None, vectors: Tensor | None) -> Tensor | None:
+        """Classes and vectors as the network's labels.
+
+        Args:
+            classes: `[B]` int64, or None.
+            vectors: `[B, D]` in the data's own units, for a network with vectors.
+
+        Returns:
+            Without vectors, the classes. With them, `[B, label_dim]` float32 of unit magnitude: classes as one-hot
+            labels times the root of their number, then the standardised vectors. An unknown class is zeros.
+        """
+        if self.vectors is None:
+            return classes
+        assert vectors is not None
+        coded = self.vectors.encode(vectors[:, :, None, None])[:, :, 0, 0]
+        if not self.num_classes:
+            return coded
+        known = coded.new_zeros(len(coded), self.num_classes)
+        if classes is not None:
+            known = one_hot(classes, self.num_classes) * math.sqrt(self.num_classes)
+        return torch.cat([known.to(coded.dtype), coded], dim=1)
+
     def decode(self, x: Tensor) -> Tensor:
         """Network units to bytes, or to the data's own units for floats and latents."""
         return self.values.decode(x)
@@ -52,7 +91,15 @@ class Coding:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.values).items()}
-        return {"kind": self.kind, "num_channels": self.num_channels, **values}
+        given: dict[str, Any] = {}
+        if self.missing:
+            given["missing"] = True
+        if self.condition is not None:
+            given["condition"] = self.condition.to_json()
+        if self.vectors is not None:
+            given["vectors"] = {"mean": list(self.vectors.mean), "std": list(self.vectors.std)}
+            given["num_classes"] = self.num_classes
+        return {"kind": self.kind, "num_channels": self.num_channels, **values, **given}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Coding":
@@ -71,9 +118,18 @@ class Coding:
                 raise ValueError("num_channels must be a whole number of at least 1")
             if not {len(values.mean), len(values.std)} <= {1, num_channels}:
                 raise ValueError(f"mean and std must have 1 or {num_channels} values")
+            given: dict[str, Any] = {"missing": content.get("missing", False) is True}
+            if "condition" in content:
+                given["condition"] = ConditionCoding.from_json(content["condition"])
+            if "vectors" in content:
+                moments = {key: tuple(content["vectors"][key]) for key in ("mean", "std")}
+                given["vectors"] = FloatCoding(**moments, sigma_data=1.0)
+                given["num_classes"] = content["num_classes"]
+                if type(given["num_classes"]) is not int or not 0 <= given["num_classes"] < MAX_CLASSES:
+                    raise ValueError("num_classes must be a whole number of at least 0")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"a coding of images that edm2 does not write ({str(error)[:200]})") from error
-        return cls(kind=content["kind"], values=values, num_channels=num_channels)
+        return cls(kind=content["kind"], values=values, num_channels=num_channels, **given)
 
 
 def make_coding(config: TrainConfig, dataset: ImageDataset) -> Coding:
@@ -95,7 +151,7 @@ def make_coding(config: TrainConfig, dataset: ImageDataset) -> Coding:
             )
         values = FloatCoding(mean=options.mean, std=options.std, sigma_data=sigma_data)
         _warn_if_far(dataset, values, latents=True)
-        return Coding(kind="latents", values=values, num_channels=channels // 2)
+        return Coding(kind="latents", values=values, num_channels=channels // 2, **_given(options, dataset))
     if options.coding == "measured":
         values = measure_coding(dataset, sigma_data=sigma_data)
     else:
@@ -103,9 +159,25 @@ def make_coding(config: TrainConfig, dataset: ImageDataset) -> Coding:
         given = {} if options.coding == "plain" else {"mean": options.mean, "std": options.std}
         values = made(**given, sigma_data=sigma_data)
         _warn_if_far(dataset, values)
-    coding = Coding(kind="pixels" if bytes_ else "floats", values=values, num_channels=channels)
+    coding = Coding(
+        kind="pixels" if bytes_ else "floats",
+        values=values,
+        num_channels=channels,
+        **_given(options, dataset),
+    )
     coding.encode(torch.from_numpy(dataset.images(np.arange(1))), torch.zeros(1, dtype=torch.int64), seed=0)
     return coding
+
+
+def _given(options: DataConfig, dataset: ImageDataset) -> dict[str, Any]:
+    """What a coding says about missing values, conditions and vectors."""
+    given: dict[str, Any] = {"missing": dataset.missing}
+    if dataset.conditions is not None:
+        size = (dataset.image_shape[1], dataset.image_shape[2])
+        given["condition"] = make_condition_coding(dataset.conditions, size, options.resample)
+    if dataset.vector_dim:
+        given |= {"vectors": measure_vectors(dataset), "num_classes": dataset.num_classes}
+    return given
 
 
 def _warn_if_far(dataset: ImageDataset, values: FloatCoding, *, latents: bool = False) -> None:

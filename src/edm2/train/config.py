@@ -15,6 +15,7 @@ from edm2.ema import sigma_rel_to_gamma
 from edm2.ema.maths.plans import named_plan
 from edm2.extras import needed
 from edm2.train.amounts import Amount
+from edm2.train.conditions import Resampling
 
 with needed("edm2.train"):
     import tyro
@@ -46,6 +47,11 @@ class DataConfig:
     0.15."""
     skip_damaged: bool = False
     """Whether to skip damaged images, with a warning that counts them, instead of stopping before the run starts."""
+    missing: Literal["refuse", "mask"] = "refuse"
+    """What NaN in float data means. refuse: an error. mask: a missing value, which is left out of the loss; in
+    conditions it becomes 0, and the network is told where values are known."""
+    resample: Resampling | None = None
+    """How conditions of another size than the images are resampled: bicubic, bilinear or nearest."""
 
     def __post_init__(self) -> None:
         if self.mirror and self.coding == "latents":
@@ -200,6 +206,9 @@ class TrainConfig:
     data: str = ""
     """Training images: digits, fashion-mnist, hf://NAME, or the path of an image folder, a ZIP, a .npy, .npz or
     Parquet file, or a folder of IDX files; see docs/data.md."""
+    condition: str | None = None
+    """Images given to the network with the training images: a folder, ZIP or array of as many images, matched by name.
+    Default: the `conditions` of the training data, if it has any; see docs/pairs.md."""
     num_images: Annotated[Amount, _NAME(name="images")] = 2048 << 20
     """Length of the run in images; it ends after the step that reaches it."""
     batch_size: Annotated[Amount, _NAME(name="batch")] = 2048
@@ -338,14 +347,16 @@ class TrainConfig:
 
     def run_id(self, fingerprint: str, models: Mapping[str, Any] | None = None) -> str:
         """Name of the run: a hash of its identity and of its data's fingerprint."""
-        text = json.dumps([self.identity(models) | {"data": None}, fingerprint], sort_keys=True)
+        # Where data lies may change; the fingerprint says what it is.
+        identity = {key: value for key, value in self.identity(models).items() if key != "condition"}
+        text = json.dumps([identity | {"data": None}, fingerprint], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # Settings that are younger than the first runs, by group.
 _ADDED = {
-    "": ("network_from", "label_dropout"),
-    "dataset": ("augment",),
+    "": ("network_from", "condition", "label_dropout"),
+    "dataset": ("augment", "missing", "resample"),
     "optimizer": ("decay", "weight_decay", "clip"),
     "loss": ("uncertainty",),
 }

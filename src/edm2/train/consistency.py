@@ -179,7 +179,10 @@ class ConsistencyObjective:
             target = torch.where(r > 0, target, nearer)
         denoised, logvar = denoiser(noisy, t, batch.labels, return_logvar=True, **given)
         c_out = t * denoiser.sigma_data / (t**2 + denoiser.sigma_data**2).sqrt()
-        distance = pseudo_huber((denoised - target) / c_out, self.options.huber) / (1 - r / t)
+        error = (denoised - target) / c_out
+        if batch.mask is not None:
+            error = torch.where(batch.mask, error, 0.0)
+        distance = pseudo_huber(error, self.options.huber) / (1 - r / t)
         # Every parameter has a gradient, as processes that share the work expect.
         balanced: Tensor = distance + distance.detach() / logvar.exp() + logvar
         return balanced
@@ -196,6 +199,8 @@ class ConsistencyObjective:
             return main
         if not guide.augment_dim:
             given = {**given, "augment_labels": None}
+        if not guide.cond_channels:
+            given = {name: value for name, value in given.items() if name != "condition"}
         if self.teacher.guide_info.get(IGNORES_LABELS):
             labels = None
         reference: Tensor = guide(x, sigma, labels, **given)

@@ -29,6 +29,9 @@ class TrainingBatch:
         index: `[B]` int64 positions of the images in the run, the index of all keyed random numbers.
         num_images: Images seen before this step, the same for all microbatches.
         labels: As the denoiser takes them; None without labels.
+        condition: `[B, cond_channels, H, W]` of unit magnitude, images given as a condition; None without any.
+        mask: `[B, C, H, W]` bool, False where the value of an image is missing (0 in `images`), whose loss does not
+            count; None if all are known.
         augment_labels: `[B, augment_dim]`, how the images were augmented; None if they were not.
     """
 
@@ -36,6 +39,8 @@ class TrainingBatch:
     index: Tensor
     num_images: int
     labels: Tensor | None = None
+    condition: Tensor | None = None
+    mask: Tensor | None = None
     augment_labels: Tensor | None = None
 
     def network_arguments(self, seed: int) -> dict[str, Any]:
@@ -44,7 +49,9 @@ class TrainingBatch:
         Args:
             seed: Seed of the run.
         """
+        given = {} if self.condition is None else {"condition": self.condition}
         return {
+            **given,
             "augment_labels": self.augment_labels,
             "dropout_index": self.index,
             "dropout_seed": seed + DROPOUT_SEED_OFFSET,
@@ -62,8 +69,8 @@ class Objective(Protocol):
             batch: Its share of the step's images.
 
         Returns:
-            `[B, C, H, W]` loss of each element, or `[B, 1, 1, 1]` of each image; for gradients, the sum is divided by
-            the batch size.
+            `[B, C, H, W]` loss of each element, or `[B, 1, 1, 1]` of each image. The trainer leaves out missing
+            elements, sums, and divides by the batch size.
         """
 
 

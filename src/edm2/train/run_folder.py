@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from edm2.diffusion import MODEL_FILE
-from edm2.ema.storage.locking import folder_lock
 from edm2.ema.storage.manifest import read_manifest
-from edm2.ema.storage.verify import damaged
+from edm2.ema.storage.replacing import folder_lock
+from edm2.ema.storage.snapshots import damaged
 from edm2.files import read_sealed, write_sealed
 
 CONFIG_FILE = "config.json"

@@ -5,6 +5,7 @@ Ref: EDM2 Sec. 2-3, App. B.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from edm2.train.build import checkpoint_activations
 from edm2.train.coding import Coding
 from edm2.train.config import TrainConfig
 from edm2.train.gradients import clean_gradients, clip_gradients
+from edm2.train.inputs import code_batch
 from edm2.train.label_dropout import drop_labels
 from edm2.train.norms import UpdateNorm
 from edm2.train.objectives import DROPOUT_SEED_OFFSET, Objective, TrainingBatch, make_objective
@@ -125,7 +127,10 @@ class Stepper:
             with exchange_gradients(self._eager, wanted=start + self._size == self._share):
                 batch = next(batches)
                 with self._seeded(batch.position):
-                    loss = self._objective(forward, self._inputs(batch, num_images))
+                    inputs = self._inputs(batch, num_images)
+                    loss = self._objective(forward, inputs)
+                if inputs.mask is not None:
+                    loss = torch.where(inputs.mask, loss, 0.0)
                 # Processes average their gradients, but the loss is a sum over the batch.
                 (loss.sum() * (config.loss_scaling * world.size) / config.batch_size).backward()
             loss_sum += loss.detach().mean(dtype=torch.float64) * (self._size / config.batch_size)
@@ -178,30 +183,32 @@ class Stepper:
             yield
 
     def _inputs(self, batch: Batch, num_images: int) -> TrainingBatch:
-        config, device = self._config, self._world.device
+        config = self._config
         span = (batch.position, batch.position + len(batch.images))
-        where = torch.arange(*span, device=device)
-        stored = batch.images.to(device, non_blocking=True)
-        labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-        images = self._coding.encode(stored, where, seed=config.seed)
-        if config.dataset.mirror:
-            images = mirror(images, where, seed=config.seed)
-        augment_labels = None
-        if self._augment is not None:
+
+        def transform(images: Tensor) -> tuple[Tensor, Tensor | None]:
+            if config.dataset.mirror:
+                images = mirror(images, torch.arange(*span, device=images.device), seed=config.seed)
+            if self._augment is None:
+                return images, None
             # Drawn on the CPU, so that the values are known without waiting for the device.
-            images, augment_labels = self._augment(images, torch.arange(*span), seed=config.seed)
+            return self._augment(images, torch.arange(*span), seed=config.seed)
+
+        inputs = code_batch(
+            batch,
+            self._coding,
+            seed=config.seed,
+            num_images=num_images,
+            device=self._world.device,
+            transform=transform,
+        )
+        labels = inputs.labels
         if config.label_dropout and labels is not None:
             labels = drop_labels(
                 labels,
-                where,
+                inputs.index,
                 num_classes=self.denoiser.label_dim or 0,
                 probability=config.label_dropout,
                 seed=config.seed,
             )
-        return TrainingBatch(
-            images=images.to(memory_format=self._layout),
-            index=where,
-            num_images=num_images,
-            labels=labels,
-            augment_labels=augment_labels,
-        )
+        return replace(inputs, images=inputs.images.to(memory_format=self._layout), labels=labels)

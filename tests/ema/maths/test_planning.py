@@ -11,8 +11,7 @@ from torch import nn
 
 import edm2.ema
 from edm2.ema import PLANS, PowerEMA, sigma_rel_to_gamma
-from edm2.ema.maths.grid import Grid
-from edm2.ema.maths.motion import WHITE
+from edm2.ema.maths.motion import WHITE, Grid
 from edm2.ema.maths.planning import best_widths, minimise
 from edm2.ema.maths.plans import best_errors, spread
 from edm2.ema.maths.solve import solve_motion

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from edm2.ema.storage.distances import sample_squares
 from edm2.ema.storage.tensorfile import read_header, save_tensors
+from edm2.ema.storage.weighted_sums import sample_squares
 
 
 def test_each_element_counts_once_however_few_are_read(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from edm2.ema.storage.locking import folder_lock
+from edm2.ema.storage.replacing import folder_lock
 
 fcntl = pytest.importorskip("fcntl")
 

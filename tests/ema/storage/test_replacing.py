@@ -7,7 +7,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from edm2.ema import PowerEMA, reconstruct
 from edm2.ema.storage.replacing import make_folder, remove_folder, replacing, replacing_folder
 
 
@@ -109,6 +112,17 @@ def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
     assert names(tmp_path / "out") == ["new"]
     remove_folder(tmp_path / "out")
     assert names(tmp_path) == []
+
+
+def test_snapshots_are_written_into_a_folder_that_is_being_filled(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    ema = PowerEMA(model)
+    with replacing_folder(tmp_path / "out") as aside:
+        for t in (1, 2):
+            ema.update(t)
+            ema.snapshot(aside)
+    assert names(tmp_path) == ["out"]
+    assert torch.equal(reconstruct(tmp_path / "out", 0.1).tensors["weight"], model.weight)
 
 
 def test_errors_name_what_could_not_be_written_and_leave_others_alone(tmp_path: Path) -> None:

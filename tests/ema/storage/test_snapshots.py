@@ -17,7 +17,7 @@ from torch import nn
 from edm2.ema import PowerEMA, gamma_to_sigma_rel, reconstruct
 from edm2.ema import stored_averages as module
 from edm2.ema.storage.manifest import read_manifest
-from edm2.ema.storage.verify import damaged
+from edm2.ema.storage.snapshots import damaged
 
 
 def train(

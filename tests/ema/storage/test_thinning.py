@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from edm2.ema import PLANS, PowerEMA, reconstruct
-from edm2.ema.maths.plans import best_errors, spread
+from edm2.ema.maths.plans import best_errors, spread, times_to_keep
 from edm2.ema.storage import snapshots as snapshot_folder
 from edm2.ema.storage.manifest import read_manifest
-from edm2.ema.storage.thinning import times_to_keep
 
 WIDTHS = spread((0.03, 0.25), 25)
 

@@ -113,6 +113,36 @@ def test_dicts_and_lists_of_tensors_are_averaged(tmp_path: Path) -> None:
         PowerEMA({"a": torch.ones(1), "b": "text"})
 
 
+def test_a_nested_tree_of_parameters_is_averaged_like_the_module_it_is_for(tmp_path: Path) -> None:
+    """Functional code keeps parameters in dicts of dicts and lists, and makes new tensors at every step."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    layers = [{k: x.detach().clone() for k, x in model[i].named_parameters()} for i in (0, 2)]
+    tree = {"net": {"layers": layers, "scale": [[torch.ones(2)]]}, "count": torch.tensor(0)}
+    of_tree, of_model = PowerEMA(tree, run_id="tree"), PowerEMA(model)
+    assert of_tree.names == [
+        "net.layers.0.weight", "net.layers.0.bias", "net.layers.1.weight", "net.layers.1.bias",
+        "net.scale.0.0",
+    ]  # fmt: skip
+    for t in range(1, 20):
+        for i, layer in ((0, layers[0]), (2, layers[1])):
+            for name, x in layer.items():
+                layer[name] = x * 0.9 + 0.1
+                model[i].get_parameter(name).data.copy_(layer[name])
+        tree["count"] = torch.tensor(t)
+        of_tree.update(t)
+        of_model.update(t)
+    of_tree.snapshot(tmp_path)
+    found, wanted = reconstruct(tmp_path, sigma_rel=0.1).tensors, of_model.average(0.1)
+    for old, new in (("0", "net.layers.0"), ("2", "net.layers.1")):
+        for name in ("weight", "bias"):
+            assert torch.equal(found[f"{new}.{name}"], wanted[f"{old}.{name}"])
+    assert int(found["count"]) == 19
+    resumed = PowerEMA(tree, run_id="other")
+    resumed.load_state_dict(of_tree.state_dict())
+    resumed.write_to(tree, 0.1)
+    assert torch.equal(layers[0]["weight"], wanted["0.weight"])
+
+
 def test_averages_follow_a_model_to_another_type() -> None:
     torch.manual_seed(0)
     model, twin = nn.Linear(5, 5), nn.Linear(5, 5)

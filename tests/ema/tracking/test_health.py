@@ -9,7 +9,7 @@ from torch import nn
 
 from edm2.ema import LiveEMA, PowerEMA, reconstruct
 from edm2.ema.maths.profiles import step_weight
-from edm2.ema.tracking.offload import HostAverages
+from edm2.ema.tracking.averages import HostAverages
 
 
 class Scaled(nn.Linear):

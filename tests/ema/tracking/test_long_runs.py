@@ -12,12 +12,13 @@ from torch import nn
 from edm2.ema import PowerEMA, reconstruct, sigma_rel_to_gamma
 from edm2.ema.maths.profiles import step_weight
 from edm2.ema.storage.encoding import arithmetic_rounding
-from edm2.ema.tracking.averages import Averages, windows_per_run
-from edm2.ema.tracking.offload import HostAverages
+from edm2.ema.tracking.averages import Averages, HostAverages, windows_per_run
 
+MANY = (0.02, 0.05, 0.1, 0.25, 0.28)
 WIDTHS = (0.03, 0.05, 0.1, 0.25)
-# Far into training, so that a window opens at the second update and holds five.
+# Far into training, so that a window opens at the second update and holds five, or 29.
 LATE = [90_000, *range(90_010, 90_260, 10)]
+LATER = [540_000, *range(540_010, 540_590, 10)]
 
 
 def paths(steps: int, period: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -30,9 +31,17 @@ def paths(steps: int, period: int, size: int) -> tuple[np.ndarray, np.ndarray, n
     return start, np.stack([d * direction for d in drifts]), np.stack([n * noise for n in noises], axis=1)
 
 
-@pytest.mark.parametrize("steps", [1000, 10_000, 50_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
-def test_averages_of_any_number_of_updates_are_accurate_to_a_millionth(steps: int) -> None:
-    period, size, widths = 97, 64, (0.02, 0.05, 0.1, 0.25, 0.28)
+@pytest.mark.parametrize(
+    ("steps", "widths"),
+    [
+        (1000, MANY), (10_000, MANY), (50_000, MANY), (1000, (0.25,)), (4000, (0.05,)), (18_000, (0.1,)),
+        pytest.param(1_000_000, MANY, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_averages_of_any_number_of_updates_are_accurate_to_a_millionth(
+    steps: int, widths: tuple[float, ...]
+) -> None:
+    period, size = 97, 64
     start, drift, jitter = paths(steps, period, size)
     model = nn.Linear(size, len(start), bias=False)
     ema = PowerEMA(model, widths)
@@ -50,12 +59,13 @@ def test_averages_of_any_number_of_updates_are_accurate_to_a_millionth(steps: in
         error /= np.linalg.norm(truth, axis=1)
         assert error.max() < 1e-6, (sigma_rel, error)
         distance = np.linalg.norm(model.weight.detach().double().numpy() - truth, axis=1)
-        rounding = [arithmetic_rounding(steps, x) for x in distance / np.linalg.norm(truth, axis=1)]
+        mean_of = ema._averages.mean_of(steps)
+        rounding = [arithmetic_rounding(steps, x, mean_of) for x in distance / np.linalg.norm(truth, axis=1)]
         assert np.all(error[1:] < 3 * np.array(rounding)[1:])
 
 
 def test_averages_of_a_random_walk_are_accurate_to_a_millionth() -> None:
-    steps, widths = 4000, (0.02, 0.05, 0.1, 0.25, 0.28)
+    steps, widths = 4000, MANY
     generator = torch.Generator().manual_seed(0)
     model = nn.Linear(200, 1, bias=False)
     ema, exact = PowerEMA(model, widths), PowerEMA(model, widths, dtype=torch.float64)
@@ -85,15 +95,16 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("stop", [len(LATE), len(LATE) - 2])
-def test_a_window_holds_the_mean_of_its_updates(dtype: torch.dtype, stop: int) -> None:
+@pytest.mark.parametrize("left", [0, 2])
+@pytest.mark.parametrize("times", [LATE, LATER])
+def test_a_window_holds_the_mean_of_its_updates(dtype: torch.dtype, left: int, times: list[int]) -> None:
     model = network(dtype)
     ema, exact = PowerEMA(model, WIDTHS), PowerEMA(model, WIDTHS, dtype=torch.float64)
-    for t in late(model, LATE[:stop]):
+    for t in late(model, times[: len(times) - left]):
         ema.update(t)
         exact.update(t)
     windows = [key for key in ema.state_dict() if key.startswith("window.")]
-    assert len(windows) == (0 if stop == len(LATE) else 4)
+    assert len(windows) == (4 if left else 0)
     assert not any(key.startswith("window.") for key in exact.state_dict())
     for sigma_rel in WIDTHS:
         for name, truth in exact.average(sigma_rel).items():
@@ -159,7 +170,8 @@ def test_a_state_of_the_first_format_is_loaded(stop: int) -> None:
         state |= {f"average.{i}.{n}": now[f"base.{n}"] - now[f"offset.{i}.{n}"] for n in ema.names}
     if now["folded"] < now["t"]:
         state |= {"folded": now["folded"], "folds": 3}
-        state |= {f"window.{n}": now[f"offset.0.{n}"] - now[f"window.{n}"] for n in ema.names}
+        assert now["held"]  # the window is a plain mean
+        state |= {f"window.{n}": now[f"window.{n}"] - state[f"average.0.{n}"] for n in ema.names}
     other.load_state_dict(state)
     assert (other.run_id, other.t) == ("a", LATE[stop - 1])
     for sigma_rel in (0.05, 0.1):
@@ -233,18 +245,33 @@ def test_large_tensors_are_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch) 
             torch.testing.assert_close(pieces.average(sigma_rel)[name], tensor, rtol=1e-6, atol=1e-7)
 
 
-def test_weights_at_rest_are_their_own_average_and_short_runs_have_no_window() -> None:
+@pytest.mark.parametrize(("widths", "first"), [((0.05, 0.1), 1024), ((0.1,), 0)])
+def test_weights_at_rest_are_their_own_average_and_a_short_run_of_two_has_no_window(
+    widths: tuple[float, ...], first: int
+) -> None:
     model = network()
-    ema = PowerEMA(model)
+    ema = PowerEMA(model, widths)
     windows = []
     for t in range(1, 3000):
         ema.update(t)
         windows.append("window.1.bias" in ema.state_dict())
-    assert not any(windows[:1024])
-    assert any(windows[1024:])
+    assert not any(windows[:first])
+    assert any(windows[first:])
     for sigma_rel in ema.sigma_rels:
         for name, tensor in model.named_parameters():
             assert torch.equal(ema.average(sigma_rel)[name], tensor)
+
+
+def test_a_state_of_the_second_format_is_loaded() -> None:
+    """Its windows were offsets always, and it did not say so."""
+    model = network()
+    ema, other = PowerEMA(model, run_id="a"), PowerEMA(model, run_id="b")
+    for t in late(model, [540_000, 540_010, 540_020]):
+        ema.update(t)
+    state = {k: v for k, v in ema.state_dict().items() if k != "held"}
+    assert any(k.startswith("window.") for k in state)
+    other.load_state_dict({**state, "format": "edm2.ema.PowerEMA/2"})
+    assert_equal_states(ema, other)
 
 
 def test_update_in_a_window_allocates_nothing_once_it_runs() -> None:

@@ -7,11 +7,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from edm2.ema import PowerEMA
-from edm2.ema.callbacks.steps import check_every, track_steps
+from edm2.ema.callbacks.steps import StepsCallback
 
 
-class PowerEMACallback(Callback):
+class PowerEMACallback(StepsCallback, Callback):
     """Tracks averages while a Trainer fits. They are part of its checkpoints, so resuming is exact.
 
     Time is counted in optimiser steps, as in `trainer.global_step`.
@@ -44,16 +43,13 @@ class PowerEMACallback(Callback):
         dtype: str = "fp32",
         **options: Any,
     ) -> None:
-        check_every(every)
+        super().__init__(folder, sigma_rels, every, dtype, options)
         if snapshot_every is not None and (snapshot_every < every or snapshot_every % every):
             raise ValueError(
                 f"snapshot_every {snapshot_every} must be a multiple of every {every}: a snapshot holds the"
                 " averages as they were last updated"
             )
-        self.folder, self.every, self.dtype = Path(folder), every, dtype
         self.snapshot_every, self.validate_with = snapshot_every, validate_with
-        self.ema: PowerEMA | None = None
-        self._build = lambda module: track_steps(module, tuple(sigma_rels), **options)
         self._resumed: dict[str, Any] | None = None
         self._knows_past = False
         self._applied = ExitStack()
@@ -69,11 +65,11 @@ class PowerEMACallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the averages, or continue those of the checkpoint or of this trainer's last fit."""
         goes_on = self.ema is not None and self.ema.start < self.ema.t <= trainer.global_step
-        if self.ema is None or self._resumed or not goes_on:
-            self.ema = self._build(pl_module)
         self._knows_past = goes_on or bool(self._resumed)
-        if self._resumed:
-            self.ema.load_state_dict(self._resumed)
+        if self._resumed or not goes_on:
+            ema = self._begin(pl_module)
+            if self._resumed:
+                ema.load_state_dict(self._resumed)
             self._resumed = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,15 +92,14 @@ class PowerEMACallback(Callback):
             return
         self.ema.update(step)
         if self.snapshot_every is not None and step % self.snapshot_every == 0:
-            self._snapshot(trainer)
+            self._snapshot(writes=trainer.is_global_zero)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take in the last step and write the last snapshot."""
         assert self.ema is not None
         if trainer.global_step > self.ema.t:
             self.ema.update(trainer.global_step)
-        if self.ema.t > self.ema.start:
-            self._snapshot(trainer)
+        self._snapshot(writes=trainer.is_global_zero)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Swap the chosen average in."""
@@ -118,8 +113,3 @@ class PowerEMACallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Put the weights back, wherever it stopped."""
         self._applied.close()
-
-    def _snapshot(self, trainer: Trainer) -> None:
-        assert self.ema is not None
-        if trainer.is_global_zero:
-            self.ema.snapshot(self.folder, dtype=self.dtype)

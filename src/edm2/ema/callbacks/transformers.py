@@ -11,13 +11,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from edm2.ema import PowerEMA
-from edm2.ema.callbacks.steps import check_every, track_steps
+from edm2.ema.callbacks.steps import StepsCallback
 
 STATE_FILE = "power_ema.safetensors"
 
 
-class PowerEMACallback(TrainerCallback):
+class PowerEMACallback(StepsCallback, TrainerCallback):
     """Tracks averages while a Trainer trains, and writes a snapshot with every checkpoint and at the end.
 
     Each checkpoint also holds the running averages, so resuming is exact. Time is counted in optimiser steps.
@@ -46,10 +45,7 @@ class PowerEMACallback(TrainerCallback):
         dtype: str = "fp32",
         **options: Any,
     ) -> None:
-        check_every(every)
-        self.folder, self.every, self.dtype = Path(folder), every, dtype
-        self.ema: PowerEMA | None = None
-        self._build = lambda model: track_steps(model, tuple(sigma_rels), **options)
+        super().__init__(folder, sigma_rels, every, dtype, options)
 
     def on_train_begin(
         self,
@@ -61,8 +57,8 @@ class PowerEMACallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Start the averages, or continue those of the checkpoint."""
-        self.ema = self._build(model)
-        if state.global_step > self.ema.start:
+        ema = self._begin(model)
+        if state.global_step > ema.start:
             path = _checkpoint(args, state) / STATE_FILE
             if not path.exists():
                 raise ValueError(
@@ -70,7 +66,7 @@ class PowerEMACallback(TrainerCallback):
                     " checkpoint in output_dir that was written with this callback, or start at that step with"
                     f" PowerEMACallback(..., start={state.global_step})"
                 )
-            self.ema.load_state_dict(_read(path))
+            ema.load_state_dict(_read(path))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -87,7 +83,7 @@ class PowerEMACallback(TrainerCallback):
         assert self.ema is not None
         if self.ema.t == self.ema.start:
             return
-        self._snapshot(state)
+        self._snapshot(writes=state.is_world_process_zero)
         if state.is_world_process_zero:
             _write(_checkpoint(args, state) / STATE_FILE, self.ema.state_dict())
 
@@ -99,13 +95,7 @@ class PowerEMACallback(TrainerCallback):
         # With load_best_model_at_end, the model already holds the weights of an earlier step here.
         if state.global_step > self.ema.t and not args.load_best_model_at_end:
             self.ema.update(state.global_step)
-        if self.ema.t > self.ema.start:
-            self._snapshot(state)
-
-    def _snapshot(self, state: TrainerState) -> None:
-        assert self.ema is not None
-        if state.is_world_process_zero:
-            self.ema.snapshot(self.folder, dtype=self.dtype)
+        self._snapshot(writes=state.is_world_process_zero)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

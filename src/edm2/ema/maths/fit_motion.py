@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edm2.ema.maths.grid import Grid
-from edm2.ema.maths.motion import TYPICAL, Kind, Motion
+from edm2.ema.maths.motion import TYPICAL, Grid, Kind, Motion
 from edm2.ema.maths.profiles import FloatArray
 from edm2.ema.maths.targets import Profile
 

@@ -80,8 +80,8 @@ class Plan:
 
 
 def memory_bytes(num_params: int, num_tracks: int, *, updates: int) -> int:
-    """Bytes of averages in float32, of their base in bfloat16, and of the window that more than 1,024 updates need."""
-    return num_params * (4 * (num_tracks + (updates > WINDOWS_PER_RUN)) + 2)
+    """Bytes of averages in float32, their base in bfloat16, and the window that one track or 1,025 updates need."""
+    return num_params * (4 * (num_tracks + (num_tracks == 1 or updates > WINDOWS_PER_RUN)) + 2)
 
 
 def spread(sigma_range: tuple[float, float], count: int) -> FloatArray:
@@ -156,3 +156,42 @@ def named_plan(name: str) -> Plan:
             f"plan {name!r} is not known: choose one of {', '.join(PLANS)}, or make one with plan()"
         )
     return PLANS[name]
+
+
+_RANGE = (0.03, 0.25)
+_MOST_TRIED = 12
+
+
+def times_to_keep(
+    times: Sequence[float], sigma_rels: Sequence[float], count: int, *, dtype: str = "fp32"
+) -> list[float]:
+    """Drop times one by one, each time the one whose loss adds the least error, never the last.
+
+    The error is the worst over sigma_rel 0.03 to 0.25, now and while the last time grows by half of its `count`-th
+    part. Looking at the present alone would keep times for their current value, and soon leave a gap that no choice
+    can close.
+
+    Args:
+        times: Increasing times since the start of training.
+        sigma_rels: Widths stored at each.
+        count: Number of times to keep.
+        dtype: How they are stored.
+
+    Returns:
+        The times kept.
+    """
+    kept = list(times)
+    widths = spread(_RANGE, 25)
+    moments = (1 + 0.5 / count) ** np.array([0.0, 0.5, 1.0])
+
+    def error_without(i: int) -> float:
+        *before, last = kept[:i] + kept[i + 1 :]
+        sets = [np.array([*before, last * moment]) / (last * moment) for moment in moments]
+        return max(float(best_errors(x.tolist(), sigma_rels, 1.0, widths, dtype)[0].max()) for x in sets)
+
+    while len(kept) > count:
+        around = np.array([0.0, *kept])
+        gaps = around[2:] - around[:-2]
+        crowded = np.argsort(gaps, kind="stable")[:_MOST_TRIED].tolist()
+        kept.pop(min(sorted(crowded), key=error_without))
+    return kept

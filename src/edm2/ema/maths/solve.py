@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edm2.ema.maths.grid import Grid
-from edm2.ema.maths.motion import TYPICAL, WHITE, Motion
+from edm2.ema.maths.motion import TYPICAL, WHITE, Grid, Motion
 from edm2.ema.maths.profiles import FloatArray, power_inner, sigma_rel_to_gamma
 from edm2.ema.maths.targets import PowerProfile, Profile
 

@@ -36,6 +36,7 @@ class Track:
         copied: The other tensors by name.
         distance: L2 distance of the average to the weights at that time.
         updates: Number of updates whose own rounding it holds; 0 where that is not counted.
+        mean_of: Updates in the plain mean of a window.
         complex_names: Averaged tensors that are complex, here as real and imaginary parts.
         write_backs: When the model was set to an average: dicts of t, sigma_rel, keep.
     """
@@ -45,21 +46,24 @@ class Track:
     copied: dict[str, Tensor]
     distance: float
     updates: int = 0
+    mean_of: int = 1
     complex_names: Sequence[str] = ()
     write_backs: Sequence[dict[str, Any]] = ()
 
 
-def arithmetic_rounding(updates: int, distance: float) -> float:
+def arithmetic_rounding(updates: int, distance: float, mean_of: int = 1) -> float:
     """Relative L2 error that rounding leaves in an average tracked in float32.
 
-    The average is rounded when it is read. While it is tracked, its offset from the weights is rounded at each update,
-    in long runs at each window; of these no more than about a thousand count (see `edm2.ema.tracking.averages`).
+    The average is rounded when it is read. A plain mean of weights that drift lags behind them by some roundings. And
+    the average's offset from the weights is rounded at each update, in long runs at each window; of these no more than
+    about a thousand count (see `edm2.ema.tracking.averages`).
 
     Args:
         updates: Number of updates so far.
         distance: Relative L2 distance of the average to the weights.
+        mean_of: Updates in the plain mean of a window.
     """
-    return math.hypot(2.0**-25, 1e-8 * min(updates, 1024) * distance)
+    return math.hypot(2.0**-25 * (1 + 0.4 * (mean_of - 1)), 1e-8 * min(updates, 1024) * distance)
 
 
 def write_track(
@@ -115,7 +119,7 @@ def write_track(
     norm = math.sqrt(squares["norm"])
     own_rounding = math.sqrt(squares["rounding"]) / norm if norm else 0.0
     distance = track.distance / norm if norm else 0.0
-    arithmetic = arithmetic_rounding(track.updates, distance) if track.updates else 0.0
+    arithmetic = arithmetic_rounding(track.updates, distance, track.mean_of) if track.updates else 0.0
     return sums, {
         "norm": _short(norm),
         "rounding": _short(math.hypot(own_rounding, arithmetic)),

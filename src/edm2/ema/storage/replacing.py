@@ -5,11 +5,13 @@ import hashlib
 import itertools
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+_filled: set[tuple[int, int]] = set()  # folders that this process fills, by device and inode
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # How file systems say that folders cannot be flushed.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
@@ -199,11 +201,14 @@ def _aside_folder(path: Path) -> Iterator[Path]:
             handle = None if os.name == "nt" else os.open(aside, os.O_RDONLY)
         except (FileExistsError, FileNotFoundError):
             continue
+        filled = _identity(handle)
+        _filled.add(filled)
         try:
             if handle is None or _hold(handle, aside):
                 yield aside
                 return
         finally:
+            _filled.discard(filled)
             if handle is None or _is_same(handle, aside):
                 shutil.rmtree(aside, ignore_errors=True)
             if handle is not None:
@@ -214,6 +219,11 @@ def _hold(handle: int, aside: Path) -> bool:
     """Lock what was just made; False if another writer took it for dead and removed it before it was locked."""
     _lock(handle, wait=True)
     return _is_same(handle, aside)
+
+
+def _identity(handle: int | None) -> tuple[int, int]:
+    status = None if handle is None else os.fstat(handle)
+    return (0, 0) if status is None else (status.st_dev, status.st_ino)
 
 
 def _is_same(handle: int, path: Path) -> bool:
@@ -253,3 +263,51 @@ def _lock(handle: int, *, wait: bool) -> bool:
     except OSError:
         return False
     return True
+
+
+# Answers of network file systems that cannot lock folders: NFS needs a file open for writing, Lustre a mount option.
+_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextmanager
+def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a folder against other writers. The system releases it if the process dies.
+
+    A folder that `replacing_folder` is filling is held already.
+
+    Args:
+        folder: An existing folder.
+        wait: Whether to wait while another writer holds it.
+
+    Raises:
+        BlockingIOError: If another writer holds it and `wait` is False.
+        FileNotFoundError: If the folder is missing, or was removed by the writer that held it.
+
+    On Windows and, with a warning, on network file systems without such locks, the caller must be the only writer.
+    """
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if _identity(handle) in _filled:
+            yield
+            return
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            warnings.warn(
+                f"{folder} lies on a file system without locks for folders ({error.strerror}): make sure that no other "
+                "process writes there",
+                stacklevel=3,
+            )
+        # The holder may have removed the folder before it let go.
+        if not os.path.samestat(os.fstat(handle), os.stat(folder)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+        yield
+    finally:
+        os.close(handle)

@@ -4,14 +4,15 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from edm2.ema.maths.plans import times_to_keep
 from edm2.ema.maths.profiles import sigma_rel_to_gamma
 from edm2.ema.storage.encoding import Track, write_track
-from edm2.ema.storage.locking import folder_lock
 from edm2.ema.storage.manifest import (
     FORMAT,
     MANIFEST,
@@ -22,9 +23,8 @@ from edm2.ema.storage.manifest import (
     read_manifest,
     write_manifest,
 )
-from edm2.ema.storage.replacing import make_folder, reason, remedy
+from edm2.ema.storage.replacing import folder_lock, make_folder, reason, remedy, sha256_of
 from edm2.ema.storage.tensorfile import FileSums, TensorFile, read_header
-from edm2.ema.storage.thinning import times_to_keep
 
 _TEMPORARY = re.compile(r"\.writing-.*\.tmp|\.manifest\.json(\.\d+)?\.tmp")
 _DATA = re.compile(r"t[\d.e+-]+_s[\d.]+_[0-9a-f]{8}\.safetensors")
@@ -54,12 +54,39 @@ def write(
         The files of this time. None if `keep` thinned this time out of the folder before the run was restarted.
     """
     _check_json(run.metadata)
+    with _writing_to(folder):
+        known: tuple[Snapshot, ...] = ()
+        if (folder / MANIFEST).exists():
+            old = read_manifest(folder)
+            run, known = _same_run(folder, old, run, layout), old.snapshots
+            _warn_of_missing(folder, known)
+        else:
+            _start_folder(folder, run, layout, own_until)
+        remove_strays(folder, run, known)
+        try:
+            new = [_write_one(folder, run, t=t, track=track, dtype=dtype) for track in tracks]
+            later = _later(folder, run, known, new, keep=keep, own_until=own_until)
+            if later is None:
+                new, content = [], list(known)
+            else:
+                content = [s for s in known if s.t < t] + new + later
+            if keep is not None and new:
+                content = _thinned(content, run, new, keep)
+            write_manifest(folder, Manifest(run=run, layout=layout, snapshots=tuple(content)))
+        except Exception:
+            remove_strays(folder, run, read_manifest(folder).snapshots)
+            raise
+        remove_strays(folder, run, content)
+        return [folder / snapshot.file for snapshot in new]
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if missing, and let errors of writing say what it holds."""
     try:
         make_folder(folder)
         with folder_lock(folder):
-            return _write(
-                folder, run, t=t, layout=layout, tracks=tracks, dtype=dtype, keep=keep, own_until=own_until
-            )
+            yield
     except OSError as error:
         raise OSError(
             error.errno,
@@ -67,42 +94,6 @@ def write(
             f" {remedy(error)} and call snapshot() again",
             str(folder),
         ) from error
-
-
-def _write(
-    folder: Path,
-    run: RunInfo,
-    *,
-    t: float,
-    layout: str,
-    tracks: Iterable[Track],
-    dtype: str,
-    keep: int | None,
-    own_until: float,
-) -> list[Path]:
-    known: tuple[Snapshot, ...] = ()
-    if (folder / MANIFEST).exists():
-        old = read_manifest(folder)
-        run, known = _same_run(folder, old, run, layout), old.snapshots
-        _warn_of_missing(folder, known)
-    else:
-        _start_folder(folder, run, layout, own_until)
-    remove_strays(folder, run, known)
-    try:
-        new = [_write_one(folder, run, t=t, track=track, dtype=dtype) for track in tracks]
-        later = _later(folder, run, known, new, keep=keep, own_until=own_until)
-        if later is None:
-            new, content = [], list(known)
-        else:
-            content = [s for s in known if s.t < t] + new + later
-        if keep is not None and new:
-            content = _thinned(content, run, new, keep)
-        write_manifest(folder, Manifest(run=run, layout=layout, snapshots=tuple(content)))
-    except Exception:
-        remove_strays(folder, run, read_manifest(folder).snapshots)
-        raise
-    remove_strays(folder, run, content)
-    return [folder / snapshot.file for snapshot in new]
 
 
 def _thinned(content: list[Snapshot], run: RunInfo, new: list[Snapshot], keep: int) -> list[Snapshot]:
@@ -124,7 +115,7 @@ def _start_folder(folder: Path, run: RunInfo, layout: str, own_until: float) -> 
         warnings.warn(
             f"{folder} is empty now, but this run wrote snapshots there up to t {own_until:g}: something deleted"
             " or moved them, and averages of the time before now cannot be reconstructed without them",
-            stacklevel=5,
+            stacklevel=4,
         )
     write_manifest(folder, Manifest(run=run, layout=layout, snapshots=()))
 
@@ -136,7 +127,7 @@ def _warn_of_missing(folder: Path, known: Sequence[Snapshot]) -> None:
         warnings.warn(
             f"{folder}: {len(lost)} of {len(known)} snapshot files are missing or cut short ({lost[0]}, ...): restore"
             " them from a copy, or reconstruction will refuse this folder",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
@@ -182,7 +173,7 @@ def _later(
         warnings.warn(
             f"{folder}: the run went back to t {t:g} and now takes another course; the {len(later)} snapshots after"
             " that time belong to the old course and are removed",
-            stacklevel=5,
+            stacklevel=4,
         )
     return []
 
@@ -274,3 +265,31 @@ def open_snapshot(folder: str | Path | ForeignSnapshots, run: RunInfo, snapshot:
                 f" {getattr(snapshot, name)!r}: restore the manifest from a copy"
             )
     return header
+
+
+def damaged(folder: Path, manifest: Manifest, *, read: bool = True) -> Iterator[str]:
+    """Compare every file with the manifest.
+
+    Args:
+        folder: Folder that `PowerEMA.snapshot` wrote.
+        manifest: Its content.
+        read: Whether to read all data and compare its sha256. False compares sizes and headers, in milliseconds.
+
+    Yields:
+        One message for each damaged file, naming it.
+    """
+    for snapshot in manifest.snapshots:
+        if problem := _problem(folder, manifest, snapshot, read=read):
+            yield problem
+
+
+def _problem(folder: Path, manifest: Manifest, snapshot: Snapshot, *, read: bool) -> str | None:
+    try:
+        path = open_snapshot(folder, manifest.run, snapshot).path
+        if read and sha256_of(path) != snapshot.sha256:
+            return f"{path} is damaged: its sha256 is not the one written; restore it from a copy"
+    except FileNotFoundError as error:
+        return f"{error.filename} is named by the manifest but missing: restore it from a copy"
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None

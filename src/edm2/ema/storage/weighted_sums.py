@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from edm2.ema.maths.profiles import FloatArray
-from edm2.ema.storage.data_sum import ByteArray, DataSum
-from edm2.ema.storage.tensorfile import DTYPES, TensorFile
+from edm2.ema.storage.tensorfile import DTYPES, ByteArray, DataSum, TensorFile
 
 # Pieces of a few files stay in the processor's cache while they are checked and added to all sums.
 _PIECE, _FILES = 1 << 16, 8
@@ -108,8 +107,12 @@ def read_exactly(handle: FileIO, file: TensorFile, position: int, out: ByteArray
     while done < len(view):
         count = handle.readinto(view[done:])
         if not count:
-            raise ValueError(f"{file.path} is cut short: restore it from a copy")
+            raise _cut_short(file)
         done += count
+
+
+def _cut_short(file: TensorFile) -> ValueError:
+    return ValueError(f"{file.path} is cut short: restore it from a copy")
 
 
 def read_elements(
@@ -125,15 +128,15 @@ def read_elements(
     parts = []
     with open(file.path, "rb", buffering=0) as handle:
         for name, runs in groupby(places, key=itemgetter(0)):
-            dtype, lengths = file.specs[name].dtype, [(start, length) for _, start, length in runs]
-            raw = torch.empty(sum(length for _, length in lengths), dtype=dtype)
-            data, done = raw.view(torch.uint8).numpy(), 0
-            for start, length in lengths:
-                size = length * dtype.itemsize
-                place = file.offsets[name] + start * dtype.itemsize
-                read_exactly(handle, file, place, data[done : done + size])
-                done += size
-            parts.append(raw.double().numpy() * scales.get(name, 1.0))
+            dtype, pieces, wanted = file.specs[name].dtype, [], 0
+            for _, start, length in runs:
+                handle.seek(file.offsets[name] + start * dtype.itemsize)
+                pieces.append(handle.read(length * dtype.itemsize))
+                wanted += length
+            data = bytearray(b"".join(pieces))
+            if len(data) != wanted * dtype.itemsize:
+                raise _cut_short(file)
+            parts.append(torch.frombuffer(data, dtype=dtype).double().numpy() * scales.get(name, 1.0))
     return np.concatenate(parts)
 
 
@@ -151,3 +154,50 @@ def read_tensors(
             if data_sum is not None:
                 data_sum.add(data, tensor=file.offsets[name])
             yield name, tensor
+
+
+_SAMPLE = 32768
+_RUN = 64
+
+
+def sample_squares(
+    files: Sequence[TensorFile], names: Sequence[str], scales: Sequence[dict[str, float]]
+) -> FloatArray:
+    """Estimate the squared L2 distances between the tensors of files.
+
+    Tensors are sampled in short runs at even spacing, in proportion to their size; small ones are read whole.
+
+    Args:
+        files: Files that hold the same tensors.
+        names: The tensors to compare.
+        scales: For each file, factor of each tensor that was stored divided by one.
+
+    Returns:
+        Squared distances [n, n].
+
+    Raises:
+        ValueError: If a file holds values that are not finite.
+    """
+    total = sum(files[0].specs[name].numel for name in names)
+    places: list[tuple[str, int, int]] = []
+    weights: list[FloatArray] = []
+    for name in names:
+        numel = files[0].specs[name].numel
+        if not numel:
+            continue
+        runs = min(-(-numel // _RUN), max(1, round(_SAMPLE / _RUN * numel / total)))
+        length = min(_RUN, numel)
+        starts = np.unique(np.linspace(0, numel - length, runs).astype(np.int64))
+        places += [(name, int(start), length) for start in starts]
+        weights.append(np.full(starts.size * length, numel / (starts.size * length)))
+    rows = np.stack([read_elements(f, places, scale) for f, scale in zip(files, scales, strict=True)])
+    for file, row in zip(files, rows, strict=True):
+        if not np.isfinite(row).all():
+            raise ValueError(
+                f"{file.path} is damaged: it holds values that are not finite; restore it from a copy"
+            )
+    rows -= rows[-1]
+    rows *= np.sqrt(np.concatenate(weights))
+    gram = rows @ rows.T
+    square = np.diag(gram)
+    return np.asarray(np.maximum(square[:, None] + square - 2 * gram, 0.0))

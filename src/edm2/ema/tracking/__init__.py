@@ -1,9 +1,8 @@
 """What happens at every step of a training.
 
 - `tracker`: `PowerEMA`, what users hold
-- `tracked`: its averages, their updates and their state
-- `followed`, `tensors`, `wrappers`: which tensors of a model are averaged, and their names
-- `averages`, `buffers`, `offload`: the running averages, accurate in long runs, beside the weights or in host memory
-- `live`: the ordinary EMA
-- `sharding`, `state`, `restart`: processes, saved states, and snapshots to go on from
+- `tracked`: its averages, their updates and their state, and the ordinary EMA
+- `tensors`, `wrappers`: which tensors of a model are averaged, and their names
+- `averages`, `buffers`: the running averages, accurate in long runs, beside the weights or in host memory
+- `sharding`, `state`: processes, saved states, and snapshots to go on from
 """

@@ -8,9 +8,14 @@ float32 average freezes. Two things prevent this:
 - When updates are much shorter than the averages, they first go into the mean of the weights over a short window
   of time, one window for all averages. A full window then goes into each average with its exact share. This also
   costs less: most updates write one buffer instead of one buffer per average.
+
+Within a window the weights count as in the narrowest average. With one average that is exact, so its windows hold 16
+updates from the start. The mean of up to 16 updates is accurate enough without the base, and then costs one pass.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -22,16 +27,15 @@ from edm2.ema.tracking.buffers import Block
 Rule = Callable[[float, float], float]
 """Share of the latest `dt` of time in an average: called with the time since training started, and dt."""
 
-_EVENNESS = (
-    64  # Within a window all weights count alike; the exact shares differ from that by less than 1/64.
-)
+_EVENNESS = 64  # Within a window the averages' exact shares differ from one another by less than 1/64.
+_MOST_PLAIN = 16  # updates in the plain mean of a window; it lags behind a drift by up to 4 roundings
 _GROWTH = 1.25  # of the training time, after which the base is renewed
 _CHECK_EVERY = 100  # updates between checks for NaN
 
 
 def windows_per_run(gammas: Sequence[float]) -> float:
     """Number of windows in the training so far that keeps power-function averages accurate."""
-    return max(WINDOWS_PER_RUN, _EVENNESS * (max(gammas) + 1))
+    return max(WINDOWS_PER_RUN, _EVENNESS * (max(gammas) - min(gammas)))
 
 
 class Averages:
@@ -57,7 +61,9 @@ class Averages:
         windows: float | None,
     ) -> None:
         self._names, self._rules, self._windows = names, rules, windows
+        self._narrowest = max(rules, key=lambda rule: rule(2.0, 1.0))
         self._start = self._t = self._folded = self._based = start
+        self._held = 0  # updates in the open window if it is a plain mean
         self._updates, self._sound_until = 0, start
         self._pending: tuple[Tensor, Any, float] | None = None
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -77,20 +83,35 @@ class Averages:
             FloatingPointError: If an earlier update brought a NaN or infinity; checked every 100 updates.
         """
         elapsed, dt, span = t - self._start, t - self._t, t - self._folded
+        if span == dt:
+            if elapsed >= _GROWTH * (self._based - self._start):
+                for block in self._blocks:
+                    block.rebase(tensors)
+                self._based = t
+            plain = self._windows is not None and _MOST_PLAIN * self._windows * dt >= elapsed
+            self._held = 1 if plain else 0
+        elif self._held:
+            self._held += 1
         full = self._windows is None or span * self._windows >= elapsed
-        shares = self._shares(elapsed, span) if full else None
-        if span == dt and elapsed >= _GROWTH * (self._based - self._start):
-            for block in self._blocks:
-                block.rebase(tensors)
-            self._based = t
+        if self._held and self._windows is not None:
+            full = self._held == _MOST_PLAIN or (full and len(self._rules) > 1)
+        shares = [rule(elapsed, span) for rule in self._rules] if full else None
+        share = 1.0 if span == dt else self._narrowest(elapsed, dt) / self._narrowest(elapsed, span)
         for block in self._blocks:
-            block.update(tensors, dt / span, shares)
+            block.update(tensors, share, shares, plain=self._held > 0)
         self._t = t
         self._updates += 1
         if full:
-            self._folded = t
+            self._folded, self._held = t, 0
         if self._updates % _CHECK_EVERY == 0:
             self._check_later()
+
+    def mean_of(self, updates: int) -> int:
+        """Updates in the plain mean of a window, after so many evenly spaced ones, on average over the run."""
+        if self._windows is None:
+            return 1
+        held = float(_MOST_PLAIN) if len(self._rules) == 1 else updates / self._windows
+        return math.ceil(min(held, _MOST_PLAIN, _MOST_PLAIN**2 * self._windows / updates))
 
     def read(self, track: int) -> Iterator[Tensor]:
         """One average with all updates so far: new tensors, in the order given at the start."""
@@ -100,10 +121,11 @@ class Averages:
         for i in range(len(self._places)):
             block, place = self._places[i]
             offset = place.of(block.offsets[track])
+            base = place.of(block.base).to(offset.dtype)
             if share:
-                assert block.window is not None
-                offset = offset.lerp(place.of(block.window), share)
-            yield place.of(block.base).to(offset.dtype) - offset
+                window = place.of(block.make_window())
+                offset = offset.lerp(base - window if self._held else window, share)
+            yield base - offset
 
     def check(self) -> None:
         """Raise if an average is not finite; waits for the device.
@@ -111,16 +133,11 @@ class Averages:
         Raises:
             FloatingPointError: If one is not.
         """
-        self._check_now()
-
-    def _check_now(self) -> None:
         if all(torch.isfinite(total) for total in self._totals()):
             self._sound_until = self._t
             return
         broken = [
-            name
-            for name, x in zip(self._names, Averages.read(self, 0), strict=True)
-            if not torch.isfinite(x).all()
+            name for name, x in zip(self._names, self.read(0), strict=True) if not torch.isfinite(x).all()
         ]
         raise FloatingPointError(
             f"the average of {broken[0] if broken else self._names[0]!r} is not finite ({len(broken)} of"
@@ -131,6 +148,8 @@ class Averages:
 
     def parts(self, *, window: bool | None = None) -> dict[str, list[Tensor]]:
         """The running tensors that make up the averages: `base`, `offset.0`, ... and an open `window`.
+
+        The window is the mean of the weights if `times` says that it holds some updates, else an offset.
 
         Args:
             window: Whether the window is among them. Default: if it is open.
@@ -145,13 +164,13 @@ class Averages:
         ordered = [self._places[i] for i in range(len(self._places))]
         return {key: [place.of(flat_of[id(b)][key]) for b, place in ordered] for key in flats[0]}
 
-    def times(self) -> dict[str, float]:
-        """Time up to which windows are in the averages, and time of the base."""
-        return {"folded": self._folded, "based": self._based}
+    def times(self) -> dict[str, Any]:
+        """Time up to which windows are in the averages, time of the base, and updates held in a plain mean."""
+        return {"folded": self._folded, "based": self._based, "held": self._held}
 
-    def set_times(self, start: float, t: float, *, folded: float, based: float) -> None:
+    def set_times(self, start: float, t: float, *, folded: float, based: float, held: int = 0) -> None:
         """Say what times the content of `parts` belongs to, after it was overwritten."""
-        self._start, self._t, self._folded, self._based = start, t, folded, based
+        self._start, self._t, self._folded, self._based, self._held = start, t, folded, based, held
         self._sound_until, self._pending = start, None
 
     def take_over(self, other: "Averages") -> None:
@@ -170,9 +189,6 @@ class Averages:
                 place.of(offsets).copy_(base).sub_(average[i].to(base.device))
         self.set_times(start, t, folded=t, based=t)
 
-    def _shares(self, elapsed: float, span: float) -> list[float]:
-        return [rule(elapsed, span) for rule in self._rules]
-
     def _totals(self) -> list[Tensor]:
         """Sums that are finite where the averages are: NaN and infinity stay in every average and in the window."""
         flats = [b.offsets[0] for b in self._blocks]
@@ -186,7 +202,7 @@ class Averages:
             answer, event, t = self._pending
             event.synchronize()
             if not torch.isfinite(answer).all():
-                self._check_now()
+                self.check()
             self._pending, self._sound_until = None, t
         totals = self._totals()
         if any(x.is_cuda for x in totals):
@@ -195,7 +211,7 @@ class Averages:
             answer.copy_(torch.stack([x.to(device, answer.dtype) for x in totals]), non_blocking=True)
             self._pending = (answer, recorded_event(device), self._t)
         else:
-            self._check_now()
+            self.check()
 
 
 def recorded_event(device: torch.device) -> Any:
@@ -205,3 +221,46 @@ def recorded_event(device: torch.device) -> Any:
     event = make()
     event.record(torch.cuda.current_stream(device))
     return event
+
+
+class HostAverages:
+    """`Averages` on the CPU: weights are copied through pinned memory, and a thread updates the averages.
+
+    The copy is queued on the current stream, so whatever changes the weights next waits for it. The host goes on
+    at once. Everything but an update waits for the update under way.
+
+    Args:
+        tensors: Local tensors at the start, on any device.
+        arguments: The other arguments of `Averages`.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], *arguments: Any, **options: Any) -> None:
+        self._staging = [
+            torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x.detach()) for x in tensors
+        ]
+        self._averages = Averages(self._staging, *arguments, **options)
+        self._worker = ThreadPoolExecutor(1, "edm2-ema")
+        self._running: Future[None] | None = None
+
+    def update(self, tensors: Sequence[Tensor], t: float) -> None:
+        """Move every average towards the tensors; returns before that is done."""
+        self._finish()
+        for to, x in zip(self._staging, tensors, strict=True):
+            to.copy_(x, non_blocking=x.is_cuda)
+        copied = [recorded_event(device) for device in dict.fromkeys(x.device for x in tensors if x.is_cuda)]
+        self._running = self._worker.submit(self._add, copied, t)
+
+    @torch.no_grad()
+    def _add(self, copied: Sequence[Any], t: float) -> None:
+        for event in copied:
+            event.synchronize()
+        self._averages.update(self._staging, t)
+
+    def _finish(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def __getattr__(self, name: str) -> Any:
+        self._finish()
+        return getattr(self._averages, name)

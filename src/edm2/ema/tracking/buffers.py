@@ -72,31 +72,52 @@ class Block:
                 place.of(offsets).copy_(base).sub_(x)
 
     def make_window(self) -> Tensor:
-        """The mean of the weights over the open window, as an offset; made where there is none yet."""
+        """The mean of the weights over the open window, plain or as an offset; made where there is none yet."""
         if self.window is None:
             self.window = torch.zeros_like(self.offsets[0])
+            self._window_views = [place.of(self.window) for place in self.places.values()]
         return self.window
 
-    def update(self, tensors: Sequence[Tensor], share: float, weights: Sequence[float] | None) -> None:
+    def update(
+        self, tensors: Sequence[Tensor], share: float, weights: Sequence[float] | None, *, plain: bool
+    ) -> None:
         """Take tensors into the averages or the window.
 
         Args:
             tensors: All tensors now.
             share: Share of them in the window; 1 where they begin it.
             weights: Share of the full window in each average; None where it stays open.
+            plain: Whether the window is a mean of weights, not of their offsets from the base.
         """
         window = None if share == 1.0 and weights is not None else self.make_window()
+        if window is not None and plain:
+            self._add_plainly(tensors, share)
+            if weights is None:
+                return
         for piece in self._pieces:
             new = piece.new.copy_(self.base[piece.span])
-            if self._converts:
+            if window is not None and plain:
+                new.sub_(window[piece.span])
+            elif self._converts:
                 torch._foreach_copy_(piece.other_views, piece.gather(tensors))
                 new.sub_(piece.other)
             else:
                 torch._foreach_sub_(piece.new_views, piece.gather(tensors))
-            if window is not None:
+            if window is not None and not plain:
                 new = _move(window[piece.span], new, share)
             for offsets, weight in zip(self.offsets, weights or (), strict=weights is not None):
                 _move(offsets[piece.span], new, weight)
+
+    def _add_plainly(self, tensors: Sequence[Tensor], share: float) -> None:
+        window = self.make_window()
+        if share == 1.0:
+            torch._foreach_copy_(self._window_views, [tensors[i] for i in self.places])
+        elif not self._converts:
+            torch._foreach_lerp_(self._window_views, [tensors[i] for i in self.places], share)
+        else:
+            for piece in self._pieces:
+                torch._foreach_copy_(piece.other_views, piece.gather(tensors))
+                window[piece.span].lerp_(piece.other, share)
 
     def rebase(self, tensors: Sequence[Tensor]) -> None:
         """Take the tensors as the base; the averages stay what they are."""

@@ -85,14 +85,18 @@ def raise_together(check: Callable[[], None], templates: Sequence[Tensor]) -> No
     error: FloatingPointError | None = None
     try:
         check()
-    except FloatingPointError as caught:  # the other processes wait for this one, so it raises after them
+    except FloatingPointError as caught:
         error = caught
+    other = FloatingPointError("an average is not finite on another process: its own error says which")
+    _raise_with_the_others(error, other, sharded)
+
+
+def _raise_with_the_others(error: Exception | None, other: Exception, sharded: Tensor) -> None:
+    """Raise this process's error, or `other` if one of the others has one; they wait for one another."""
     failed = torch.tensor([error is not None], dtype=torch.int32, device=sharded.device)
     torch.distributed.all_reduce(failed)
-    if error is not None:
-        raise error
-    if int(failed):
-        raise FloatingPointError("an average is not finite on another process: its own error says which")
+    if error is not None or int(failed):
+        raise error or other
 
 
 def write_from_first(
@@ -114,20 +118,15 @@ def write_from_first(
     sharded = next((x for x in templates if is_sharded(x)), None)
     if sharded is None:
         return write()
-    rank = torch.distributed.get_rank()
     paths: list[Path] = []
     error: Exception | None = None
-    if rank == 0:
+    if torch.distributed.get_rank() == 0:
         try:
             paths = write()
-        except Exception as caught:  # the others wait for this process, so the error is raised after them
+        except Exception as caught:
             error = caught
     for _ in tracks:
         pass
-    failed = torch.tensor([error is not None], dtype=torch.int32, device=sharded.device)
-    torch.distributed.broadcast(failed, 0)
-    if error is not None:
-        raise error
-    if int(failed):
-        raise RuntimeError("the first process could not write the snapshot: its own error says why")
+    other = RuntimeError("the first process could not write the snapshot: its own error says why")
+    _raise_with_the_others(error, other, sharded)
     return paths

@@ -1,19 +1,23 @@
 """What the state of a tracker must be before it is loaded."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from edm2.ema.reconstruct import Reconstruction, reconstruct_many
+from edm2.ema.storage.manifest import RunInfo, read_manifest
 from edm2.ema.tracking.sharding import is_sharded, local
 
-FORMAT = "edm2.ema.PowerEMA/2"
+FORMAT = "edm2.ema.PowerEMA/3"
+_SECOND_FORMAT = "edm2.ema.PowerEMA/2"  # windows are offsets
 _FIRST_FORMAT = "edm2.ema.PowerEMA/1"  # averages as they are, and a window relative to the first of them
 _NUMBER = (int, float)
 _VALUES: dict[str, type | tuple[type, ...]] = {
-    "run_id": str, "start": _NUMBER, "t": _NUMBER, "folded": _NUMBER, "based": _NUMBER, "steps": int,
+    "run_id": str, "start": _NUMBER, "t": _NUMBER, "folded": _NUMBER, "based": _NUMBER, "held": int, "steps": int,
     "updates": int, "write_backs": list,
 }  # fmt: skip
 
@@ -65,11 +69,21 @@ def _sharded_otherwise(tensor: Tensor, given: Tensor) -> bool:
 
 def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """A state in today's format: earlier ones held the averages themselves."""
+    if state.get("format") == _SECOND_FORMAT:
+        return {**state, "format": FORMAT, "held": 0}
     if state.get("format") != _FIRST_FORMAT:
         return state
     new = {k: v for k, v in state.items() if not isinstance(v, Tensor) and k != "folds"}
     folded = state.get("folded", state.get("t"))
-    new |= {"format": FORMAT, "folded": folded, "based": folded, "steps": 0, "write_backs": [], "live": None}
+    new |= {
+        "format": FORMAT,
+        "folded": folded,
+        "based": folded,
+        "held": 0,
+        "steps": 0,
+        "write_backs": [],
+        "live": None,
+    }
     for key, average in state.items():
         kind, _, name = key.partition(".")
         first = state.get(f"average.0.{name.partition('.')[2]}" if kind == "average" else f"average.0.{name}")
@@ -82,3 +96,29 @@ def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
         elif kind == "window":
             new[key] = base - (first + average)
     return new
+
+
+def stored_tracks(
+    folder: str | Path, sigma_rels: Sequence[float], t: float | None
+) -> tuple[RunInfo, list[Reconstruction]]:
+    """Averages as they are stored, of one time, with their run.
+
+    Args:
+        folder: Folder that `PowerEMA.snapshot` wrote.
+        sigma_rels: Widths of the tracks.
+        t: Time of the snapshot. Default: the last one.
+
+    Raises:
+        ValueError: If one of them is not stored, or a file is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    times = sorted({s.t for s in manifest.snapshots})
+    t = times[-1] if t is None and times else t
+    stored = [s.sigma_rel for s in manifest.snapshots if s.t == t]
+    missing = [s for s in sigma_rels if s not in stored]
+    if missing:
+        raise ValueError(
+            f"{folder} has no snapshot of sigma_rel {missing[0]:g} at t {t}: it has widths {stored} then, and"
+            f" times {times}"
+        )
+    return manifest.run, reconstruct_many(folder, sigma_rels, t)

@@ -172,6 +172,7 @@ class PowerEMA(TrackedAverages):
                 averaged={n: x.cpu() for n, x in self._whole(averages)},
                 copied=copied,
                 updates=self._updates,
+                mean_of=self._averages.mean_of(self._updates),
                 complex_names=self._followed.complex_names,
                 distance=distance(averages, weights, templates),
                 write_backs=self._write_backs,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from edm2.ema.storage import data_sum
-from edm2.ema.storage.data_sum import DataSum
+from edm2.ema.storage import tensorfile
+from edm2.ema.storage.tensorfile import DataSum
 
 
 def of(data: np.ndarray, *, tensor: int = 40, piece: int = 1 << 30) -> str:
@@ -30,7 +30,7 @@ def test_it_is_what_a_loop_over_words_gives(data: np.ndarray) -> None:
 def test_pieces_change_nothing(data: np.ndarray, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = of(data)
     assert of(data, piece=piece) == whole
-    monkeypatch.setattr(data_sum, "_INDEX", data_sum._INDEX[:300])
+    monkeypatch.setattr(tensorfile, "_INDEX", tensorfile._INDEX[:300])
     assert of(data, piece=piece) == whole
 
 

@@ -1,0 +1,115 @@
+"""Images with conditions and vectors: from one file, padded, chosen, damaged."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edm2.data import (
+    ArrayDataset,
+    Batches,
+    PaddedDataset,
+    PairedDataset,
+    Subset,
+    indices,
+    open_dataset,
+    read_given,
+)
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(6, 2, 4, 4)).astype(np.float32)
+CONDITIONS = RNG.integers(0, 256, (6, 3, 4, 4), dtype=np.uint8)
+VECTORS = RNG.normal(size=(6, 2))
+LABELS = np.array([0, 1, 2, 0, 1, 2])
+CHOSEN = np.array([4, 1])
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.npz"
+    np.savez(path, images=IMAGES, conditions=CONDITIONS, vectors=VECTORS, labels=LABELS)
+    return path
+
+
+def test_an_npz_holds_all_that_belongs_to_an_image(file: Path) -> None:
+    data = open_dataset(file, verify=True)
+    assert data.conditions is not None
+    assert np.array_equal(data.conditions.images(CHOSEN), CONDITIONS[CHOSEN])
+    assert np.array_equal(data.vectors(CHOSEN), VECTORS[CHOSEN].astype(np.float32))
+    assert np.array_equal(data.labels(CHOSEN), LABELS[CHOSEN])
+    assert (data.image_shape, data.conditions.image_shape, data.vector_dim) == ((2, 4, 4), (3, 4, 4), 2)
+    given = read_given(file)
+    assert np.array_equal(given.conditions, CONDITIONS)
+    assert given.labels is not None
+    assert np.array_equal(given.labels, LABELS)
+
+
+def test_every_part_changes_the_fingerprint(file: Path) -> None:
+    seen = {open_dataset(file).fingerprint, ArrayDataset(IMAGES, LABELS).fingerprint}
+    for conditions, vectors in ((255 - CONDITIONS, VECTORS), (CONDITIONS, -VECTORS), (CONDITIONS, None)):
+        seen.add(PairedDataset(ArrayDataset(IMAGES, LABELS), ArrayDataset(conditions), vectors).fingerprint)
+    assert len(seen) == 5
+
+
+def test_padding_choosing_and_reading_ahead_keep_pairs_together(file: Path) -> None:
+    data = open_dataset(file, pad_to=6)
+    chosen = Subset(data, np.array([5, 2, 3]))
+    assert chosen.conditions is not None
+    assert np.array_equal(chosen.conditions.images(np.array([1]))[0, :, 1:5, 1:5], CONDITIONS[2])
+    assert np.array_equal(chosen.vectors(np.array([0]))[0], VECTORS[5].astype(np.float32))
+    with Batches(data, 4, seed=3, stop=8, workers=1) as batches:
+        for batch in batches:
+            rows = indices(batch.position, 4, size=6, seed=3)
+            assert batch.conditions is not None
+            assert np.array_equal(batch.conditions.numpy()[:, :, 1:5, 1:5], CONDITIONS[rows])
+            assert batch.vectors is not None
+            assert np.array_equal(batch.vectors.numpy(), VECTORS[rows].astype(np.float32))
+
+
+def test_a_mask_and_nan_mark_missing_values(tmp_path: Path) -> None:
+    mask = RNG.random((6, 1, 4, 4)) < 0.7
+    np.savez(tmp_path / "masked.npz", images=IMAGES, mask=mask)
+    data = open_dataset(tmp_path / "masked.npz")
+    assert data.missing
+    assert np.array_equal(np.isnan(data.images(np.arange(6))), ~np.repeat(mask, 2, 1))
+    np.savez(tmp_path / "nan.npz", images=IMAGES, conditions=np.where(mask, IMAGES, np.nan))
+    with pytest.raises(
+        ValueError, match=r"conditions of .*nan.* not finite .*say so with --dataset.missing mask"
+    ):
+        open_dataset(tmp_path / "nan.npz")
+    data = open_dataset(tmp_path / "nan.npz", missing=True)
+    assert (data.missing, data.conditions is not None and data.conditions.missing) == (False, True)
+    np.save(tmp_path / "nan.npy", np.where(mask, IMAGES, np.nan))
+    with pytest.raises(ValueError, match=r"image 4 of .*nan\.npy is damaged"):
+        open_dataset(tmp_path / "nan.npy").images(CHOSEN)
+    assert open_dataset(tmp_path / "nan.npy", missing=True, verify=True).missing
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (
+            {"conditions": CONDITIONS[:4]},
+            "6 images of 'x' and 4 conditions of 'conditions of x': give one condition",
+        ),
+        ({"conditions": CONDITIONS.astype(np.int64)}, "the conditions of .*x.npz cannot be used .*int64"),
+        ({"vectors": VECTORS[:4]}, r"vectors must have the shape \[6, D\], one an image, not \[4, 2\]"),
+        ({"vectors": np.full((6, 2), np.nan)}, "vectors must be finite: entry 0 of image 0 is nan"),
+        ({"vectors": np.full((6, 2), "a")}, "vectors must be numbers, not <U1"),
+        (
+            {"mask": np.ones((6, 1, 2, 2))},
+            r"its mask has the shape \[6, 1, 2, 2\], but must have that of the images",
+        ),
+    ],
+)
+def test_errors(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=IMAGES, **arrays)
+    with pytest.raises(ValueError, match=message):
+        open_dataset(tmp_path / "x.npz")
+
+
+def test_padding_needs_conditions_of_the_images_size() -> None:
+    data = PairedDataset(ArrayDataset(IMAGES), ArrayDataset(CONDITIONS[:, :, :2, :2]))
+    with pytest.raises(ValueError, match=r"pad_to 8 needs conditions of the images' size, 4x4; .* have 2x2"):
+        PaddedDataset(data, 8)
