@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from edm2 import run_page
+from edm2.data import ArrayDataset
 from edm2.distill import distill, open_teacher, student_settings
 from edm2.ema.storage.manifest import read_manifest
 from edm2.evaluation.noise_errors import errors_by_noise
+from edm2.report import Page
 from edm2.run_page import write_run_report
 from edm2.train import train
 from edm2.train.config import EMAConfig
@@ -62,7 +64,12 @@ def test_page_of_one_run(run, tmp_path):
         assert f">{heading}</h2>" in page
     assert ">Tuning</h2>" not in page
     assert "64 of 64" in page
-    assert page.count("<img") == 2 + 4 + 2 + 1 + 1 + 1
+    assert page.count("<img") == 2 + 1 + 2 + 4 + 2 + 1 + 1
+    assert (
+        "Generated from seeds 0 to 39, with --ema 0.1 --guide-ema 0.1 --guide-images 32 --guidance 1.75"
+        in page
+    )
+    assert page.index(">Samples</h2>") < page.index(">Training</h2>")
 
 
 @pytest.mark.usefixtures("quick")
@@ -111,7 +118,7 @@ def test_a_run_without_its_data_or_snapshots(run, tmp_path):
     (other / "config.json").write_text(json.dumps(config))
     assert "The training data can no longer be opened" in page_of([other], tmp_path)
     shutil.rmtree(other / "snapshots")
-    assert page_of([other], tmp_path).count("No snapshot yet.") == 4
+    assert page_of([other], tmp_path).count("No snapshot yet.") == 5
 
 
 @pytest.mark.usefixtures("quick")
@@ -220,6 +227,32 @@ def test_tuning_results_are_drawn(run, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"tuned.json is damaged .*: run `edm2 tune` again"):
         page_of([tuned], tmp_path)
+
+
+@pytest.mark.usefixtures("quick")
+def test_samples_are_those_of_the_tuned_settings(run, monkeypatch):
+    tuned = dict(ema=0.05, num_steps=3, sampler="heun", guidance=1.5, interval=(0.0, 5.0))
+    tuned |= dict(guide_ema=0.1, guide_images=32)
+    monkeypatch.setattr(run_page, "tuned_settings", lambda folder: (tuned, []))
+    monkeypatch.setattr(run_page, "_ROWS", 1)
+    page = Page("x")
+    run_page._best(page, run_page._Run(run))
+    assert "Generated from seeds 0 to 9, with the tuned settings" in page.render()
+    model, guide = run_page._tuned_models(run_page._Run(run), tuned)
+    assert (model.info["sigma_rel"], model.info["num_images"]) == (0.05, 64)
+    assert (guide.info["sigma_rel"], guide.info["num_images"]) == (0.1, 32)
+    del tuned["guidance"]
+    assert run_page._tuned_models(run_page._Run(run), tuned)[1] is None
+
+
+def test_real_images_are_of_the_classes_beside_them() -> None:
+    images = np.arange(12, dtype=np.uint8).reshape(12, 1, 1, 1)
+    labelled = ArrayDataset(images, np.arange(12) % 3, num_classes=4)
+    rows = run_page._like(labelled, [0, 1, 2, 0, 1, 2])
+    assert (rows % 3).tolist() == [0, 1, 2, 0, 1, 2]
+    assert len(set(rows.tolist())) == 6
+    assert run_page._like(labelled, [3])[0] in range(12)  # a class without images
+    assert len(set(run_page._like(ArrayDataset(images), [0, 0, 0]).tolist())) == 3
 
 
 def test_bad_input_writes_nothing(run, tmp_path):

@@ -1,21 +1,25 @@
 """The page about one training run, or about several side by side."""
 
+import functools
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edm2.data import ImageDataset
 from edm2.ema import reconstruct_many
 from edm2.ema.storage.manifest import MANIFEST, read_manifest
 from edm2.evaluation.copies import add_copies, held_out_images, training_images
 from edm2.evaluation.noise_errors import errors_by_noise, noise_density
 from edm2.generate import ImageGenerator
 from edm2.generate.lengths import generators
+from edm2.generate.own_guide import OwnGuide, own_guide
 from edm2.progress import Progress, time_text
-from edm2.report import Page, image_grid, loss_curve, uncertainty_curve
+from edm2.report import Page, class_grid, image_grid, loss_curve, uncertainty_curve
 from edm2.report.ema_figures import reconstruction_figure, tracked_figure
 from edm2.report.magnitudes import add_magnitudes, magnitude_curve
 from edm2.train.build import open_run_data
@@ -24,12 +28,13 @@ from edm2.train.logs import MAGNITUDES_FILE, is_magnitudes, is_progress, read_lo
 from edm2.train.run_folder import SNAPSHOTS, flat_settings, read_config
 from edm2.train.settings_file import run_settings
 from edm2.tuning.page import add_knobs, add_ranking, add_result
-from edm2.tuning.result import read_tuned
+from edm2.tuning.result import read_tuned, tuned_settings
 
 _NOISE_IMAGES = 256
 _COPY_SAMPLES = 128
 _MOMENTS, _SEEDS_SHOWN, _STEPS = 6, 10, 16
 _TEACHER_STEPS, _STUDENT_STEPS = 32, (4, 2, 1)
+_ROWS, _MOST_COLUMNS = 4, 16
 _LENGTHS = (0.03, 0.05, 0.10, 0.20)
 
 
@@ -50,6 +55,11 @@ class _Run:
         self.times = sorted({s.t for s in self.manifest.snapshots}) if self.manifest else []
         self.tuned = read_tuned(folder)
 
+    @functools.cached_property
+    def guide(self) -> OwnGuide:
+        """What to sample with where nothing was tuned."""
+        return own_guide(self.folder, self.times[-1])
+
     @property
     def is_student(self) -> bool:
         """Whether the run is one of `edm2 distill`."""
@@ -68,13 +78,18 @@ class _Run:
 
     @property
     def sigma_rel(self) -> float:
-        """Longest tracked average."""
-        assert self.manifest is not None
-        return max(s.sigma_rel for s in self.manifest.snapshots)
+        """EMA length to show: the tuned one, or 0.1 or the tracked one next to it."""
+        return self.tuned.best.sigma_rel if self.tuned and self.tuned.is_better else self.guide.sigma_rel
 
     def generator(self, t: float | None = None) -> ImageGenerator:
-        """Return the model with the longest tracked average at a time; default: the last."""
-        return next(generators(self.snapshots, [self.sigma_rel], self.times[-1] if t is None else t))
+        """Return the model with the EMA length to show at a time; default: the last."""
+        assert self.manifest is not None
+        t = self.times[-1] if t is None else t
+        try:
+            return next(generators(self.snapshots, [self.sigma_rel], t))
+        except ValueError:  # a long average of an early moment
+            tracked = {s.sigma_rel for s in self.manifest.snapshots}
+            return next(generators(self.snapshots, [min(tracked, key=lambda s: abs(s - self.sigma_rel))], t))
 
     def moments(self) -> list[float]:
         """Return up to six times of snapshots, each about twice the one before."""
@@ -108,9 +123,10 @@ def write_run_report(
         f"Training of {', '.join(run.name for run in opened)}",
         lead="What happened in training, drawn from the files of the run.",
     )
-    parts = {"Training": _training, "EMA profiles": _averages}
+    parts: dict[str, Callable[[Page, _Run], None]] = {"Training": _training, "EMA profiles": _averages}
     if samples:
-        parts |= {"Error by noise level": _noise, "Samples over time": _samples, "Copies": _copies}
+        parts = {"Samples": _best, "Samples over time": _samples, **parts}
+        parts |= {"Error by noise level": _noise, "Copies": _copies}
         if any(run.is_student for run in opened):
             parts["Teacher and student"] = _side_by_side
     if any(run.tuned for run in opened):
@@ -244,6 +260,72 @@ def _noise(page: Page, run: _Run) -> None:
     )
 
 
+def _best(page: Page, run: _Run) -> None:
+    settings, _ = tuned_settings(run.folder)
+    options = run.sampling
+    guide: ImageGenerator | None = None
+    try:
+        if run.is_student:
+            model, told = run.generator(), f"EMA {run.sigma_rel:g}, in {run.num_steps} steps"
+        elif settings:
+            model, guide = _tuned_models(run, settings)
+            told = "the tuned settings"
+            options |= {
+                k: settings[k] for k in ("num_steps", "sampler", "guidance", "interval") if k in settings
+            }
+        else:
+            model, guide = run.guide.load()
+            told = f"{run.guide.words()}, not tuned yet"
+            options["guidance"] = run.guide.guidance
+        classes = model.num_classes
+        seeds = range(_ROWS * classes if 2 <= classes <= _MOST_COLUMNS else _ROWS * _SEEDS_SHOWN)
+        images = model.images(seeds, guide=guide, **options)
+    except (ValueError, FloatingPointError) as error:
+        return page.text(f"Not drawn: {error}")
+    if images.dtype != np.uint8:
+        return page.text("Not drawn: the model does not make pixels.")
+    with page.columns():
+        page.image(
+            class_grid(images, classes, model.class_names),
+            f"Generated from seeds 0 to {len(seeds) - 1}, with {told}",
+            "Grid of generated images",
+        )
+        try:
+            dataset = open_run_data(run.folder)
+        except (ValueError, OSError) as error:
+            return page.text(f"The training data can no longer be opened: {error}")
+        rows = _like(dataset, [int(c) for c in model.labels_for(seeds)])
+        page.image(
+            class_grid(dataset.images(rows), classes, model.class_names),
+            "Training images",
+            "Grid of images that the network was trained on",
+        )
+
+
+def _tuned_models(run: _Run, settings: dict[str, Any]) -> tuple[ImageGenerator, ImageGenerator | None]:
+    model = ImageGenerator.load(run.folder, settings["ema"], num_images=run.times[-1])
+    if "guidance" not in settings:
+        return model, None
+    source, length = settings.get("guide", run.folder), settings.get("guide_ema")
+    return model, ImageGenerator.load(source, length, num_images=settings.get("guide_images"))
+
+
+def _like(dataset: ImageDataset, classes: list[int]) -> np.ndarray:
+    """Training images of the same classes, spread over the data set; without classes, spread over all of it."""
+    everything = np.arange(len(dataset))
+    if not dataset.num_classes:
+        return everything[np.linspace(0, len(dataset) - 1, len(classes)).astype(np.int64)]
+    labels = dataset.labels(everything)
+    members = {c: np.flatnonzero(labels == c) for c in set(classes)}
+    shown = Counter[int]()
+    rows = []
+    for c in classes:
+        own = members[c] if len(members[c]) else everything
+        rows.append(own[shown[c] * len(own) // max(1, classes.count(c)) % len(own)])
+        shown[c] += 1
+    return np.array(rows)
+
+
 def _samples(page: Page, run: _Run) -> None:
     rows, moments, classes = [], run.moments(), ""
     for t in moments:
@@ -256,7 +338,7 @@ def _samples(page: Page, run: _Run) -> None:
     images = np.concatenate(rows)
     if images.dtype != np.uint8:
         return page.text("Not drawn: the model does not make pixels.")
-    scale = max(1, 48 // images.shape[-1])
+    scale = max(1, -(-64 // images.shape[-1]))
     times = ", ".join(f"{t:,.0f}" for t in moments)
     page.image(
         image_grid(images, columns=_SEEDS_SHOWN, scale=scale),
@@ -315,7 +397,7 @@ def _classes(generator: ImageGenerator) -> str:
     return f"; classes {', '.join(names[label] for label in generator.labels_for(range(_SEEDS_SHOWN)))}"
 
 
-_OF_SNAPSHOTS = (_averages, _noise, _samples, _copies, _side_by_side)
+_OF_SNAPSHOTS = (_averages, _noise, _best, _samples, _copies, _side_by_side)
 
 
 def _settings(page: Page, runs: Sequence[_Run]) -> None:

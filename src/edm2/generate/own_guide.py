@@ -21,12 +21,14 @@ class OwnGuide:
 
     Attributes:
         run: Folder of the run.
+        num_images: Moment of the average, in training images.
         sigma_rel: EMA length of both.
         guide_images: Moment of the guide, in training images; None for no guidance.
         guidance: Guidance weight.
     """
 
     run: Path
+    num_images: float
     sigma_rel: float
     guide_images: float | None
     guidance: float
@@ -41,7 +43,7 @@ class OwnGuide:
 
     def load(self) -> tuple[ImageGenerator, ImageGenerator | None]:
         """Return the model and its guide."""
-        model = ImageGenerator.load(self.run, self.sigma_rel)
+        model = ImageGenerator.load(self.run, self.sigma_rel, num_images=self.num_images)
         if self.guide_images is None:
             return model, None
         return model, ImageGenerator.load(self.run, self.sigma_rel, num_images=self.guide_images)
@@ -69,11 +71,12 @@ class OwnGuide:
         return True
 
 
-def own_guide(run: str | Path) -> OwnGuide:
+def own_guide(run: str | Path, num_images: float | None = None) -> OwnGuide:
     """The guide that usually helps most without a search: the run itself, after about 40% of its training.
 
     Args:
         run: Folder of a run with snapshots.
+        num_images: Time of the average; later snapshots are not read. Default: the last one.
 
     Returns:
         Settings with EMA length 0.1, or the nearest tracked one if the snapshots do not give that; without a guide if
@@ -85,7 +88,7 @@ def own_guide(run: str | Path) -> OwnGuide:
     Ref: autoguidance, arXiv 2406.02507; docs/results/tuning.md.
     """
     folder = snapshots_of(run)
-    entries = read_manifest(folder).snapshots
+    entries = [s for s in read_manifest(folder).snapshots if num_images is None or s.t <= num_images]
     times = sorted({s.t for s in entries})
     if not times:
         raise ValueError(f"{run} has no snapshot yet")
@@ -96,6 +99,7 @@ def own_guide(run: str | Path) -> OwnGuide:
     guides = 0.2 <= moment / times[-1] <= 0.7 and _gives(folder, length, moment)
     return OwnGuide(
         run=Path(run),
+        num_images=times[-1],
         sigma_rel=length,
         guide_images=moment if guides else None,
         guidance=_WEIGHT if guides else 1.0,
