@@ -27,6 +27,7 @@ EXTRAS = {
     "zarr": "science",
     "xarray": "science",
     "h5netcdf": "science",
+    "h5py": "science",
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",

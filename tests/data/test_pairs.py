@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from edm2.data import (
     ArrayDataset,
@@ -113,3 +114,64 @@ def test_padding_needs_conditions_of_the_images_size() -> None:
     data = PairedDataset(ArrayDataset(IMAGES), ArrayDataset(CONDITIONS[:, :, :2, :2]))
     with pytest.raises(ValueError, match=r"pad_to 8 needs conditions of the images' size, 4x4; .* have 2x2"):
         PaddedDataset(data, 8)
+
+
+def write_folders(root: Path, targets: str, inputs: str) -> tuple[Path, Path]:
+    for folder, names, size in (("targets", targets, 8), ("inputs", inputs, 4)):
+        (root / folder).mkdir()
+        for name in names.split():
+            value = ord(name[0])
+            image = np.full((size, size), value, np.uint8)
+            if name.endswith(".npy"):
+                np.save(root / folder / name, image)
+            else:
+                Image.fromarray(image).save(root / folder / name)
+    return root / "targets", root / "inputs"
+
+
+def test_files_are_matched_by_name_whatever_their_suffix(tmp_path: Path) -> None:
+    targets, inputs = write_folders(tmp_path, "a.png b.png c.png", "c.png b.npy a.png")
+    (inputs / "b.npy").unlink()
+    Image.fromarray(np.full((4, 4), ord("b"), np.uint8)).save(inputs / "b.bmp")
+    data = open_dataset(targets, condition=inputs)
+    assert data.conditions is not None
+    rows = np.arange(3)
+    assert data.images(rows)[:, 0, 0, 0].tolist() == data.conditions.images(rows)[:, 0, 0, 0].tolist()
+
+
+def test_files_without_a_partner_are_named(tmp_path: Path) -> None:
+    targets, inputs = write_folders(tmp_path, "a.png b.png c.png", "b.png c.png d.png")
+    with pytest.raises(
+        ValueError,
+        match=r"do not match: 'a.png' of 'targets' not in 'inputs'; 'd.png' of 'inputs' not in 'targets'",
+    ):
+        open_dataset(targets, condition=inputs)
+
+
+def test_vectors_lie_beside_the_images(tmp_path: Path) -> None:
+    targets, _ = write_folders(tmp_path, "a.png b.png c.png", "a.png")
+    plain = open_dataset(targets).fingerprint
+    (targets / "vectors.csv").write_text("image,hour,lead\nc.png,3,30\na,1,10\nb.png,2,20\n")
+    data = open_dataset(targets)
+    assert data.vectors(np.arange(3)).tolist() == [[1, 10], [2, 20], [3, 30]]
+    assert data.fingerprint != plain
+    np.save(tmp_path / "x.npy", IMAGES)
+    np.save(tmp_path / "x.vectors.npy", VECTORS)
+    assert open_dataset(tmp_path / "x.npy").vectors(CHOSEN).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,hour\na.png,1\n", r"vectors.csv has no line for 2 images|has no line for 'b.png', 'c.png'"),
+        ("image,hour\na.png,one\n", r"must hold a line such as .* it cannot be read .*'one'"),
+        ("image,hour\na.png,1\nb.png,1,2\nc.png,1\n", "lines have different lengths"),
+        ("image,hour\na.png,1\na.png,1\nb.png,2\nc.png,3\n", "an image has two"),
+        ("image,hour\n" + "x" * 2_000_000, "has 2,000,011 bytes, more than the vectors of 3 images take"),
+    ],
+)
+def test_vectors_that_do_not_fit_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    targets, _ = write_folders(tmp_path, "a.png b.png c.png", "a.png")
+    (targets / "vectors.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        open_dataset(targets)

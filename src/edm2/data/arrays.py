@@ -23,7 +23,8 @@ class NpyDataset(ImageDataset):
     """Images in one `.npy` file, read from the disk when they are asked for.
 
     The file holds `[N, C, H, W]`, `[N, H, W, C]` with up to 4 channels, or `[N, H, W]`: bytes, or floats or 16-bit
-    values, which become float32 unchanged. Labels lie beside it, `x.labels.npy` for `x.npy`, as `[N]` integers.
+    values, which become float32 unchanged. Labels lie beside it, `x.labels.npy` for `x.npy`, as `[N]` integers, and
+    vectors in `x.vectors.npy`, as `[N, D]` numbers.
 
     The fingerprint is of all values up to 256 MiB; of a larger file, of evenly spaced images that fill as much.
 
@@ -53,6 +54,10 @@ class NpyDataset(ImageDataset):
         if labels and beside.exists():
             with _refusing(f"{beside} does not hold labels", "make it with numpy.save, [N] integers"):
                 values = np.array(_mapped(beside))
+        beside, vectors = path.with_suffix(".vectors.npy"), None
+        if beside.exists():
+            with _refusing(f"{beside} does not hold vectors", "make it with numpy.save, [N, D] numbers"):
+                vectors = checked_vectors(_mapped(beside), len(array))
         super().__init__(
             name=path.stem,
             image_shape=shape,
@@ -60,15 +65,16 @@ class NpyDataset(ImageDataset):
             labels=values,
             fingerprint="",
             size=len(array),
+            vectors=vectors,
             missing=missing and dtype == np.float32,
         )
-        # All of a large file would take minutes at every start.
-        count = min(len(array), max(1, _HASHED_BYTES * len(array) // array.nbytes))
         digest = hashlib.sha256(f"npy {array.shape} {array.dtype.str}".encode())
-        for row in np.linspace(0, len(array) - 1, count).astype(np.int64):
+        for row in hashed_rows(len(array), array.nbytes // len(array)):
             digest.update(np.ascontiguousarray(array[row]).data)
         if self._labels is not None:
             digest.update(self._labels.astype("<i8", copy=False).data)
+        if vectors is not None:
+            digest.update(b"vectors" + vectors.astype("<f4", copy=False).tobytes())
         self.fingerprint = digest.hexdigest()
 
     def image_name(self, index: int) -> str:
@@ -94,6 +100,12 @@ class NpyDataset(ImageDataset):
     def __getstate__(self) -> dict[str, Any]:
         # A mapped file would travel to another process as a copy of all its values.
         return {**self.__dict__, "_array": None}
+
+
+def hashed_rows(count: int, row_bytes: int) -> np.ndarray:
+    """Rows that a fingerprint takes: all up to 256 MiB, else evenly spaced ones, because all would take minutes."""
+    chosen = min(count, max(1, _HASHED_BYTES // row_bytes))
+    return np.linspace(0, count - 1, chosen).astype(np.int64)
 
 
 def open_npz(path: Path, *, labels: bool = True, missing: bool = False) -> ImageDataset:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edm2.data.dataset import ImageDataset, Skipped
-from edm2.data.labels import LABEL_FILE, read_labels
+from edm2.data.labels import LABEL_FILE, VECTOR_FILE, read_labels, read_vectors
 from edm2.data.pictures import (
     ARRAY,
     OTHER_PICTURES,
@@ -92,12 +92,13 @@ class FileDataset(ImageDataset):
     Args:
         catalog: The files.
         skip_damaged: Whether to leave out images whose header is damaged; otherwise they are errors.
+        missing: Whether NaN is a missing value; otherwise it is an error.
 
     Raises:
-        ValueError: If images are damaged or of different sizes.
+        ValueError: If images are damaged or of different sizes, or `vectors.csv` does not fit them.
     """
 
-    def __init__(self, catalog: Catalog, *, skip_damaged: bool = False) -> None:
+    def __init__(self, catalog: Catalog, *, skip_damaged: bool = False, missing: bool = False) -> None:
         self._storage, self._where = catalog.storage, catalog.where
         warn_passed_over(catalog)
         headers, damaged = read_headers(catalog)
@@ -112,6 +113,10 @@ class FileDataset(ImageDataset):
         self._names = [catalog.names[row] for row in rows]
         self._mode, shape = _common_shape(headers, self._where)
         labels = catalog.labels
+        vectors = read_vectors(self._storage, self._names, source=Path(self._where))
+        fingerprint = catalog.digest(rows, f"files {shape}")
+        if vectors is not None:
+            fingerprint = hashlib.sha256(fingerprint.encode() + vectors.astype("<f4").tobytes()).hexdigest()
         super().__init__(
             name=catalog.name,
             image_shape=shape[:3],
@@ -119,9 +124,11 @@ class FileDataset(ImageDataset):
             labels=None if labels is None else labels[rows],
             num_classes=len(catalog.class_names) or (None if labels is None else int(labels.max()) + 1),
             class_names=catalog.class_names,
-            fingerprint=catalog.digest(rows, f"files {shape}"),
+            fingerprint=fingerprint,
             size=len(rows),
             skipped=damaged,
+            vectors=vectors,
+            missing=missing and shape[3] == "float32",
         )
 
     def image_name(self, index: int) -> str:
@@ -133,7 +140,7 @@ class FileDataset(ImageDataset):
         for row, index in enumerate(indices):
             name = self._names[index]
             try:
-                image = decode(name, self._storage.read(name), self._mode)
+                image = decode(name, self._storage.read(name), self._mode, missing=self.missing)
                 if image.shape != self.image_shape or image.dtype != self.dtype:
                     raise ValueError(f"it was {self.image_shape} at opening, and is {image.shape} now")
             except UNREADABLE as error:
@@ -167,7 +174,11 @@ def list_files(source: Path, *, labels: bool = True) -> Catalog:
     if strange is not None:
         raise ValueError(f"the file name {strange!r} in {source} is not UTF-8: rename it")
     values, class_names = read_labels(storage, names, source=source) if labels else (None, ())
-    others = Counter(_suffix(name) for name in storage.names if not is_image(name) and name != LABEL_FILE)
+    others = Counter(
+        _suffix(name)
+        for name in storage.names
+        if not is_image(name) and name not in (LABEL_FILE, VECTOR_FILE)
+    )
     return Catalog(storage, names, values, class_names, str(source), source.resolve().stem, others)
 
 

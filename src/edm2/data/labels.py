@@ -3,6 +3,8 @@
 `edm2 data convert` adds `"class_names": [name, ...]` to `dataset.json` if they are known.
 """
 
+import csv
+import io
 import json
 import warnings
 from collections.abc import Sequence
@@ -11,9 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from edm2.data.dataset import MAX_CLASSES, TOO_MANY_CLASSES
+from edm2.data.pairs import checked_vectors
 from edm2.data.storage import Storage, plain_name
 
 LABEL_FILE = "dataset.json"
+VECTOR_FILE = "vectors.csv"
 _LABEL_BYTES = 1000  # most of an image's entry
 _SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
@@ -51,6 +55,49 @@ def read_labels(
     return _from_folders(names, source=source)
 
 
+def read_vectors(storage: Storage, names: Sequence[str], *, source: Path) -> np.ndarray | None:
+    """Find the vector of every image in `vectors.csv`: a line of names of columns, then image, number, number, ...
+
+    Args:
+        storage: The files.
+        names: Names of the images among them; in the file their suffix may be left out.
+        source: Path for messages.
+
+    Returns:
+        Vectors `[N, D]` float32, or None without the file.
+
+    Raises:
+        ValueError: If the file does not fit the images.
+    """
+    if VECTOR_FILE not in storage.names:
+        return None
+    where = source / VECTOR_FILE
+    size, most = storage.sizes[storage.names.index(VECTOR_FILE)], _LABEL_BYTES * (1000 + len(names))
+    if size > most:
+        raise ValueError(
+            f"{where} has {size:,} bytes, more than the vectors of {len(names):,} images take: one line an image"
+        )
+    wanted = f"{where} must hold a line such as 'image,hour,lead', then one for each image: 'a.png,6,1.5'"
+    try:
+        header, *lines = [
+            line for line in csv.reader(io.StringIO(storage.read(VECTOR_FILE).decode())) if line
+        ]
+        table = {plain_name(line[0]): [float(number) for number in line[1:]] for line in lines}
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{wanted}; it cannot be read ({error})") from error
+    if (
+        len(table) < len(lines)
+        or len(header) < 2
+        or any(len(row) != len(header) - 1 for row in table.values())
+    ):
+        raise ValueError(f"{wanted}; lines have different lengths, or an image has two")
+    found = [table.get(name, table.get(name.rpartition(".")[0])) for name in names]
+    missing = [name for name, row in zip(names, found, strict=True) if row is None]
+    if missing:
+        raise ValueError(f"{where} has no line for {some(missing)}: add it, or take the images out")
+    return checked_vectors(np.array(found), len(names))
+
+
 def _from_json(
     data: bytes, names: Sequence[str], *, where: Path
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
@@ -83,12 +130,12 @@ def _from_json(
     missing = [name for name in names if name not in table]
     if missing:
         raise ValueError(
-            f"{where} has no label for {_some(missing)}: add them, or open the data set without labels"
+            f"{where} has no label for {some(missing)}: add them, or open the data set without labels"
         )
     absent = sorted(table.keys() - set(names))
     if absent:
         raise ValueError(
-            f"{where} has labels for {_some(absent)}, which do not exist: add the images, or take them out"
+            f"{where} has labels for {some(absent)}, which do not exist: add the images, or take them out"
         )
     classes = content.get("class_names", [])
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
@@ -106,7 +153,7 @@ def _from_folders(names: Sequence[str], *, source: Path) -> tuple[np.ndarray | N
         return None, ()
     if loose:
         raise ValueError(
-            f"{source} has class folders, but {_some(loose)} outside them: move every image into a folder, "
+            f"{source} has class folders, but {some(loose)} outside them: move every image into a folder, "
             f"write a {LABEL_FILE}, or open the data set without labels"
         )
     tops = [name.split("/", 1)[0] for name in names]
@@ -126,6 +173,7 @@ def _from_folders(names: Sequence[str], *, source: Path) -> tuple[np.ndarray | N
     return np.array([numbers[top] for top in tops], dtype=np.int64), classes
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Up to three names in words, and how many there are."""
     shown = ", ".join(repr(name) for name in names[:3])
     return f"{len(names)} images, such as {shown}" if len(names) > 3 else shown

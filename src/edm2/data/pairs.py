@@ -14,7 +14,7 @@ class PairedDataset(ImageDataset):
     Args:
         images: What a network learns to make, with class labels if there are any.
         conditions: The condition of each image, in the same order; labels of its own are ignored.
-        vectors: `[N, D]` numbers given with each image.
+        vectors: `[N, D]` numbers given with each image. Default: those that the images have already.
 
     Raises:
         ValueError: If there are not as many of them as images, or vectors are not finite numbers.
@@ -27,6 +27,8 @@ class PairedDataset(ImageDataset):
         vectors: np.ndarray | None = None,
     ) -> None:
         self._images = images
+        if vectors is None and images.vector_dim:
+            vectors = images.vectors(np.arange(len(images)))
         digest = hashlib.sha256(f"pairs {images.fingerprint}".encode())
         if conditions is not None:
             if len(conditions) != len(images):

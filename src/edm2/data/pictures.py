@@ -163,7 +163,9 @@ def needs_whole(head: bytes) -> bool:
 
 
 @refusing()
-def decode(name: str, data: bytes, mode: str | None = None, background: str = "white") -> np.ndarray:
+def decode(
+    name: str, data: bytes, mode: str | None = None, background: str = "white", *, missing: bool = False
+) -> np.ndarray:
     """Read a whole image.
 
     Args:
@@ -172,6 +174,7 @@ def decode(name: str, data: bytes, mode: str | None = None, background: str = "w
         mode: Mode to which a picture is converted, L, LA, RGB or RGBA: gray is repeated, transparent parts are laid
             on the background, colour becomes luma. Default: as stored.
         background: Name or hexadecimal code of the background's colour.
+        missing: Whether NaN is a missing value; otherwise it is an error.
 
     Returns:
         `[C, H, W]` uint8 or float32.
@@ -180,7 +183,7 @@ def decode(name: str, data: bytes, mode: str | None = None, background: str = "w
         ValueError: If the bytes are damaged, values are not finite, or float32 would round whole numbers.
     """
     if name.lower().endswith(".npy"):
-        return as_image(read_array(data))
+        return as_image(read_array(data), missing=missing)
     with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
         turn, own, depth = _TURNS.get(_orientation(opened) or 1), _mode(opened), _stored_as(opened)
         # NumPy would take an AttributeError of the decoder to mean that the object is not an array.
@@ -197,7 +200,7 @@ def decode(name: str, data: bytes, mode: str | None = None, background: str = "w
             raise ValueError(
                 "it holds whole numbers above 2^24, which float32 would round: save them as a float .npy"
             )
-        return as_image(values)
+        return as_image(values, missing=missing)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 

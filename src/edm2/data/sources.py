@@ -12,8 +12,10 @@ import numpy as np
 from edm2.data.arrays import NpyDataset, given_in_npz, open_npz
 from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset, Subset
 from edm2.data.files import Catalog, FileDataset, damage_message, list_files
+from edm2.data.grids import open_grids, split_source
 from edm2.data.hugging_face import PREFIX, is_hugging_face, list_hugging_face
 from edm2.data.idx import idx_splits, open_idx
+from edm2.data.labels import some
 from edm2.data.pairs import Given, PairedDataset
 from edm2.data.storage import zip_of
 from edm2.data.verify import find_damaged
@@ -41,12 +43,13 @@ def open_dataset(
     Args:
         source: "digits" (scikit-learn's handwritten digits, 8x8), "fashion-mnist" (Debian's package,
             28x28), "hf://NAME" (a data set of the Hugging Face hub), or a path: an image folder, a ZIP or a folder
-            inside one (`data.zip/photos`), a folder of IDX files, a `.npy` or `.npz` file, a folder saved by
-            `datasets`, or Arrow or Parquet files. Write `./digits` for a folder with a built-in's name.
+            inside one (`data.zip/photos`), a folder of IDX files, a `.npy` or `.npz` file, a zarr group or NetCDF file
+            (`era5.zarr:t2m,u10` names its arrays), a folder saved by `datasets`, or Arrow or Parquet files. Write
+            `./digits` for a folder with a built-in's name.
         split: "train", or another split that the source has.
         labels: Whether to read labels.
-        condition: Source of the images given with these, in the same order. Default: the `conditions` of an `.npz`
-            file.
+        condition: Source of the images given with these: of files matched by name, whatever their suffix; of arrays in
+            the same order. Default: the conditions that the source itself holds.
         missing: Whether NaN is a missing value; otherwise it is an error.
         pad_to: Height and width in pixels to which images are padded with zeros.
         verify: Whether to decode every image now, so that a damaged one is found before a run starts.
@@ -61,13 +64,42 @@ def open_dataset(
             do not fit.
     """
     found = _find(source, split, labels, missing)
-    dataset = FileDataset(found, skip_damaged=skip_damaged) if isinstance(found, Catalog) else found
+    dataset = (
+        found
+        if isinstance(found, ImageDataset)
+        else FileDataset(found, skip_damaged=skip_damaged, missing=missing)
+    )
     if condition is not None:
         given = open_dataset(condition, split=split, labels=False, missing=missing)
-        dataset = PairedDataset(dataset, given)
+        dataset = PairedDataset(dataset, _matched(dataset, given))
     if verify or skip_damaged:
         dataset = _verified(dataset, str(source), skip_damaged)
     return dataset if pad_to is None else PaddedDataset(dataset, pad_to)
+
+
+def _matched(images: ImageDataset, conditions: ImageDataset) -> ImageDataset:
+    """Conditions in the order of the images: by name where both are files."""
+    if not (isinstance(images, FileDataset) and isinstance(conditions, FileDataset)):
+        return conditions
+    wanted, given = (
+        [data.image_name(row).rpartition(".")[0] for row in range(len(data))] for data in (images, conditions)
+    )
+    rows = {name: row for row, name in enumerate(given)}
+    lacking = [images.image_name(row) for row, name in enumerate(wanted) if name not in rows]
+    known = {*wanted, *(skipped.name.rpartition(".")[0] for skipped in images.skipped)}
+    spare = [conditions.image_name(row) for row, name in enumerate(given) if name not in known]
+    if lacking or spare:
+        problems = [
+            f"{some(names)} of {data.name!r} not in {other.name!r}"
+            for names, data, other in ((lacking, images, conditions), (spare, conditions, images))
+            if names
+        ]
+        raise ValueError(
+            f"images and conditions do not match: {'; '.join(problems)}. Give both of a pair the same name in their "
+            "folders, and take out what has no partner"
+        )
+    order = np.array([rows[name] for name in wanted])
+    return conditions if np.array_equal(order, np.arange(len(given))) else Subset(conditions, order)
 
 
 def read_given(source: str | Path, *, missing: bool = False) -> Given:
@@ -83,8 +115,14 @@ def read_given(source: str | Path, *, missing: bool = False) -> Given:
     path = Path(source).expanduser()
     if path.suffix.lower() == ".npz" and path.is_file():
         return given_in_npz(path, missing=missing)
-    opened = open_dataset(source, labels=False, missing=missing)
-    return Given(opened.images(np.arange(len(opened))))
+    grids = split_source(source)
+    opened = (
+        open_grids(*grids, missing=missing, given=True)
+        if grids
+        else open_dataset(source, labels=False, missing=missing)
+    )
+    rows = np.arange(len(opened))
+    return Given(opened.images(rows), opened.vectors(rows) if opened.vector_dim else None)
 
 
 def _verified(dataset: ImageDataset, source: str, skip_damaged: bool) -> ImageDataset:
@@ -156,6 +194,8 @@ def _find(source: str | Path, split: str, labels: bool, missing: bool = False) -
         return BUILT_IN[source](split, labels)
     if str(source).startswith(PREFIX):
         return list_hugging_face(str(source), split=split, labels=labels)
+    if grids := split_source(source):
+        return open_grids(*grids, labels=labels, missing=missing)
     path = Path(source).expanduser()
     if not path.exists() and zip_of(path) is None:
         raise ValueError(_unknown(str(source), path))

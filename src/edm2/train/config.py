@@ -204,8 +204,8 @@ class TrainConfig:
     """All settings of a training run. Equal settings, data and machine give equal files."""
 
     data: str = ""
-    """Training images: digits, fashion-mnist, hf://NAME, or the path of an image folder, a ZIP, a .npy, .npz or
-    Parquet file, or a folder of IDX files; see docs/data.md."""
+    """Training images: digits, fashion-mnist, hf://NAME, or the path of an image folder, a ZIP, a .npy, .npz,
+    zarr, NetCDF or Parquet file, or a folder of IDX files; see docs/data.md and docs/pairs.md."""
     condition: str | None = None
     """Images given to the network with the training images: a folder, ZIP or array of as many images, matched by name.
     Default: the `conditions` of the training data, if it has any; see docs/pairs.md."""
