@@ -9,10 +9,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 INSTALLED := build/installed
 
-.PHONY: help demo test test-all test-installed lint type docs dist bench clean
+.PHONY: help demo demo-forecast test test-all test-installed lint type docs dist bench clean
 
 help:
 	@echo 'make demo    train on digits, tune, sample, write $(OUT)/report.html (about four minutes)'
+	@echo 'make demo-forecast    train on drifting fields, forecast them as an ensemble, write its page (about four minutes)'
 	@echo 'make test    run the tests (about two minutes on two cores; JOBS=8 uses eight)'
 	@echo 'make test-all         every test: the slow ones, and those that need other libraries; installs them into .venv'
 	@echo 'make test-installed   build a wheel and try it in an empty environment, without and with the extra cli'
@@ -25,6 +26,9 @@ help:
 
 demo: .venv/core
 	$(BIN)/edm2 demo --out $(OUT)
+
+demo-forecast: .venv/core
+	$(BIN)/edm2 demo --forecast
 
 test: .venv/dev
 	$(PYTEST)

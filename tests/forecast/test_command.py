@@ -118,3 +118,49 @@ def test_torchrun_shares_the_work_to_the_same_bits(model: Path, films: Path, tmp
     ]
     subprocess.run([*run, *words, str(tmp_path / "two.npz")], check=True, timeout=300)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+
+
+def test_sample_members(model: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with np.load(films) as given:
+        frames = given["frames"]
+    np.savez(tmp_path / "pairs.npz", conditions=frames[:, :2, 0], images=frames[:, 2])
+    out = tmp_path / "e.npz"
+    words = ["sample", str(model), "--conditions", str(tmp_path / "pairs.npz"), "--num-steps", "2"]
+    main([*words, "--members", "3", "--seed", "1", "--batch", "2", "--out", str(out)])
+    assert "fair CRPS" in capsys.readouterr().out
+    made = read_forecast(out)
+    assert made.members.shape == (4, 3, 1, 1, 8, 8)
+    np.testing.assert_array_equal(made.truth, frames[:, 2:3])
+    assert (tmp_path / "e.npz.html").exists()
+    assert (tmp_path / "e.npz.scores.json").exists()
+    # The first step of a forecast with the same seed.
+    same = [
+        "--start",
+        str(films),
+        "--steps",
+        "1",
+        "--seed",
+        "1",
+        "--members",
+        "3",
+        "--batch",
+        "12",
+        "--no-page",
+    ]
+    main(["forecast", str(model), *same, "--num-steps", "2", "--out", str(tmp_path / "f.npz")])
+    np.testing.assert_allclose(read_forecast(tmp_path / "f.npz").members, made.members, atol=1e-5)
+
+
+def test_sample_members_refuses(
+    model: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "c.npy", np.zeros((4, 2, 8, 8), np.float32))
+    np.save(tmp_path / "t.npy", np.zeros((3, 1, 8, 8), np.float32))
+    words = ["sample", model, "--members", "2", "--out"]
+    assert "give --conditions" in fails(capsys, *words, tmp_path / "e.npz")
+    words = ["sample", model, "--members", "2", "--conditions", tmp_path / "c.npy", "--out"]
+    assert "must end in .npz, .nc, .zarr" in fails(capsys, *words, tmp_path / "folder")
+    truth = ["--truth", tmp_path / "t.npy"]
+    assert "truth of shape [3, 1, 8, 8] must be [4, 1, 8, 8]" in fails(
+        capsys, *words, tmp_path / "e.npz", *truth
+    )

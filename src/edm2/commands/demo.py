@@ -8,6 +8,7 @@ import tyro
 
 from edm2.commands.next_step import tell_next
 from edm2.demo import run_demo
+from edm2.forecast.demo import run_forecast_demo
 from edm2.generate.reconstructed import ema_file_name
 from edm2.progress import show
 
@@ -16,21 +17,36 @@ from edm2.progress import show
 class _Demo:
     """Train on handwritten digits, tune the EMA length, sample, measure and write a report."""
 
-    out: Path = Path("runs/demo")
-    """Folder for everything."""
+    out: Path | None = None
+    """Folder for everything. Default: runs/demo, or runs/demo-forecast with --forecast."""
+    forecast: bool = False
+    """Instead: train on drifting fields, forecast them as an ensemble, and compare with the exact law."""
 
 
 def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 demo`."""
     chosen = tyro.cli(_Demo, prog=prog, args=list(words))
-    measured = run_demo(chosen.out)
+    if chosen.forecast:
+        return _forecast(chosen.out or Path("runs/demo-forecast"))
+    out = chosen.out or Path("runs/demo")
+    measured = run_demo(out)
     show(
         f"intended class recognised: {100 * measured.agreement:.1f}% "
         f"(real test digits: {100 * measured.accuracy_real:.1f}%)\n"
         f"Frechet distance: {measured.frechet:.3f} at EMA length {measured.best:g} "
         f"(real test digits: {measured.frechet_real:.3f})\n"
-        f"report:  {chosen.out / 'report.html'}\n"
-        f"samples: {chosen.out / 'samples.png'}\n"
-        f"model:   {chosen.out / 'ema' / ema_file_name(measured.best)}"
+        f"report:  {out / 'report.html'}\n"
+        f"samples: {out / 'samples.png'}\n"
+        f"model:   {out / 'ema' / ema_file_name(measured.best)}"
+    )
+
+
+def _forecast(out: Path) -> None:
+    measured = run_forecast_demo(out)
+    show(
+        f"CRPS above the exact law's: {100 * (max(measured.ratio) - 1):.1f}% at most\n"
+        f"spread / skill: {min(measured.spread_skill):.3f} to {max(measured.spread_skill):.3f}\n"
+        f"below persistence: {100 * min(measured.below_persistence):.0f}% or more\n"
+        f"report: {out / 'report.html'}"
     )
     tell_next("train", "--data", Path("FOLDER"), "--out", Path("runs/FOLDER"))

@@ -9,19 +9,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from edm2.commands.metrics_ensemble import (
-    check_scores_file,
-    read_array,
-    score_lines,
-    scores_file,
-    write_scores,
-)
+from edm2.commands.metrics_ensemble import check_scores_file, read_array, report, scores_file
 from edm2.commands.sampling import Sampling, chosen_path, open_guide, sampler_options, with_saved
-from edm2.forecast import Cases, Forecast, make_forecast, past_frames, read_cases
-from edm2.forecast.page import write_forecast_page
+from edm2.forecast import Cases, make_forecast, past_frames, read_cases
 from edm2.generate import ImageGenerator, parse_seeds
-from edm2.metrics.ensemble import EnsembleScores, score_ensemble
-from edm2.progress import show
 from edm2.train.world import join_world
 
 
@@ -75,13 +66,13 @@ def run(prog: str, words: Sequence[str]) -> None:
             members=chosen.members,
             seed=chosen.seed,
             common=chosen.noise == "common",
-            guide=open_guide(chosen, path, common),
+            guide=open_guide(chosen, path, common, generator),
             batch_size=chosen.batch,
             world=world,
             **sampler_options(chosen),
         )
         if world.is_first:
-            _report(chosen, path, made)
+            report(made, chosen.out, title=f"Forecast by {path.name}", page=chosen.page)
 
 
 def _cases(chosen: _Forecast, generator: ImageGenerator) -> Cases:
@@ -95,24 +86,3 @@ def _cases(chosen: _Forecast, generator: ImageGenerator) -> Cases:
     if rows.max() >= len(cases):
         raise ValueError(f"--cases {chosen.cases}: {chosen.start} holds {len(cases)} cases, numbered from 0")
     return cases.take(rows)
-
-
-def _report(chosen: _Forecast, path: Path, made: Forecast) -> None:
-    scores: EnsembleScores | None = None
-    if made.truth is not None and not np.isnan(made.truth).all():
-        scores = score_ensemble(made.members, made.truth, start=made.persistence)
-        write_scores(scores_file(chosen.out), scores, made)
-        for line in score_lines(scores):
-            show(line)
-    show(chosen.out)
-    if chosen.page:
-        settings = [(name, value) for name, value in made.settings.items() if value is not None]
-        page = write_forecast_page(
-            made,
-            chosen.out.with_name(f"{chosen.out.name}.html"),
-            scores=scores,
-            title=f"Forecast by {path.name}",
-            lead=f"{len(made.members)} cases, {chosen.members} members, {chosen.steps} steps.",
-            settings=[(name, value) for name, value in settings if not isinstance(value, dict)],
-        )
-        show(f"page: {page}")

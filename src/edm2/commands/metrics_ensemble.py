@@ -10,6 +10,7 @@ import tyro
 
 from edm2.files import read_json, write_json
 from edm2.forecast import Forecast, read_forecast
+from edm2.forecast.page import write_forecast_page
 from edm2.metrics.ensemble import EnsembleScores, score_ensemble
 from edm2.progress import Progress, show
 
@@ -121,6 +122,39 @@ def score_lines(scores: EnsembleScores) -> list[str]:
 
 def _text(value: float) -> str:
     return f"{value:.4g}"
+
+
+def report(made: Forecast, out: Path, *, title: str, page: bool = True) -> None:
+    """Show and write the scores of a forecast whose truth is known, and write its page.
+
+    Args:
+        made: The forecast.
+        out: Where it lies; scores and page are written beside.
+        title: Title of the page.
+        page: Whether to write the page.
+    """
+    cases, members, steps = made.members.shape[:3]
+    scores: EnsembleScores | None = None
+    if made.truth is not None and not np.isnan(made.truth).all():
+        with Progress("scoring", cases, "cases") as progress:
+            scores = score_ensemble(
+                made.members, made.truth, start=made.persistence, on_case=progress.advance
+            )
+        write_scores(scores_file(out), scores, made)
+        for line in score_lines(scores):
+            show(line)
+    show(out)
+    if page:
+        settings = [(n, v) for n, v in made.settings.items() if v is not None and not isinstance(v, dict)]
+        written = write_forecast_page(
+            made,
+            out.with_name(f"{out.name}.html"),
+            scores=scores,
+            title=title,
+            lead=f"{cases} cases, {members} members, {steps} {'steps' if steps > 1 else 'step'}.",
+            settings=settings,
+        )
+        show(f"page: {written}")
 
 
 def scores_file(forecast: Path) -> Path:

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 import tyro
 
+from edm2.commands.metrics_ensemble import report
 from edm2.commands.next_step import tell_next
 from edm2.commands.sampling import Sampling, chosen_path, open_guide, sampler_options, with_saved
 from edm2.data import LatentDecoder, read_given
 from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
+from edm2.forecast import make_ensemble
 from edm2.generate import ImageGenerator, parse_seeds, read_coding, write_samples
 from edm2.progress import show
 from edm2.train.run_folder import CONFIG_FILE
@@ -29,7 +31,8 @@ class _Sample(Sampling):
     """
 
     out: Path
-    """Folder for the images, or a file that ends in .zip (in the layout of data sets) or .npz."""
+    """Folder for the images, or a file that ends in .zip (in the layout of data sets) or .npz. With --members a file
+    that ends in .npz, .nc or .zarr."""
     seeds: str = "0-63"
     """One image per seed: 0-63 or 1,5,10-12. The seed determines noise and class."""
     label: str | None = None
@@ -52,6 +55,14 @@ class _Sample(Sampling):
     """Write a latent model's latents undecoded, as .npy files or one .npz, instead of pictures."""
     grid: int = 400
     """Maximum number of images on the grid; 0 for no grid."""
+    members: int | None = None
+    """Sample an ensemble of so many members for each condition, into one .npz, .nc or .zarr, instead of images by seed.
+    Member m of case i depends on --seed, i and m alone."""
+    seed: int = 0
+    """Seed of an ensemble."""
+    truth: Path | None = None
+    """.npy file of the true images [N, C, H, W], missing values NaN, for an ensemble's scores. Default: the `images` of
+    an .npz file of --conditions."""
 
 
 def run(prog: str, words: Sequence[str]) -> None:
@@ -59,8 +70,10 @@ def run(prog: str, words: Sequence[str]) -> None:
     chosen = tyro.cli(_Sample, prog=prog, args=list(words))
     path = chosen_path(chosen)
     chosen, path = with_saved(chosen, path)
-    seeds = parse_seeds(chosen.seeds)
     options = sampler_options(chosen)
+    if chosen.members is not None:
+        return _ensemble(chosen, path, options)
+    seeds = parse_seeds(chosen.seeds)
     made = _sample(chosen, path, seeds, options)
     if made is not None:
         show(made)
@@ -88,6 +101,45 @@ def _sample(chosen: _Sample, path: Path, seeds: list[int], options: dict[str, An
             **options,
         )
         return made if world.is_first else None
+
+
+def _ensemble(chosen: _Sample, path: Path, options: dict[str, Any]) -> None:
+    """Sample members for each condition, and show their scores where the truth is known."""
+    assert chosen.members is not None
+    if chosen.conditions is None:
+        raise ValueError("--members is for models that are conditioned on images: give --conditions")
+    with join_world(chosen.device) as world:
+        common: dict[str, Any] = dict(device=world.device, dtype=chosen.dtype, compile=chosen.compile)
+        generator = ImageGenerator.load(path, chosen.ema, num_images=chosen.ema_images, **common)
+        given = _given(chosen, generator)
+        if isinstance(given["labels"], int):
+            given["labels"] = np.full(len(given["conditions"]), given["labels"])
+        made = make_ensemble(
+            generator,
+            given.pop("conditions"),
+            chosen.out,
+            members=chosen.members,
+            truth=_truth(chosen),
+            seed=chosen.seed,
+            guide=open_guide(chosen, path, common, generator),
+            batch_size=chosen.batch,
+            world=world,
+            **given,
+            **options,
+        )
+        if world.is_first:
+            report(made, chosen.out, title=f"Ensemble by {path.name}")
+
+
+def _truth(chosen: _Sample) -> np.ndarray | None:
+    if chosen.truth is not None:
+        return _read_array(chosen.truth)
+    path = Path(chosen.conditions or "")
+    if path.suffix != ".npz":
+        return None
+    with np.load(path, allow_pickle=False) as archive:
+        images = archive["images"] if "images" in archive.files else None
+    return images[:, None] if images is not None and images.ndim == 3 else images
 
 
 def _decoder(chosen: _Sample, path: Path, device: torch.device) -> LatentDecoder | None:

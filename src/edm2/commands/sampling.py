@@ -109,6 +109,11 @@ def with_saved(chosen: _Chosen, path: Path) -> tuple[_Chosen, Path]:
         saved.pop("levels", None)  # they are those of the saved steps
     guidance = 1.0 if chosen.guidance is None else chosen.guidance
     changes: dict[str, Any] = {"guidance": guidance, **saved, **own}
+    for name in ("s_churn", "sigma_min", "sigma_max"):
+        if getattr(chosen, name) != getattr(Sampling, name):
+            changes.pop(name, None)
+    if changes.get("sampler", "heun") != "heun":
+        changes.pop("s_churn", None)
     return dataclasses.replace(chosen, **changes), path
 
 

@@ -5,25 +5,35 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import tyro
 
 from edm2.commands.next_step import tell_next
+from edm2.data import open_dataset
 from edm2.diffusion import MODEL_FILE
 from edm2.evaluation.extractors import open_extractor
 from edm2.evaluation.judge import Judge, Metric
 from edm2.progress import show, tell
 from edm2.train.build import open_run_data, pick_device
+from edm2.train.run_folder import read_config
 from edm2.tuning import BASELINE_SIGMA_REL, Tried, TuningPlan, check_guide, save_tuned, tune
 from edm2.tuning.bench import moments
+from edm2.tuning.held_out import EnsembleJudge, EnsembleMetric
 from edm2.tuning.page import score_text, verdict, write_tuning_report
+from edm2.tuning.result import judged
+
+_STEPS = (8, 12, 16, 24)
+_CHURNS = (5.0, 20.0)
 
 
 @dataclass(kw_only=True)
 class _Tune:
     """Find the EMA length, guide, guidance weight and interval with the lowest distance to the run's training images.
+
+    Or, for a run on pairs, those whose ensembles score best on held-out cases, with the number of steps and the
+    strength of added noise: --metric crps.
 
     The guide is an earlier moment of the same run, or what --guide names. Evaluations are kept: the same command
     continues after a stop. `edm2 sample RUN` uses what was found if it is better beyond its confidence interval. For a
@@ -32,8 +42,17 @@ class _Tune:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
-    metric: Metric = "frechet"
-    """frechet: Frechet distance. kernel: kernel distance (KID), right on average for any number of images."""
+    metric: Metric | EnsembleMetric = "frechet"
+    """frechet: Frechet distance. kernel: kernel distance (KID), right on average for any number of images. For models
+    that are conditioned on images, on held-out cases: crps: fair CRPS of ensembles; spread-skill: how far the ratio of
+    their spread and error is from 1."""
+    cases: str | None = None
+    """Held-out pairs for crps and spread-skill, as of `edm2 train --data`. Default: the split "test" of the run's
+    data."""
+    condition: str | None = None
+    """Conditions of these pairs, as of `edm2 train --condition`, where they lie elsewhere."""
+    members: int = 16
+    """Members of each case, for crps and spread-skill."""
     features: Literal["classifier", "inception", "dinov2"] = "classifier"
     """Feature extractor. classifier: trained on the run's images, which need classes, or read from --weights."""
     weights: str | None = None
@@ -64,8 +83,13 @@ def run(prog: str, words: Sequence[str]) -> None:
             f"edm2: the run has not ended: its snapshot after {moment:,.0f} training images is tuned; to continue this "
             f"search after a stop, add --num-images {moment:.0f}"
         )
-    judge = _judge(chosen, device)
-    show(f"{judge.metric} in features of {judge.features}, lower is better")
+    judge: Judge | EnsembleJudge
+    if chosen.metric in get_args(EnsembleMetric):
+        plan = _with_ensemble_knobs(plan)
+        judge = _ensemble_judge(chosen, plan)
+    else:
+        judge = _judge(chosen, device)
+    show(f"{judged(judge.metric, judge.features)}, lower is better")
     done = 0
 
     def on_tried(tried: Tried, best: Tried) -> None:
@@ -88,6 +112,27 @@ def run(prog: str, words: Sequence[str]) -> None:
     tell_next("sample", chosen.run, "--out", chosen.run / "samples")
 
 
+def _with_ensemble_knobs(plan: TuningPlan) -> TuningPlan:
+    """The knobs that set an ensemble's spread, where the user chose no values for them."""
+    steps = plan.steps or _STEPS
+    churns = plan.churns or (_CHURNS if plan.sampler == "heun" else ())
+    return dataclasses.replace(plan, steps=steps, churns=churns)
+
+
+def _ensemble_judge(chosen: _Tune, plan: TuningPlan) -> EnsembleJudge:
+    settings = read_config(chosen.run)["settings"]
+    dataset = open_dataset(
+        chosen.cases or settings["data"],
+        split="train" if chosen.cases else "test",
+        labels=settings["dataset"]["labels"],
+        condition=chosen.condition,
+        missing=settings["dataset"].get("missing", "refuse") != "refuse",
+        pad_to=settings["dataset"]["pad_to"],
+    )
+    metric: Any = chosen.metric
+    return EnsembleJudge(dataset, plan, metric=metric, members=chosen.members)
+
+
 def _judge(chosen: _Tune, device: torch.device) -> Judge:
     extractor = None
     if chosen.features != "classifier" or chosen.weights is not None:
@@ -98,9 +143,14 @@ def _judge(chosen: _Tune, device: torch.device) -> Judge:
             trust=chosen.trust_weights,
             device=device,
         )
+    elif chosen.cases is not None or chosen.condition is not None:
+        raise ValueError(
+            f"--cases and --condition are for --metric crps and spread-skill, not {chosen.metric}: leave them out"
+        )
     elif chosen.weights_sha256 is not None or chosen.trust_weights:
         raise ValueError("--weights-sha256 and --trust-weights are about --weights: give them too")
-    return Judge(open_run_data(chosen.run), metric=chosen.metric, extractor=extractor)
+    metric: Any = chosen.metric
+    return Judge(open_run_data(chosen.run), metric=metric, extractor=extractor)
 
 
 def _mean(values: Sequence[float]) -> str:

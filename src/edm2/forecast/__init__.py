@@ -3,7 +3,7 @@
 Modules:
     cases: `Cases`, what forecasts start from.
     rollout: `roll_out`, step by step, each new frame joining the condition of the next.
-    output: `make_forecast`, many cases and members into one file, continued after a kill.
+    output: `make_forecast`, `make_ensemble`: many cases and members into one file, continued after a kill.
     files: `Forecast`, members with truth and start, on the disk.
     page: The page that plays it.
     torus: `Torus`, drifting and diffusing fields whose law is known exactly.
@@ -11,7 +11,7 @@ Modules:
 
 from edm2.forecast.cases import Cases, read_cases
 from edm2.forecast.files import Forecast, read_forecast, write_forecast
-from edm2.forecast.output import make_forecast
+from edm2.forecast.output import make_ensemble, make_forecast
 from edm2.forecast.rollout import past_frames, roll_out
 from edm2.forecast.torus import Torus
 
@@ -19,6 +19,7 @@ __all__ = [
     "Cases",
     "Forecast",
     "Torus",
+    "make_ensemble",
     "make_forecast",
     "past_frames",
     "read_cases",

@@ -36,6 +36,7 @@ def write_forecast_page(
     lead: str = "",
     lines: Mapping[str, Sequence[float]] | None = None,
     facts: Mapping[str, object] | None = None,
+    figures: Sequence[tuple[bytes, str, str]] = (),
     settings: Sequence[tuple[str, object]] = (),
     commands: str = "",
 ) -> Path:
@@ -49,6 +50,7 @@ def write_forecast_page(
         lead: Text under the title.
         lines: Further curves beside the CRPS, as in `edm2.report.ensemble_figures.crps_figure`.
         facts: Headline numbers; default: those of the scores.
+        figures: Further pictures after the scores, each with caption and description, as in `Page.figure`.
         settings: Rows of the table of settings.
         commands: Commands that make the same forecast.
 
@@ -62,6 +64,10 @@ def write_forecast_page(
         _Films(forecast, channel).add_to(page)
     if scores is not None:
         _add_scores(page, scores, lines or {})
+    if figures:
+        page.section("Training")
+    for picture, caption, alt in figures:
+        page.figure(picture, caption, alt)
     if commands:
         page.section("The same by hand")
         page.code(commands)
@@ -230,7 +236,11 @@ def _table(scores: EnsembleScores) -> tuple[list[str], list[list[object]]]:
     rows: list[list[object]] = []
     for t, c in np.ndindex(*own.value.shape):
         at = (t, c)
-        row: list[object] = [t + 1, f"{own.value[at]:.4g}", f"{own.low[at]:.3g}\u2013{own.high[at]:.3g}"]
+        row: list[object] = [
+            t + 1,
+            f"{own.value[at]:.4g}",
+            f"{own.low[at]:.3g}\u2060\u2013\u2060{own.high[at]:.3g}",
+        ]
         row += [f"{scores.rmse.value[at]:.4g}", f"{scores.spread_skill.value[at]:.3f}"]
         row += [f"{scores.ranks_p[at]:.3f}"]
         for _, base in bases:

@@ -16,7 +16,7 @@ def past_frames(generator: ImageGenerator) -> int:
         ValueError: If its condition is not whole frames of its own images.
     """
     channels, height, width = generator.denoiser.img_shape
-    coding = getattr(generator.coding, "condition", None)
+    coding = generator.coding.condition
     given = (generator.denoiser.cond_channels, height, width) if coding is None else coding.shape
     if not given[0]:
         raise ValueError(

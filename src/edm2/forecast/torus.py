@@ -136,6 +136,23 @@ class Torus:
         means: np.ndarray = score.mean(axis=(0, 2, 3))
         return means
 
+    def denoise(self, x: Tensor, sigma: float, frames: Tensor) -> Tensor:
+        """The exact denoiser of the next frame: what a network that is conditioned on two frames should learn.
+
+        Args:
+            x: `[N, 1, side, side]` next frames with noise.
+            sigma: Standard deviation of the noise, in units in which the field has 1.
+            frames: `[N, 2, side, side]`, the earlier frame first.
+
+        Returns:
+            The expected next frames, `[N, 1, side, side]` float32.
+        """
+        mean, _ = self.law(frames, 1)
+        power = self._waves().power
+        waves = torch.fft.fft2(x.double() - mean) * (power / (power + sigma**2))
+        expected: Tensor = mean + torch.fft.ifft2(waves).real.float()
+        return expected
+
     def _state(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         before, now = torch.fft.fft2(frames.double()).unbind(1)
         return now - self._waves().alpha * before, now

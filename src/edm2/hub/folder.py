@@ -233,7 +233,7 @@ def _tuned_parts(path: Path) -> Parts | None:
     knobs, folder = tuned.best, path / TUNING_FOLDER
     sampling = Sampling(
         sampler=tuned.sampler,
-        num_steps=tuned.num_steps,
+        num_steps=knobs.num_steps or tuned.num_steps,
         guidance=knobs.guidance,
         interval=None if knobs.interval == (0.0, math.inf) else knobs.interval,
         levels=knobs.levels,

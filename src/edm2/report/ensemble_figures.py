@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Legible on light and on dark pages.
 _INK = (125, 135, 146, 255)
+_FEWEST = 0.002  # share of the pixels below which a probability's frequency is chance
 _HEAD = 18  # pixels for the titles of a row of fields
 
 
@@ -79,7 +80,8 @@ def reliability_figure(scores: EnsembleScores, channel: int, lead: int) -> Figur
     figure, (ax,) = new_figure()
     ax.plot([0, 1], [0, 1], color=LIGHT["muted"], linestyle=(0, (5, 3)), linewidth=1.2)
     for i, found in enumerate(scores.reliability):
-        known = found.count[lead, channel] > 0
+        counts = found.count[lead, channel]
+        known = counts >= max(1, _FEWEST * counts.sum())
         threshold = f"above {found.threshold[channel]:.3g}"
         ax.plot(
             found.forecast[lead, channel][known], found.observed[lead, channel][known], "o-", markersize=3.5,

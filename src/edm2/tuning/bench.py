@@ -5,8 +5,10 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -44,6 +46,21 @@ class Score(Protocol):
         """Score images, `[N, C, H, W]` uint8."""
 
 
+@runtime_checkable
+class CaseScore(Protocol):
+    """A number about what a model makes of given cases, lower being better; attributes as in `Score`."""
+
+    @property
+    def fingerprint(self) -> str: ...  # noqa: D102 - described in `Score`
+    @property
+    def metric(self) -> str: ...  # noqa: D102
+    @property
+    def features(self) -> str: ...  # noqa: D102
+
+    def score_cases(self, make: Callable[..., np.ndarray], seeds: range) -> float:
+        """Score what `make(seeds, labels, conditions=..., vectors=...)` gives; `seeds` chooses cases and noise."""
+
+
 class Bench:
     """Makes images by knobs, scores them, and remembers the scores in the run's folder.
 
@@ -63,10 +80,11 @@ class Bench:
         ValueError: If the run has no snapshot up to the wanted moment, or the plan's guide does not fit.
     """
 
-    def __init__(self, run: Path, score: Score, plan: TuningPlan, device: torch.device | str) -> None:
+    def __init__(
+        self, run: Path, score: Score | CaseScore, plan: TuningPlan, device: torch.device | str
+    ) -> None:
         self._run, self._score, self._device = run, score, device
-        self._options: dict[str, Any] = {"num_steps": plan.num_steps, "sampler": plan.sampler}
-        self._levels: list[float] = time_steps(plan.num_steps)[:-1].tolist()
+        self._options: dict[str, Any] = {"num_steps": plan.num_steps, "sampler": plan.sampler, **plan.range}
         self._run_id = read_manifest(snapshots_of(run)).run.run_id
         self.moments = moments(run, plan.num_images)
         self.guide_moment, guide = None, None
@@ -110,12 +128,18 @@ class Bench:
     def effect(self, knobs: Knobs) -> tuple[object, ...]:
         """Return what the images depend on; equal for knobs that give the same images."""
         low, high = knobs.interval
-        levels = tuple(level for level in self._levels if low < level <= high)
+        ends = {name: self._options[name] for name in ("sigma_min", "sigma_max") if name in self._options}
+        all_levels: list[float] = time_steps(self._steps(knobs), **ends)[:-1].tolist()
+        levels = tuple(level for level in all_levels if low < level <= high)
         model, *guide = self._networks(knobs)
+        sampler = (self._steps(knobs), knobs.s_churn)
         same = guide == [model] and not knobs.is_guided_by_itself
         if not guide or same or knobs.guidance == 1 or not levels:
-            return (knobs.sigma_rel, knobs.levels)
-        return (model, *guide, knobs.is_guided_by_itself, knobs.guidance, levels)
+            return (knobs.sigma_rel, knobs.levels, sampler)
+        return (model, *guide, knobs.is_guided_by_itself, knobs.guidance, levels, sampler)
+
+    def _steps(self, knobs: Knobs) -> int:
+        return knobs.num_steps or int(self._options["num_steps"])
 
     def evaluate(self, knobs: Knobs, seeds: range) -> float:
         """Score the images of some seeds, unless that was done before.
@@ -135,20 +159,27 @@ class Bench:
         # A guide is known by its content, not by its path.
         if settings.pop("guide") is not None:
             settings["guide"] = self._guide_identity
-        if settings["levels"] is None:  # as evaluations were remembered before there were levels
-            del settings["levels"]
+        # Evaluations that were made before there were these knobs are still good.
+        for name in ("levels", "num_steps", "s_churn"):
+            if not settings[name]:
+                del settings[name]
         text = json.dumps([facts, settings])
         key = hashlib.sha256(text.encode()).hexdigest()[:24]
         if key not in self._known:
-            self._known[key] = self._score.distance(self.images(knobs, seeds))
+            if isinstance(self._score, CaseScore):
+                self._known[key] = self._score.score_cases(partial(self.images, knobs), seeds)
+            else:
+                self._known[key] = self._score.distance(self.images(knobs, seeds))
             record = {"key": key, "score": self._known[key], "knobs": knobs.describe(), "seed": seeds.start}
             self._folder.mkdir(exist_ok=True)
             append_log(self._folder, {"num_images": int(self.moments[-1]), **record}, _LOG)
         return self._known[key]
 
-    def images(self, knobs: Knobs, seeds: range) -> np.ndarray:
-        """Make the images of some seeds."""
-        options = dict(self._options)
+    def images(self, knobs: Knobs, seeds: Sequence[int], *given: Any, **more: Any) -> np.ndarray:
+        """Make the images of some seeds; further arguments as of `ImageGenerator.images`."""
+        options = {**self._options, **more, "num_steps": self._steps(knobs)}
+        if knobs.s_churn:
+            options["s_churn"] = knobs.s_churn
         model, *guides = [self._generator(network) for network in self._networks(knobs)]
         if knobs.is_guided_by_itself:
             guides = [guide.without_labels() for guide in guides]
@@ -156,7 +187,7 @@ class Bench:
             options["levels"] = knobs.levels
         if guides:
             options |= {"guide": guides[0], "guidance": knobs.guidance, "interval": knobs.interval}
-        return model.images(seeds, **options)
+        return model.images(seeds, *given, **options)
 
     def _generator(self, network: _Network) -> ImageGenerator:
         source, sigma_rel, num_images = network

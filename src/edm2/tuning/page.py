@@ -21,6 +21,8 @@ _KNOBS: dict[str, tuple[str, Callable[[Tried], float]]] = {
     "interval, lower end": ("lower end of the interval, sigma", lambda t: t.knobs.interval[0]),
     "noise levels": ("first noise level after the start", lambda t: (t.knobs.levels or (0.0,))[0]),
     "EMA length once more": ("EMA length", lambda t: t.knobs.sigma_rel),
+    "steps": ("noise levels of the sampler", lambda t: t.knobs.num_steps or 0),
+    "churn": ("strength of added noise", lambda t: t.knobs.s_churn),
 }
 
 
@@ -67,8 +69,7 @@ def write_tuning_report(tuned: Tuned, plan: TuningPlan, out: str | Path, *, titl
 
 def add_result(page: Page, tuned: Tuned) -> None:
     """Add the best settings, and their scores with held-out seeds beside those without tuning."""
-    judged = f"{_capital(tuned.metric)} in features of {tuned.features}"
-    page.text(f"Best settings: {tuned.best.describe()}. {judged}: {verdict(tuned)}.")
+    page.text(f"Best settings: {tuned.best.describe()}. {_capital(tuned.judged)}: {verdict(tuned)}.")
     repeats = zip(tuned.held_out, tuned.baseline, tuned.improvements, strict=True)
     rows: list[list[object]] = [
         [i, score_text(ours), score_text(theirs), _change(tuned, lower)]

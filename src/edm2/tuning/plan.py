@@ -32,12 +32,16 @@ class TuningPlan:
         highs: Upper ends of the interval to try.
         lows: Lower ends of the interval to try.
         level_factors: For a student: factors on the noise levels of its steps, first of all of them, then of each.
+        steps: Numbers of noise levels to try; more are slower, and give another spread.
+        churns: Strengths of added noise to try, for the sampler heun.
         samples: Images for each choice.
         final_samples: Images for each final measurement.
         repeats: Final measurements, each with its own seeds; at least 2, for a confidence interval.
         num_steps: Noise levels of the sampler.
         sampler: heun runs the network twice at each noise level but the last, the others once; consistency is for
             students.
+        sigma_min: Lowest noise level.
+        sigma_max: Highest noise level.
 
     Raises:
         ValueError: If a value is out of range.
@@ -52,11 +56,15 @@ class TuningPlan:
     highs: tuple[float, ...] = (8.0, 3.0, 1.2)
     lows: tuple[float, ...] = (0.05, 0.2, 0.5)
     level_factors: tuple[float, ...] = (0.4, 0.6, 0.8, 1.25, 1.6, 2.5)
+    steps: tuple[int, ...] = ()
+    churns: tuple[float, ...] = ()
     samples: int = 1000
     final_samples: int = 1000
     repeats: int = 3
     num_steps: int = 16
     sampler: SamplerName = "heun"
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 2), ("final_samples", 2), ("repeats", 2), ("num_steps", 1)):
@@ -74,19 +82,31 @@ class TuningPlan:
             raise ValueError(
                 f"guide_moments {self.guide_moments} must lie between 0 and 1, as fractions of the run"
             )
-        for name in ("guide_moments", "guide_factors", "guidances", "highs", "lows", "level_factors"):
+        for name in (
+            "guide_moments", "guide_factors", "guidances", "highs", "lows", "level_factors", "steps", "churns",
+        ):  # fmt: skip
             values = getattr(self, name)
             if any(not 0 < value < math.inf for value in values):
                 raise ValueError(f"{name} {values} must be positive and finite")
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {values} must be different values")
-        highest, lowest, _ = time_steps(2).tolist()
+        highest, lowest, _ = time_steps(2, self.sigma_min, self.sigma_max).tolist()
         if any(high < lowest for high in self.highs) or any(low >= highest for low in self.lows):
             raise ValueError(
                 f"highs {self.highs} and lows {self.lows} must be ends of intervals that hold some of the sampler's "
                 f"noise levels, {lowest:g} to {highest:g}"
             )
         find_sampler(self.sampler)
+        if self.churns and self.sampler != "heun":
+            raise ValueError(
+                f"churns {self.churns} are for the sampler heun, not for {self.sampler}: choose heun, or leave them out"
+            )
+
+    @property
+    def range(self) -> dict[str, float]:
+        """The ends of the schedule, where they are not the usual ones, as options of a sampler."""
+        ends = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+        return {name: value for name, value in ends.items() if value != getattr(TuningPlan, name)}
 
     @classmethod
     def for_run(cls, run: Path) -> "TuningPlan":
@@ -115,7 +135,7 @@ class TuningPlan:
         if self.guide is not None:
             own = self.guide == SELF or has_snapshots(self.guide)
             guides += len(self.guide_factors) if own else 1
-        rest = len(self.guidances) + len(self.highs) + len(self.lows)
+        rest = sum(map(len, (self.guidances, self.highs, self.lows, self.steps, self.churns)))
         return 2 * len(self.sigma_rels) + guides + rest
 
 

@@ -20,7 +20,7 @@ FOLDER = "tuning"
 GUIDE_FILE = "guide.safetensors"
 _FILE = "tuned.json"
 # Fields of `Tuned` that are JSON values.
-_PLAIN = ("num_images", "num_steps", "sampler", "held_out", "baseline", "metric", "features")
+_PLAIN = ("num_images", "num_steps", "sampler", "range", "held_out", "baseline", "metric", "features")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,8 @@ class Knobs:
         guide: Model file or run that guides, where it is not an earlier moment of the same run; `self` for the run's
             own network without labels.
         levels: Noise levels of a student's steps after the first; None: the standard ones.
+        num_steps: Noise levels of the sampler; None for those of the plan.
+        s_churn: Strength of the noise that the sampler heun adds.
     """
 
     sigma_rel: float
@@ -45,6 +47,8 @@ class Knobs:
     interval: tuple[float, float] = (0.0, math.inf)
     guide: str | None = None
     levels: tuple[float, ...] | None = None
+    num_steps: int | None = None
+    s_churn: float = 0.0
 
     @property
     def is_guided(self) -> bool:
@@ -69,6 +73,10 @@ class Knobs:
             text += f" for sigma in ({self.interval[0]:g}, {self.interval[1]:g}]"
         if self.levels is not None:
             text += f", noise levels {' '.join(f'{level:.3g}' for level in self.levels)}"
+        if self.num_steps is not None:
+            text += f", {self.num_steps} steps"
+        if self.s_churn:
+            text += f", churn {self.s_churn:g}"
         return text
 
     def to_json(self) -> dict[str, Any]:
@@ -117,6 +125,7 @@ class Tuned:
         metric: What a score is, in words.
         features: What it is measured in, in words.
         num_images: Moment of the run that was tuned, in training images; None if a file does not say it.
+        range: Ends of the schedule, sigma_min and sigma_max, where they were not the usual ones.
     """
 
     best: Knobs
@@ -128,11 +137,17 @@ class Tuned:
     metric: str = FRECHET
     features: str = OWN_CLASSIFIER
     num_images: float | None = None
+    range: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         find_sampler(self.sampler)
         if not len(self.held_out) == len(self.baseline) > 0:
             raise ValueError("held_out and baseline must hold one score for each repeat")
+
+    @property
+    def judged(self) -> str:
+        """What was measured, in words."""
+        return judged(self.metric, self.features)
 
     @property
     def is_share(self) -> bool:
@@ -171,6 +186,11 @@ class Tuned:
         """Whether the improvement lies above 0 with its 95% confidence interval."""
         error = self.improvement_error
         return error is not None and self.improvement > error
+
+
+def judged(metric: str, features: str) -> str:
+    """Name of a score and what it is measured in, as one phrase: distances have features, other scores have cases."""
+    return f"{metric} {'in features of' if 'distance' in metric else 'on'} {features}"
 
 
 def half_interval(values: list[float]) -> float | None:
@@ -269,7 +289,12 @@ def tuned_settings(run: Path) -> tuple[dict[str, Any], list[str]]:
             f"the settings were tuned after {found.num_images:,.0f} training images, and the newest snapshot, which is "
             f"sampled, comes after {newest:,.0f}: run `edm2 tune` again to tune that"
         )
-    settings: dict[str, Any] = dict(num_steps=found.num_steps, sampler=found.sampler, ema=knobs.sigma_rel)
+    steps = knobs.num_steps or found.num_steps
+    settings: dict[str, Any] = dict(
+        num_steps=steps, sampler=found.sampler, ema=knobs.sigma_rel, **found.range
+    )
+    if knobs.s_churn:
+        settings["s_churn"] = knobs.s_churn
     if knobs.levels is not None:
         settings["levels"] = knobs.levels
     if knobs.is_guided:

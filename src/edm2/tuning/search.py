@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from edm2.diffusion import consistency_steps
-from edm2.tuning.bench import Bench, Score
+from edm2.tuning.bench import Bench, CaseScore, Score
 from edm2.tuning.plan import HELD_OUT_SEED, SEARCH_SEED, SELF, TuningPlan, has_snapshots
 from edm2.tuning.result import BASELINE_SIGMA_REL, Knobs, Tried, Tuned
 
@@ -17,7 +17,7 @@ _FOR_GUIDE_SEARCH = 1.5  # weight with which guides are compared, before the wei
 
 def tune(
     run: str | Path,
-    score: Score,
+    score: Score | CaseScore,
     plan: TuningPlan,
     *,
     device: torch.device | str = "cpu",
@@ -26,8 +26,9 @@ def tune(
     """Search one knob after the other; what was evaluated before is not evaluated again.
 
     The order is: EMA length; the guide (the plan's, or an earlier moment of the run) and its EMA length; guidance
-    weight; the EMA length once more, with the guide; upper end of the interval; lower end of the interval. For a
-    student it is: EMA length; noise levels, first all, then each; EMA length once more.
+    weight; the EMA length once more, with the guide; upper end of the interval; lower end of the interval; number of
+    steps; strength of added noise. For a student it is: EMA length; noise levels, first
+    all, then each; EMA length once more.
 
     A guide that does harm at the weight of its search is tried at the lower weights; if it helps at none, the rest of
     the search is skipped. Settings that give the same images as others are skipped, such as an interval that holds the
@@ -69,6 +70,7 @@ def tune(
         num_images=bench.moments[-1],
         num_steps=plan.num_steps,
         sampler=plan.sampler,
+        range=plan.range,
         tried=tried,
         held_out=held_out,
         baseline=baseline,
@@ -166,6 +168,16 @@ def _each_level(tried: Sequence[Tried], plan: TuningPlan, _: Bench) -> Iterable[
                 yield dataclasses.replace(start, levels=moved)
 
 
+def _steps(tried: Sequence[Tried], plan: TuningPlan, _: Bench) -> Iterable[Knobs]:
+    start = _best(tried).knobs
+    return [dataclasses.replace(start, num_steps=None if n == plan.num_steps else n) for n in plan.steps]
+
+
+def _churns(tried: Sequence[Tried], plan: TuningPlan, _: Bench) -> Iterable[Knobs]:
+    start = _best(tried).knobs
+    return [dataclasses.replace(start, s_churn=churn) for churn in plan.churns]
+
+
 # Name of each stage, and what it proposes after what was tried.
 _STAGES: dict[str, Callable[[Sequence[Tried], TuningPlan, Bench], Iterable[Knobs]]] = {
     "EMA length": _lengths,
@@ -174,6 +186,8 @@ _STAGES: dict[str, Callable[[Sequence[Tried], TuningPlan, Bench], Iterable[Knobs
     "EMA length with guide": _lengths,
     "interval, upper end": _highs,
     "interval, lower end": _lows,
+    "steps": _steps,
+    "churn": _churns,
 }
 _STUDENT_STAGES: dict[str, Callable[[Sequence[Tried], TuningPlan, Bench], Iterable[Knobs]]] = {
     "EMA length": _lengths,
