@@ -27,6 +27,7 @@ from edm2.train.consistency import Teacher
 from edm2.train.logs import MAGNITUDES_FILE, is_magnitudes, is_progress, read_log
 from edm2.train.run_folder import SNAPSHOTS, flat_settings, read_config
 from edm2.train.settings_file import run_settings
+from edm2.train.validation import VALIDATION_LOG
 from edm2.tuning.page import add_knobs, add_ranking, add_result
 from edm2.tuning.result import read_tuned, tuned_settings
 
@@ -50,6 +51,7 @@ class _Run:
         if not self.log:
             raise ValueError(f"{folder} has no line in its log yet: train on before asking for a report")
         self.magnitudes = read_log(folder, MAGNITUDES_FILE, is_wanted=is_magnitudes)
+        self.validation = read_log(folder, VALIDATION_LOG)
         self.snapshots = folder / SNAPSHOTS
         self.manifest = read_manifest(self.snapshots) if (self.snapshots / MANIFEST).exists() else None
         self.times = sorted({s.t for s in self.manifest.snapshots}) if self.manifest else []
@@ -144,6 +146,7 @@ def write_run_report(
                     draw(page, run)
                 progress.advance(1)
             if draw is _training:
+                _held_out(page, opened)
                 _magnitudes(page, opened)
     _settings(page, opened)
     return page.write(out)
@@ -192,6 +195,30 @@ def _below_zero(run: _Run) -> str:
     if run.config.config == "A":
         return ""
     return "; the loss includes the learned uncertainty u(σ), so that it may fall below 0"
+
+
+def _held_out(page: Page, runs: Sequence[_Run]) -> None:
+    measured = [run for run in runs if run.validation]
+    if not measured:
+        return
+    page.section("Held-out images")
+    for run in measured:
+        images, last = [r["num_images"] for r in run.validation], run.validation[-1]
+        lowest = min(run.validation, key=lambda r: r["loss_ema"])
+        average = f"EMA {last['sigma_rel']:g}"
+        losses = [{"raw weights": r["loss"], average: r["loss_ema"]} for r in run.validation]
+        page.figure(
+            magnitude_curve(images, losses, label="held-out loss"),
+            f"{run.name}: weighted squared error on held-out images, the same noise each time; lowest with {average} "
+            f"after {lowest['num_images']:,} training images",
+            "Curves of the loss on held-out images against training images",
+        )
+        rows = zip(last["levels"], last["by_level"], last["by_level_ema"], strict=True)
+        page.table(
+            ["noise level", "raw weights", average],
+            [[f"{level:.3g}", f"{raw:.4f}", f"{ema:.4f}"] for level, raw, ema in rows],
+            caption=f"Loss on held-out images after {last['num_images']:,} training images",
+        )
 
 
 def _magnitudes(page: Page, runs: Sequence[_Run]) -> None:

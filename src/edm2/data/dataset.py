@@ -262,7 +262,7 @@ class Subset(ImageDataset):
     """
 
     def __init__(self, dataset: ImageDataset, rows: np.ndarray, *, skipped: Sequence[Skipped] = ()) -> None:
-        self._dataset, self._rows = dataset, rows
+        self._dataset, self.rows = dataset, rows
         digest = hashlib.sha256(f"without {dataset.fingerprint}".encode())
         digest.update(rows.astype("<i8").data)
         super().__init__(
@@ -282,10 +282,10 @@ class Subset(ImageDataset):
 
     def image_name(self, index: int) -> str:
         """Name of an image in messages."""
-        return self._dataset.image_name(int(self._rows[index]))
+        return self._dataset.image_name(int(self.rows[index]))
 
     def _read(self, indices: np.ndarray) -> np.ndarray:
-        return self._dataset.images(self._rows[indices])
+        return self._dataset.images(self.rows[indices])
 
 
 def not_finite(images: np.ndarray, *, missing: bool) -> str | None:

@@ -9,8 +9,9 @@ import itertools
 import os
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from safetensors import safe_open
@@ -35,7 +36,7 @@ _MANIFEST = "manifest.json"
 _STATE = "state.json"
 
 Tensors = dict[str, dict[str, Tensor]]
-Role = Literal["passing", "regular", "milestone"]
+Role = Literal["passing", "best", "regular", "milestone"]
 
 
 def save_checkpoint(
@@ -46,6 +47,7 @@ def save_checkpoint(
     *,
     keep: int,
     role: Role = "regular",
+    best: Collection[int] = (),
 ) -> Path:
     """Write a checkpoint atomically, then delete unwanted ones.
 
@@ -56,7 +58,9 @@ def save_checkpoint(
         state: JSON values.
         keep: Number of newest checkpoints to keep.
         role: "passing" for a checkpoint out of turn, as when a run is stopped: the next one replaces it, so that
-            an interrupted run leaves the same checkpoints as an uninterrupted one. "milestone": never deleted.
+            an interrupted run leaves the same checkpoints as an uninterrupted one. "best": kept while it is among
+            `best`. "milestone": never deleted.
+        best: See `prune`.
 
     Returns:
         Folder of the checkpoint.
@@ -74,7 +78,7 @@ def save_checkpoint(
             _complete(aside, num_images, files, state, role)
     except OSError as error:
         raise _unwritten(final, error) from error
-    prune(folder, keep=keep)
+    prune(folder, keep=keep, best=best)
     return final
 
 
@@ -86,6 +90,7 @@ def save_in_parts(
     *,
     keep: int,
     role: Role = "regular",
+    best: Collection[int] = (),
     world: World,
 ) -> None:
     """Write a checkpoint atomically, each process its part; a collective call. Otherwise like `save_checkpoint`.
@@ -97,6 +102,7 @@ def save_in_parts(
         state: JSON values; those of the first process count.
         keep: Number of newest checkpoints to keep.
         role: See `save_checkpoint`.
+        best: See `prune`.
         world: The processes.
 
     Raises:
@@ -120,7 +126,7 @@ def save_in_parts(
         except OSError as error:
             raise _unwritten(final, error) from error
         shutil.rmtree(aside, ignore_errors=True)
-        prune(folder, keep=keep)
+        prune(folder, keep=keep, best=best)
 
     world.on_first(clear)
     part, failed = f"{world.rank + 1:05d}-of-{world.size:05d}", None
@@ -154,21 +160,23 @@ def _unwritten(final: Path, error: OSError) -> OSError:
     )
 
 
-def prune(folder: Path, *, keep: int) -> None:
+def prune(folder: Path, *, keep: int, best: Collection[int] = ()) -> None:
     """Delete leftovers of interrupted writes, and unwanted checkpoints.
 
     Args:
         folder: Folder of the run's checkpoints.
         keep: Number of newest regular checkpoints to keep. Milestones stay; a passing one stays while it is the
             newest.
+        best: Numbers of checkpoints to keep, whatever their role.
     """
     if not folder.exists():
         return
     _remove_strays(folder)
     names = _names(folder)
     roles = {name: _role(folder / name) for name in names}
-    in_turn = [name for name in names if roles[name] != "passing"]
-    wanted = {*names[-1:], *in_turn[-keep:], *(n for n in names if roles[n] == "milestone")}
+    in_turn = [name for name in names if roles[name] not in ("passing", "best")]
+    wanted = {*names[-1:], *in_turn[-keep:]}
+    wanted |= {name for name in names if roles[name] == "milestone" or int(name) in best}
     for name in names:
         if name not in wanted:
             remove_folder(folder / name)
@@ -303,7 +311,7 @@ def _role(checkpoint: Path) -> Role:
         role = read_sealed(checkpoint / _MANIFEST)["role"]
     except (OSError, ValueError, KeyError, TypeError):
         return "regular"
-    return role if role in ("passing", "milestone") else "regular"
+    return role if role in get_args(Role) else "regular"
 
 
 def _remove_strays(folder: Path) -> None:

@@ -3,6 +3,7 @@
 The descriptions below the fields are printed by `edm2 train --help`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -200,6 +201,26 @@ class EMAConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """How held-out images are used, if there are any (`validation`)."""
+
+    every: Amount | None = None
+    """Images between measurements; one more is made at the end. Default: as between checkpoints."""
+    most: Amount = 1024
+    """Number of held-out images that are measured."""
+    min_change: float = 0.001
+    """For stop_when_flat: share by which a loss must fall below the lowest one to count as lower."""
+    window: int = 1
+    """For stop_when_flat: measurements in the running mean that is looked at."""
+
+    def __post_init__(self) -> None:
+        _require(self, "every", self.every is None or self.every >= 1, "at least 1")
+        for name in ("most", "window"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        _require(self, "min_change", 0 <= self.min_change < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """All settings of a training run. Equal settings, data and machine give equal files."""
 
@@ -240,6 +261,13 @@ class TrainConfig:
     """Number of newest checkpoints to keep."""
     keep_every: int = 0
     """Keep every Nth checkpoint permanently; 0 for none."""
+    validation: str | None = None
+    """Held-out images, on which the loss is measured: a share of the training images, such as 0.1, or a data set as in
+    data."""
+    keep_best: int = 0
+    """Number of checkpoints with the lowest loss on held-out images to keep, beside the newest."""
+    stop_when_flat: int = 0
+    """Measurements on held-out images without a lower loss after which the run ends; 0 for never."""
     max_hours: float | None = None
     """Hours after which the run saves and stops with exit code 75 (0 under torchrun); the same command continues it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -274,6 +302,7 @@ class TrainConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
     consistency: Annotated[ConsistencyConfig | None, tyro.conf.Suppress, tyro.conf.Fixed] = None
     """Consistency tuning, set by `edm2 distill`. Default: train a diffusion model."""
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
 
     def __post_init__(self) -> None:
         for name in (
@@ -281,7 +310,7 @@ class TrainConfig:
             "keep_checkpoints", "stop_after_nonfinite",
         ):  # fmt: skip
             _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("keep_every", "workers"):
+        for name in ("keep_every", "workers", "keep_best", "stop_when_flat"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
         _require(self, "loss_scaling", 0 < self.loss_scaling < math.inf, "above 0 and finite")
         if self.max_hours is not None:
@@ -298,6 +327,13 @@ class TrainConfig:
             raise ValueError(
                 "loss.uncertainty True does not suit config A, which has no learned uncertainty: take config B"
             )
+        for name in ("keep_best", "stop_when_flat"):
+            if getattr(self, name) and self.validation is None:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} needs held-out images: give validation, such as 0.1"
+                )
+        share = self.validation_share
+        _require(self, "validation", share is None or 0 < share < 1, "a share between 0 and 1, or a data set")
         _require(self, "label_dropout", 0 <= self.label_dropout < 1, "a probability, in [0, 1)")
         _require(self, "seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
         if self.microbatch is not None:
@@ -308,6 +344,18 @@ class TrainConfig:
     def snapshot_interval(self) -> int:
         """Images between snapshots."""
         return math.ceil(self.num_images / 2) if self.snapshot_images is None else self.snapshot_images
+
+    @property
+    def validation_share(self) -> float | None:
+        """Share of the training images that is held out; None if none are."""
+        with contextlib.suppress(TypeError, ValueError):
+            return float(self.validation)  # type: ignore[arg-type]
+        return None
+
+    @property
+    def validation_interval(self) -> int:
+        """Images between measurements on held-out images."""
+        return self.checkpoint_images if self.validate.every is None else self.validate.every
 
     @property
     def num_steps(self) -> int:
@@ -329,7 +377,7 @@ class TrainConfig:
         """
         free = {
             "init", "num_images", "microbatch", "verify_data", "ema_device", "snapshot_images", "checkpoint_images",
-            "keep_checkpoints", "keep_every",
+            "keep_checkpoints", "keep_every", "validation", "validate", "keep_best", "stop_when_flat",
             "max_hours", "workers", "device", "channels_last", "sharding", "checkpoint_activations", "loss_scaling",
             "compile", "record_magnitudes", "stop_after_nonfinite",
         }  # fmt: skip
@@ -369,6 +417,7 @@ _GROUPS = {
     "LossConfig": "loss.",
     "EMAConfig": "ema.",
     "ConsistencyConfig": "consistency.",
+    "ValidateConfig": "validate.",
 }
 
 

@@ -20,7 +20,7 @@ from edm2.data import ImageDataset
 from edm2.diffusion import MODEL_FILE, NetworkFunction, register_network
 from edm2.ema import PowerEMA
 from edm2.nn.magnitudes import MagnitudeRecorder
-from edm2.progress import Progress
+from edm2.progress import Progress, tell
 from edm2.train import run_folder
 from edm2.train.build import ema_device, make_denoiser, pick_device
 from edm2.train.checkpoint import Role, newest
@@ -29,7 +29,7 @@ from edm2.train.config import TrainConfig
 from edm2.train.consistency import SIGMA_MAX, ConsistencyObjective, Teacher
 from edm2.train.initial import carried_licence, identify_models, take_over
 from edm2.train.loggers import Logger, numbers
-from edm2.train.logs import LOG_FILE, MAGNITUDES_FILE, append_log, rewind_log
+from edm2.train.logs import LOG_FILE, MAGNITUDES_FILE, append_log, read_log, rewind_log
 from edm2.train.memory import size_text, used_bytes
 from edm2.train.outputs import Outputs
 from edm2.train.parallel import whole
@@ -37,6 +37,7 @@ from edm2.train.signals import Stopped, stop_requests
 from edm2.train.state import gather, scatter
 from edm2.train.stepper import Stepper
 from edm2.train.tally import Tally, nonfinite_error
+from edm2.train.validation import VALIDATION_LOG, Validation, has_ended, split_data, store_split
 from edm2.train.world import World
 
 
@@ -76,6 +77,7 @@ class Trainer:
             config = dataclasses.replace(config, network_from=register_network(network))
         self._start = time.monotonic()
         self.world = World(rank=0, size=1, device=pick_device(config.device)) if world is None else world
+        dataset, held_out = split_data(dataset, config)
         self.config, self.dataset, self.out = config, dataset, out
         self.device = self.world.device
         teacher = None
@@ -103,6 +105,10 @@ class Trainer:
         objective = None if teacher is None else ConsistencyObjective(config, teacher)
         self._stepper = Stepper(config, dataset, self.coding, denoiser, self.world, objective)
         self.world.on_first(lambda: run_folder.claim(out, settings, config.identity(models), self.run_id))
+        self._validation: Validation | None = None
+        if held_out is not None:
+            self._validation = Validation(config, held_out, self.coding, self._stepper.objective)
+            store_split(out, held_out, self.world)
         self.denoiser, self.optimizer = self._stepper.denoiser, self._stepper.optimizer
         self.ema: PowerEMA | None = None
         if self.world.is_first or self._stepper.is_sharded:
@@ -132,6 +138,7 @@ class Trainer:
         self._saved: int | None = None
         self._due: Role | None = None
         self._stop = False
+        self._is_flat = False
         self._tally = Tally(self.device)
 
     def resume(self) -> None:
@@ -147,10 +154,12 @@ class Trainer:
             self.num_images = number
             self._tally.load_json(state["tally"])
         if self.world.is_first:
-            for name in (LOG_FILE, MAGNITUDES_FILE):
+            for name in (LOG_FILE, MAGNITUDES_FILE, VALIDATION_LOG):
                 rewind_log(self.out, self.num_images, name)
-            if not self._is_last(self.num_images) and (problems := self._outputs.lost_snapshots()):
-                warnings.warn(f"{'; '.join(problems)}; the run continues without them", stacklevel=2)
+        self._is_flat = self._on_any(lambda measured: has_ended(measured, self.config))
+        under_way = self.world.is_first and not self._is_last(self.num_images)
+        if under_way and (problems := self._outputs.lost_snapshots()):
+            warnings.warn(f"{'; '.join(problems)}; the run continues without them", stacklevel=2)
 
     @contextmanager
     def logging_to(self, loggers: Sequence[Logger]) -> Iterator[None]:
@@ -185,7 +194,7 @@ class Trainer:
             stop_requests() as stop_requested,
             self._outputs.saver as saver,
         ):
-            while self.num_images < end:
+            while not self._is_last(self.num_images):
                 self.step(record=self.is_due(config.log_images, self.num_images + config.batch_size))
                 if on_step is not None:
                     on_step(self)
@@ -197,6 +206,8 @@ class Trainer:
                         images_per_second=round((self.num_images - first) / max(now - start, 1e-9), 2),
                     )
                 progress.advance(config.batch_size, **fields)
+                if self.is_due(config.validation_interval):
+                    self.validate(quiet=quiet)
                 if self.is_due(config.snapshot_interval):
                     self.snapshot()
                 saver.check()
@@ -280,6 +291,32 @@ class Trainer:
         memory = size_text(used_bytes(self.device))
         return {name: value for name, value in shown.items() if value} | {"memory": memory}
 
+    def validate(self, *, quiet: bool = True) -> None:
+        """Measure and log the loss on held-out images, if there are any.
+
+        Args:
+            quiet: Do not say when the run ends because of it.
+        """
+        if self._validation is None:
+            return
+        if self.ema is not None:
+            found = self._validation.measure(self.denoiser, self.ema, max(self.config.ema.sigma_rels))
+            if self.world.is_first:
+                append_log(self.out, {"num_images": self.num_images, **found}, VALIDATION_LOG)
+            for logger in self._loggers:
+                logger.log(self.num_images, {f"validation/{k}": found[k] for k in ("loss", "loss_ema")})
+        self._is_flat = self._on_any(lambda measured: has_ended(measured, self.config))
+        if self._is_flat and not quiet:
+            tell("edm2: the loss on held-out images has stopped falling: the run ends here")
+        if self._on_any(lambda _: self.num_images in self._outputs.best_moments()):
+            self._due = "best"
+
+    def _on_any(self, holds: Callable[[list[dict[str, Any]]], bool]) -> bool:
+        """Whether something holds for the measurements so far, which the first process reads."""
+        if self._validation is None:
+            return False
+        return self.world.any(self.world.is_first and holds(read_log(self.out, VALIDATION_LOG)))
+
     def snapshot(self) -> None:
         """Store the averages in the run's snapshot folder."""
         if self.ema is not None:
@@ -346,4 +383,4 @@ class Trainer:
         return num_images // interval != (num_images - batch) // interval or self._is_last(num_images)
 
     def _is_last(self, num_images: int) -> bool:
-        return num_images >= self.config.num_images
+        return num_images >= self.config.num_images or self._is_flat

@@ -6,9 +6,12 @@ objective draws is a function of (seed, position of the image in the run), so th
 Ref: EDM2 Sec. 2-3.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from statistics import NormalDist
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from edm2.diffusion.loss import TrainableDenoiser, draw_sigma, edm2_loss
@@ -16,7 +19,8 @@ from edm2.nn import keyed_normal
 from edm2.train.config import TrainConfig
 
 # Streams of keyed random numbers; dropout blocks count up from 0 under a seed of their own.
-SIGMA_STREAM, NOISE_STREAM = 0, 1
+SIGMA_STREAM, NOISE_STREAM, _VALIDATION = 0, 1, 64
+_LEVELS = 8
 DROPOUT_SEED_OFFSET = 1 << 62
 
 
@@ -74,6 +78,21 @@ class Objective(Protocol):
         """
 
 
+@runtime_checkable
+class ValidatedObjective(Objective, Protocol):
+    """An objective whose loss can be followed on held-out images.
+
+    Attributes:
+        levels: Noise levels at which it is measured.
+    """
+
+    @property
+    def levels(self) -> tuple[float, ...]: ...  # noqa: D102 - described above
+
+    def validation_loss(self, denoiser: TrainableDenoiser, batch: TrainingBatch, level: int) -> Tensor:
+        """Squared error at one of the levels, weighted as in training but for the uncertainty, `[B, C, H, W]`."""
+
+
 @dataclass(frozen=True)
 class DenoisingObjective:
     """The loss of EDM2: remove noise of random levels.
@@ -92,6 +111,24 @@ class DenoisingObjective:
         sigma = draw_sigma(batch.index, p_mean=loss.p_mean, p_std=loss.p_std, seed=seed, stream=SIGMA_STREAM)
         noise = keyed_normal(batch.index, batch.images.shape[1:], seed=seed, stream=NOISE_STREAM)
         return edm2_loss(denoiser, batch.images, batch.labels, sigma, noise, **batch.network_arguments(seed))
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Noise levels that training draws equally often: medians of equal shares of their distribution."""
+        loss = self.config.loss
+        normal = NormalDist(loss.p_mean, loss.p_std)
+        return tuple(math.exp(normal.inv_cdf((i + 0.5) / _LEVELS)) for i in range(_LEVELS))
+
+    def validation_loss(self, denoiser: TrainableDenoiser, batch: TrainingBatch, level: int) -> Tensor:
+        """See `ValidatedObjective`."""
+        seed = self.config.seed
+        noise = keyed_normal(batch.index, batch.images.shape[1:], seed=seed, stream=_VALIDATION + level)
+        level_sigma, sigma_data = self.levels[level], denoiser.sigma_data
+        sigma = torch.full((len(batch.images), 1, 1, 1), level_sigma, device=batch.images.device)
+        weight = (level_sigma**2 + sigma_data**2) / (level_sigma * sigma_data) ** 2
+        noisy = batch.images + sigma * noise
+        denoised: Tensor = denoiser(noisy, sigma, batch.labels, **batch.network_arguments(seed))
+        return weight * (denoised - batch.images) ** 2
 
 
 def make_objective(config: TrainConfig) -> Objective:

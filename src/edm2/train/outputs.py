@@ -20,7 +20,9 @@ from edm2.train.checkpoint import (
     save_in_parts,
 )
 from edm2.train.config import TrainConfig
+from edm2.train.logs import read_log
 from edm2.train.saver import Saver
+from edm2.train.validation import VALIDATION_LOG, best_moments
 from edm2.train.world import World
 
 
@@ -45,8 +47,12 @@ class Outputs:
         self._config, self._out = config, out
         self._settings, self._run_id, self._info = settings, run_id, info
         self.checkpoints = out / run_folder.CHECKPOINTS
-        self.saver = Saver(self.checkpoints, keep=config.keep_checkpoints)
+        self.saver = Saver(self.checkpoints, keep=config.keep_checkpoints, best=self.best_moments)
         self.snapshot_times: list[int] = []
+
+    def best_moments(self) -> list[int]:
+        """Images seen at the moments whose checkpoints are kept for their loss on held-out images."""
+        return best_moments(read_log(self._out, VALIDATION_LOG), self._config.keep_best)
 
     def snapshot(self, ema: PowerEMA, denoiser: Denoiser, num_images: int) -> None:
         """Store the averages in the snapshot folder."""
@@ -88,8 +94,16 @@ class Outputs:
         if parts_of is None:
             self.saver.save(num_images, tensors, state, role=role)
         else:
-            keep = self._config.keep_checkpoints
-            save_in_parts(self.checkpoints, num_images, tensors, state, keep=keep, role=role, world=parts_of)
+            save_in_parts(
+                self.checkpoints,
+                num_images,
+                tensors,
+                state,
+                keep=self._config.keep_checkpoints,
+                role=role,
+                best=self.best_moments(),
+                world=parts_of,
+            )
 
     def find_checkpoint(self) -> int | None:
         """Find the newest intact checkpoint, and delete unwanted ones.
@@ -104,7 +118,7 @@ class Outputs:
         if found is None:
             run_folder.check_not_lost(self._out)
             return None
-        prune(self.checkpoints, keep=self._config.keep_checkpoints)
+        prune(self.checkpoints, keep=self._config.keep_checkpoints, best=self.best_moments())
         return int(found.name)
 
     def read_checkpoint(self, num_images: int) -> tuple[StoredTensors, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Checkpoints written in a background thread."""
 
 import threading
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ class Saver:
     Args:
         folder: Folder of the run's checkpoints.
         keep: Number of newest checkpoints to keep.
+        best: Returns the numbers of others to keep.
     """
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        self._folder, self._keep = folder, keep
+    def __init__(self, folder: Path, *, keep: int, best: Callable[[], Collection[int]] = tuple) -> None:
+        self._folder, self._keep, self._best = folder, keep, best
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -37,7 +39,10 @@ class Saver:
         self.wait()
         # A daemon: a second signal ends the process at once, and an unfinished checkpoint does not count.
         self._thread = threading.Thread(
-            target=self._write, args=(num_images, tensors, state, role), name="edm2-saver", daemon=True
+            target=self._write,
+            args=(num_images, tensors, state, role, self._best()),
+            name="edm2-saver",
+            daemon=True,
         )
         self._thread.start()
 
@@ -62,9 +67,11 @@ class Saver:
             thread.join()
         self.check()
 
-    def _write(self, num_images: int, tensors: Tensors, state: dict[str, Any], role: Role) -> None:
+    def _write(
+        self, num_images: int, tensors: Tensors, state: dict[str, Any], role: Role, best: Collection[int]
+    ) -> None:
         try:
-            save_checkpoint(self._folder, num_images, tensors, state, keep=self._keep, role=role)
+            save_checkpoint(self._folder, num_images, tensors, state, keep=self._keep, role=role, best=best)
         except BaseException as error:  # re-raised in the training thread
             self._error = error
 

@@ -43,6 +43,7 @@ class Stepper:
     Attributes:
         denoiser: The network in training mode.
         optimizer: Its optimiser.
+        objective: What it is trained for.
         norms: Norms of all weights and of their change in the last measured step, `[2]`; None before the first.
     """
 
@@ -61,7 +62,7 @@ class Stepper:
         self._share = world.share(config.batch_size, config.microbatch)
         self._size = min(config.microbatch or self._share, self._share)
         self._dataset = dataset
-        self._objective = make_objective(config) if objective is None else objective
+        self.objective = make_objective(config) if objective is None else objective
         augment = config.dataset.augment
         self._augment = Augmentation(probability=augment) if augment else None
         self._batches: Batches | None = None
@@ -128,7 +129,7 @@ class Stepper:
                 batch = next(batches)
                 with self._seeded(batch.position):
                     inputs = self._inputs(batch, num_images)
-                    loss = self._objective(forward, inputs)
+                    loss = self.objective(forward, inputs)
                 if inputs.mask is not None:
                     loss = torch.where(inputs.mask, loss, 0.0)
                 # Processes average their gradients, but the loss is a sum over the batch.
