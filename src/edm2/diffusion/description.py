@@ -108,6 +108,8 @@ def check_info(info: Mapping[str, Any]) -> None:
         "class_names": lambda x: type(x) is list and all(isinstance(name, str) for name in x),
         "source": lambda x: type(x) is dict and all(isinstance(text, str) for text in x.values()),
         "coding": lambda x: type(x) is dict,
+        "objective": lambda x: x == "mean",
+        "residual": _is_residual,
         "label_dropout": lambda x: type(x) is float and 0 <= x < 1,
         "ignores_labels": lambda x: type(x) is bool,
         "consistency": lambda x: type(x) is dict and _is_positive(x.get("sigma_max")),
@@ -116,6 +118,17 @@ def check_info(info: Mapping[str, Any]) -> None:
         value = info.get(name)
         if value is not None and not fits(value):
             raise ValueError(f"{name} = {shown(value)} is not a value that edm2 writes")
+
+
+def _is_residual(value: Any) -> bool:
+    return (
+        type(value) is dict
+        and isinstance(value.get("sha256"), str)
+        and all(
+            type(value.get(name)) is list and all(type(x) is float and math.isfinite(x) for x in value[name])
+            for name in ("mean", "std")
+        )
+    )
 
 
 def shown(value: object) -> str:

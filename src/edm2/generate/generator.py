@@ -23,6 +23,7 @@ from edm2.generate.sampler_options import SamplerOptions
 from edm2.nn import faster_channels_last, keyed_normal, use_channels_last
 from edm2.train.coding import Coding
 from edm2.train.consistency import IGNORES_LABELS
+from edm2.train.residual import Residual, open_residual, regression
 
 _PRECISIONS = ("float32", "bfloat16", "float16")
 # First of the image's streams of keyed random numbers for noise that a sampler adds; 0 is its starting noise.
@@ -42,6 +43,7 @@ class ImageGenerator:
         fix_weights: Whether to normalise the weights once per call, in a copy, instead of in every evaluation.
         compile: Whether to use torch.compile, which implies fixed weights.
         decoder: Decoder of a latent model's latents.
+        residual: Regression that a model of residuals adds to its samples.
 
     Attributes:
         num_classes: Number of classes; 0 for an unconditional model and for one that is conditioned on vectors only.
@@ -61,11 +63,12 @@ class ImageGenerator:
         fix_weights: bool = False,
         compile: bool = False,
         decoder: LatentDecoder | None = None,
+        residual: Residual | None = None,
     ) -> None:
         if decoder is not None:
             check_decoder(decoder, coding)
         self.denoiser, self.coding, self.decoder = denoiser, coding, decoder
-        self.info = info or {}
+        self.info, self.residual = info or {}, residual
         self.takes_vectors = denoiser.takes_vectors
         self.num_classes = coding.num_classes if self.takes_vectors else denoiser.label_dim or 0
         self.class_names = tuple(self.info.get("class_names", ()))
@@ -117,7 +120,10 @@ class ImageGenerator:
         denoiser.dtype = getattr(torch, precision)
         if faster_channels_last(denoiser):
             use_channels_last(denoiser)
-        return cls(denoiser, coding, info, fix_weights=True, compile=compile, decoder=decoder)
+        residual = open_residual(path, info, device)
+        return cls(
+            denoiser, coding, info, fix_weights=True, compile=compile, decoder=decoder, residual=residual
+        )
 
     def without_labels(self) -> "ImageGenerator":
         """The same model with labels left out: the guide of classifier-free guidance by a single network.
@@ -150,8 +156,9 @@ class ImageGenerator:
         self.denoiser.to(device)
         if self._fixed is not None:
             self._fixed.to(device)
-        if self.decoder is not None:
-            self.decoder.to(device)
+        for part in (self.decoder, self.residual):
+            if part is not None:
+                part.to(device)
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -249,6 +256,8 @@ class ImageGenerator:
             )
             for coding in (self.coding, guide.coding)
         )
+        if guide.info.get("residual") != self.info.get("residual"):
+            raise ValueError("model and guide must be of residuals of the same regression, or both of images")
         if guide_coding != own_coding:
             raise ValueError(
                 f"the guide's images are coded as {guide.coding.to_json()}, the model's as {self.coding.to_json()}: "
@@ -414,18 +423,22 @@ class ImageGenerator:
             second = WithoutLabels(self._bind(condition), guide.label_dim)
         else:
             second = guide
-        return options.sample(
+        noise = keyed_normal(index, shape)
+        if self.info.get("objective") == "mean":
+            return regression(network, noise, given)
+        sampled = options.sample(
             network,
-            keyed_normal(index, shape),
+            noise,
             given,
             guide=second,
             bounds=self._pixel_range(device) if options.clip_denoised else None,
             randn_like=randn_like,
         )
+        return sampled if self.residual is None else self.residual.add(sampled, given, condition)
 
     def _pixel_range(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Lowest and highest value of pixels in network units, `[1, C, 1, 1]` each; None for floats and latents."""
-        if self.coding.kind != "pixels":
+        if self.coding.kind != "pixels" or self.residual is not None:
             return None
         ends = torch.tensor([0, 255], dtype=torch.uint8, device=device)
         low, high = self.coding.values.encode(

@@ -66,7 +66,7 @@ class LiveSamples:
         with trainer.ema.applied(denoiser, sigma_rel):
             denoiser.eval()
             try:
-                generator = ImageGenerator(denoiser, trainer.coding, trainer.info)
+                generator = ImageGenerator(denoiser, trainer.coding, trainer.info, residual=trainer.residual)
                 images = generator.images(range(self.num_samples), num_steps=self.num_steps)
             except FloatingPointError as error:
                 return warnings.warn(f"no samples after {trainer.num_images:,} images: {error}", stacklevel=2)

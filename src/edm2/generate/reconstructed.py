@@ -15,6 +15,7 @@ from edm2.ema.storage.tensorfile import read_header, save_tensors
 from edm2.train.logs import read_log
 from edm2.train.run_folder import CHECKPOINTS, CONFIG_FILE, SNAPSHOTS
 from edm2.train.settings_file import run_settings
+from edm2.train.residual import copy_regression
 
 
 def snapshots_of(run: str | Path) -> Path:
@@ -105,6 +106,8 @@ def reconstruct_models(
     def save(path: Path, result: Reconstruction) -> None:
         network, info = _description(folder, result)
         save_model(path, network, result.tensors, info)
+        if "residual" in info:
+            copy_regression(Path(folder), path.parent)
 
     def facts(path: Path) -> dict[str, object]:
         info = read_model_header(path)[1]["info"]

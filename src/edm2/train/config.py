@@ -245,6 +245,12 @@ class TrainConfig:
     init: str | None = None
     """Start from weights instead of random numbers: a finished run, a model file, or a folder with one. The network
     must be the same, but may have further classes or channels of a condition, and another resolution."""
+    objective: Literal["denoise", "mean"] = "denoise"
+    """denoise: a diffusion model. mean: the same network as a regression, which expects the image from its condition
+    and label."""
+    residual: str | None = None
+    """Regression (a run of the objective mean, or its model) that this run models the residuals of; samples are the
+    regression plus a sampled residual. The coding of images is the regression's."""
     label_dropout: float = 0.0
     """Probability that an image is shown without its label, so that the network can be guided by itself without labels
     (`edm2 sample --guide self`)."""
@@ -332,6 +338,10 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} {getattr(self, name)} needs held-out images: give validation, such as 0.1"
                 )
+        if self.objective == "mean" and self.residual is not None:
+            raise ValueError(
+                "objective mean trains a regression and residual models what one leaves: give one of the two"
+            )
         share = self.validation_share
         _require(self, "validation", share is None or 0 < share < 1, "a share between 0 and 1, or a data set")
         _require(self, "label_dropout", 0 <= self.label_dropout < 1, "a probability, in [0, 1)")
@@ -376,7 +386,8 @@ class TrainConfig:
             models: What identifies the models that settings name, by setting; see `edm2.train.initial.identify_models`.
         """
         free = {
-            "init", "num_images", "microbatch", "verify_data", "ema_device", "snapshot_images", "checkpoint_images",
+            "init", "residual", "num_images",
+            "microbatch", "verify_data", "ema_device", "snapshot_images", "checkpoint_images",
             "keep_checkpoints", "keep_every", "validation", "validate", "keep_best", "stop_when_flat",
             "max_hours", "workers", "device", "channels_last", "sharding", "checkpoint_activations", "loss_scaling",
             "compile", "record_magnitudes", "stop_after_nonfinite",
@@ -403,7 +414,7 @@ class TrainConfig:
 
 # Settings that are younger than the first runs, by group.
 _ADDED = {
-    "": ("network_from", "condition", "label_dropout"),
+    "": ("network_from", "condition", "label_dropout", "objective"),
     "dataset": ("augment", "missing", "resample"),
     "optimizer": ("decay", "weight_decay", "clip"),
     "loss": ("uncertainty",),

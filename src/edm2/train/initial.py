@@ -33,7 +33,8 @@ def identify_models(config: TrainConfig, out: Path) -> dict[str, Any]:
     Raises:
         ValueError: If a model is missing or damaged.
     """
-    return {} if config.init is None else {"init": _identify(config.init, out, "init")}
+    paths = {"init": config.init, "residual": config.residual}
+    return {name: _identify(path, out, name) for name, path in paths.items() if path is not None}
 
 
 def carried_licence(models: dict[str, Any]) -> dict[str, str]:

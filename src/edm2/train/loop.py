@@ -33,6 +33,7 @@ from edm2.train.logs import LOG_FILE, MAGNITUDES_FILE, append_log, read_log, rew
 from edm2.train.memory import size_text, used_bytes
 from edm2.train.outputs import Outputs
 from edm2.train.parallel import whole
+from edm2.train.residual import MEAN_FILE, Residual, keep_residual, shared_coding
 from edm2.train.signals import Stopped, stop_requests
 from edm2.train.state import gather, scatter
 from edm2.train.stepper import Stepper
@@ -85,6 +86,9 @@ class Trainer:
             teacher = Teacher.load(out, self.device)
             teacher.check_data(dataset)
         self.coding: Coding = make_coding(config, dataset) if teacher is None else teacher.coding
+        if config.residual is not None:
+            kept = out / MEAN_FILE
+            self.coding = shared_coding(kept if kept.exists() else config.residual, self.coding)
         models = identify_models(config, out)
         self.run_id = config.run_id(dataset.fingerprint, models)
         settings = {"preset": preset, **config.to_json()}
@@ -100,14 +104,23 @@ class Trainer:
                 f"label_dropout {config.label_dropout} has no effect, because the training data has no labels: leave "
                 "it out, or give data with classes"
             )
+        if config.objective == "mean" and not (denoiser.label_dim or denoiser.cond_channels):
+            raise ValueError(
+                "objective mean needs something to expect the image from: give data with conditions, vectors or classes"
+            )
         if config.init is not None and newest(out / run_folder.CHECKPOINTS) is None:
             take_over(denoiser, config.init)
         objective = None if teacher is None else ConsistencyObjective(config, teacher)
         self._stepper = Stepper(config, dataset, self.coding, denoiser, self.world, objective)
         self.world.on_first(lambda: run_folder.claim(out, settings, config.identity(models), self.run_id))
+        self.residual: Residual | None = None
+        if config.residual is not None:
+            self.residual = keep_residual(config.residual, out, dataset, self.coding, self.world)
+            self._stepper.residual = self.residual
         self._validation: Validation | None = None
         if held_out is not None:
-            self._validation = Validation(config, held_out, self.coding, self._stepper.objective)
+            followed = self._stepper.objective
+            self._validation = Validation(config, held_out, self.coding, followed, self.residual)
             store_split(out, held_out, self.world)
         self.denoiser, self.optimizer = self._stepper.denoiser, self._stepper.optimizer
         self.ema: PowerEMA | None = None
@@ -127,6 +140,8 @@ class Trainer:
             "class_names": list(dataset.class_names),
             "data": dataset.name,
             **({"label_dropout": config.label_dropout} if config.label_dropout else {}),
+            **({"objective": "mean"} if config.objective == "mean" else {}),
+            **({} if self.residual is None else {"residual": self.residual.to_json()}),
             **carried_licence(models),
         }
         if teacher is not None and config.consistency is not None:

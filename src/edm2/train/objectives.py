@@ -21,6 +21,7 @@ from edm2.train.config import TrainConfig
 # Streams of keyed random numbers; dropout blocks count up from 0 under a seed of their own.
 SIGMA_STREAM, NOISE_STREAM, _VALIDATION = 0, 1, 64
 _LEVELS = 8
+MEAN_SIGMA = 80.0  # noise level that a regression is told
 DROPOUT_SEED_OFFSET = 1 << 62
 
 
@@ -131,6 +132,43 @@ class DenoisingObjective:
         return weight * (denoised - batch.images) ** 2
 
 
+@dataclass(frozen=True)
+class MeanObjective:
+    """Regression: the network expects the image from its label and condition, without seeing a noisy one.
+
+    It is told a fixed, high noise level, and given zeros in place of the noisy image. The loss is that of EDM2 there.
+
+    Args:
+        config: All settings.
+    """
+
+    config: TrainConfig
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The noise level that the network is told."""
+        return (MEAN_SIGMA,)
+
+    def __call__(self, denoiser: TrainableDenoiser, batch: TrainingBatch, /) -> Tensor:
+        """Compute the loss of each element; see `Objective`."""
+        error, logvar = self._error(denoiser, batch)
+        return error / logvar.exp() + logvar
+
+    def validation_loss(self, denoiser: TrainableDenoiser, batch: TrainingBatch, level: int) -> Tensor:
+        """See `ValidatedObjective`."""
+        return self._error(denoiser, batch)[0]
+
+    def _error(self, denoiser: TrainableDenoiser, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+        sigma = torch.full((len(batch.images),), MEAN_SIGMA, device=batch.images.device)
+        given = batch.network_arguments(self.config.seed)
+        zeros = torch.zeros_like(batch.images)
+        expected, logvar = denoiser(zeros, sigma, batch.labels, return_logvar=True, **given)
+        weight = 1 / denoiser.sigma_data**2 + 1 / MEAN_SIGMA**2
+        return weight * (expected - batch.images) ** 2, logvar
+
+
 def make_objective(config: TrainConfig) -> Objective:
     """The objective that the settings ask for."""
+    if config.objective == "mean":
+        return MeanObjective(config)
     return DenoisingObjective(config)

@@ -25,6 +25,7 @@ from edm2.train.norms import UpdateNorm
 from edm2.train.objectives import DROPOUT_SEED_OFFSET, Objective, TrainingBatch, make_objective
 from edm2.train.optimizer import make_optimizer
 from edm2.train.parallel import average_whole_gradients, blocks_of, exchange_gradients, replicate, shard
+from edm2.train.residual import Residual
 from edm2.train.schedule import learning_rate
 from edm2.train.world import World
 
@@ -44,10 +45,12 @@ class Stepper:
         denoiser: The network in training mode.
         optimizer: Its optimiser.
         objective: What it is trained for.
+        residual: Regression whose residuals are modelled; None for images.
         norms: Norms of all weights and of their change in the last measured step, `[2]`; None before the first.
     """
 
     norms: Tensor | None = None
+    residual: Residual | None = None
 
     def __init__(
         self,
@@ -203,6 +206,8 @@ class Stepper:
             device=self._world.device,
             transform=transform,
         )
+        if self.residual is not None:
+            inputs = self.residual.subtract(inputs)
         labels = inputs.labels
         if config.label_dropout and labels is not None:
             labels = drop_labels(

@@ -18,6 +18,7 @@ from edm2.train.coding import Coding
 from edm2.train.config import TrainConfig
 from edm2.train.inputs import code_batch
 from edm2.train.objectives import Objective, ValidatedObjective
+from edm2.train.residual import Residual
 from edm2.train.world import World
 
 VALIDATION_LOG = "validation.jsonl"
@@ -106,13 +107,19 @@ class Validation:
         held_out: Images that training does not see.
         coding: Conversion of stored values to network inputs.
         objective: What the network is trained for.
+        residual: Regression whose residuals are modelled; None for images.
 
     Raises:
         ValueError: If the objective cannot be validated.
     """
 
     def __init__(
-        self, config: TrainConfig, held_out: ImageDataset, coding: Coding, objective: Objective
+        self,
+        config: TrainConfig,
+        held_out: ImageDataset,
+        coding: Coding,
+        objective: Objective,
+        residual: Residual | None = None,
     ) -> None:
         if not isinstance(objective, ValidatedObjective):
             raise ValueError(
@@ -120,6 +127,7 @@ class Validation:
             )
         self._config, self._held_out, self._coding, self._objective = config, held_out, coding, objective
         self.levels = objective.levels
+        self._residual = residual
         self.count = min(len(held_out), config.validate.most)
 
     def measure(self, denoiser: Denoiser, ema: PowerEMA, sigma_rel: float) -> dict[str, Any]:
@@ -154,6 +162,8 @@ class Validation:
         try:
             for stored in self._batches():
                 batch = code_batch(stored, self._coding, seed=self._config.seed, num_images=0, device=device)
+                if self._residual is not None:
+                    batch = self._residual.subtract(batch)
                 known = torch.ones_like(batch.images, dtype=torch.bool) if batch.mask is None else batch.mask
                 count += known.sum()
                 for i in range(len(self.levels)):
