@@ -24,10 +24,16 @@ from edm2.report.ema_figures import reconstruction_figure, tracked_figure
 from edm2.report.magnitudes import add_magnitudes, magnitude_curve
 from edm2.train.build import open_run_data
 from edm2.train.consistency import Teacher
-from edm2.train.logs import MAGNITUDES_FILE, is_magnitudes, is_progress, read_log
+from edm2.train.logs import (
+    MAGNITUDES_FILE,
+    VALIDATION_FILE,
+    is_magnitudes,
+    is_progress,
+    is_validation,
+    read_log,
+)
 from edm2.train.run_folder import SNAPSHOTS, flat_settings, read_config
 from edm2.train.settings_file import run_settings
-from edm2.train.validation import VALIDATION_LOG
 from edm2.tuning.page import add_knobs, add_ranking, add_result
 from edm2.tuning.result import read_tuned, tuned_settings
 
@@ -51,7 +57,7 @@ class _Run:
         if not self.log:
             raise ValueError(f"{folder} has no line in its log yet: train on before asking for a report")
         self.magnitudes = read_log(folder, MAGNITUDES_FILE, is_wanted=is_magnitudes)
-        self.validation = read_log(folder, VALIDATION_LOG)
+        self.validation = read_log(folder, VALIDATION_FILE, is_wanted=is_validation)
         self.snapshots = folder / SNAPSHOTS
         self.manifest = read_manifest(self.snapshots) if (self.snapshots / MANIFEST).exists() else None
         self.times = sorted({s.t for s in self.manifest.snapshots}) if self.manifest else []

@@ -108,7 +108,7 @@ def test_missing_values_have_no_gradient(tmp_path: Path) -> None:
     data = PairedDataset(ArrayDataset(images, missing=True), ArrayDataset(CONDITIONS))
     trainer = Trainer(config_of(missing="mask"), data, tmp_path)
     stepper, losses = trainer._stepper, []
-    objective = stepper._objective
+    objective = stepper.objective
 
     def watched(denoiser: Any, batch: Any) -> torch.Tensor:
         loss = objective(denoiser, batch)
@@ -116,7 +116,7 @@ def test_missing_values_have_no_gradient(tmp_path: Path) -> None:
         losses.append((loss, batch.mask))
         return loss
 
-    stepper._objective = watched
+    stepper.objective = watched
     trainer.step()
     ((loss, mask),) = losses
     assert loss.grad is not None

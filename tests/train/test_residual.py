@@ -15,10 +15,9 @@ from edm2.data import ArrayDataset, PairedDataset
 from edm2.generate import ImageGenerator
 from edm2.train import DataConfig, OptimizerConfig, Stopped, TrainConfig, Trainer, train
 from edm2.train.inputs import code_batch
-from edm2.train.logs import read_log
+from edm2.train.logs import VALIDATION_FILE, read_log
 from edm2.train.objectives import MEAN_SIGMA, MeanObjective, TrainingBatch
 from edm2.train.residual import MEAN_FILE, open_residual
-from edm2.train.validation import VALIDATION_LOG
 
 COUNT = 64
 RNG = np.random.default_rng(0)
@@ -71,7 +70,7 @@ def test_the_loss_of_a_regression() -> None:
 
 
 def test_a_regression_learns_and_says_so_on_held_out_images(mean: str) -> None:
-    records = read_log(Path(mean), VALIDATION_LOG)
+    records = read_log(Path(mean), VALIDATION_FILE)
     assert records[0]["levels"] == [MEAN_SIGMA]
     assert records[-1]["loss"] < 0.7 * records[0]["loss"]
     # Its samples are its answer, whatever the seed.
@@ -124,7 +123,7 @@ def test_resume(mean: str, tmp_path: Path, changes: dict[str, Any]) -> None:
     run(tmp_path / "parts", **changes)
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
-    assert log_of(tmp_path / "parts", VALIDATION_LOG) == log_of(tmp_path / "whole", VALIDATION_LOG)
+    assert log_of(tmp_path / "parts", VALIDATION_FILE) == log_of(tmp_path / "whole", VALIDATION_FILE)
 
 
 def test_samples_are_the_regression_plus_a_residual(mean: str, tmp_path: Path) -> None:

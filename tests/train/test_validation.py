@@ -16,10 +16,9 @@ from edm2.ema import PowerEMA
 from edm2.train import Stopped, TrainConfig, Trainer, train
 from edm2.train.checkpoint import prune
 from edm2.train.config import ValidateConfig
-from edm2.train.logs import read_log
+from edm2.train.logs import VALIDATION_FILE, read_log
 from edm2.train.validation import (
     SPLIT_FILE,
-    VALIDATION_LOG,
     Validation,
     best_moments,
     has_ended,
@@ -104,7 +103,7 @@ def test_the_loss_of_a_known_error(tmp_path: Path) -> None:
 
 def test_raw_weights_and_average_are_measured_apart(tmp_path: Path) -> None:
     run(tmp_path / "run")
-    records = read_log(tmp_path / "run", VALIDATION_LOG)
+    records = read_log(tmp_path / "run", VALIDATION_FILE)
     assert [r["num_images"] for r in records] == list(range(16, 161, 16))
     assert all(r["loss"] != r["loss_ema"] and r["sigma_rel"] == 0.1 for r in records)
     assert records[-1]["loss"] == pytest.approx(np.mean(records[-1]["by_level"]))
@@ -132,13 +131,13 @@ def test_resume(tmp_path: Path, stop: int) -> None:
         run(tmp_path / "parts", stop, **options)
     run(tmp_path / "parts", **options)
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
-    for name in ("log.jsonl", VALIDATION_LOG):
+    for name in ("log.jsonl", VALIDATION_FILE):
         assert log_of(tmp_path / "parts", name) == log_of(tmp_path / "whole", name)
 
 
 def test_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
     run(tmp_path / "run", keep_best=2, keep_checkpoints=1)
-    best = best_moments(read_log(tmp_path / "run", VALIDATION_LOG), 2)
+    best = best_moments(read_log(tmp_path / "run", VALIDATION_FILE), 2)
     kept = {int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()}
     assert kept == {*best, 160}
 
@@ -194,7 +193,7 @@ def test_another_data_set(tmp_path: Path) -> None:
     data = tiny_data(12)
     np.savez(path, images=data.images(np.arange(12)), labels=data.labels(np.arange(12)))
     run(tmp_path / "run", num_images=16, validation=str(path))
-    assert len(read_log(tmp_path / "run", VALIDATION_LOG)) == 1
+    assert len(read_log(tmp_path / "run", VALIDATION_FILE)) == 1
     assert tiny_config(validation=str(path)).run_id("x") == tiny_config().run_id("x")
     np.savez(path, images=np.zeros((4, 1, 8, 8), np.uint8))
     with pytest.raises(ValueError, match="the images of the validation data"):

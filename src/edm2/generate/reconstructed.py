@@ -13,9 +13,9 @@ from edm2.ema.reconstruct import reconstruct_each
 from edm2.ema.storage.manifest import ForeignSnapshots, read_manifest
 from edm2.ema.storage.tensorfile import read_header, save_tensors
 from edm2.train.logs import read_log
+from edm2.train.residual import copy_regression
 from edm2.train.run_folder import CHECKPOINTS, CONFIG_FILE, SNAPSHOTS
 from edm2.train.settings_file import run_settings
-from edm2.train.residual import copy_regression
 
 
 def snapshots_of(run: str | Path) -> Path:

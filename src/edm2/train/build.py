@@ -5,6 +5,7 @@ import functools
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,6 +113,35 @@ def make_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) ->
         dropout=network.dropout,
         augment_dim=AUGMENT_DIM if config.dataset.augment else 0,
     )
+
+
+def check_given(config: TrainConfig, denoiser: Denoiser) -> None:
+    """Check that the data gives the network what the settings rely on.
+
+    Raises:
+        ValueError: If there are no labels to leave out, or nothing to expect an image from.
+    """
+    if config.label_dropout and not denoiser.label_dim:
+        raise ValueError(
+            f"label_dropout {config.label_dropout} has no effect, because the training data has no labels: leave "
+            "it out, or give data with classes"
+        )
+    if config.objective == "mean" and not (denoiser.label_dim or denoiser.cond_channels):
+        raise ValueError(
+            "objective mean needs something to expect the image from: give data with conditions, vectors or classes"
+        )
+
+
+def describe(config: TrainConfig, dataset: ImageDataset, coding: Coding, preset: str) -> dict[str, Any]:
+    """What snapshots and models say about data, coding and training, as JSON values."""
+    return {
+        "preset": preset,
+        "coding": coding.to_json(),
+        "class_names": list(dataset.class_names),
+        "data": dataset.name,
+        **({"label_dropout": config.label_dropout} if config.label_dropout else {}),
+        **({"objective": config.objective} if config.objective != "denoise" else {}),
+    }
 
 
 def pick_device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ from edm2.files import reason, remedy, sync_folder, write_atomic
 
 LOG_FILE = "log.jsonl"
 MAGNITUDES_FILE = "magnitudes.jsonl"
+VALIDATION_FILE = "validation.jsonl"
 _CHECK = "crc32"
 _NUMBERS = ("learning_rate", "nonfinite_steps", "seconds", "images_per_second")
 _TABLES = ("activations", "weights", "gradients", "updates")
@@ -29,6 +30,13 @@ def is_magnitudes(record: dict[str, Any]) -> bool:
     """Whether a record of `magnitudes.jsonl` holds what pages about a run need."""
     tables = [record.get(kind) for kind in _TABLES]
     return all(isinstance(t, dict) and all(isinstance(x, int | float) for x in t.values()) for t in tables)
+
+
+def is_validation(record: dict[str, Any]) -> bool:
+    """Whether a record of `validation.jsonl` holds what pages about a run, and its end, depend on."""
+    numbers = all(isinstance(record.get(key), int | float) for key in ("loss", "loss_ema", "sigma_rel"))
+    lists = [record.get(key) for key in ("levels", "by_level", "by_level_ema")]
+    return numbers and all(isinstance(x, list) and all(isinstance(v, int | float) for v in x) for x in lists)
 
 
 def read_log(

@@ -9,8 +9,8 @@ Ref: EDM2 Sec. 2-3, App. B.
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,23 @@ from edm2.ema import PowerEMA
 from edm2.nn.magnitudes import MagnitudeRecorder
 from edm2.progress import Progress, tell
 from edm2.train import run_folder
-from edm2.train.build import ema_device, make_denoiser, pick_device
+from edm2.train.build import check_given, describe, ema_device, make_denoiser, pick_device
 from edm2.train.checkpoint import Role, newest
 from edm2.train.coding import Coding, make_coding
 from edm2.train.config import TrainConfig
 from edm2.train.consistency import SIGMA_MAX, ConsistencyObjective, Teacher
 from edm2.train.initial import carried_licence, identify_models, take_over
-from edm2.train.loggers import Logger, numbers
-from edm2.train.logs import LOG_FILE, MAGNITUDES_FILE, append_log, read_log, rewind_log
+from edm2.train.loggers import Logger
 from edm2.train.memory import size_text, used_bytes
 from edm2.train.outputs import Outputs
 from edm2.train.parallel import whole
+from edm2.train.records import Records
 from edm2.train.residual import MEAN_FILE, Residual, keep_residual, shared_coding
 from edm2.train.signals import Stopped, stop_requests
 from edm2.train.state import gather, scatter
 from edm2.train.stepper import Stepper
 from edm2.train.tally import Tally, nonfinite_error
-from edm2.train.validation import VALIDATION_LOG, Validation, has_ended, split_data, store_split
+from edm2.train.validation import Validation, best_moments, has_ended, split_data, store_split
 from edm2.train.world import World
 
 
@@ -99,15 +99,7 @@ class Trainer:
                 if teacher is None
                 else teacher.student(config.dtype)
             )
-        if config.label_dropout and not denoiser.label_dim:
-            raise ValueError(
-                f"label_dropout {config.label_dropout} has no effect, because the training data has no labels: leave "
-                "it out, or give data with classes"
-            )
-        if config.objective == "mean" and not (denoiser.label_dim or denoiser.cond_channels):
-            raise ValueError(
-                "objective mean needs something to expect the image from: give data with conditions, vectors or classes"
-            )
+        check_given(config, denoiser)
         if config.init is not None and newest(out / run_folder.CHECKPOINTS) is None:
             take_over(denoiser, config.init)
         objective = None if teacher is None else ConsistencyObjective(config, teacher)
@@ -134,21 +126,16 @@ class Trainer:
             )
         recording = config.record_magnitudes and self.world.is_first and not self._stepper.is_sharded
         self._recorder = MagnitudeRecorder(self.denoiser) if recording else None
-        self.info: dict[str, Any] = {
-            "preset": preset,
-            "coding": self.coding.to_json(),
-            "class_names": list(dataset.class_names),
-            "data": dataset.name,
-            **({"label_dropout": config.label_dropout} if config.label_dropout else {}),
-            **({"objective": "mean"} if config.objective == "mean" else {}),
-            **({} if self.residual is None else {"residual": self.residual.to_json()}),
-            **carried_licence(models),
-        }
+        self.info: dict[str, Any] = describe(config, dataset, self.coding, preset) | carried_licence(models)
+        if self.residual is not None:
+            self.info["residual"] = self.residual.to_json()
         if teacher is not None and config.consistency is not None:
             self.info["consistency"] = {"teacher": config.consistency.teacher, "sigma_max": SIGMA_MAX}
             self.info |= teacher.licence
-        self._outputs = Outputs(config, out, settings=settings, run_id=self.run_id, info=self.info)
-        self._loggers: Sequence[Logger] = ()
+        self._records = Records(out, is_first=self.world.is_first)
+        self._outputs = Outputs(
+            config, out, settings=settings, run_id=self.run_id, info=self.info, records=self._records
+        )
         self.num_images = 0
         self._saved: int | None = None
         self._due: Role | None = None
@@ -168,25 +155,15 @@ class Trainer:
             scatter(tensors, state["ema"], self.denoiser, self.optimizer, self.ema)
             self.num_images = number
             self._tally.load_json(state["tally"])
-        if self.world.is_first:
-            for name in (LOG_FILE, MAGNITUDES_FILE, VALIDATION_LOG):
-                rewind_log(self.out, self.num_images, name)
-        self._is_flat = self._on_any(lambda measured: has_ended(measured, self.config))
+        self._records.rewind(self.num_images)
+        self._is_flat = self.world.any(has_ended(self._records.validations(), self.config))
         under_way = self.world.is_first and not self._is_last(self.num_images)
         if under_way and (problems := self._outputs.lost_snapshots()):
             warnings.warn(f"{'; '.join(problems)}; the run continues without them", stacklevel=2)
 
-    @contextmanager
-    def logging_to(self, loggers: Sequence[Logger]) -> Iterator[None]:
+    def logging_to(self, loggers: Sequence[Logger]) -> AbstractContextManager[None]:
         """Tell loggers, on the first process, whatever is logged."""
-        self._loggers = loggers if self.world.is_first else ()
-        for logger in self._loggers:
-            logger.start(self.out, self.run_id, self.config.to_json(), self.num_images)
-        try:
-            yield
-        finally:
-            for logger in self._loggers:
-                logger.finish()
+        return self._records.logging_to(loggers, self.run_id, self.config.to_json(), self.num_images)
 
     def run(self, *, quiet: bool = False, on_step: Callable[["Trainer"], None] | None = None) -> None:
         """Train until `config.num_images`; save on the way and at the end.
@@ -275,8 +252,7 @@ class Trainer:
         if self.device.type == "cpu":
             self._check_finite()
         if recorder is not None:
-            found = dataclasses.asdict(recorder.read())
-            append_log(self.out, {"num_images": self.num_images, **found}, MAGNITUDES_FILE)
+            self._records.magnitudes(self.num_images, recorder.read())
 
     def _check_finite(self) -> None:
         bad = self._tally.bad_in_a_row
@@ -291,17 +267,9 @@ class Trainer:
         sums = self._tally.take()
         assert self._stepper.norms is not None
         weight_norm, update_norm = self._stepper.norms.tolist()
-        record = {
-            "num_images": self.num_images,
-            **sums,
-            "weight_norm": weight_norm,
-            "update_norm": update_norm,
-            "learning_rate": self._stepper.learning_rate,
-        }
-        if self.world.is_first:
-            append_log(self.out, {**record, **timing})
-        for logger in self._loggers:
-            logger.log(self.num_images, numbers({**record, **timing}))
+        norms = {"weight_norm": weight_norm, "update_norm": update_norm}
+        record = {**sums, **norms, "learning_rate": self._stepper.learning_rate, **timing}
+        self._records.progress(self.num_images, record)
         shown = {"loss": sums["loss"], "nonfinite_steps": sums["nonfinite_steps"]}
         memory = size_text(used_bytes(self.device))
         return {name: value for name, value in shown.items() if value} | {"memory": memory}
@@ -315,22 +283,16 @@ class Trainer:
         if self._validation is None:
             return
         if self.ema is not None:
-            found = self._validation.measure(self.denoiser, self.ema, max(self.config.ema.sigma_rels))
-            if self.world.is_first:
-                append_log(self.out, {"num_images": self.num_images, **found}, VALIDATION_LOG)
-            for logger in self._loggers:
-                logger.log(self.num_images, {f"validation/{k}": found[k] for k in ("loss", "loss_ema")})
-        self._is_flat = self._on_any(lambda measured: has_ended(measured, self.config))
+            longest = max(self.config.ema.sigma_rels)
+            found = self._validation.measure(self.denoiser, self.ema, longest)
+            self._records.validation(self.num_images, found)
+        # The first process alone has read all lines.
+        measured = self._records.validations()
+        self._is_flat = self.world.any(has_ended(measured, self.config))
         if self._is_flat and not quiet:
             tell("edm2: the loss on held-out images has stopped falling: the run ends here")
-        if self._on_any(lambda _: self.num_images in self._outputs.best_moments()):
+        if self.world.any(self.num_images in best_moments(measured, self.config.keep_best)):
             self._due = "best"
-
-    def _on_any(self, holds: Callable[[list[dict[str, Any]]], bool]) -> bool:
-        """Whether something holds for the measurements so far, which the first process reads."""
-        if self._validation is None:
-            return False
-        return self.world.any(self.world.is_first and holds(read_log(self.out, VALIDATION_LOG)))
 
     def snapshot(self) -> None:
         """Store the averages in the run's snapshot folder."""

@@ -20,9 +20,9 @@ from edm2.train.checkpoint import (
     save_in_parts,
 )
 from edm2.train.config import TrainConfig
-from edm2.train.logs import read_log
+from edm2.train.records import Records
 from edm2.train.saver import Saver
-from edm2.train.validation import VALIDATION_LOG, best_moments
+from edm2.train.validation import best_moments
 from edm2.train.world import World
 
 
@@ -35,6 +35,7 @@ class Outputs:
         settings: What checkpoints say about the settings.
         run_id: Name of the run.
         info: What snapshots and models say about data and coding.
+        records: The logs of the run.
 
     Attributes:
         saver: Writes checkpoints in the background.
@@ -42,9 +43,16 @@ class Outputs:
     """
 
     def __init__(
-        self, config: TrainConfig, out: Path, *, settings: dict[str, Any], run_id: str, info: dict[str, Any]
+        self,
+        config: TrainConfig,
+        out: Path,
+        *,
+        settings: dict[str, Any],
+        run_id: str,
+        info: dict[str, Any],
+        records: Records,
     ) -> None:
-        self._config, self._out = config, out
+        self._config, self._out, self._records = config, out, records
         self._settings, self._run_id, self._info = settings, run_id, info
         self.checkpoints = out / run_folder.CHECKPOINTS
         self.saver = Saver(self.checkpoints, keep=config.keep_checkpoints, best=self.best_moments)
@@ -52,7 +60,7 @@ class Outputs:
 
     def best_moments(self) -> list[int]:
         """Images seen at the moments whose checkpoints are kept for their loss on held-out images."""
-        return best_moments(read_log(self._out, VALIDATION_LOG), self._config.keep_best)
+        return best_moments(self._records.validations(), self._config.keep_best)
 
     def snapshot(self, ema: PowerEMA, denoiser: Denoiser, num_images: int) -> None:
         """Store the averages in the snapshot folder."""

@@ -21,7 +21,6 @@ from edm2.train.objectives import Objective, ValidatedObjective
 from edm2.train.residual import Residual
 from edm2.train.world import World
 
-VALIDATION_LOG = "validation.jsonl"
 SPLIT_FILE = "validation.json"
 _STREAM = 33  # of keyed random numbers, for the split
 
