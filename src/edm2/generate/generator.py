@@ -17,6 +17,8 @@ from torch import Tensor
 
 from edm2.data import LatentDecoder
 from edm2.diffusion import Denoiser, DenoiserFn, GivenDenoiser, WithoutLabels, load_model
+from edm2.diffusion.samplers import Callback
+from edm2.generate.features import block_names, image_features
 from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.generate.reconstructed import read_info, reconstruct_denoiser
 from edm2.generate.sampler_options import SamplerOptions
@@ -302,9 +304,12 @@ class ImageGenerator:
         conditions: np.ndarray | Tensor | None = None,
         vectors: np.ndarray | None = None,
         guide: "ImageGenerator | DenoiserFn | None" = None,
+        on_step: Callback | None = None,
         **options: Any,
     ) -> Tensor:
         """Sample in network units, all seeds in one batch; see `images`.
+
+        `on_step` is called at each step with its index, noise level, noisy and denoised images.
 
         Returns:
             `[N, C, H, W]` float32.
@@ -314,7 +319,7 @@ class ImageGenerator:
         if isinstance(guide, ImageGenerator):
             self.check_guide(guide)
             guide._refresh()
-        return self._sample(seeds, labels, conditions, vectors, guide, chosen)
+        return self._sample(seeds, labels, conditions, vectors, guide, chosen, on_step)
 
     def images(
         self,
@@ -362,6 +367,39 @@ class ImageGenerator:
                 on_batch(len(parts[-1]))
         return np.concatenate(parts)
 
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the network's blocks, for `features`."""
+        return block_names(self.denoiser)
+
+    def features(
+        self,
+        images: np.ndarray,
+        sigma: float,
+        block: str,
+        *,
+        labels: np.ndarray | None = None,
+        cells: int = 1,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """What a block makes of noisy images, averaged over the pixels, `[N, width * cells^2]` float32.
+
+        Args:
+            images: `[N, C, H, W]` stored images: uint8 for pixels, floats otherwise.
+            sigma: Noise level, in network units: the standard deviation of clean images is sigma_data (0.5).
+            block: One of `blocks`.
+            labels: Classes, or vectors, to condition on; None for missing labels.
+            cells: Parts of each side of the image over which the output is averaged.
+            seed: Of the noise, which depends on an image's number, too.
+
+        Raises:
+            ValueError: For a block or noise level that does not exist, or images or labels that do not fit.
+        """
+        found = image_features(
+            self.denoiser, self.coding, images, sigma, [block], labels=labels, cells=cells, seed=seed
+        )
+        return found[block]
+
     def _check_finite(self, latents: Tensor, seeds: Sequence[int]) -> None:
         broken = ~latents.flatten(1).isfinite().all(dim=1)
         if broken.any():
@@ -388,6 +426,7 @@ class ImageGenerator:
         vectors: np.ndarray | None,
         guide: "ImageGenerator | DenoiserFn | None",
         options: SamplerOptions,
+        on_step: Callback | None,
     ) -> Tensor:
         device = next(self.denoiser.parameters()).device
         index = torch.tensor(list(seeds), dtype=torch.int64, device=device)
@@ -433,6 +472,7 @@ class ImageGenerator:
             guide=second,
             bounds=self._pixel_range(device) if options.clip_denoised else None,
             randn_like=randn_like,
+            callback=on_step,
         )
         return sampled if self.residual is None else self.residual.add(sampled, given, condition)
 

@@ -1,16 +1,21 @@
-"""A run's models with several EMA lengths, one after the other in the same network."""
+"""A run's models with several EMA lengths, one after the other in the same network; and without averaging."""
 
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from edm2.diffusion.description import build_from
 from edm2.ema import reconstruct_many
+from edm2.ema.storage.manifest import read_manifest
 from edm2.generate.generator import ImageGenerator
+from edm2.generate.reconstructed import snapshots_of
 from edm2.nn import faster_channels_last, use_channels_last
+from edm2.train.checkpoint import newest
 from edm2.train.coding import Coding
+from edm2.train.run_folder import CHECKPOINTS
 
 
 def generators(
@@ -44,3 +49,20 @@ def generators(
         denoiser.load_state_dict(result.tensors)
         info = {**result.metadata["info"], "sigma_rel": result.sigma_rel}
         yield ImageGenerator(denoiser, Coding.from_json(info["coding"]), info)
+
+
+def load_raw(run: Path) -> ImageGenerator:
+    """The network of a run's newest checkpoint as it is, without any averaging.
+
+    Raises:
+        ValueError: If the run has no checkpoint or no snapshot.
+    """
+    checkpoint = newest(run / CHECKPOINTS)
+    if checkpoint is None:
+        raise ValueError(f"{run} has no checkpoint with raw weights: name an EMA length instead")
+    length = read_manifest(snapshots_of(run)).snapshots[0].sigma_rel
+    generator = ImageGenerator.load(run, length)
+    raw = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    generator.denoiser.load_state_dict(generator.denoiser.state_dict() | raw)
+    generator.info |= {"sigma_rel": None, "num_images": int(checkpoint.name)}
+    return generator

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from edm2.diffusion import Churn, DenoiserFn, clipped, consistency_steps, find_sampler, guided, time_steps
+from edm2.diffusion.samplers import Callback
 
 _SDE, _CONSISTENCY = "dpmpp-2m-sde", "consistency"
 _ALWAYS_TOLD = ("num_steps", "sigma_min", "sigma_max", "rho", "guidance")
@@ -109,6 +110,7 @@ class SamplerOptions:
         guide: DenoiserFn | None = None,
         bounds: tuple[Tensor, Tensor] | None = None,
         randn_like: Callable[[Tensor], Tensor],
+        callback: Callback | None = None,
     ) -> Tensor:
         """Run the sampler.
 
@@ -119,6 +121,7 @@ class SamplerOptions:
             guide: Network to guide with.
             bounds: Lowest and highest value of clean images; needed with `clip_denoised`.
             randn_like: Draws unit noise of the shape of its argument.
+            callback: Called at each step, as by `edm2.diffusion.sample_heun`.
 
         Returns:
             `[B, C, H, W]` float32.
@@ -139,6 +142,8 @@ class SamplerOptions:
             extra = {"randn_like": randn_like}
         elif self.sampler == _SDE:
             extra = {"s_noise": self.s_noise, "randn_like": randn_like}
+        if callback is not None:
+            extra["callback"] = callback
         return run(network, noise, self.sigmas(), labels, **extra)
 
     def to_json(self) -> dict[str, Any]:
