@@ -32,9 +32,10 @@ FLOORS = {
     "distill": (4, ("hub",)),
     "demo": (4, ("evaluation", "ladder", "run_page", "tuning")),
     "run_page": (4, ("evaluation", "tuning")),
-    "commands": (5, ("cli",)),
-    "cli": (5, ("commands",)),
-    "__main__": (6, ()),
+    "studio": (5, ()),
+    "commands": (6, ("cli",)),
+    "cli": (6, ("commands",)),
+    "__main__": (7, ()),
 }
 # `edm2` itself has the version number and loads nothing.
 FREE = {"__init__"}

@@ -50,6 +50,7 @@ COMMANDS: dict[str, Any] = {
         "compare": "compare two sets of images, or two results",
         "ensemble": "score forecasts: CRPS, spread and skill, ranks, reliability, spectra",
     },
+    "studio": "see in the browser what EMA length and guidance do to a run's images",
     "probe": "read classes from a network's features with a linear classifier",
     "export": "write a model for torch.export, ONNX or diffusers",
     "report": "write a page about one run, or several side by side",

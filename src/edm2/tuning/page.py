@@ -2,13 +2,17 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edm2.report import Page
 from edm2.report.tuning_figures import knob_figure
 from edm2.tuning.plan import TuningPlan
 from edm2.tuning.result import BASELINE_SIGMA_REL, Knobs, Tried, Tuned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SHOWN = 12
 _UNTUNED = f"EMA {BASELINE_SIGMA_REL:g}, no guidance"
@@ -80,20 +84,26 @@ def add_result(page: Page, tuned: Tuned) -> None:
 
 def add_knobs(page: Page, tuned: Tuned, scatter: float | None = None) -> None:
     """Add a curve for each knob that was searched, with bars for the scatter of a score if it is known."""
-    best = math.inf
     with page.columns():
-        for stage, (knob, value) in _KNOBS.items():
-            points = [t for t in tuned.tried if t.stage == stage]
-            if not points:
-                continue
-            curves: dict[str, list[tuple[float, float]]] = {}
-            for t in points:
-                name = _guide_name(t.knobs) if stage == "guide" else ""
-                curves.setdefault(name, []).append((value(t), t.score))
-            before = best if math.isfinite(best) else None
-            figure = knob_figure(curves, knob=knob, label=tuned.metric, reference=before, scatter=scatter)
+        for stage, figure in knob_curves(tuned, scatter):
+            knob = _KNOBS[stage][0]
             page.figure(figure, _capital(stage), f"Curve of {tuned.metric} against {knob}")
-            best = min(best, *(t.score for t in points))
+
+
+def knob_curves(tuned: Tuned, scatter: float | None = None) -> Iterator[tuple[str, "Figure"]]:
+    """The stages of the search in their order, each with its curve of the score against the knob."""
+    best = math.inf
+    for stage, (knob, value) in _KNOBS.items():
+        points = [t for t in tuned.tried if t.stage == stage]
+        if not points:
+            continue
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for t in points:
+            name = _guide_name(t.knobs) if stage == "guide" else ""
+            curves.setdefault(name, []).append((value(t), t.score))
+        before = best if math.isfinite(best) else None
+        yield stage, knob_figure(curves, knob=knob, label=tuned.metric, reference=before, scatter=scatter)
+        best = min(best, *(t.score for t in points))
 
 
 def add_ranking(page: Page, tuned: Tuned) -> None:

@@ -1,0 +1,55 @@
+"""`edm2 studio`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from edm2.progress import show, tell
+from edm2.studio.workbench import Workbench
+
+_DEMO = Path("runs/demo/run")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(kw_only=True)
+class _Studio:
+    """Open a page in the browser on which a run's images change with EMA length, guide, weight, interval and sampler.
+
+    The page is seen from this machine only, unless another --host is given. Nothing outside the run is served, and
+    nothing is sent anywhere. Stop it with Ctrl-C.
+    """
+
+    run: Annotated[Path | None, tyro.conf.Positional] = None
+    """Folder of a run, finished or under way. Default: that of the demo, runs/demo/run."""
+    guide: Path | None = None
+    """Another model that may guide: a file or a run."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets everyone see the page who can reach this machine."""
+    port: int | None = None
+    """Port; default: the first free one from 7860."""
+
+
+def run(prog: str, words: Sequence[str]) -> None:
+    """`edm2 studio`."""
+    chosen = tyro.cli(_Studio, prog=prog, args=list(words))
+    if chosen.run is None and not _DEMO.is_dir():
+        raise ValueError(
+            f"which run? there is no demo in {_DEMO}: name a run's folder, or run `edm2 demo` first"
+        )
+    from edm2.studio.page import build, serve
+
+    bench = Workbench(chosen.run or _DEMO, chosen.guide)
+    alone = chosen.host in _LOOPBACK
+    told = (
+        "This page is seen from this machine only."
+        if alone
+        else "Everyone who reaches this machine sees this page."
+    )
+    page = build(bench, may_save=alone, told=told)
+    address = serve(page, host=chosen.host, port=chosen.port, wait=False)
+    show(f"{bench.run}, {bench.status}: {address}")
+    tell("edm2: seen from this machine only; stop with Ctrl-C" if alone else f"edm2: {told} Saving is off.")
+    page.block_thread()

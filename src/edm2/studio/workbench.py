@@ -1,0 +1,222 @@
+"""What the studio shows of a run: models of any EMA length, their images, denoising paths and curves."""
+
+import math
+import re
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from edm2.ema import reconstruct_many
+from edm2.ema.storage.manifest import Manifest, read_manifest
+from edm2.evaluation.noise_errors import errors_by_noise, noise_density
+from edm2.generate import ImageGenerator, snapshots_of
+from edm2.hub import Pretrained, Sampling, save_pretrained
+from edm2.report import uncertainty_curve
+from edm2.report.ema_figures import reconstruction_figure
+from edm2.report.style import SERIES
+from edm2.studio.choices import EVERYWHERE, Choice
+from edm2.train.build import open_run_data
+from edm2.train.run_folder import CONFIG_FILE, read_config
+from edm2.tuning.page import knob_curves
+from edm2.tuning.result import read_tuned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SAVED = "studio"
+_KEPT_MODELS = 12
+_KEPT_BYTES = 2 << 30
+_NOISE_IMAGES = 64
+
+
+class Workbench:
+    """A run, and models made of it.
+
+    Models are kept in memory after their first use, the latest twelve, or fewer where they are large. All methods may
+    be called from several threads; networks are run one at a time.
+
+    Args:
+        run: Folder of a run, finished or under way.
+        other: Model file or run that may guide.
+
+    Attributes:
+        times: Times of the snapshots in training images, ascending.
+        lengths: Shortest and longest tracked EMA length.
+        other: As given, opened; None if there is none.
+
+    Raises:
+        ValueError: If the folder is not a run with snapshots, its model does not make pictures, is conditioned on
+            more than classes, or the other model cannot guide it.
+    """
+
+    def __init__(self, run: str | Path, other: str | Path | None = None) -> None:
+        self.run = Path(run)
+        if not (self.run / CONFIG_FILE).is_file():
+            raise ValueError(f"{run} is not the folder of a run: give one that `edm2 train` wrote")
+        self.snapshots = snapshots_of(self.run)
+        self.settings = read_config(self.run)["settings"]
+        self._models: OrderedDict[tuple[float, float], ImageGenerator] = OrderedDict()
+        self._lock = threading.RLock()
+        self.refresh()
+        newest = self.model(self.lengths[1], self.times[-1])
+        if newest.takes_vectors or newest.denoiser.cond_channels:
+            raise ValueError(f"{run} is conditioned on images or vectors: the studio offers classes only")
+        if not newest.pixel_channels:
+            raise ValueError(f"{run} makes {newest.coding.kind}, not pictures: sample with `edm2 sample`")
+        self.num_classes = newest.num_classes
+        self.class_names = newest.class_names or tuple(map(str, range(self.num_classes)))
+        self.other_path = None if other is None else Path(other)
+        self.other = None if other is None else ImageGenerator.load(other)
+        if self.other is not None:
+            newest.check_guide(self.other)
+
+    def refresh(self) -> None:
+        """See which snapshots there are now; a run under way may have written more."""
+        self.manifest: Manifest = read_manifest(self.snapshots)
+        self.times = sorted({float(s.t) for s in self.manifest.snapshots})
+        if not self.times:
+            raise ValueError(f"{self.run} has no snapshot yet: train on until the first")
+        lengths = [s.sigma_rel for s in self.manifest.snapshots]
+        self.lengths = (min(lengths), max(lengths))
+
+    @property
+    def status(self) -> str:
+        """How far the run is, in words."""
+        seen, total = self.times[-1], self.settings["num_images"]
+        if seen >= total:
+            return f"finished after {seen:,.0f} training images"
+        return f"still training: the newest snapshot is of {seen:,.0f} of {total:,} images"
+
+    def model(self, sigma_rel: float, num_images: float) -> ImageGenerator:
+        """The model with an EMA length at a time, from memory or from the snapshots.
+
+        Raises:
+            ValueError: As in `edm2.ema.reconstruct`.
+        """
+        key = (sigma_rel, num_images)
+        with self._lock:
+            if key not in self._models:
+                self._models[key] = ImageGenerator.load(self.run, sigma_rel, num_images=num_images)
+            self._models.move_to_end(key)
+            size = sum(p.nbytes for p in self._models[key].denoiser.parameters())
+            while len(self._models) > max(2, min(_KEPT_MODELS, _KEPT_BYTES // size)):
+                self._models.popitem(last=False)
+            return self._models[key]
+
+    def images(self, choice: Choice) -> np.ndarray:
+        """Images of a choice, `[count, C, H, W]` uint8.
+
+        Raises:
+            ValueError: For settings that do not fit the run or each other.
+            FloatingPointError: If values are not finite.
+        """
+        with self._lock:
+            generator = self.model(choice.sigma_rel, choice.num_images)
+            return generator.images(
+                choice.seeds, self._labels(choice), guide=self._guide(choice, generator), **choice.options()
+            )
+
+    def path(self, choice: Choice) -> list[tuple[float, np.ndarray]]:
+        """How the first image comes about: at each step the noise level, and what the network takes the image for."""
+        found: list[tuple[float, Tensor]] = []
+
+        def keep(step: int, sigma: Tensor, x: Tensor, denoised: Tensor) -> None:
+            found.append((float(sigma), denoised))
+
+        with self._lock:
+            generator = self.model(choice.sigma_rel, choice.num_images)
+            labels = self._labels(choice)
+            generator.latents(
+                choice.seeds[:1],
+                None if labels is None else labels[:1],
+                guide=self._guide(choice, generator),
+                on_step=keep,
+                **choice.options(),
+            )
+            return [(sigma, generator.decode(x)[0].numpy()) for sigma, x in found]
+
+    def profile(self, choice: Choice) -> "Figure":
+        """The EMA profile of the choice, wanted and made."""
+        times = {(choice.sigma_rel, choice.num_images)}
+        results = [
+            reconstruct_many(self.snapshots, [s], t, warn_above=math.inf, read=False)[0] for s, t in times
+        ]
+        return reconstruction_figure(self.manifest, results)
+
+    def tuning(self, choice: Choice) -> list[tuple[str, "Figure"]]:
+        """The curves of `edm2 tune`, where the run was tuned, with the choice as a line."""
+        tuned = read_tuned(self.run)
+        if tuned is None:
+            return []
+        marks = {"EMA length": choice.sigma_rel, "EMA length with guide": choice.sigma_rel}
+        marks |= {"guidance weight": choice.guidance} if choice.is_guided else {}
+        found = []
+        for stage, figure in knob_curves(tuned):
+            mark = marks.get(stage)
+            if mark is not None:
+                figure.axes[0].axvline(mark, color=SERIES[1], linewidth=1.2)
+            found.append((stage, figure))
+        return found
+
+    def noise(self, choice: Choice) -> "Figure | None":
+        """Loss by noise level on some training images, with the interval of guidance; None without the data."""
+        try:
+            dataset = open_run_data(self.run)
+        except (ValueError, OSError):
+            return None
+        rows = np.linspace(0, len(dataset) - 1, min(len(dataset), _NOISE_IMAGES)).astype(np.int64)
+        labels = dataset.labels(rows) if dataset.num_classes else None
+        with self._lock:
+            generator = self.model(choice.sigma_rel, choice.num_images)
+            sigma, learned, errors = errors_by_noise(generator, dataset.images(rows), labels)
+        loss = self.settings["loss"]
+        density = noise_density(sigma, p_mean=loss["p_mean"], p_std=loss["p_std"])
+        uncertainty = None if generator.denoiser.uncertainty is None else learned
+        figure = uncertainty_curve(sigma, uncertainty, errors, density)
+        if choice.is_guided and choice.interval != EVERYWHERE:
+            low, high = (min(max(end, sigma.min()), sigma.max()) for end in choice.interval)
+            figure.axes[0].axvspan(low, high, color=SERIES[1], alpha=0.12)
+        return figure
+
+    def save(self, choice: Choice, name: str) -> Path:
+        """Write the model with its guide and settings into the run's folder `studio/NAME`, for `edm2 sample`.
+
+        Raises:
+            ValueError: For another kind of name, or a guide that has no file of its own.
+            FileExistsError: If there is one of that name.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+            raise ValueError(f"name {name!r}: use 1 to 64 letters, digits, - and _")
+        if choice.is_guided and choice.guide == "without labels":
+            raise ValueError(
+                "a guide without labels has no file of its own: save without a guide, or use the command"
+            )
+        generator = self.model(choice.sigma_rel, choice.num_images)
+        guide = self._guide(choice, generator)
+        sampling = Sampling(
+            sampler=choice.sampler,
+            num_steps=choice.num_steps,
+            guidance=choice.guidance if choice.is_guided else 1.0,
+            interval=choice.interval if choice.is_guided and choice.interval != EVERYWHERE else None,
+        )
+        return save_pretrained(Pretrained(generator, guide=guide, sampling=sampling), self.run / SAVED / name)
+
+    def _labels(self, choice: Choice) -> np.ndarray | None:
+        return None if choice.label is None else np.full(choice.count, choice.label, np.int64)
+
+    def _guide(self, choice: Choice, generator: ImageGenerator) -> ImageGenerator | None:
+        if not choice.is_guided:
+            return None
+        if choice.guide == "earlier":
+            return self.model(choice.guide_sigma_rel, choice.guide_images)
+        if choice.guide == "without labels":
+            if not self.num_classes:
+                raise ValueError("this model has no labels to leave out: choose another guide")
+            return generator.without_labels()
+        if self.other is None:
+            raise ValueError("no other model was given: start the studio with --guide")
+        return self.other
