@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from edm2.diffusion.description import build_from
@@ -13,7 +12,7 @@ from edm2.ema.storage.manifest import read_manifest
 from edm2.generate.generator import ImageGenerator
 from edm2.generate.reconstructed import snapshots_of
 from edm2.nn import faster_channels_last, use_channels_last
-from edm2.train.checkpoint import newest
+from edm2.train.checkpoint import StoredTensors, newest
 from edm2.train.coding import Coding
 from edm2.train.run_folder import CHECKPOINTS
 
@@ -62,7 +61,8 @@ def load_raw(run: Path) -> ImageGenerator:
         raise ValueError(f"{run} has no checkpoint with raw weights: name an EMA length instead")
     length = read_manifest(snapshots_of(run)).snapshots[0].sigma_rel
     generator = ImageGenerator.load(run, length)
-    raw = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    stored = StoredTensors(checkpoint)
+    raw = {name: stored.read("model", name) for name in stored.names("model")}
     generator.denoiser.load_state_dict(generator.denoiser.state_dict() | raw)
     generator.info |= {"sigma_rel": None, "num_images": int(checkpoint.name)}
     return generator

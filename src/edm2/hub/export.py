@@ -21,6 +21,7 @@ from edm2.extras import need
 from edm2.files import replacing_folder, write_atomic, write_json
 from edm2.generate import ImageGenerator, SamplerOptions
 from edm2.generate.fixed_weights import SamplingNetwork
+from edm2.generate.generator import STUDENT_SAMPLER
 from edm2.hub.pretrained import Pretrained
 from edm2.nn import keyed_normal
 
@@ -180,7 +181,7 @@ def _difference(generator: ImageGenerator, call: _Call) -> float:
         for name, shape in shapes.items()
         if name not in ("x", "sigma")
     }
-    if generator.num_classes:
+    if generator.num_classes and not generator.takes_vectors:
         given["labels"] = torch.eye(generator.num_classes)[index % generator.num_classes]
     options = SamplerOptions(num_steps=_CHECK_STEPS)
     own = _Exportable(generator).to("cpu").eval()
@@ -199,6 +200,13 @@ def _difference(generator: ImageGenerator, call: _Call) -> float:
 def _about(model: Pretrained, parts: dict[str, ImageGenerator]) -> dict[str, Any]:
     generator = model.generator
     coding, info = generator.coding, generator.info
+    steps = model.sampling.num_steps
+    levels = []
+    if generator.is_student:
+        options = generator.sampler_options(
+            num_steps=steps if model.sampling.sampler == STUDENT_SAMPLER else 2
+        )
+        levels = options.sigmas()[:-1].tolist()
     low, high = model.sampling.to_json()["interval"] or (0.0, None)
     facts = {
         key: info[key]
@@ -217,7 +225,8 @@ def _about(model: Pretrained, parts: dict[str, ImageGenerator]) -> dict[str, Any
         "mean": list(coding.values.mean),
         "std": list(coding.values.std),
         "sigma_data": coding.values.sigma_data,
-        "num_steps": model.sampling.num_steps,
+        "num_steps": steps,
+        "consistency_levels": levels,
         "guidance": model.sampling.guidance,
         "interval": [low, high],
     }

@@ -43,10 +43,16 @@ def denoise(
 def sample(
     networks: dict[str, Network], noise: np.ndarray, steps: int, given: dict[str, np.ndarray]
 ) -> np.ndarray:
-    """Heun's method (EDM, arXiv 2206.00364, Alg. 1) from unit noise [B, C, H, W] to images in network units."""
+    """Heun's method (EDM, arXiv 2206.00364, Alg. 1), from unit noise [B, C, H, W] to images in network units."""
+    if ABOUT["consistency_levels"]:  # of a student of `edm2 distill`: denoise, add noise, denoise
+        x, rng = np.zeros_like(noise), np.random.default_rng(1)
+        for level in map(np.float32, ABOUT["consistency_levels"]):
+            x = denoise(networks, x + level * noise, level, given)
+            noise = rng.standard_normal(x.shape).astype(np.float32)
+        return np.asarray(x)
     ends = 80 ** (1 / 7), 0.002 ** (1 / 7)
     levels = [*((ends[0] + np.arange(steps) / max(steps - 1, 1) * (ends[1] - ends[0])) ** 7).tolist(), 0.0]
-    x: np.ndarray = noise * np.float32(levels[0])
+    x = noise * np.float32(levels[0])
     for now, after in itertools.pairwise(levels):
         slope = (x - denoise(networks, x, now, given)) / np.float32(now)
         end = x + np.float32(after - now) * slope
@@ -54,7 +60,7 @@ def sample(
             slope = (slope + (end - denoise(networks, end, after, given)) / np.float32(after)) / 2
             end = x + np.float32(after - now) * slope
         x = end
-    return x
+    return np.asarray(x)
 
 
 def to_images(x: np.ndarray) -> np.ndarray:

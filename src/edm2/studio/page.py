@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from edm2.diffusion import SAMPLERS
 from edm2.extras import needed
 from edm2.studio import pictures
 from edm2.studio.choices import Choice, number
@@ -128,8 +127,8 @@ def _controls(bench: Workbench, side: str) -> list[Any]:
             guide_length = gr.Slider(
                 0.01, 0.3, lowest, step=0.005, label="EMA length of the guide", elem_id=place("guide-ema")
             )
-    steps = gr.Slider(2, 64, 16, step=1, label="Steps", elem_id=place("steps"))
-    sampler = gr.Dropdown(list(SAMPLERS), value="dpmpp-2m", label="Sampler", elem_id=place("sampler"))
+    steps = gr.Slider(1, 64, 2 if bench.is_student else 16, step=1, label="Steps", elem_id=place("steps"))
+    sampler = gr.Dropdown(bench.samplers, value=bench.samplers[0], label="Sampler", elem_id=place("sampler"))
     guide.change(
         lambda kind: (gr.Group(visible=kind != "none"), gr.Group(visible=kind == "earlier")),
         guide,
@@ -166,8 +165,9 @@ def _side(bench: Workbench, side: str, shared: list[Any], *, only_if: Any = None
         except _ERRORS as error:
             return pictures.problem(error), "", ""
         captions = [f"seed {seed}" for seed in choice.seeds]
-        error = bench.model(choice.sigma_rel, choice.num_images).info["expected_error"]
-        took = f"{len(images)} images in {time.monotonic() - start:.2f} s; expected error of the average: {error:.1e}"
+        expected = bench.model(choice.sigma_rel, choice.num_images).info["expected_error"]
+        took = f"{len(images)} images in {time.monotonic() - start:.2f} s; "
+        took += f"expected error of the average: {expected:.1e}"
         took += "".join(f"\n\nNote: {remark.message}." for remark in remarks)
         return pictures.tiles(images, captions), took, choice.command(bench.run, bench.other_path)
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from edm2.diffusion import SAMPLERS
 from edm2.ema import reconstruct_many
 from edm2.ema.storage.manifest import Manifest, read_manifest
 from edm2.evaluation.noise_errors import errors_by_noise, noise_density
 from edm2.generate import ImageGenerator, snapshots_of
+from edm2.generate.generator import STUDENT_SAMPLER
 from edm2.hub import Pretrained, Sampling, save_pretrained
 from edm2.report import uncertainty_curve
 from edm2.report.ema_figures import reconstruction_figure
@@ -47,6 +49,8 @@ class Workbench:
         times: Times of the snapshots in training images, ascending.
         lengths: Shortest and longest tracked EMA length.
         other: As given, opened; None if there is none.
+        is_student: Whether the run is one of `edm2 distill`.
+        samplers: Names of the samplers that suit it, the usual one first.
 
     Raises:
         ValueError: If the folder is not a run with snapshots, its model does not make pictures, is conditioned on
@@ -67,6 +71,9 @@ class Workbench:
             raise ValueError(f"{run} is conditioned on images or vectors: the studio offers classes only")
         if not newest.pixel_channels:
             raise ValueError(f"{run} makes {newest.coding.kind}, not pictures: sample with `edm2 sample`")
+        self.is_student = newest.is_student
+        others = ["dpmpp-2m", *(name for name in SAMPLERS if name not in ("dpmpp-2m", STUDENT_SAMPLER))]
+        self.samplers = [STUDENT_SAMPLER] if self.is_student else others
         self.num_classes = newest.num_classes
         self.class_names = newest.class_names or tuple(map(str, range(self.num_classes)))
         self.other_path = None if other is None else Path(other)

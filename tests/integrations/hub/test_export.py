@@ -54,6 +54,18 @@ def test_the_script_makes_edm2s_images(to, blocked, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_student_makes_its_images_in_one_step(tmp_path):
+    info = {**INFO, "consistency": {"teacher": "t", "sigma_max": 80.0}}
+    model = Pretrained(
+        ImageGenerator(small_denoiser(), CODING, info), sampling=Sampling(sampler="consistency", num_steps=1)
+    )
+    done = export_model(model, "pt2", tmp_path / "made")
+    np.save(tmp_path / "noise.npy", keyed_normal(torch.arange(3), (1, 8, 8)).numpy())
+    made = run_script(done.folder, tmp_path, ["edm2"], "--noise", tmp_path / "noise.npy")
+    assert np.abs(made - model.images(range(3))).max() < 2 * 1e-4
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("config", "AE")
 def test_other_configurations_can_be_exported(config, tmp_path):
     model = Pretrained(ImageGenerator(small_denoiser(config=config, attn_resolutions=(4,)), CODING, INFO))
