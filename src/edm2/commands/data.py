@@ -10,16 +10,19 @@ import tyro
 
 from edm2.advice import words_for
 from edm2.commands.next_step import run_for, tell_next
-from edm2.data import open_dataset
+from edm2.data import ImageDataset, open_dataset
 from edm2.data.autoencoder import load_autoencoder
 from edm2.data.prepare.chunks import Made
 from edm2.data.prepare.convert import Conversion, convert_stream
 from edm2.data.prepare.convert import convert as convert_catalog
 from edm2.data.prepare.describe import describe
+from edm2.data.prepare.describe_pairs import describe_pairs
 from edm2.data.prepare.latents import encode_latents
 from edm2.data.prepare.survey import survey
-from edm2.data.sources import open_catalog
+from edm2.data.sources import holds_pairs, open_catalog
 from edm2.progress import show
+from edm2.report.grids import save_png
+from edm2.report.pair_figures import pair_table
 from edm2.train.build import pick_device
 
 _SOURCE = Annotated[str, tyro.conf.Positional]
@@ -30,8 +33,12 @@ class _Info:
     """Count images, sizes and classes, measure mean and standard deviation, name what needs fixing."""
 
     source: _SOURCE
-    """Folder, ZIP or folder inside one, .npy, .npz, IDX folder, Arrow or Parquet files, hf://NAME, digits or
-    fashion-mnist."""
+    """Folder, ZIP or folder inside one, .npy, .npz, zarr, NetCDF, IDX folder, Arrow or Parquet files, hf://NAME,
+    digits or fashion-mnist."""
+    condition: str | None = None
+    """Images given with these, as in `edm2 train --condition`."""
+    picture: Path | None = None
+    """PNG file in which to draw pairs side by side."""
     split: str = "train"
     """Split, if the source has several."""
     labels: bool = True
@@ -97,6 +104,11 @@ class _Encode:
 def info(prog: str, words: Sequence[str]) -> None:
     """`edm2 data info`."""
     chosen = tyro.cli(_Info, prog=prog, args=list(words))
+    if (pairs := _pairs(chosen)) is not None:
+        show(describe_pairs(pairs, chosen.source))
+        if chosen.picture is not None:
+            show(save_png(pair_table(pairs), chosen.picture))
+        return _tell_training(chosen, pairs)
     catalog = open_catalog(chosen.source, split=chosen.split, labels=chosen.labels)
     found = survey(catalog, sample=chosen.sample, workers=chosen.workers)
     show(describe(found))
@@ -104,6 +116,27 @@ def info(prog: str, words: Sequence[str]) -> None:
     if mending is not None:
         return tell_next(mending)
     tell_next("train", "--data", Path(chosen.source), "--out", run_for(chosen.source))
+
+
+def _pairs(chosen: _Info) -> ImageDataset | None:
+    """The data set, if something is given with its images or values are missing."""
+    if chosen.condition is None and chosen.picture is None and not holds_pairs(chosen.source):
+        return None
+    return open_dataset(
+        chosen.source, split=chosen.split, labels=chosen.labels, condition=chosen.condition, missing=True
+    )
+
+
+def _tell_training(chosen: _Info, pairs: ImageDataset) -> None:
+    words: list[str | Path] = ["train", "--data", chosen.source]
+    given = pairs.conditions
+    if chosen.condition is not None:
+        words += ["--condition", chosen.condition]
+    if given is not None and given.image_shape[1:] != pairs.image_shape[1:]:
+        words += ["--dataset.resample", "bicubic"]
+    if pairs.missing or (given is not None and given.missing):
+        words += ["--dataset.missing", "mask"]
+    tell_next(*words, "--out", run_for(chosen.source))
 
 
 def convert(prog: str, words: Sequence[str]) -> None:

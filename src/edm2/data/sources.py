@@ -77,6 +77,15 @@ def open_dataset(
     return dataset if pad_to is None else PaddedDataset(dataset, pad_to)
 
 
+def holds_pairs(source: str | Path) -> bool:
+    """Whether a source is a file that holds something with its images, or may have missing values; opens no images."""
+    path = Path(source).expanduser()
+    if path.suffix.lower() == ".npz" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return bool({"conditions.npy", "vectors.npy", "mask.npy"} & set(archive.namelist()))
+    return split_source(source) is not None
+
+
 def _matched(images: ImageDataset, conditions: ImageDataset) -> ImageDataset:
     """Conditions in the order of the images: by name where both are files."""
     if not (isinstance(images, FileDataset) and isinstance(conditions, FileDataset)):
