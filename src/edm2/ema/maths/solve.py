@@ -15,10 +15,7 @@ HOPELESS_MISFIT = 0.75
 
 
 def solve_coefficients(
-    times: npt.ArrayLike,
-    sigma_rels: npt.ArrayLike,
-    target_time: float,
-    target_sigma_rels: npt.ArrayLike,
+    times: npt.ArrayLike, sigma_rels: npt.ArrayLike, target_time: float, target_sigma_rels: npt.ArrayLike
 ) -> FloatArray:
     """Plain solve: the combination of snapshots nearest in L2 to each target's profile.
 

@@ -182,10 +182,10 @@ class Averages:
         self.set_times(other._start, other._t, **other.times())
 
     def adopt(self, averages: Sequence[Sequence[Tensor]], *, start: float, t: float) -> None:
-        """Take over averages of all rules as whole tensors, as of time t."""
+        """Take over an average for each rule, the first ones of these, as of time t."""
         for i, (block, place) in self._places.items():
             base = place.of(block.base).copy_(averages[0][i])
-            for offsets, average in zip(block.offsets, averages, strict=True):
+            for offsets, average in zip(block.offsets, averages, strict=False):
                 place.of(offsets).copy_(base).sub_(average[i].to(base.device))
         self.set_times(start, t, folded=t, based=t)
 

@@ -119,10 +119,8 @@ class TrackedAverages:
         self.t: float = start
         self.steps = self._updates = 0
         self._dtype, self._device = dtype, device
-        self._model, self._choice = (
-            model,
-            Choice(include=include, copied=copied, average_buffers=average_buffers),
-        )
+        self._model = model
+        self._choice = Choice(include=include, copied=copied, average_buffers=average_buffers)
         self._resumed = False
         self._written: dict[Path, float] = {}
         self._write_backs: list[dict[str, Any]] = []
@@ -134,23 +132,22 @@ class TrackedAverages:
     def _begin(self) -> None:
         """Take up the model, once its tensors have their shapes."""
         self._followed = FollowedModel(self._model, self._choice)
-        self._averages, self._live_average = self._make_averages()
+        self._groups = self._make_averages()
 
-    def _make_averages(self) -> tuple[Averages, Averages | None]:
+    def _make_averages(self) -> dict[str, Averages]:
+        """The power-function averages and the live one, by the prefix of their tensors in the state."""
         weights = self._followed.weights
         offload = self._device == "cpu" and any(x.device.type != "cpu" for x in weights)
         kind: Any = HostAverages if offload else Averages
-        make = partial(
-            kind,
-            weights,
-            self._followed.names,
-            start=self.start,
-            dtype=self._dtype,
-        )
+        make = partial(kind, weights, self._followed.names, start=self.start, dtype=self._dtype)
         rules = [partial(step_weight, gamma=gamma) for gamma in self.gammas]
         windows = None if self._dtype == torch.float64 else windows_per_run(self.gammas)
-        live = None if self.live is None else make([self.live.share], windows=None)
-        return make(rules, windows=windows), live
+        made = {"": make(rules, windows=windows)}
+        return made if self.live is None else made | {"live.": make([self.live.share], windows=None)}
+
+    @property
+    def _averages(self) -> Averages:
+        return self._groups[""]
 
     def _model_tensors(self) -> FollowedModel:
         """The followed tensors, taken up now if the model had lazy parameters."""
@@ -182,9 +179,8 @@ class TrackedAverages:
                 " call it once after each optimiser step with the total so far, and load_state_dict when resuming"
             )
         weights = self._read_weights()
-        self._averages.update(weights, t)
-        if self._live_average is not None:
-            self._live_average.update(weights, t)
+        for averages in self._groups.values():
+            averages.update(weights, t)
         before, self.t = self.t, t
         self._updates += 1
         self._automatic(before)
@@ -192,19 +188,16 @@ class TrackedAverages:
     def _read_weights(self) -> list[Tensor]:
         """Local weights as they are now; the averages follow them to another device or type."""
         if self._model_tensors().read():
-            old = self._averages, self._live_average
-            new = self._make_averages()
-            for one, other in zip(old, new, strict=True):
-                if one is not None and other is not None:
-                    other.take_over(one)
-            self._averages, self._live_average = new
+            old, self._groups = self._groups, self._make_averages()
+            for prefix, averages in self._groups.items():
+                averages.take_over(old[prefix])
         return self._followed.weights
 
     def _check(self) -> None:
         """Raise FloatingPointError if an average is not finite."""
-        for averages in (self._averages, self._live_average):
-            if averages is not None:
-                raise_together(averages.check, self._model_tensors().templates)
+        templates = self._model_tensors().templates
+        for averages in self._groups.values():
+            raise_together(averages.check, templates)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly: one flat dict of tensors and JSON values.
@@ -227,8 +220,8 @@ class TrackedAverages:
             "write_backs": list(self._write_backs),
             **self._averages.times(),
         }
-        if self._live_average is not None:
-            state["live_based"] = self._live_average.times()["based"]
+        if self.live is not None:
+            state["live_based"] = self._groups["live."].times()["based"]
         return state | {key: like_shard(part, template) for key, (part, template) in self._parts().items()}
 
     def _settings(self) -> dict[str, Any]:
@@ -237,12 +230,10 @@ class TrackedAverages:
 
     def _parts(self, *, window: bool | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Local running tensors by key, each with the tensor of the model that it is about."""
-        lists = self._averages.parts(window=window)
-        if self._live_average is not None:
-            lists |= {f"live.{key}": parts for key, parts in self._live_average.parts().items()}
         return {
-            f"{prefix}.{name}": (part, template)
-            for prefix, parts in lists.items()
+            f"{prefix}{key}.{name}": (part, template)
+            for prefix, averages in self._groups.items()
+            for key, parts in averages.parts(window=None if prefix else window).items()
             for name, part, template in zip(self.names, parts, self._followed.templates, strict=True)
         }
 
@@ -268,8 +259,8 @@ class TrackedAverages:
         self._resume(**{key: state[key] for key in keys})
         times = {key: state[key] for key in ("folded", "based", "held")}
         self._averages.set_times(self.start, self.t, **times)
-        if self._live_average is not None:
-            self._live_average.set_times(self.start, self.t, folded=self.t, based=state["live_based"])
+        if self.live is not None:
+            self._groups["live."].set_times(self.start, self.t, folded=self.t, based=state["live_based"])
         self._check()
 
     @torch.no_grad()
@@ -305,9 +296,8 @@ class TrackedAverages:
             run_id=run.run_id, start=run.start, t=t, steps=round(t - run.start), updates=round(t - run.start),
             write_backs=results[0].write_backs,
         )  # fmt: skip
-        self._averages.adopt(averages, start=self.start, t=self.t)
-        if self._live_average is not None:
-            self._live_average.adopt(averages[:1], start=self.start, t=self.t)
+        for group in self._groups.values():
+            group.adopt(averages, start=self.start, t=self.t)
 
     def _resume(
         self,

@@ -220,9 +220,9 @@ class PowerEMA(TrackedAverages):
     def _local_average(self, sigma_rel: Width) -> list[Tensor]:
         self._check()
         if sigma_rel == "live":
-            if self._live_average is None:
+            if self.live is None:
                 raise ValueError("no live average is tracked: build PowerEMA with live=LiveEMA(beta=0.9999)")
-            return list(self._live_average.read(0))
+            return list(self._groups["live."].read(0))
         if sigma_rel in self.sigma_rels:
             return list(self._averages.read(self.sigma_rels.index(sigma_rel)))
         coefficients = torch.from_numpy(solve_live(self.sigma_rels, sigma_rel))
