@@ -14,9 +14,8 @@ from torch import nn
 
 from edm2.cli import main
 from edm2.ema import AccuracyWarning, PowerEMA, reconstruct, reconstruct_many
-from edm2.ema.reconstruct import reconstruct_each
+from edm2.ema.reconstruct import free_memory, reconstruct_each
 from edm2.ema.storage.manifest import read_manifest
-from edm2.ema.storage.memory import free_memory
 from edm2.generate import reconstructed
 from edm2.report.ema_figures import Profiles, profile_figure
 from edm2.report.style import figure_png

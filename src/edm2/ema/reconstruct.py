@@ -13,12 +13,13 @@ from torch import Tensor
 from edm2.ema.maths.solve import HOPELESS_MISFIT, Solution
 from edm2.ema.maths.targets import Target
 from edm2.ema.storage.manifest import ForeignSnapshots, Manifest, Snapshot, read_manifest
-from edm2.ema.storage.memory import free_memory
 from edm2.ema.storage.replacing import folder_lock
 from edm2.ema.stored_averages import StoredAverages
 
 _TRIES = 5
 _SHARE_OF_MEMORY = 0.5
+_UNKNOWN_MEMORY = 4 << 30
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 class AccuracyWarning(UserWarning):
@@ -315,3 +316,25 @@ def _advice(target: Target, solution: Solution, error: float, used: Sequence[Sna
     else:
         help_ = "closer snapshots, or another track"
     return f"{target.label} at t {t:g}: expect a relative error of {error:.1e}; what would help: {help_}"
+
+
+def free_memory() -> int:
+    """Free memory in bytes, within the limits of a container; 4 GB where the system does not say."""
+    known = [room for room in (_of_the_machine(), _of_the_container()) if room is not None]
+    return min(known, default=_UNKNOWN_MEMORY)
+
+
+def _of_the_machine() -> int | None:
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, ValueError, KeyError):  # no Linux
+        return None
+
+
+def _of_the_container() -> int | None:
+    try:
+        limit, used = ((_CONTROL_GROUP / f"memory.{name}").read_text() for name in ("max", "current"))
+        return max(0, int(limit) - int(used))
+    except (OSError, ValueError):  # no container, or no limit ("max")
+        return None

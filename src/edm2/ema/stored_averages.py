@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edm2.ema.maths.fit_motion import fit_motion
-from edm2.ema.maths.motion import WHITE, Grid, Motion
+from edm2.ema.maths.motion import WHITE, Grid, Motion, fit_motion
 from edm2.ema.maths.plans import MOVEMENT
 from edm2.ema.maths.profiles import FloatArray
 from edm2.ema.maths.solve import Solution, solve_motion

@@ -5,8 +5,7 @@ import pytest
 from scipy.optimize import nnls
 
 from edm2.ema import sigma_rel_to_gamma, solve_coefficients
-from edm2.ema.maths.fit_motion import KINDS, fit_motion, nonnegative_least_squares
-from edm2.ema.maths.motion import WHITE, Grid, Kind, Motion
+from edm2.ema.maths.motion import KINDS, WHITE, Grid, Kind, Motion, fit_motion, nonnegative_least_squares
 from edm2.ema.maths.profiles import power_inner
 from edm2.ema.maths.solve import solve_motion
 from edm2.ema.maths.targets import PowerProfile

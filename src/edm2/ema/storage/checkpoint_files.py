@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edm2.ema.storage.shards import DISTRIBUTED, INDEX_SUFFIX, StoredModel, open_model
-from edm2.ema.storage.tensorfile import TensorSpec, write_tensors
+from edm2.ema.storage.shards import DISTRIBUTED, INDEX_SUFFIX, StoredModel, open_model, write_safetensors
+from edm2.ema.storage.tensorfile import TensorSpec
 from edm2.ema.tracking.wrappers import clean_names
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -190,11 +190,8 @@ class _TorchModel(StoredModel):
         return self._values[name]
 
     def write_like(self, folder: Path, order: Callable[[str], Tensor]) -> list[Path]:
-        written = folder / f"{self.path.stem}.safetensors"
-        write_tensors(
-            written, self.specs.values(), lambda n: order(n).to(self.specs[n].dtype), {"format": "pt"}
-        )
-        return [written]
+        path = folder / f"{self.path.stem}.safetensors"
+        return [write_safetensors(path, self.specs, order, {"format": "pt"})]
 
 
 def _load(path: Path) -> Any:

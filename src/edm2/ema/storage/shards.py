@@ -11,14 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from edm2.ema.storage.guarded_json import read_json
-from edm2.ema.storage.replacing import replacing
-from edm2.ema.storage.tensorfile import TensorFile, TensorSpec, read_header
+from edm2.ema.storage.tensorfile import TensorFile, TensorSpec, read_header, write_tensors
 from edm2.ema.storage.weighted_sums import read_tensors
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -112,27 +111,21 @@ class _Safetensors(StoredModel):
         return entry[1]
 
     def write_like(self, folder: Path, order: Callable[[str], Tensor]) -> list[Path]:
-        written = []
-        for source in self._files:
-            written.append(folder / source.path.name)
-            with replacing(written[-1]) as file, open(source.path, "rb") as old:
-                names = sorted(source.specs, key=lambda n: (source.offsets[n], source.specs[n].num_bytes))
-                for name in names:
-                    _copy(old, file, source.offsets[name] - file.tell())
-                    value = order(name).to(source.specs[name].dtype).contiguous()
-                    file.write(value.reshape(-1).view(torch.uint8).numpy().data)
-                    old.seek(file.tell())
-                _copy(old, file, source.path.stat().st_size - file.tell())
+        written = [write_safetensors(folder / f.path.name, f.specs, order, f.metadata) for f in self._files]
         if self._index is not None:
             written.append(Path(shutil.copyfile(self._index, folder / self._index.name)))
         return written
 
 
-def _copy(source: BinaryIO, to: BinaryIO, num_bytes: int) -> None:
-    """Copy a header or a gap."""
-    while num_bytes > 0 and (piece := source.read(min(num_bytes, 1 << 20))):
-        to.write(piece)
-        num_bytes -= len(piece)
+def write_safetensors(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    order: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> Path:
+    """Write one file of a model; see `StoredModel.write_like`."""
+    write_tensors(path, specs.values(), lambda name: order(name).to(specs[name].dtype), metadata)
+    return path
 
 
 @dataclass(frozen=True)
