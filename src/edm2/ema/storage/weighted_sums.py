@@ -14,7 +14,7 @@ from edm2.ema.maths.profiles import FloatArray
 from edm2.ema.storage.tensorfile import DTYPES, ByteArray, DataSum, TensorFile
 
 # Pieces of a few files stay in the processor's cache while they are checked and added to all sums.
-_PIECE, _FILES = 1 << 16, 8
+_PIECE, _FILES = 1 << 17, 8
 _MAX_OPEN = 256
 _ROWS = 4
 
