@@ -70,20 +70,20 @@ def test_streams_need_a_mode(tmp_path, capsys):
 
 def test_info_shows_pairs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
-    images = rng.uniform(270, 290, (12, 2, 8, 4)).astype(np.float32)
+    images = rng.uniform(270, 290, (12, 2, 8, 8)).astype(np.float32)
     images[:, :, :4] = np.nan
-    conditions = rng.integers(0, 256, (12, 3, 4, 2), dtype=np.uint8)
+    conditions = rng.integers(0, 256, (12, 3, 4, 4), dtype=np.uint8)
     np.savez(tmp_path / "x.npz", images=images, conditions=conditions, vectors=np.arange(12))
     main(["data", "info", str(tmp_path / "x.npz"), "--picture", str(tmp_path / "x.png")])
     told = capsys.readouterr()
-    assert "images      2 x 8 x 4 of float32" in told.out
+    assert "images      2 x 8 x 8 of float32" in told.out
     assert ", missing 50.00%" in told.out
-    assert "conditions  3 x 4 x 2 of uint8" in told.out
+    assert "conditions  3 x 4 x 4 of uint8" in told.out
     assert "entry 0: 0 to 11, mean 5.5" in told.out
     assert "--dataset.resample bicubic --dataset.missing mask" in told.err
     with Image.open(tmp_path / "x.png") as picture:
         table = np.asarray(picture)
     # One colour picture of the condition, two fields of the image, six pairs.
-    assert table.shape[1] > 3 * 48
+    assert table.shape[1] > 3 * 96
     assert table.shape[0] > 6 * 96
     assert (table[..., 3] == 0).any()
