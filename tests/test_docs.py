@@ -215,7 +215,7 @@ def test_a_mistake_in_the_docs_would_be_seen() -> None:
     assert find("edm2.emas") is None
     assert exists("edm2.ema.tracking.tracker")
     assert not exists("edm2.ema.PowerEMAs")
-    assert len(commands_in(DOCS[0].read_text())) >= 8
+    assert len(commands_in(DOCS[0].read_text())) >= 7
     assert "--sigma-rel" in help_of("ema", "reconstruct")
     assert "--sigma-rels" not in help_of("ema", "reconstruct")
     code = "from edm2.ema import PowerEMA\nPowerEMA(model, sigma_rels=(0.1,), widths=(0.1,))"

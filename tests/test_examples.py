@@ -1,6 +1,9 @@
 """The notebook of the first hour runs from top to bottom, with small arguments."""
 
+import io
 import json
+import runpy
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +28,25 @@ def test_the_first_hour_runs(
     assert (tmp_path / "run" / "model.safetensors").is_file()
     assert names["averaged"] < names["raw"]
     assert "images of (1, 8, 8), 10 classes" in capsys.readouterr().out
+
+
+def test_emoji_of_a_package_become_folders_of_classes(tmp_path: Path) -> None:
+    def emoji(name: str, category: str, has_img_twitter: bool = True) -> dict[str, object]:
+        return {
+            "category": category, "has_img_twitter": has_img_twitter, "image": f"{name}.png", "short_name": name
+        }  # fmt: skip
+
+    table = [emoji("smile", "Smileys & Emotion"), emoji("de", "Flags"), emoji("abc", "Symbols")]
+    files = {"emoji.json": json.dumps([*table, emoji("none", "Flags", False)]).encode()}
+    files |= {f"img/twitter/64/{e['image']}": b"png" for e in table}
+    package = tmp_path / "package.tgz"
+    with tarfile.open(package, "w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    script = runpy.run_path(str(NOTEBOOK.parent / "emoji_folder.py"))
+    counts = script["make_folder"](package, tmp_path / "emoji")
+    assert {name: count for name, count in counts.items() if count} == {"faces": 1, "flags": 1}
+    found = sorted(str(p.relative_to(tmp_path / "emoji")) for p in (tmp_path / "emoji").rglob("*.png"))
+    assert found == ["faces/smile-smile.png", "flags/de-de.png"]

@@ -193,7 +193,6 @@ class _Work:
         images = _SNAPSHOTS * every
         passes = images / total
         structure, width = self.structure, shape[0]
-        decay = scaling.decay_start(images)
         low, high = _P_STD_RANGE
         config = self.with_microbatch(
             dataclasses.replace(
@@ -213,7 +212,7 @@ class _Work:
                 ),
                 optimizer=OptimizerConfig(
                     ref_lr=scaling.reference_rate(width),
-                    ref_batches=float(max(1, round(decay * images / batch))),
+                    ref_batches=float(max(1, round(scaling.DECAY_START * images / batch))),
                     rampup_mimg=float(f"{scaling.rampup_images(images) / 1e6:.2g}"),
                 ),
                 loss=LossConfig(

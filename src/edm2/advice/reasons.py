@@ -93,7 +93,7 @@ class Advice:
         yield Reason(
             tuple(f"network.{name}" for name in names),
             f"{self.cost.num_params:,} parameters: time divides between network and length as in two runs that worked, "
-            "the preset digits and EDM2's XS on ImageNet-64 (Table 6)",
+            "the preset digits and EDM2-XXL (Table 6)",
         )
         if self.config.dataset.pad_to:
             yield Reason(("dataset.pad_to",), "every level of the network halves the side")
@@ -117,8 +117,8 @@ class Advice:
         )
         yield Reason(
             ("optimizer.ref_batches", "optimizer.rampup_mimg"),
-            f"the rate falls after {config.optimizer.ref_batches / steps:.0%} of the run (digits 11%, EDM2 7%), and "
-            "rises in a short ramp, by the length of the run",
+            "the rate falls after a tenth of the run (digits 11%, EDM2 7% to 16%), and rises in a short ramp, by the "
+            "length of the run",
         )
 
     def _noise(self) -> Iterator[Reason]:
