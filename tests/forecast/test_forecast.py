@@ -10,6 +10,7 @@ import pytest
 import torch
 from crashes import KINDS, check_every_interruption
 
+from edm2.data import FloatCoding
 from edm2.forecast import Cases, Forecast, Torus, make_forecast, past_frames, read_cases, roll_out
 from edm2.forecast.page import write_forecast_page
 from edm2.generate import ImageGenerator
@@ -47,6 +48,40 @@ def test_a_rollout_does_not_depend_on_the_batch(exact: ImageGenerator) -> None:
     alone = roll_out(exact, start[1:], rows[3:], members[3:], steps=2, seed=4, **OPTIONS)
     np.testing.assert_allclose(alone[0], whole[3, :2], atol=1e-5)
     assert np.abs(whole[0] - whole[1]).max() > 0.1
+
+
+class Recording(ImageGenerator):
+    """Stands in for a model with vectors: the next frame is the last one plus the vector."""
+
+    def images(self, seeds: Any, labels: Any = None, **given: Any) -> np.ndarray:  # type: ignore[override]
+        assert labels.tolist() == [1, 0]
+        frame: np.ndarray = given["conditions"][:, -1:] + given["vectors"][:, :, None, None]
+        return frame
+
+
+def test_each_step_gets_its_vectors(exact: ImageGenerator) -> None:
+    model = Recording(exact.denoiser, exact.coding)
+    vectors = np.array([[[1.0], [10.0]], [[2.0], [20.0]]], np.float32)
+    start = cases(2).start
+    made = roll_out(
+        model, start, np.arange(2), np.zeros(2, int), steps=2, vectors=vectors, labels=np.array([1, 0])
+    )
+    np.testing.assert_allclose(made[:, 1, 0], start[:, 1, 0] + vectors.sum((1, 2))[:, None, None], rtol=1e-5)
+
+
+def test_what_the_model_was_not_trained_for_is_told(exact: ImageGenerator, tmp_path: Path) -> None:
+    vectors = FloatCoding(mean=(3.0,), std=(1.0,), sigma_data=1.0)
+    coding = dataclasses.replace(exact.coding, vectors=vectors)
+    model, given = ImageGenerator(exact.denoiser, coding), cases(2)
+    lead_times = np.tile(np.array([2.0, 12.0])[:, None], (2, 1, 1))
+    far = dataclasses.replace(given, vectors=lead_times)
+    wanted = r"entry 0 of the vectors reaches 12, and in training it was 3 with a standard deviation of 1"
+    with pytest.warns(UserWarning, match=wanted), pytest.raises(ValueError, match="vectors"):
+        make_forecast(model, far, tmp_path / "f.npz", steps=2, members=1, quiet=True, **OPTIONS)
+    with pytest.raises(
+        ValueError, match=r"vectors for each step must be \[N, 3, 1\] with the starts; not \[2, 2, 1\]"
+    ):
+        make_forecast(model, far, tmp_path / "f.npz", steps=3, members=1, quiet=True)
 
 
 def test_common_noise_leaves_the_difference_of_the_starts(exact: ImageGenerator) -> None:
