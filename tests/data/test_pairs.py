@@ -68,6 +68,19 @@ def test_padding_choosing_and_reading_ahead_keep_pairs_together(file: Path) -> N
             assert np.array_equal(batch.vectors.numpy(), VECTORS[rows].astype(np.float32))
 
 
+def test_a_bounded_number_of_images_is_the_same_in_every_run(file: Path) -> None:
+    few, again = (open_dataset(file, max_images=4) for _ in range(2))
+    assert len(few) == 4
+    assert few.fingerprint == again.fingerprint
+    rows = np.array(
+        [np.flatnonzero((image == IMAGES).all((1, 2, 3)))[0] for image in few.images(np.arange(4))]
+    )
+    assert len(set(rows)) == 4
+    assert few.conditions is not None
+    assert np.array_equal(few.conditions.images(np.arange(4)), CONDITIONS[rows])
+    assert open_dataset(file, max_images=6).fingerprint == open_dataset(file).fingerprint
+
+
 def test_a_mask_and_nan_mark_missing_values(tmp_path: Path) -> None:
     mask = RNG.random((6, 1, 4, 4)) < 0.7
     np.savez(tmp_path / "masked.npz", images=IMAGES, mask=mask)

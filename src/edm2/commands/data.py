@@ -59,8 +59,11 @@ class _Convert:
     """New folder, or a name that ends in .zip."""
     size: str | None = None
     """Side in pixels, or HEIGHTxWIDTH; default: unchanged."""
-    method: Literal["center-crop", "resize"] = "center-crop"
-    """center-crop: cover the size and cut out the centre, as for ImageNet. resize: stretch to the size."""
+    method: Literal["center-crop", "center-crop-wide", "resize"] = "center-crop"
+    """center-crop: cover the size and cut out the centre, as for ImageNet. center-crop-wide: the same, in the middle of
+    a black square of the longer side. resize: stretch to the size."""
+    filter: Literal["bicubic", "lanczos"] = "bicubic"
+    """How pictures are scaled; bicubic is how ImageNet was prepared."""
     mode: Literal["auto", "gray", "rgb", "rgba"] = "auto"
     """Mode of the pictures; auto: the one that they have in common, or rgb."""
     background: str | None = None
@@ -143,7 +146,11 @@ def convert(prog: str, words: Sequence[str]) -> None:
     """`edm2 data convert`."""
     chosen = tyro.cli(_Convert, prog=prog, args=list(words))
     conversion = Conversion(
-        size=_size(chosen.size), method=chosen.method, mode=chosen.mode, background=chosen.background
+        size=_size(chosen.size),
+        method=chosen.method,
+        filter=chosen.filter,
+        mode=chosen.mode,
+        background=chosen.background,
     )
     if chosen.stream:
         done = convert_stream(

@@ -16,6 +16,7 @@ from edm2.data.grids import open_grids, split_source
 from edm2.data.hugging_face import PREFIX, is_hugging_face, list_hugging_face
 from edm2.data.idx import idx_splits, open_idx
 from edm2.data.labels import some
+from edm2.data.order import indices
 from edm2.data.pairs import Given, PairedDataset
 from edm2.data.storage import zip_of
 from edm2.data.verify import find_damaged
@@ -34,6 +35,7 @@ def open_dataset(
     labels: bool = True,
     condition: str | Path | None = None,
     missing: bool = False,
+    max_images: int | None = None,
     pad_to: int | None = None,
     verify: bool = False,
     skip_damaged: bool = False,
@@ -51,6 +53,7 @@ def open_dataset(
         condition: Source of the images given with these: of files matched by name, whatever their suffix; of arrays in
             the same order. Default: the conditions that the source itself holds.
         missing: Whether NaN is a missing value; otherwise it is an error.
+        max_images: Most images to take; a larger data set is thinned by a fixed rule, the same in every run.
         pad_to: Height and width in pixels to which images are padded with zeros.
         verify: Whether to decode every image now, so that a damaged one is found before a run starts.
         skip_damaged: Whether to leave out images that cannot be decoded, with a warning that counts them; `skipped`
@@ -72,6 +75,8 @@ def open_dataset(
     if condition is not None:
         given = open_dataset(condition, split=split, labels=False, missing=missing)
         dataset = PairedDataset(dataset, _matched(dataset, given))
+    if max_images is not None and max_images < len(dataset):
+        dataset = Subset(dataset, np.sort(indices(0, max_images, size=len(dataset), seed=0)))
     if verify or skip_damaged:
         dataset = _verified(dataset, str(source), skip_damaged)
     return dataset if pad_to is None else PaddedDataset(dataset, pad_to)

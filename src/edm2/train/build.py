@@ -41,6 +41,7 @@ def open_training_data(config: TrainConfig) -> ImageDataset:
         labels=options.labels,
         condition=config.condition,
         missing=options.missing == "mask",
+        max_images=options.max_images,
         pad_to=options.pad_to,
         verify=config.verify_data,
         skip_damaged=options.skip_damaged,

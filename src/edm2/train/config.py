@@ -48,6 +48,8 @@ class DataConfig:
     0.15."""
     skip_damaged: bool = False
     """Whether to skip damaged images, with a warning that counts them, instead of stopping before the run starts."""
+    max_images: int | None = None
+    """Most images to train on; a larger data set is thinned by a fixed rule. Default: all."""
     missing: Literal["refuse", "mask"] = "refuse"
     """What NaN in float data means. refuse: an error. mask: a missing value, which is left out of the loss; in
     conditions it becomes 0, and the network is told where values are known."""
@@ -61,6 +63,7 @@ class DataConfig:
                 "leave it out, and encode mirrored pictures too"
             )
         _require(self, "augment", 0 <= self.augment <= 1, "a probability, in [0, 1]")
+        _require(self, "max_images", self.max_images is None or self.max_images >= 1, "at least 1")
         if self.augment and self.coding == "latents":
             raise ValueError(
                 f"augment {self.augment} does not suit latents, because a transformed latent is not the latent of the "
@@ -415,7 +418,7 @@ class TrainConfig:
 # Settings that are younger than the first runs, by group.
 _ADDED = {
     "": ("network_from", "condition", "label_dropout", "objective"),
-    "dataset": ("augment", "missing", "resample"),
+    "dataset": ("augment", "max_images", "missing", "resample"),
     "optimizer": ("decay", "weight_decay", "clip"),
     "loss": ("uncertainty",),
 }

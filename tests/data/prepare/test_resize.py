@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edm2.data.prepare.resize import crop_centre, stretch
+from edm2.data.prepare.resize import crop_centre, crop_wide, stretch
 
 RNG = np.random.default_rng(0)
 
@@ -59,3 +59,18 @@ def test_colours_of_transparent_parts_do_not_bleed():
     assert found[1][opaque].max() < 20
     found = stretch(image, (5, 5), alpha=True)
     assert found[1][found[3] > 100].max() < 20
+
+
+def test_lanczos_scales_once():
+    pixels = RNG.integers(0, 256, (1, 40, 32), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(pixels[0]).resize((8, 10), Image.Resampling.LANCZOS))[1:9]
+    assert np.array_equal(crop_centre(pixels, (8, 8), lanczos=True)[0], expected)
+    assert not np.array_equal(crop_centre(pixels, (8, 8))[0], expected)
+
+
+def test_a_wide_crop_lies_in_a_black_square():
+    image = np.full((3, 30, 64), 200, np.uint8)
+    found = crop_wide(image, (9, 16))
+    assert found.shape == (3, 16, 16)
+    assert (found[:, 3:12] == 200).all()
+    assert found.sum() == 200 * 3 * 9 * 16

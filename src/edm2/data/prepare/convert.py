@@ -18,7 +18,7 @@ from edm2.data.files import Catalog, damage_message, read_headers, warn_passed_o
 from edm2.data.hugging_face import Entry, stream_hugging_face
 from edm2.data.pictures import ARRAY, UNREADABLE, common_mode, decode
 from edm2.data.prepare.chunks import Chunk, ChunkFolder, Made, begin, chunk_bytes, image_name, write_chunk
-from edm2.data.prepare.resize import crop_centre, stretch
+from edm2.data.prepare.resize import crop_centre, crop_wide, stretch
 from edm2.data.workers import process_pool, result_of
 from edm2.progress import Progress
 
@@ -26,6 +26,7 @@ CHUNK_IMAGES = 256
 _CHUNK_PIXELS = 1 << 26  # a chunk is in memory until it is written
 _MAX_PIXELS = 1 << 26
 Mode = Literal["auto", "gray", "rgb", "rgba"]
+_METHODS = {"center-crop": crop_centre, "center-crop-wide": crop_wide, "resize": stretch}
 _MODES = {"gray": "L", "rgb": "RGB", "rgba": "RGBA"}
 
 
@@ -35,7 +36,9 @@ class Conversion:
 
     Args:
         size: New height and width in pixels; None keeps the images' own, which must be equal.
-        method: "center-crop" covers the size and cuts out the centre, "resize" stretches to it.
+        method: "center-crop" covers the size and cuts out the centre; "center-crop-wide" then puts that in the middle
+            of a black square of the longer side; "resize" stretches to the size.
+        filter: "bicubic", as ImageNet was prepared for EDM2, or "lanczos".
         mode: New mode of pictures; "auto" is the mode that they have in common, or RGB. Arrays keep their channels.
         background: Colour, by name or as #rrggbb, on which transparent parts are laid; with "auto", all pictures then
             lose their transparency. None: white where the new mode has no transparency.
@@ -46,7 +49,8 @@ class Conversion:
     """
 
     size: tuple[int, int] | None = None
-    method: Literal["center-crop", "resize"] = "center-crop"
+    method: Literal["center-crop", "center-crop-wide", "resize"] = "center-crop"
+    filter: Literal["bicubic", "lanczos"] = "bicubic"
     mode: Mode = "auto"
     background: str | None = None
 
@@ -58,8 +62,10 @@ class Conversion:
                 f"size {self.size[0]}x{self.size[1]} is too large: an image has at most {_MAX_PIXELS:,} pixels, as "
                 "8192x8192 has"
             )
-        if self.method not in ("center-crop", "resize"):
-            raise ValueError(f"method {self.method!r} must be center-crop or resize")
+        if self.method not in _METHODS:
+            raise ValueError(f"method {self.method!r} must be {', '.join(_METHODS)}")
+        if self.filter not in ("bicubic", "lanczos"):
+            raise ValueError(f"filter {self.filter!r} must be bicubic or lanczos")
         if self.mode not in ("auto", *_MODES):
             raise ValueError(f"mode {self.mode!r} must be one of auto, {', '.join(_MODES)}")
         if self.background is None:
@@ -120,6 +126,8 @@ def convert(
     work: dict[str, Any] = {"size": [conversion.size, conversion.method], "chunk": count}
     if conversion.background is not None:
         work["background"] = conversion.background
+    if conversion.filter != "bicubic":
+        work["filter"] = conversion.filter
     with begin(Path(dest), {**settings, **work}) as folder:
         job = _Job(folder, conversion, _MODES.get(mode), skip_damaged, catalog, count)
         if made := folder.finished():
@@ -160,8 +168,9 @@ def convert_stream(
         )
     count = _chunk_images(conversion.size)
     settings = {"stream": f"{source}, {split}", **asdict(conversion), "chunk": count}
-    if conversion.background is None:  # so that work begun before there was this option continues
-        del settings["background"]
+    for option in ("background", "filter"):  # so that work begun before there was this option continues
+        if settings[option] == getattr(Conversion, option):
+            del settings[option]
     with begin(Path(dest), settings) as folder:
         job = _Job(folder, conversion, _MODES[conversion.mode], skip_damaged, None, count)
         if made := folder.finished():
@@ -317,8 +326,8 @@ def _fitted(image: np.ndarray, conversion: Conversion, *, alpha: bool) -> tuple[
     if conversion.size is None:
         return image, False
     enlarged = image.shape[1] < conversion.size[0] or image.shape[2] < conversion.size[1]
-    function = crop_centre if conversion.method == "center-crop" else stretch
-    return function(image, conversion.size, alpha=alpha), enlarged
+    function, lanczos = _METHODS[conversion.method], conversion.filter == "lanczos"
+    return function(image, conversion.size, alpha=alpha, lanczos=lanczos), enlarged
 
 
 def _encoded(image: np.ndarray, is_array: bool) -> tuple[str, bytes]:
