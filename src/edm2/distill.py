@@ -23,7 +23,6 @@ from edm2.train.run_folder import CHECKPOINTS, CONFIG_FILE
 from edm2.train.settings_file import run_settings
 
 _BATCH = 128
-_CLOSING = 0.75  # share of the run in which the gap shrinks
 
 
 def open_teacher(path: str | Path, sigma_rel: float | None = None, *, guided: bool = True) -> Pretrained:
@@ -76,7 +75,7 @@ def student_settings(teacher: Pretrained, path: str | Path, *, num_images: int |
             decay="cosine",
             rampup_mimg=_BATCH * 16 / 1e6,
         ),
-        loss=dataclasses.replace(base.loss, p_mean=-0.4, p_std=1.6),
+        loss=dataclasses.replace(base.loss, p_mean=-0.4, p_std=1.4),
         ema=EMAConfig(),
         max_hours=None,
         consistency=ConsistencyConfig(path="data" if teacher.guide is None else "teacher"),
@@ -129,7 +128,7 @@ def distill(
         config = student_settings(teacher, path) if config is None else config
     assert config is not None, "a teacher in memory has no settings"
     options = config.consistency or ConsistencyConfig()
-    halving = options.halving_images or math.ceil(_CLOSING * config.num_images / max(options.halvings, 1))
+    halving = options.halving_images or math.ceil(config.num_images / max(options.halvings, 1))
     low, high = teacher.sampling.interval or ConsistencyConfig.interval
     config = dataclasses.replace(
         config,

@@ -46,10 +46,10 @@ class Plane(nn.Module):
     def __init__(self, width: int = 96) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(2 + 16, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width),
+            nn.Linear(2 + 8, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width),
             nn.SiLU(), nn.Linear(width, 2),
         )  # fmt: skip
-        self.register_buffer("frequencies", 2.0 ** torch.arange(8) * 0.5)
+        self.register_buffer("frequencies", 2.0 ** torch.arange(4))
 
     def forward(self, x, c_noise, labels):
         angles = c_noise.reshape(-1, 1).expand(len(x), 1) * self.frequencies
@@ -72,7 +72,7 @@ def tuned_student(path: str, steps: int = 4000, batch: int = 512) -> Denoiser:
             student, TrainingBatch(images=points.reshape(-1, 2, 1, 1), index=index, num_images=index[0])
         )
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * math.sqrt(1 / max(1.0, 8 * step / steps))
+            group["lr"] = 2e-3 * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()

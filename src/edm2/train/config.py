@@ -164,7 +164,7 @@ class ConsistencyConfig:
     halvings: int = 6
     """Number of times that the gap between the noise levels of a pair is halved."""
     halving_images: int | None = None
-    """Images for each halving; the gap then stays. Default: it is smallest after three quarters of the run."""
+    """Images for each halving; the gap then stays. Default: it is smallest at the end of the run."""
     huber: float = 0.0005
     """Scale of errors, relative to the image's norm, below which the loss is quadratic and above which it is linear."""
     guidance: Annotated[float, tyro.conf.Suppress] = 1.0

@@ -144,11 +144,9 @@ def lower_levels(sigma: Tensor, num_images: int, options: ConsistencyConfig) -> 
 
 
 class ConsistencyObjective:
-    """The loss of consistency tuning: `h / (1 - r/t)`, with h the pseudo-Huber distance of the network's outputs.
+    """The loss of consistency tuning: `h / (t - r)`, with h the pseudo-Huber distance of D(x_t, t) from D(x_r, r).
 
-    The outputs of D(x_t, t) and D(x_r, r) differ by `(D(x_t, t) - D(x_r, r)) / c_out(t)`. So measured, all noise levels
-    count alike: one-step images depend on the highest. The learned uncertainty u estimates the logarithm of the
-    distance at each noise level, and weighs nothing.
+    The learned uncertainty u estimates the logarithm of the loss at each noise level, and weighs nothing.
 
     Args:
         config: All settings, with those of `consistency`.
@@ -178,11 +176,10 @@ class ConsistencyObjective:
             # At level 0 every consistent denoiser is the identity.
             target = torch.where(r > 0, target, nearer)
         denoised, logvar = denoiser(noisy, t, batch.labels, return_logvar=True, **given)
-        c_out = t * denoiser.sigma_data / (t**2 + denoiser.sigma_data**2).sqrt()
-        error = (denoised - target) / c_out
+        error = denoised - target
         if batch.mask is not None:
             error = torch.where(batch.mask, error, 0.0)
-        distance = pseudo_huber(error, self.options.huber) / (1 - r / t)
+        distance = pseudo_huber(error, self.options.huber) / (t - r)
         # Every parameter has a gradient, as processes that share the work expect.
         balanced: Tensor = distance + distance.detach() / logvar.exp() + logvar
         return balanced
