@@ -35,12 +35,17 @@ def open_teacher(path: str | Path, sigma_rel: float | None = None, *, guided: bo
         guided: Whether to keep the guide of tuned or published settings.
 
     Raises:
-        ValueError: If the model is a student itself, or as in `edm2.hub.open_pretrained`.
+        ValueError: If the model is a student itself or has to do with a regression, or as in
+            `edm2.hub.open_pretrained`.
     """
     teacher = open_pretrained(path, sigma_rel)
     if "consistency" in teacher.generator.info:
         raise ValueError(
             f"{path} is a student already: give its teacher, the diffusion model that it was made from"
+        )
+    if teacher.generator.info.get("objective") == "mean" or "residual" in teacher.generator.info:
+        raise ValueError(
+            f"{path} is a regression, or models what one leaves: give a diffusion model of the images themselves"
         )
     return teacher if guided else Pretrained(teacher.generator)
 
@@ -78,6 +83,10 @@ def student_settings(teacher: Pretrained, path: str | Path, *, num_images: int |
         loss=dataclasses.replace(base.loss, p_mean=-0.4, p_std=1.4),
         ema=EMAConfig(),
         max_hours=None,
+        init=None,
+        validation=None,
+        keep_best=0,
+        stop_when_flat=0,
         consistency=ConsistencyConfig(path="data" if teacher.guide is None else "teacher"),
     )
 

@@ -13,7 +13,7 @@ from tiny_run import files_of, log_of, tiny_config, tiny_data
 
 from edm2.cli import main
 from edm2.data import ArrayDataset
-from edm2.diffusion import read_model_header
+from edm2.diffusion import load_model, read_model_header, save_model
 from edm2.distill import distill, open_teacher, student_settings
 from edm2.hub import Pretrained
 from edm2.hub.pretrained import Sampling
@@ -178,6 +178,20 @@ def test_refusals_come_before_anything_is_written(teacher, tmp_path, capsys):
         in capsys.readouterr().err
     )
     assert not (tmp_path / "x").exists()
+
+
+def test_a_regression_is_no_teacher(teacher, tmp_path):
+    denoiser, info = load_model(teacher)
+    file = save_model(
+        tmp_path / "mean.safetensors",
+        denoiser.options,
+        denoiser.state_dict(),
+        {**info, "objective": "mean"},
+    )
+    with pytest.raises(
+        ValueError, match=r"is a regression, or models what one leaves: give a diffusion model"
+    ):
+        open_teacher(file)
 
 
 def test_the_data_must_be_like_the_teachers(teacher, tmp_path):
