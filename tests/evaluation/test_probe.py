@@ -105,6 +105,13 @@ def test_command(digits_run, tmp_path, capsys):
     assert found["weights"] == "raw"
     assert found["accuracy"] > 0.2
     assert f"{found['block']:<18}" in shown.out
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        main(["probe", str(digits_run), "--out", str(tmp_path / "other.json")])
+    assert (
+        "other.json exists and is not a result of `edm2 probe`: choose another --out"
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         main(["probe", str(digits_run), "--raw", "--ema", "0.1", *options])
     assert "--raw and --ema 0.1 exclude each other" in capsys.readouterr().err

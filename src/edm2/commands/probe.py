@@ -10,7 +10,7 @@ import tyro
 
 from edm2.data import ImageDataset, open_dataset
 from edm2.evaluation.probe import NOISE_LEVELS, Probe, run_probe
-from edm2.files import write_json
+from edm2.files import read_json, write_json
 from edm2.generate import ImageGenerator
 from edm2.generate.lengths import load_raw
 from edm2.progress import show, tell
@@ -44,7 +44,7 @@ class _Probe:
     seed: int = 0
     """Of the noise, and of the choice of images."""
     out: Path | None = None
-    """JSON file for the numbers. Default: probe.json in the run's folder."""
+    """JSON file for the numbers; older ones there are replaced. Default: probe.json in the run's folder."""
 
 
 def run(prog: str, words: Sequence[str]) -> None:
@@ -52,16 +52,26 @@ def run(prog: str, words: Sequence[str]) -> None:
     chosen = tyro.cli(_Probe, prog=prog, args=list(words))
     if chosen.raw and chosen.ema is not None:
         raise ValueError(f"--raw and --ema {chosen.ema:g} exclude each other: raw weights are not averaged")
+    out = chosen.out or chosen.run / "probe.json"
+    _check_out(out)
     train, test, how = _split(chosen)
     generator = load_raw(chosen.run) if chosen.raw else ImageGenerator.load(chosen.run, chosen.ema)
     tell(f"edm2: {len(train[0]):,} training and {len(test[0]):,} test images ({how})")
     found = run_probe(generator, train, test, sigmas=chosen.sigmas, cells=chosen.cells, seed=chosen.seed)
-    out = chosen.out or chosen.run / "probe.json"
     weights = "raw" if chosen.raw else generator.info.get("sigma_rel")
     write_json(out, {**found.to_json(), "weights": weights, "split": how, "cells": chosen.cells})
     best = f"{found.block}, sigma {found.sigma:g}"
     show(f"{_grid(found)}\n\naccuracy on test images: {100 * found.accuracy:.2f}% ({best})")
     show(f"written to {out}")
+
+
+def _check_out(out: Path) -> None:
+    try:
+        known = not out.exists() or "validation" in read_json(out)
+    except (OSError, ValueError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(f"{out} exists and is not a result of `edm2 probe`: choose another --out")
 
 
 Labelled = tuple[np.ndarray, np.ndarray]

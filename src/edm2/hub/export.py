@@ -4,10 +4,11 @@ The weights are normalised once, into the graph; batches have any size. An expor
 network, which needs neither edm2 nor, for ONNX, torch.
 """
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 import edm2
 from edm2.diffusion import Denoiser
 from edm2.extras import need
-from edm2.files import replacing_folder, write_atomic, write_json
+from edm2.files import read_json, replacing_folder, write_atomic, write_json
 from edm2.generate import ImageGenerator, SamplerOptions
 from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.generate.generator import STUDENT_SAMPLER
@@ -28,6 +29,7 @@ from edm2.nn import keyed_normal
 Format = Literal["pt2", "onnx", "diffusers"]
 TOLERANCE = 1e-4
 """Largest difference from edm2's own images after a whole sampling run, in units of sigma_data."""
+_ABOUT = "model.json"
 _CHECK_IMAGES, _CHECK_STEPS = 2, 16
 _ONE_FILE = 1 << 30  # bytes; protobuf, in which ONNX is written, ends at twice that
 
@@ -56,17 +58,18 @@ def export_model(model: Pretrained, to: Format, folder: str | Path) -> Exported:
         folder: Folder to write.
 
     Returns:
-        The folder, and how far its images are from edm2's own.
+        The folder, and how far its images are from edm2's own. A folder that holds this export already is kept.
 
     Raises:
-        FileExistsError: If the folder exists.
+        FileExistsError: If the folder exists and holds anything else.
         FloatingPointError: If the images differ by more than `TOLERANCE`; nothing is written.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already: choose another --out, or move it away")
-    write = {"pt2": _write_pt2, "onnx": _write_onnx, "diffusers": _write_diffusers}[to]
     parts = {"model": model.generator, **({} if model.guide is None else {"guide": model.guide})}
+    about = _about(model, parts, to)
+    if folder.exists():
+        return _same(folder, about)
+    write = {"pt2": _write_pt2, "onnx": _write_onnx, "diffusers": _write_diffusers}[to]
     difference = 0.0
     with replacing_folder(folder) as aside:
         for name, part in parts.items():
@@ -77,11 +80,23 @@ def export_model(model: Pretrained, to: Format, folder: str | Path) -> Exported:
                 f"images of the {to} network differ by {difference:.1e} sigma_data from edm2's, more than "
                 f"{TOLERANCE:g}: choose another format, and report this"
             )
-        write_json(aside / "model.json", _about(model, parts))
         if to != "diffusers":
             script = Path(__file__).with_name("exported_sampler.py").read_bytes()
             write_atomic(aside / "sample.py", script)
+        write_json(aside / _ABOUT, {**about, "difference": difference})
     return Exported(folder=folder, difference=difference)
+
+
+def _same(folder: Path, about: dict[str, Any]) -> Exported:
+    """The export that a folder holds, if it is the one that is asked for."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        found = dict(read_json(folder / _ABOUT))
+        difference = float(found.pop("difference"))
+        if found == json.loads(json.dumps(about)):
+            return Exported(folder=folder, difference=difference)
+    raise FileExistsError(
+        f"{folder} exists already and holds something else: choose another --out, or move it away"
+    )
 
 
 class _Exportable(nn.Module):
@@ -197,7 +212,7 @@ def _difference(generator: ImageGenerator, call: _Call) -> float:
     return float(difference) / generator.denoiser.sigma_data
 
 
-def _about(model: Pretrained, parts: dict[str, ImageGenerator]) -> dict[str, Any]:
+def _about(model: Pretrained, parts: dict[str, ImageGenerator], to: Format) -> dict[str, Any]:
     generator = model.generator
     coding, info = generator.coding, generator.info
     steps = model.sampling.num_steps
@@ -214,7 +229,8 @@ def _about(model: Pretrained, parts: dict[str, ImageGenerator]) -> dict[str, Any
         if key in info
     }
     return {
-        "format": "edm2.exported/1",
+        "format": f"edm2.exported/1 {to}",
+        "digests": {name: part.identity()["digest"] for name, part in parts.items()},
         "edm2": edm2.__version__,
         "about": facts,
         "inputs": {name: list(_inputs(part)) for name, part in parts.items()},

@@ -91,8 +91,23 @@ def test_conditions_are_inputs_and_pixels_are_bytes(tmp_path, capsys):
 
 
 def test_a_folder_is_never_replaced(tmp_path):
-    with pytest.raises(FileExistsError, match=r"exists already: choose another --out"):
+    with pytest.raises(
+        FileExistsError, match=r"exists already and holds something else: choose another --out"
+    ):
         export_model(guided_model(), "pt2", tmp_path)
+
+
+def test_the_same_export_is_kept(tmp_path):
+    pytest.importorskip("diffusers")
+    done = export_model(guided_model(), "diffusers", tmp_path / "made")
+    assert done.difference < 1e-6
+    assert sorted(p.name for p in done.folder.iterdir()) == ["guide", "model", "model.json", "scheduler"]
+    assert json.loads((done.folder / "model.json").read_text())["interval"] == [0.1, 5.0]
+    written = (done.folder / "model.json").stat().st_mtime_ns
+    assert export_model(guided_model(), "diffusers", tmp_path / "made") == done  # as after an interruption
+    assert (done.folder / "model.json").stat().st_mtime_ns == written
+    with pytest.raises(FileExistsError, match="holds something else"):
+        export_model(guided_model(label_dim=2), "diffusers", done.folder)
 
 
 def test_a_network_that_differs_is_not_written(tmp_path, monkeypatch):
@@ -101,11 +116,3 @@ def test_a_network_that_differs_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(FloatingPointError, match=r"differ by 0\.0e\+00 sigma_data from edm2's, more than -1"):
         export_model(guided_model(), "diffusers", tmp_path / "made")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_diffusers_folder(tmp_path):
-    pytest.importorskip("diffusers")
-    done = export_model(guided_model(), "diffusers", tmp_path / "made")
-    assert done.difference < 1e-6
-    assert sorted(p.name for p in done.folder.iterdir()) == ["guide", "model", "model.json", "scheduler"]
-    assert json.loads((done.folder / "model.json").read_text())["interval"] == [0.1, 5.0]
