@@ -147,6 +147,26 @@ def img64(size: str) -> TrainConfig:
     )
 
 
+def cifar(classes: int) -> TrainConfig:
+    """CIFAR-10 or CIFAR-100, 32x32, on one GPU.
+
+    Source: width, levels, batch, length, dropout and augmentation of EDM's networks for CIFAR-10 (arXiv 2206.00364
+    Table 7, App. F.2); layers and noise levels of EDM2's config G; the rate is ours and was not searched for.
+    Cost and result: it was not run here.
+    """
+    return TrainConfig(
+        data=f"cifar-{classes}-python.tar.gz",
+        num_images=200 * _MI,
+        batch_size=512,
+        checkpoint_images=4 * _MI,
+        dataset=DataConfig(augment=0.12),
+        network=NetworkConfig(
+            model_channels=128, channel_mult=(2, 2, 2), attn_resolutions=(16,), dropout=0.13
+        ),
+        optimizer=OptimizerConfig(ref_lr=0.01, ref_batches=70_000, rampup_mimg=10.0),
+    )
+
+
 def _named(make: Callable[[str], TrainConfig], size: str) -> Callable[[], TrainConfig]:
     return lambda: make(size)
 
@@ -155,6 +175,8 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
     "fashion-mnist-small": fashion_mnist_small,
+    "cifar-10": lambda: cifar(10),
+    "cifar-100": lambda: cifar(100),
     **{f"edm2-img512-{size}": _named(img512, size) for size in _SIZES},
     **{f"edm2-img64-{size}": _named(img64, size) for size, facts in _SIZES.items() if facts[4]},
 }
@@ -179,4 +201,6 @@ def image_shape(name: str) -> tuple[int, int, int, int]:
         return 1, 8, 8, 10
     if name.startswith("fashion-mnist"):
         return 1, 32, 32, 10
+    if name.startswith("cifar"):
+        return 3, 32, 32, int(name.rpartition("-")[2])
     return (4 if "img512" in name else 3), 64, 64, 1000

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from edm2.data.arrays import NpyDataset, given_in_npz, open_npz
+from edm2.data.cifar import open_cifar
 from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset, Subset
 from edm2.data.files import Catalog, FileDataset, damage_message, list_files
 from edm2.data.grids import open_grids, split_source
@@ -46,8 +47,8 @@ def open_dataset(
         source: "digits" (scikit-learn's handwritten digits, 8x8), "fashion-mnist" (Debian's package,
             28x28), "hf://NAME" (a data set of the Hugging Face hub), or a path: an image folder, a ZIP or a folder
             inside one (`data.zip/photos`), a folder of IDX files, a `.npy` or `.npz` file, a zarr group or NetCDF file
-            (`era5.zarr:t2m,u10` names its arrays), a folder saved by `datasets`, or Arrow or Parquet files. Write
-            `./digits` for a folder with a built-in's name.
+            (`era5.zarr:t2m,u10` names its arrays), an archive of CIFAR as published or its folder, a folder saved by
+            `datasets`, or Arrow or Parquet files. Write `./digits` for a folder with a built-in's name.
         split: "train", or another split that the source has.
         labels: Whether to read labels.
         condition: Source of the images given with these: of files matched by name, whatever their suffix; of arrays in
@@ -213,6 +214,8 @@ def _find(source: str | Path, split: str, labels: bool, missing: bool = False) -
     path = Path(source).expanduser()
     if not path.exists() and zip_of(path) is None:
         raise ValueError(_unknown(str(source), path))
+    if (cifar := open_cifar(path, split=split, labels=labels)) is not None:
+        return cifar
     if is_hugging_face(path):
         return list_hugging_face(path, split=split, labels=labels)
     if path.is_dir() and idx_splits(path):
