@@ -3,7 +3,7 @@
 Prints the Frechet distance to digits 5 to 9 after the same numbers of images, and how many of them the run that
 starts from weights needs for the best distance of the one from scratch.
 
-    python benchmarks/finetune.py --images 16384
+    python benchmarks/finetune.py
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from edm2.generate import ImageGenerator
 from edm2.presets import get_preset
 from edm2.train import TrainConfig, train
 
-MOMENTS = 8
+MOMENTS = 12
 
 
 def half(low: int) -> ArrayDataset:
@@ -48,7 +48,7 @@ def distances(run: Path, judge: Judge, images: int, samples: int) -> list[float]
 
 
 def main() -> None:
-    given = options(__doc__ or "", images=16384, samples=1000)
+    given = options(__doc__ or "", images=6144, samples=500, rate=0.01)
     first, second = half(0), half(5)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -56,17 +56,19 @@ def main() -> None:
         train(settings(given.images), out / "first", dataset=first, quiet=True)
         train(settings(given.images, seed=1), out / "scratch", dataset=second, quiet=True)
         model = str(out / "first")
-        train(settings(given.images, seed=1, init=model), out / "tuned", dataset=second, quiet=True)
+        tuned = settings(given.images, seed=1, init=model)
+        tuned = dataclasses.replace(tuned, optimizer=dataclasses.replace(tuned.optimizer, ref_lr=given.rate))
+        train(tuned, out / "tuned", dataset=second, quiet=True)
         judge = Judge(second)
-        scratch, tuned = (
+        scratch, started = (
             distances(out / name, judge, given.images, given.samples) for name in ("scratch", "tuned")
         )
     print(f"{machine(torch.device('cpu'))}; {time.perf_counter() - start:.0f} s")
     print(f"{'images':>8}  {'scratch':>8}  {'init':>8}")
-    for i, (a, b) in enumerate(zip(scratch, tuned, strict=True)):
+    for i, (a, b) in enumerate(zip(scratch, started, strict=True)):
         print(f"{given.images // MOMENTS * (i + 1):>8}  {a:>8.3f}  {b:>8.3f}")
     best = min(scratch)
-    reached = next((i + 1 for i, b in enumerate(tuned) if b <= best), None)
+    reached = next((i + 1 for i, b in enumerate(started) if b <= best), None)
     needed = scratch.index(best) + 1
     share = "never" if reached is None else f"in {reached}/{needed} of the images"
     print(f"best from scratch {best:.3f}, reached {share}")
