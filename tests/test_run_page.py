@@ -279,3 +279,19 @@ def test_page_of_a_student_shows_its_teacher_from_the_same_seeds(run, tmp_path, 
     assert "a student does not estimate the mean" in page
     shutil.rmtree(tmp_path / "student" / "teacher")
     assert "Not drawn: " in page_of([tmp_path / "student"], tmp_path)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_regression_on_pairs_and_its_held_out_images(tmp_path, tiny_digits):
+    rng = np.random.default_rng(0)
+    conditions = rng.normal(size=(16, 1, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "pairs.npz", images=conditions + 1, conditions=conditions)
+    config = tiny_digits(
+        data=str(tmp_path / "pairs.npz"), objective="mean", validation="0.25", num_images=32, log_images=16
+    )
+    train(config, tmp_path / "run", quiet=True)
+    page = write_run_report([tmp_path / "run"], tmp_path / "page.html", quiet=True).read_text()
+    assert "Held-out images</h2>" in page
+    assert "Not drawn for models of pairs" in page
+    assert "held-out loss" in page
+    assert "objective" in page

@@ -172,9 +172,15 @@ def _overview(page: Page, runs: Sequence[_Run]) -> None:
                 "steps not finite": sum(record["nonfinite_steps"] for record in run.log),
             }
         )
+        told = {"residuals of": run.config.residual, "starts from": run.config.init}
+        told |= {} if run.config.objective == "denoise" else {"objective": run.config.objective}
+        if run.validation:
+            told["held-out loss"] = f"{run.validation[-1]['loss_ema']:.4f}"
+        rows[-1] |= {name: text for name, text in told.items() if text is not None}
     if len(rows) == 1:
         return page.facts({name: value for name, value in rows[0].items() if name != "run"})
-    page.table(list(rows[0]), [list(row.values()) for row in rows])
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    page.table(names, [[row.get(name, "") for name in names] for row in rows])
 
 
 def _training(page: Page, run: _Run) -> None:
@@ -280,6 +286,15 @@ def _noise(page: Page, run: _Run) -> None:
         return page.text(f"The training data can no longer be opened: {error}")
     chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), _NOISE_IMAGES)).astype(np.int64)
     labels = dataset.labels(chosen) if dataset.num_classes else None
+    if (
+        generator.denoiser.cond_channels
+        or generator.takes_vectors
+        or generator.residual
+        or run.config.objective == "mean"
+    ):
+        return page.text(
+            "Not drawn for models of pairs: train with --validation for their loss at each noise level."
+        )
     sigma, learned, errors = errors_by_noise(generator, dataset.images(chosen), labels)
     if not np.isfinite(errors).all():
         return page.text("The network's outputs are not finite.")

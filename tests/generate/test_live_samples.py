@@ -82,3 +82,49 @@ def test_samples_that_are_not_finite_do_not_end_the_training(tmp_path, monkeypat
     with pytest.warns(UserWarning, match="no samples after 40 images: not finite"):
         made = train(tiny(), tmp_path / "run", quiet=True, on_step=LiveSamples(every=40, num_steps=2))
     assert made.is_file()
+
+
+def test_pairs_are_shown_beside_condition_and_truth_and_loggers_get_the_picture(tmp_path):
+    from edm2.data import ArrayDataset, PairedDataset
+
+    rng = np.random.default_rng(0)
+    conditions = rng.normal(size=(16, 1, 8, 8)).astype(np.float32)
+    targets = (conditions + rng.normal(size=(16, 2, 8, 8))).astype(np.float32)
+    data = PairedDataset(ArrayDataset(targets), ArrayDataset(conditions))
+    told = []
+
+    class Logger:
+        def start(self, *_): ...
+        def finish(self): ...
+
+        def log(self, num_images, values):
+            told.append(("log", num_images))
+
+        def image(self, num_images, name, picture):
+            told.append((name, num_images, picture.shape, picture.dtype))
+
+        def histogram(self, num_images, name, values):
+            told.append((name, num_images, values.size))
+
+    live = LiveSamples(every=40, num_samples=3, num_steps=2)
+    config = dataclasses.replace(tiny(), validation="0.25", snapshot_images=40)
+    train(config, tmp_path / "run", dataset=data, quiet=True, on_step=live, loggers=[Logger()])
+    # Condition, sample and truth; the latter two have two channels side by side, and share their colours.
+    side = 8 * 8
+    width, height = 3 * (2 * side + 8) - 8, 3 * side + 2 * 4
+    assert ("samples", 40, (height, width, 3), np.uint8) in told
+    with PIL.Image.open(LiveSamples.path(tmp_path / "run", 40)) as grid:
+        assert grid.size == (width, height)
+    assert ("weights/unet.out_gain", 40, 1) in told
+
+
+def test_fields_get_the_colours_of_their_reference_and_missing_values_are_grey():
+    from edm2.report.grids import case_grid
+
+    truth = np.array([0.0, 1.0, 2.0, np.nan], np.float32).reshape(1, 1, 2, 2)
+    grid = np.asarray(case_grid([(truth / 2, truth), (truth, truth)], tile=2))[..., :3].astype(int)
+    shown, low = grid[:2], grid[-2:]
+    assert (shown[0, 0] == low[0, 0]).all()
+    assert (shown[1, 0] == low[0, 1]).all()  # half of the highest value is the middle one
+    assert not (low[0, 1] == low[1, 0]).all()
+    assert (low[1, 1] == 128).all()

@@ -4,16 +4,18 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edm2.ema import sigma_rel_to_gamma
 from edm2.ema.maths.solve import solve_live
 from edm2.generate import ImageGenerator
-from edm2.report import class_grid, save_png
+from edm2.report import case_grid, class_grid, save_png
 from edm2.train import Trainer
 
 FOLDER = "progress"
+_MOST_CASES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,22 +69,46 @@ class LiveSamples:
             denoiser.eval()
             try:
                 generator = ImageGenerator(denoiser, trainer.coding, trainer.info, residual=trainer.residual)
-                images = generator.images(range(self.num_samples), num_steps=self.num_steps)
+                given, truth = _examples(trainer, self.num_samples)
+                seeds = range(self.num_samples if truth is None else len(truth))
+                images = generator.images(seeds, num_steps=self.num_steps, **given)
             except FloatingPointError as error:
                 return warnings.warn(f"no samples after {trainer.num_images:,} images: {error}", stacklevel=2)
             finally:
                 denoiser.train()
         if not trainer.world.is_first:
             return
-        # Latents and floats have no colours: each channel is stretched to its range.
-        pixels = images if images.dtype == np.uint8 else _stretched(images)
-        grid = class_grid(pixels, generator.num_classes, generator.class_names)
+        if truth is None:
+            # Latents and floats have no colours: each channel is stretched to its range.
+            pixels = images if images.dtype == np.uint8 else _stretched(images)
+            grid = class_grid(pixels, generator.num_classes, generator.class_names)
+        else:
+            conditions = given.get("conditions")
+            rows = [] if conditions is None else [(conditions, conditions)]
+            grid = case_grid([*rows, (images, truth), (truth, truth)])
         save_png(grid, self.path(trainer.out, trainer.num_images))
+        trainer.log_image("samples", np.asarray(grid.convert("RGB")))
 
     @staticmethod
     def path(out: Path, num_images: int) -> Path:
         """Return the file of a grid."""
         return out / FOLDER / f"{num_images:012d}.png"
+
+
+def _examples(trainer: Trainer, count: int) -> tuple[dict[str, Any], np.ndarray | None]:
+    """What a model of pairs is given for a few cases, held-out ones where there are any, and what they really were."""
+    dataset = trainer.dataset if trainer.held_out is None else trainer.held_out
+    if dataset.conditions is None and not dataset.vector_dim:
+        return {}, None
+    rows = np.arange(min(count, len(dataset), _MOST_CASES))
+    given = {}
+    if dataset.conditions is not None:
+        given["conditions"] = dataset.conditions.images(rows)
+    if dataset.vector_dim:
+        given["vectors"] = dataset.vectors(rows)
+    if dataset.num_classes:
+        given["labels"] = dataset.labels(rows)
+    return given, dataset.images(rows)[:, : trainer.coding.num_channels]
 
 
 def _stretched(images: np.ndarray) -> np.ndarray:

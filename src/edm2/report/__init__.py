@@ -11,13 +11,14 @@ matplotlib is imported when the first figure is drawn, and never through pyplot.
 """
 
 from edm2.report.figures import loss_curve, score_curve, uncertainty_curve
-from edm2.report.grids import class_grid, image_grid, png_bytes, save_png
+from edm2.report.grids import case_grid, class_grid, image_grid, png_bytes, save_png
 from edm2.report.page import Page
 from edm2.report.style import add_legend, figure_png, figure_svg, new_figure
 
 __all__ = [
     "Page",
     "add_legend",
+    "case_grid",
     "class_grid",
     "figure_png",
     "figure_svg",

@@ -54,6 +54,49 @@ def image_grid(images: np.ndarray, *, columns: int, scale: int = 1, padding: int
     return PIL.Image.fromarray(grid.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
+def case_grid(rows: Sequence[tuple[np.ndarray, np.ndarray]], *, tile: int = 64) -> PIL.Image.Image:
+    """Lay out images of the same cases, such as condition, sample and truth: a row for each kind, a column a case.
+
+    Pictures of 1 or 3 channels of bytes are drawn as they are. Fields get a colour map, their channels side by side;
+    missing values are grey.
+
+    Args:
+        rows: Images of each kind, `[N, C, H, W]`, with the images whose range each channel's colours span, so that
+            samples and truth can share theirs.
+        tile: Least width or height of a channel on the grid.
+
+    Returns:
+        A picture of mode RGBA; the rows may be of different sizes.
+    """
+    drawn = []
+    for images, like in rows:
+        scale = max(1, -(-tile // max(images.shape[-2:])))
+        drawn.append(image_grid(_coloured(images, like), columns=len(images), scale=scale).convert("RGBA"))
+    gap = 4
+    size = (max(d.width for d in drawn), sum(d.height + gap for d in drawn) - gap)
+    grid, top = PIL.Image.new("RGBA", size), 0
+    for picture in drawn:
+        grid.paste(picture, (0, top))
+        top += picture.height + gap
+    return grid
+
+
+def _coloured(images: np.ndarray, like: np.ndarray) -> np.ndarray:
+    if images.dtype == np.uint8:
+        known = images if images.shape[1] in (1, 3) else images[:, :1]
+        return np.repeat(known, 3, axis=1) if known.shape[1] == 1 else known
+    from matplotlib import colormaps
+
+    low = np.nanmin(like, axis=(0, 2, 3), keepdims=True)
+    high = np.nanmax(like, axis=(0, 2, 3), keepdims=True)
+    shares = (images - low) / np.maximum(high - low, 1e-12)
+    strips = np.concatenate(list(shares.transpose(1, 0, 2, 3)), axis=-1)  # [N, H, C * W]
+    colours = colormaps["viridis"](np.nan_to_num(strips))[..., :3]
+    colours[np.isnan(strips)] = 0.5
+    made: np.ndarray = np.round(255 * colours).astype(np.uint8).transpose(0, 3, 1, 2)
+    return made
+
+
 def class_grid(
     images: np.ndarray, classes: int = 0, names: Sequence[str] = (), *, tile: int = 64
 ) -> PIL.Image.Image:

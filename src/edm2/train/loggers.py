@@ -5,7 +5,9 @@ The run's own JSON lines are always written; loggers come in addition.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from edm2.extras import need
 
@@ -32,6 +34,17 @@ class Logger(Protocol):
         """Flush and close."""
 
 
+@runtime_checkable
+class RichLogger(Logger, Protocol):
+    """A logger that also takes pictures and histograms."""
+
+    def image(self, num_images: int, name: str, picture: np.ndarray) -> None:
+        """Log a picture, `[H, W, 3]` uint8."""
+
+    def histogram(self, num_images: int, name: str, values: np.ndarray) -> None:
+        """Log how some values are distributed."""
+
+
 class TensorBoard:
     """Writes event files into the folder `tensorboard` of the run."""
 
@@ -48,6 +61,14 @@ class TensorBoard:
         """See `Logger.log`."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, global_step=num_images)
+
+    def image(self, num_images: int, name: str, picture: np.ndarray) -> None:
+        """See `RichLogger.image`."""
+        self._writer.add_image(name, picture, global_step=num_images, dataformats="HWC")
+
+    def histogram(self, num_images: int, name: str, values: np.ndarray) -> None:
+        """See `RichLogger.histogram`."""
+        self._writer.add_histogram(name, values, global_step=num_images)
 
     def finish(self) -> None:
         """See `Logger.finish`."""
@@ -70,6 +91,15 @@ class _Hosted:
     def log(self, num_images: int, values: Mapping[str, float]) -> None:
         """See `Logger.log`."""
         self._module.log(dict(values), step=num_images)
+
+    def image(self, num_images: int, name: str, picture: np.ndarray) -> None:
+        """See `RichLogger.image`."""
+        self._module.log({name: self._module.Image(picture)}, step=num_images)
+
+    def histogram(self, num_images: int, name: str, values: np.ndarray) -> None:
+        """See `RichLogger.histogram`; left out by a package that has none."""
+        if hasattr(self._module, "Histogram"):
+            self._module.log({name: self._module.Histogram(values)}, step=num_images)
 
     def finish(self) -> None:
         """See `Logger.finish`."""

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from edm2.data import ImageDataset
@@ -57,6 +58,8 @@ class Trainer:
         denoiser: The network in training mode.
         optimizer: Its optimiser.
         ema: The averages; None on all processes but the first, unless the network is sharded.
+        dataset: Images that it is trained on.
+        held_out: Images that it is validated on; None without any.
         num_images: Images seen.
         run_id: Name of the run.
 
@@ -79,7 +82,7 @@ class Trainer:
         self._start = time.monotonic()
         self.world = World(rank=0, size=1, device=pick_device(config.device)) if world is None else world
         dataset, held_out = split_data(dataset, config)
-        self.config, self.dataset, self.out = config, dataset, out
+        self.config, self.dataset, self.held_out, self.out = config, dataset, held_out, out
         self.device = self.world.device
         teacher = None
         if config.consistency is not None:
@@ -294,10 +297,16 @@ class Trainer:
         if self.world.any(self.num_images in best_moments(measured, self.config.keep_best)):
             self._due = "best"
 
+    def log_image(self, name: str, picture: np.ndarray) -> None:
+        """Send a picture, `[H, W, 3]` uint8, to the loggers that take pictures."""
+        self._records.image(self.num_images, name, picture)
+
     def snapshot(self) -> None:
-        """Store the averages in the run's snapshot folder."""
+        """Store the averages in the run's snapshot folder; loggers get histograms of the weights."""
         if self.ema is not None:
             self._outputs.snapshot(self.ema, self.denoiser, self.num_images)
+        if not self._stepper.is_sharded:
+            self._records.histograms(self.num_images, self.denoiser)
 
     def close(self) -> None:
         """Stop the background readers; a later step starts them again."""

@@ -6,8 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import nn
+
 from edm2.nn.magnitudes import Magnitudes
-from edm2.train.loggers import Logger, numbers
+from edm2.train.loggers import Logger, RichLogger, numbers
 from edm2.train.logs import (
     LOG_FILE,
     MAGNITUDES_FILE,
@@ -69,6 +72,19 @@ class Records:
         if not self._is_first:
             return []
         return read_log(self._out, VALIDATION_FILE, is_wanted=is_validation)
+
+    def image(self, num_images: int, name: str, picture: np.ndarray) -> None:
+        """Send a picture, `[H, W, 3]` uint8, to the loggers that take pictures."""
+        for logger in self._loggers:
+            if isinstance(logger, RichLogger):
+                logger.image(num_images, name, picture)
+
+    def histograms(self, num_images: int, network: nn.Module) -> None:
+        """Send histograms of the weights to the loggers that take them."""
+        for logger in self._loggers:
+            if isinstance(logger, RichLogger):
+                for name, p in network.named_parameters():
+                    logger.histogram(num_images, f"weights/{name}", p.detach().float().cpu().numpy())
 
     def _add(
         self, num_images: int, record: Mapping[str, Any], name: str, told: Mapping[str, float] | None = None
