@@ -18,7 +18,7 @@ from tiny_run import files_of, log_of, tiny_config
 from edm2.diffusion import build_denoiser
 from edm2.train.checkpoint import StoredTensors
 from edm2.train.parallel import shard
-from edm2.train.world import World, join_world
+from edm2.train.world import World, join_world, set_gpu_policy
 
 WORKER = str(Path(__file__).with_name("distributed_worker.py"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -183,6 +183,16 @@ def test_batches_that_cannot_be_shared() -> None:
         ValueError, match=r"microbatch 6 does not divide the 16 images .*: choose a divisor of 16"
     ):
         world(4).share(64, 6)
+
+
+def test_policy_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    set_gpu_policy(torch.device("cpu"))
+    assert (chosen, torch.backends.cudnn.benchmark) == ([], True)
+    set_gpu_policy(torch.device("cuda"))
+    assert (chosen, torch.backends.cudnn.benchmark) == (["high"], False)
 
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,14 @@ class World:
         return share
 
 
+def set_gpu_policy(device: torch.device) -> None:
+    """Choose how a GPU computes in float32 and how it picks convolutions; see docs/numerics.md."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = False
+
+
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
     """Join the processes that torchrun started, or run alone.
@@ -119,11 +127,14 @@ def join_world(device: str) -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     launcher = os.getppid() if under_torchrun() else None
     if size == 1:
-        yield World(rank=0, size=1, device=pick_device(device), launcher=launcher)
+        chosen = pick_device(device)
+        set_gpu_policy(chosen)
+        yield World(rank=0, size=1, device=chosen, launcher=launcher)
         return
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     chosen = pick_device(device)
+    set_gpu_policy(chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     # After a restart torchrun may reuse its store, which still holds the addresses of dead processes.
