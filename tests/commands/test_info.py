@@ -118,7 +118,7 @@ def test_a_shared_folder(tmp_path: Path) -> None:
     coding = {"kind": "pixels", "num_channels": 1, "mean": [0.0], "std": [0.5], "sigma_data": 0.5}
     save_model(tmp_path / "m.safetensors", denoiser.options, denoiser.state_dict(), {"coding": coding})
     folder = save_pretrained(tmp_path / "m.safetensors", tmp_path / "shared")
-    assert describe_path(folder).startswith(f"settings    {folder}, heun, 32 steps\nmodel       {folder}")
+    assert describe_path(folder).startswith(f"settings    {folder}, dpmpp-3m, 24 steps\nmodel       {folder}")
 
 
 def test_the_name_of_a_published_setting() -> None:

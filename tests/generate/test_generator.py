@@ -18,7 +18,9 @@ from edm2.nn import NormalizedConv
 from edm2.train.coding import Coding
 
 
-@pytest.mark.parametrize("options", [{}, {"s_churn": 4.0}, {"sampler": "euler"}, {"sampler": "dpmpp-2m-sde"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"sampler": "heun", "s_churn": 4.0}, {"sampler": "euler"}, {"sampler": "dpmpp-2m-sde"}]
+)
 def test_image_depends_on_its_seed_alone(options: dict[str, Any]) -> None:
     generator = small_generator(fix_weights=True)
     together = generator.latents([5, 1, 9, 2], num_steps=4, **options)

@@ -117,7 +117,7 @@ def test_values_that_are_not_finite_are_no_picture(tmp_path: Path) -> None:
     [
         ({"generator": small_generator(1)}, r"model\.digest \w+ there, \w+ here"),
         ({"num_steps": 3}, "sampler.num_steps 2 there, 3 here"),
-        ({"sampler": "euler"}, "sampler.name heun there, euler here"),
+        ({"sampler": "euler"}, "sampler.name dpmpp-3m there, euler here"),
         ({"labels": 2}, "labels seed modulo classes there"),
         ({"labels": np.array([0, 1])}, r"labels\.array None there"),
         ({"guide": small_generator(1), "guidance": 2.0}, r"guide\.digest None there, \w+ here"),
@@ -347,7 +347,7 @@ def test_the_record_says_what_the_samples_are(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "samples.json").read_text())
     assert record["labels"] == "seed modulo classes"
     assert record["sampler"] == {
-        "name": "heun", "num_steps": 2, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "guidance": 1.5,
+        "name": "dpmpp-3m", "num_steps": 2, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 10.0, "guidance": 1.5,
         "interval": [10.0, 80.0],
     }  # fmt: skip
     assert record["model"]["run_id"] == "r"

@@ -26,7 +26,9 @@ def test_noise_reaches_the_sampler_that_takes_it() -> None:
 
     def counted(**options: Any) -> int:
         given.clear()
-        SamplerOptions(num_steps=8, **options).sample(constant, noise, randn_like=randn_like)
+        SamplerOptions(**{"sampler": "heun", "num_steps": 8} | options).sample(
+            constant, noise, randn_like=randn_like
+        )
         return len(given)
 
     levels = time_steps(8)[:-1]
@@ -34,7 +36,7 @@ def test_noise_reaches_the_sampler_that_takes_it() -> None:
     assert counted(s_churn=1.0) == 8
     assert counted(s_churn=1.0, s_min=0.1, s_max=10.0) == int(((levels >= 0.1) & (levels <= 10)).sum())
     assert counted(sampler="dpmpp-2m-sde") == 7
-    louder = SamplerOptions(num_steps=2, s_churn=1.0, s_noise=2.0)
+    louder = SamplerOptions(sampler="heun", num_steps=2, s_churn=1.0, s_noise=2.0)
     seen: list[float] = []
 
     def watched(x: Tensor, sigma: Tensor, labels: Tensor | None, /) -> Tensor:
@@ -75,8 +77,16 @@ def test_latents_are_not_clipped() -> None:
 
 def test_record_holds_what_is_not_the_default() -> None:
     main = dict(name="heun", num_steps=4, sigma_min=0.002, sigma_max=80.0, rho=7.0, guidance=1.0)
-    assert SamplerOptions(num_steps=4).to_json() == main
-    assert SamplerOptions(num_steps=4, s_churn=2.0).to_json() == {**main, "s_churn": 2.0}
+    assert SamplerOptions(sampler="heun", num_steps=4).to_json() == main
+    assert SamplerOptions(sampler="heun", num_steps=4, s_churn=2.0).to_json() == {**main, "s_churn": 2.0}
+
+
+def test_schedules_that_suit_the_samplers() -> None:
+    assert SamplerOptions() == SamplerOptions(sampler="dpmpp-3m", num_steps=24, rho=10.0)
+    assert torch.equal(SamplerOptions().sigmas(), time_steps(24, rho=10.0))
+    for sampler in ("heun", "euler", "dpmpp-2m", sample_heun):
+        assert torch.equal(SamplerOptions(sampler=sampler).sigmas(), time_steps())
+    assert torch.equal(SamplerOptions(num_steps=8, rho=7.0).sigmas(), time_steps(8))
 
 
 @pytest.mark.parametrize(
@@ -93,8 +103,11 @@ def test_record_holds_what_is_not_the_default() -> None:
         (dict(interval=(0.1, 1.0)), r"interval \(0.1, 1\] has no effect with guidance 1"),
         (dict(s_churn=-1.0), "s_churn -1.0 must be at least 0 and finite; 0 adds no noise"),
         (dict(s_churn=1.0, sampler="euler"), "the sampler euler has no s_churn: leave it out, or choose"),
-        (dict(s_churn=1.0, s_min=2.0, s_max=1.0), "s_min 2 and s_max 1: 0 <= s_min < s_max must hold"),
-        (dict(s_churn=1.0, s_noise=-1.0), "s_noise -1.0 must be at least 0 and finite"),
+        (
+            dict(sampler="heun", s_churn=1.0, s_min=2.0, s_max=1.0),
+            "s_min 2 and s_max 1: 0 <= s_min < s_max must hold",
+        ),
+        (dict(sampler="heun", s_churn=1.0, s_noise=-1.0), "s_noise -1.0 must be at least 0 and finite"),
         (dict(s_min=1.0), "s_min 1, s_max inf and s_noise 1 have no effect without s_churn"),
         (dict(s_noise=1.1), "have no effect without s_churn: give it a value above 0"),
     ],
@@ -116,7 +129,7 @@ def test_a_student_takes_its_own_sampler_and_no_other() -> None:
         (student, {"sampler": "heun"}, "the model is a student, which the sampler heun does not suit"),
         (student, {"sigma_max": 40.0}, "trained to start at noise level 80, not at 40: leave sigma_max out"),
         (plain, {"sampler": "consistency"}, "is for a student, and this model is not one: make one with"),
-        (plain, {"levels": (1.0,)}, r"levels \(1.0,\) are for the sampler consistency, not heun"),
+        (plain, {"levels": (1.0,)}, r"levels \(1.0,\) are for the sampler consistency, not dpmpp-3m"),
     ):
         with pytest.raises(ValueError, match=told):
             generator.images(range(2), **options)

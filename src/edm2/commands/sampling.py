@@ -44,18 +44,19 @@ class Sampling:
     """Lowest and highest noise level at which guidance acts. Default: all."""
     sampler: SamplerName | None = None
     """heun runs the network twice at each noise level but the last, the others once; dpmpp-2m-sde adds noise;
-    consistency is for students. Default: the sampler that the run was tuned with, consistency for a student, else
-    heun."""
+    consistency is for students. Default: the sampler that the run was tuned with; else consistency for a student,
+    dpmpp-3m for other models."""
     num_steps: int | None = None
-    """Number of noise levels. Default: the number that the run was tuned with, 2 for a student, else 32."""
+    """Number of noise levels. Default: the number that the run was tuned with; else 2 for a student, 24 for
+    dpmpp-3m, 32 for other samplers."""
     levels: tuple[float, ...] | None = None
     """Noise levels of a student's steps after the first. Default: the tuned ones, or a standard choice."""
     sigma_min: float = 0.002
     """Lowest noise level."""
     sigma_max: float = 80.0
     """Highest noise level."""
-    rho: float = 7.0
-    """Exponent of the schedule."""
+    rho: float | None = None
+    """Exponent of the schedule. Default: 10 for dpmpp-3m, 7 for the others."""
     s_churn: float = 0.0
     """Strength of the noise that the sampler heun adds; 0 is deterministic."""
     s_min: float = 0.0

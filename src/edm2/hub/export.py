@@ -198,7 +198,7 @@ def _difference(generator: ImageGenerator, call: _Call) -> float:
     }
     if generator.num_classes and not generator.takes_vectors:
         given["labels"] = torch.eye(generator.num_classes)[index % generator.num_classes]
-    options = SamplerOptions(num_steps=_CHECK_STEPS)
+    options = SamplerOptions(sampler="heun", num_steps=_CHECK_STEPS)
     own = _Exportable(generator).to("cpu").eval()
 
     def run(network: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
@@ -215,8 +215,7 @@ def _difference(generator: ImageGenerator, call: _Call) -> float:
 def _about(model: Pretrained, parts: dict[str, ImageGenerator], to: Format) -> dict[str, Any]:
     generator = model.generator
     coding, info = generator.coding, generator.info
-    steps = model.sampling.num_steps
-    levels = []
+    steps, levels = model.sampling.num_steps, []
     if generator.is_student:
         options = generator.sampler_options(
             num_steps=steps if model.sampling.sampler == STUDENT_SAMPLER else 2
@@ -241,7 +240,8 @@ def _about(model: Pretrained, parts: dict[str, ImageGenerator], to: Format) -> d
         "mean": list(coding.values.mean),
         "std": list(coding.values.std),
         "sigma_data": coding.values.sigma_data,
-        "num_steps": steps,
+        # The sampler beside the model is Heun's, or a student's.
+        "num_steps": steps if model.sampling.sampler in ("heun", STUDENT_SAMPLER) else 32,
         "consistency_levels": levels,
         "guidance": model.sampling.guidance,
         "interval": [low, high],

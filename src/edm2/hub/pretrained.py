@@ -96,7 +96,7 @@ class Pretrained:
         self.generator, self.guide = generator, guide
         if sampling is None:
             default = generator.sampler_options()
-            sampling = Sampling(sampler=str(default.sampler), num_steps=default.num_steps)
+            sampling = Sampling(sampler=str(default.sampler), num_steps=len(default.sigmas()) - 1)
         self.sampling = sampling
         if guide is not None:
             generator.check_guide(guide)

@@ -13,10 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from edm2.diffusion import time_steps
 from edm2.ema import reconstruct_many
 from edm2.ema.storage.manifest import read_manifest
-from edm2.generate import ImageGenerator, snapshots_of
+from edm2.generate import ImageGenerator, SamplerOptions, snapshots_of
 from edm2.train.logs import append_log, read_log, rewind_log
 from edm2.tuning.plan import SELF, TuningPlan, has_snapshots
 from edm2.tuning.result import BASELINE_SIGMA_REL, FOLDER, Knobs
@@ -128,8 +127,8 @@ class Bench:
     def effect(self, knobs: Knobs) -> tuple[object, ...]:
         """Return what the images depend on; equal for knobs that give the same images."""
         low, high = knobs.interval
-        ends = {name: self._options[name] for name in ("sigma_min", "sigma_max") if name in self._options}
-        all_levels: list[float] = time_steps(self._steps(knobs), **ends)[:-1].tolist()
+        options = SamplerOptions(**{**self._options, "num_steps": self._steps(knobs)})
+        all_levels: list[float] = options.sigmas()[:-1].tolist()
         levels = tuple(level for level in all_levels if low < level <= high)
         model, *guide = self._networks(knobs)
         sampler = (self._steps(knobs), knobs.s_churn)
