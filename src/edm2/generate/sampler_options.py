@@ -63,7 +63,7 @@ class SamplerOptions:
             steps, rho = _STANDARD.get(self.sampler, _PUBLISHED)
         object.__setattr__(self, "num_steps", steps if self.num_steps is None else self.num_steps)
         object.__setattr__(self, "rho", rho if self.rho is None else self.rho)
-        levels = self.sigmas()[:-1].tolist()
+        levels = self.sigmas()[:-1].float()  # as samplers compare them with the interval
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance {self.guidance} must be finite")
         low, high = self.interval
@@ -73,7 +73,7 @@ class SamplerOptions:
                 raise ValueError(f"{told} has no effect with guidance 1: give a weight and a guide")
             if not 0 <= low < high:
                 raise ValueError(f"{told} is empty: 0 <= low < high must hold")
-            if not any(low < level <= high for level in levels):
+            if not ((levels > low) & (levels <= high)).any():
                 raise ValueError(
                     f"{told} holds none of the schedule's noise levels, {levels[-1]:g} to {levels[0]:g}: choose one "
                     "that does"
