@@ -32,10 +32,8 @@ def test_image_depends_on_its_seed_alone(options: dict[str, Any]) -> None:
 
 def test_batches_give_the_same_images() -> None:
     generator = small_generator()
-    counted: list[int] = []
     whole = generator.images(range(5), num_steps=4)
-    parts = generator.images(range(5), num_steps=4, batch_size=2, on_batch=counted.append)
-    assert counted == [2, 2, 1]
+    parts = generator.images(range(5), num_steps=4, batch_size=2)
     assert whole.shape == (5, 1, 8, 8)
     # The same numbers in another order of summation may fall on the other side of a half.
     assert np.abs(whole.astype(int) - parts).max() <= 1

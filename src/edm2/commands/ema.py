@@ -15,7 +15,7 @@ from edm2.ema.maths.plans import spread
 from edm2.ema.storage.manifest import MANIFEST, ForeignSnapshots, Manifest, read_manifest
 from edm2.ema.storage.snapshots import damaged
 from edm2.files import write_atomic
-from edm2.generate.reconstructed import reconstruct_models, reconstruct_tensors, snapshots_of
+from edm2.generate.reconstructed import reconstruct_models, snapshots_of
 from edm2.interop.ema_folders import is_ema_folder, open_ema_folder
 from edm2.interop.licence import LICENCE, NOTICE_FILE, NOTICE_LINE, write_notice
 from edm2.interop.nvlabs import open_snapshots
@@ -135,14 +135,13 @@ def reconstruct(prog: str, words: Sequence[str]) -> None:
     """`edm2 ema reconstruct`."""
     chosen = tyro.cli(_Reconstruct, prog=prog, args=[*words])
     lengths, source = numbers("--sigma-rel", chosen.sigma_rel), _open(chosen)
-    metadata = read_manifest(source).run.metadata or {}
+    info = (read_manifest(source).run.metadata or {}).get("info")
     tracks = None if chosen.tracks is None else numbers("--tracks", chosen.tracks)
-    write = reconstruct_models if "network" in metadata else reconstruct_tensors
-    for path, error in write(
+    for path, error in reconstruct_models(
         source, lengths, chosen.out, t=chosen.t, tracks=tracks, skip_existing=chosen.skip_existing
     ):
         show(f"{path}  expected relative error {error:.1e}")
-    if metadata.get("info", {}).get("license") == LICENCE:
+    if isinstance(info, dict) and info.get("license") == LICENCE:
         write_notice(chosen.out)
         show(f"{NOTICE_LINE}; see {chosen.out / NOTICE_FILE}")
 

@@ -14,6 +14,7 @@ import edm2
 from edm2.files import read_json, write_json
 from edm2.metrics import CopyCheck, Scores
 from edm2.metrics.measure import DENSITY_K, MANIFOLD_K
+from edm2.train.run_folder import flat_settings
 
 FORMAT = "edm2 metrics 1"
 SCORE_NAMES = (
@@ -139,13 +140,7 @@ def flat_scores(scores: Scores) -> dict[str, float | None]:
     return dict(zip(SCORE_NAMES, values, strict=True))
 
 
-def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Names of the entries that differ between two tables of tables."""
-    found = []
-    for key in sorted({*a, *b}):
-        left, right = a.get(key), b.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            found += differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            found.append(f"{prefix}{key}")
-    return found
+    a, b = flat_settings(a), flat_settings(b)
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -329,7 +329,6 @@ class ImageGenerator:
         conditions: np.ndarray | Tensor | None = None,
         vectors: np.ndarray | None = None,
         batch_size: int = 250,
-        on_batch: Callable[[int], None] | None = None,
         **options: Any,
     ) -> np.ndarray:
         """Sample images.
@@ -342,7 +341,6 @@ class ImageGenerator:
                 for a model that does not store their coding.
             vectors: Vectors given with the images, `[N, D]` in the units of the training data.
             batch_size: Images per batch.
-            on_batch: Called with the number of images after each batch.
             **options: Guide, as in `latents`, and the fields of `SamplerOptions`.
 
         Returns:
@@ -361,10 +359,7 @@ class ImageGenerator:
             chosen: Any = {name: rows[part] for name, rows in given.items() if rows is not None}
             latents = self.latents(seeds[part], **chosen, **options)
             self._check_finite(latents, seeds[part])
-            decoded = self.decode(latents)
-            parts.append(decoded.cpu().numpy())
-            if on_batch is not None:
-                on_batch(len(parts[-1]))
+            parts.append(self.decode(latents).cpu().numpy())
         return np.concatenate(parts)
 
     @property

@@ -21,6 +21,7 @@ from edm2.generate.image_files import PNG_CHANNELS, missing_files, read_image, r
 from edm2.generate.sampler_options import SamplerOptions
 from edm2.progress import Progress
 from edm2.report import class_grid, save_png
+from edm2.train.run_folder import difference, flat_settings
 from edm2.train.world import World
 
 _GRID = "grid.png"
@@ -221,23 +222,14 @@ def _claim(stack: ExitStack, folder: Path, out: Path, settings: dict[str, Any]) 
 
 def check_same(where: Path, old: dict[str, Any], new: dict[str, Any], *, what: str = "samples") -> None:
     """Raise ValueError unless what lies somewhere was made with the same settings; versions may differ."""
-    old, new = _flat(old), _flat(new)
-    differing = [
-        f"{key} {old.get(key)} there, {new.get(key)} here"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(_MADE_WITH)
-    ]
-    if differing:
+    old, new = (
+        {name: value for name, value in flat_settings(x).items() if not name.startswith(_MADE_WITH)}
+        for x in (old, new)
+    )
+    if old != new:
         raise ValueError(
-            f"{where} holds {what} of other settings ({'; '.join(differing)}): choose another --out"
+            f"{where} holds {what} of other settings ({difference(old, new)}): choose another --out"
         )
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _pack(work: _Work, out: Path, settings: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Models with any EMA length from a run's snapshots."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -82,7 +83,7 @@ def reconstruct_models(
     tracks: Sequence[float] | None = None,
     skip_existing: bool = False,
 ) -> list[tuple[Path, float]]:
-    """Write one model file for each wanted EMA length.
+    """Write one model file for each wanted EMA length; of models that edm2 did not train, a file of tensors.
 
     Files that an earlier call wrote from the same snapshots are kept, so that an interrupted call can be repeated.
 
@@ -98,52 +99,42 @@ def reconstruct_models(
         Each file with the expected relative L2 error of its parameters.
 
     Raises:
-        ValueError: As in `edm2.ema.reconstruct`, or if the snapshots are not of an edm2 network.
+        ValueError: As in `edm2.ema.reconstruct`, or if the snapshots do not fit the network that they describe.
         FileExistsError: If a file of that name exists and holds another average.
     """
-    folder = run.folder if isinstance(run, ForeignSnapshots) else run
-
-    def save(path: Path, result: Reconstruction) -> None:
-        network, info = _description(folder, result)
-        save_model(path, network, result.tensors, info)
-        if "residual" in info:
-            copy_regression(Path(folder), path.parent)
-
-    def facts(path: Path) -> dict[str, object]:
-        info = read_model_header(path)[1]["info"]
-        return {
-            "run_id": info.get("run_id"),
-            "t": info.get("num_images"),
-            "error": info.get("expected_error"),
-        }
-
-    return list(_written(run, sigma_rels, Path(out), t, tracks, skip_existing, save, facts))
+    source = run if isinstance(run, ForeignSnapshots) else snapshots_of(run)
+    save: Callable[[Path, Reconstruction], None] = _save_tensors
+    facts = _tensor_facts
+    if "network" in (read_manifest(source).run.metadata or {}):
+        folder = run.folder if isinstance(run, ForeignSnapshots) else run
+        save, facts = functools.partial(_save_model, folder), _model_facts
+    return list(_written(source, sigma_rels, Path(out), t, tracks, skip_existing, save, facts))
 
 
-def reconstruct_tensors(
-    run: str | Path | ForeignSnapshots,
-    sigma_rels: Sequence[float],
-    out: str | Path,
-    *,
-    t: float | None = None,
-    tracks: Sequence[float] | None = None,
-    skip_existing: bool = False,
-) -> list[tuple[Path, float]]:
-    """Write one safetensors file of tensors for each wanted EMA length of any model; see `reconstruct_models`."""
+def _save_model(run: str | Path, path: Path, result: Reconstruction) -> None:
+    network, info = _description(run, result)
+    save_model(path, network, result.tensors, info)
+    if "residual" in info:
+        copy_regression(Path(run), path.parent)
 
-    def save(path: Path, result: Reconstruction) -> None:
-        facts = ("label", "t", "clock", "run_id", "expected_error")
-        save_tensors(path, result.tensors, {name: str(getattr(result, name)) for name in facts})
 
-    def facts(path: Path) -> dict[str, object]:
-        found = read_header(path).metadata
-        return {"run_id": found.get("run_id"), "t": found.get("t"), "error": found.get("expected_error")}
+def _model_facts(path: Path) -> dict[str, object]:
+    info = read_model_header(path)[1]["info"]
+    return {"run_id": info.get("run_id"), "t": info.get("num_images"), "error": info.get("expected_error")}
 
-    return list(_written(run, sigma_rels, Path(out), t, tracks, skip_existing, save, facts))
+
+def _save_tensors(path: Path, result: Reconstruction) -> None:
+    facts = ("label", "t", "clock", "run_id", "expected_error")
+    save_tensors(path, result.tensors, {name: str(getattr(result, name)) for name in facts})
+
+
+def _tensor_facts(path: Path) -> dict[str, object]:
+    found = read_header(path).metadata
+    return {"run_id": found.get("run_id"), "t": found.get("t"), "error": found.get("expected_error")}
 
 
 def _written(
-    run: str | Path | ForeignSnapshots,
+    source: Path | ForeignSnapshots,
     sigma_rels: Sequence[float],
     out: Path,
     t: float | None,
@@ -155,7 +146,6 @@ def _written(
     """Reconstruct and save the averages whose files are missing, as many at a time as fit into memory."""
     if len(set(sigma_rels)) < len(sigma_rels):
         raise ValueError(f"EMA lengths {list(sigma_rels)} must be different")
-    source = run if isinstance(run, ForeignSnapshots) else snapshots_of(run)
     expected = reconstruct_many(source, sigma_rels, t, tracks=tracks, read=False)
     paths = {s: out / ema_file_name(s) for s in sigma_rels}
     missing = []

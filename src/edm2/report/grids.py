@@ -15,6 +15,7 @@ with needed("edm2.report"):
     import PIL.ImageDraw
     import PIL.ImageFont
 
+_TILE = 64  # least width or height of an image on a grid of classes, to which its pixels are repeated
 _MOST_COLUMNS, _MOST_NAMED, _NAME_SIZE = 32, 16, 12
 
 
@@ -97,21 +98,18 @@ def _coloured(images: np.ndarray, like: np.ndarray) -> np.ndarray:
     return made
 
 
-def class_grid(
-    images: np.ndarray, classes: int = 0, names: Sequence[str] = (), *, tile: int = 64
-) -> PIL.Image.Image:
+def class_grid(images: np.ndarray, classes: int = 0, names: Sequence[str] = ()) -> PIL.Image.Image:
     """Lay out images large enough to see; those of classes in turn with a column for each, its name above.
 
     Args:
         images: uint8 [N, C, H, W]; image i is of class i modulo the number of classes.
         classes: Number of classes; with fewer than 2 or more than 32, the grid is square.
         names: Name of each class; drawn for up to 16.
-        tile: Least width or height of an image on the grid, to which its pixels are repeated.
 
     Returns:
         A picture as `image_grid` makes it, with a line for the names.
     """
-    scale = max(1, -(-tile // max(images.shape[-2:])))
+    scale = max(1, -(-_TILE // max(images.shape[-2:])))
     if not 2 <= classes <= _MOST_COLUMNS or len(images) < classes:
         return image_grid(images, columns=max(1, round(len(images) ** 0.5)), scale=scale)
     grid = image_grid(images, columns=classes, scale=scale)

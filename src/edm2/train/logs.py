@@ -23,7 +23,9 @@ _SEAM = re.compile(rb'(?<=[0-9]\}).(?=\{")')
 def is_progress(record: dict[str, Any]) -> bool:
     """Whether a record of `log.jsonl` holds what pages about a run need."""
     finite = all(isinstance(record.get(key), int | float) for key in _NUMBERS)
-    return finite and all(isinstance(record.get(key), int | float | None) for key in ("loss", "grad_norm"))
+    return finite and all(
+        isinstance(record.get(key, ""), int | float | None) for key in ("loss", "grad_norm")
+    )
 
 
 def is_magnitudes(record: dict[str, Any]) -> bool:
