@@ -9,7 +9,7 @@ from edm2.metrics import CopyCheck, check_copies
 from edm2.metrics.measure import kept_rows
 from edm2.report import Page, image_grid
 from edm2.train.build import open_run_data
-from edm2.train.run_folder import read_config
+from edm2.train.settings_file import run_settings
 
 PAIRS = 12
 _MOST_TRAINING = 50_000
@@ -29,11 +29,12 @@ def training_images(run: Path) -> np.ndarray:
 
 def held_out_images(run: Path) -> np.ndarray | None:
     """The test split of a run's data, where it has one."""
-    settings = read_config(run)["settings"]
+    config = run_settings(run)
+    if not config.data:
+        return None
     try:
-        options = settings["dataset"]
-        test = open_dataset(settings["data"], split="test", labels=False, pad_to=options["pad_to"])
-    except (ValueError, OSError, KeyError):
+        test = open_dataset(config.data, split="test", labels=False, pad_to=config.dataset.pad_to)
+    except (ValueError, OSError):
         return None
     return some_images(test)
 

@@ -10,7 +10,7 @@ Ref: EDM2 Table 1, Sec. 2, App. B.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -196,55 +196,28 @@ _G = replace(
 CONFIGS = {features.name: features for features in (_A, _B, _C, _D, _E, _F, _G)}
 
 
-def get_features(
-    config: str = "G",
-    *,
-    dropout: float | None = None,
-    attn_resolutions: Sequence[int] | None = None,
-    clip_act: float | None = None,
-    res_balance: float | None = None,
-    attn_balance: float | None = None,
-    label_balance: float | None = None,
-    concat_balance: float | None = None,
-) -> Features:
+def get_features(config: str = "G", **options: Any) -> Features:
     """The features of a configuration, with some of its options changed.
 
     Args:
         config: Letter of the configuration, `A` to `G`.
-        dropout: See `Features`, as for all others. None: the configuration's own, as for all others.
-        attn_resolutions: Resolutions with attention.
-        clip_act: Bound on a block's output.
-        res_balance: Option of G.
-        attn_balance: Option of G.
-        label_balance: Option of G.
-        concat_balance: Option of G.
+        **options: Fields of `Features` from `dropout` on. None: the configuration's own.
 
     Raises:
         ValueError: If the configuration does not exist or lacks an option, or a value is out of range.
     """
     if config not in CONFIGS:
         raise ValueError(f"config {config!r} is not one of {', '.join(CONFIGS)}; G is the published one")
-    given = {
-        "res_balance": res_balance,
-        "attn_balance": attn_balance,
-        "label_balance": label_balance,
-        "concat_balance": concat_balance,
-    }
-    balances = {name: share for name, share in given.items() if share is not None}
-    for name, share in balances.items():
-        if config != "G":
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, share in given.items():
+        if name.endswith("_balance") and config != "G":
             raise ValueError(f"config {config} has no {name}, which belongs to G: leave it out")
-        if not 0 <= share <= 1:
+        if name.endswith("_balance") and not 0 <= share <= 1:
             raise ValueError(f"{name} {share} must be in [0, 1]")
-    features = replace(CONFIGS[config], **balances)  # type: ignore[arg-type]
-    if dropout is not None:
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout {dropout} must be in [0, 1)")
-        features = replace(features, dropout=dropout)
-    if clip_act is not None:
-        if not clip_act > 0:
-            raise ValueError(f"clip_act {clip_act} must be above 0; inf for no bound")
-        features = replace(features, clip_act=clip_act)
-    if attn_resolutions is not None:
-        features = replace(features, attn_resolutions=tuple(attn_resolutions))
-    return features
+    if not 0 <= given.get("dropout", 0) < 1:
+        raise ValueError(f"dropout {given['dropout']} must be in [0, 1)")
+    if not given.get("clip_act", 1) > 0:
+        raise ValueError(f"clip_act {given['clip_act']} must be above 0; inf for no bound")
+    if "attn_resolutions" in given:
+        given["attn_resolutions"] = tuple(given["attn_resolutions"])
+    return replace(CONFIGS[config], **given)
