@@ -140,7 +140,15 @@ def json_and_safetensors(folder: Path, run: Path, train: Way) -> Iterator[Target
     yield Target(
         "JSON",
         run / "snapshots" / "manifest.json",
-        {**ema, "train": train, "report": command("report", "FILE", "--no-samples", up=2)},
+        {
+            **ema,
+            "train": train,
+            "report": command("report", "FILE", up=2),
+            "load": lambda p: ImageGenerator.load(p.parents[1], 0.08).images([0], num_steps=1),
+            "sample": command(
+                "sample", "FILE", "--ema", "0.08", "--seeds", "0", "--num-steps", "2", "--out", "OUT", up=2
+            ),
+        },
     )
     for name in ("log.jsonl", "magnitudes.jsonl"):
         yield Target("JSON", run / name, {"info": info, "report": report, "train": train})

@@ -1,5 +1,6 @@
 """`edm2 sample` on a run: any EMA length, and the run's own past as a guide."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,9 @@ from small import small_model
 
 from edm2.cli import main
 from edm2.data import ArrayDataset
+from edm2.ema.storage.manifest import read_manifest, write_manifest
 from edm2.generate import ImageGenerator, reconstruct_models
+from edm2.generate.lengths import generators
 from edm2.train import NetworkConfig, OptimizerConfig, TrainConfig, train
 
 QUICK = ["--num-steps", "2", "--seeds", "0-2", "--device", "cpu"]
@@ -58,6 +61,30 @@ def test_a_length_on_the_fly_is_the_model_that_would_be_written(run: Path, tmp_p
         reconstruct_models(run, [0.07, 0.07], tmp_path)
     near = [path.name for path, _ in reconstruct_models(run, [0.08123, 0.08124], tmp_path)]
     assert near == ["ema-0.08123.safetensors", "ema-0.08124.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda m: m.pop("network"), "holds snapshots of a model that edm2 did not train"),
+        (lambda m: m["network"].update(channel_mult=[]), "not those of the network that they describe"),
+        (lambda m: m["network"].update(model_channels=16), "not those of the network that they describe"),
+        (lambda m: m["info"].pop("coding"), "does not say how its images are coded"),
+        (lambda m: m["info"].update(coding={"kind": []}), "describes a coding of images that edm2 does not"),
+    ],
+)
+def test_snapshots_that_describe_another_network(run: Path, tmp_path: Path, change: Any, told: str) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run")) / "snapshots"
+    manifest = read_manifest(folder)
+    metadata = json.loads(json.dumps(manifest.run.metadata))
+    change(metadata)
+    write_manifest(
+        folder, dataclasses.replace(manifest, run=dataclasses.replace(manifest.run, metadata=metadata))
+    )
+    with pytest.raises(ValueError, match=told):
+        next(generators(folder, [0.08]))
+    with pytest.raises(ValueError, match=told):
+        ImageGenerator.load(tmp_path / "run", 0.08)
 
 
 @pytest.mark.filterwarnings("ignore:.*expect a relative error")

@@ -83,6 +83,7 @@ def test_dropout_streams_differ_between_blocks():
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
+        ((8, 3, 0), dict(channel_mult=()), "channel_mult is empty: give the width of at least one level"),
         ((20, 3, 0), dict(channel_mult=(1, 2, 3, 4)), "both sides must be multiples of 8"),
         ((4, 3, 0), dict(channel_mult=(1, 2, 3, 4)), r"use fewer levels, or pad images to 8 \(pad_to\)"),
         (

@@ -9,11 +9,10 @@ import torch
 from edm2.diffusion.description import build_from
 from edm2.ema import reconstruct_many
 from edm2.ema.storage.manifest import read_manifest
-from edm2.generate.generator import ImageGenerator
-from edm2.generate.reconstructed import snapshots_of
+from edm2.generate.generator import ImageGenerator, read_coding
+from edm2.generate.reconstructed import load_averages, snapshots_of
 from edm2.nn import faster_channels_last, use_channels_last
 from edm2.train.checkpoint import StoredTensors, newest
-from edm2.train.coding import Coding
 from edm2.train.run_folder import CHECKPOINTS
 
 
@@ -35,7 +34,11 @@ def generators(
     Yields:
         A generator for each length, valid until the next one is requested. Inaccurate lengths cause no warning,
         because they are only tried.
+
+    Raises:
+        ValueError: As in `edm2.ema.reconstruct`, or if the snapshots do not fit the network that they describe.
     """
+    coding = read_coding(snapshots, sigma_rels[0])  # checks what they say of their network
     denoiser = None
     for result in reconstruct_many(snapshots, sigma_rels, t, warn_above=math.inf):
         assert result.metadata is not None
@@ -45,9 +48,9 @@ def generators(
             )
             if faster_channels_last(denoiser):
                 use_channels_last(denoiser)
-        denoiser.load_state_dict(result.tensors)
+        load_averages(denoiser, snapshots, result)
         info = {**result.metadata["info"], "sigma_rel": result.sigma_rel}
-        yield ImageGenerator(denoiser, Coding.from_json(info["coding"]), info)
+        yield ImageGenerator(denoiser, coding, info)
 
 
 def load_raw(run: Path) -> ImageGenerator:

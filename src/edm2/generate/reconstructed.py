@@ -196,11 +196,28 @@ def reconstruct_denoiser(
     result = reconstruct_many(snapshots_of(run), [sigma_rel], t)[0]
     network, info = _description(run, result)
     denoiser = build_from(network)
+    load_averages(denoiser, run, result, assign=True)
+    return denoiser.requires_grad_(False), info
+
+
+def load_averages(
+    denoiser: Denoiser, run: str | Path, result: Reconstruction, *, assign: bool = False
+) -> None:
+    """Load reconstructed weights into the network of a run.
+
+    Args:
+        denoiser: The network.
+        run: Where its snapshots are, for messages.
+        result: The weights.
+        assign: Whether the tensors themselves become the network's, instead of their values.
+
+    Raises:
+        ValueError: If they do not fit the network.
+    """
     try:
-        denoiser.load_state_dict(result.tensors, assign=True)
+        denoiser.load_state_dict(result.tensors, assign=assign)
     except (ValueError, RuntimeError) as error:
         raise _damaged(run, error) from error
-    return denoiser.requires_grad_(False), info
 
 
 def _description(run: str | Path, result: Reconstruction) -> tuple[dict[str, Any], dict[str, Any]]:

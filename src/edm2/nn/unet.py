@@ -251,8 +251,10 @@ def level_resolutions(img_resolution: int | Sequence[int], num_levels: int) -> l
     """(height, width) of each level, from the image's own down by halves.
 
     Raises:
-        ValueError: If a side cannot be halved `num_levels - 1` times.
+        ValueError: If there are no levels, or a side cannot be halved `num_levels - 1` times.
     """
+    if not num_levels:
+        raise ValueError("channel_mult is empty: give the width of at least one level, such as 1 2 2")
     size = (img_resolution,) * 2 if isinstance(img_resolution, int) else tuple(img_resolution)
     factor = 2 ** (num_levels - 1)
     if len(size) != 2 or any(side < factor or side % factor for side in size):
