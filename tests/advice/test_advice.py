@@ -227,6 +227,7 @@ def test_large_pictures_are_told_about(at_speed: Callable[[float], None]) -> Non
     told = "\n".join(advice.remarks())
     assert f"--sigma-max {advice.sigma_max:g}" in told
     assert "or smaller pictures (edm2 data convert --size 32)" in told
+    assert advice.is_too_large
 
 
 def test_the_file_gives_the_same_settings(at_speed: Callable[[float], None], tmp_path: Path) -> None:

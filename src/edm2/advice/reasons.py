@@ -17,6 +17,7 @@ DEFAULT_SIGMA_MAX = 80.0
 SUGGESTED = "suggested"
 """What a run with settings from here stores in place of a preset's name."""
 _FEW_STEPS = 1000  # the preset `digits` takes 1,375
+_SMALL_SIDE = 32
 _FEW_IMAGES = 500  # 50 digits are copied, 1,438 are not
 
 
@@ -100,9 +101,14 @@ class Advice:
 
     def _length(self) -> Iterator[Reason]:
         config, cost, steps = self.config, self.cost, self.config.num_steps
+        speed = (
+            f"{cost.images_per_second:,.0f}"
+            if cost.images_per_second >= 10
+            else f"{cost.images_per_second:.2g}"
+        )
         yield Reason(
             ("num_images",),
-            f"{time_text(cost.seconds)} at {cost.images_per_second:,.0f} images/s, measured here; each image is seen "
+            f"{time_text(cost.seconds)} at {speed} images/s, measured here; each image is seen "
             f"{self._passes:,.0f} times",
         )
         split = config.microbatch is not None
@@ -154,14 +160,17 @@ class Advice:
     def _passes(self) -> float:
         return self.config.num_images / len(self.dataset)
 
+    @property
+    def is_too_large(self) -> bool:
+        """Whether the pictures are too large for so short a run."""
+        return self.config.num_steps < _FEW_STEPS and min(self.dataset.image_shape[1:]) > _SMALL_SIDE
+
     def remarks(self) -> list[str]:
         """Return what to know before the run starts, in sentences."""
         config, remarks = self.config, []
         _, height, width = self.dataset.image_shape
         if config.num_steps < _FEW_STEPS:
-            smaller = (
-                "" if min(height, width) <= 32 else ", or smaller pictures (edm2 data convert --size 32)"
-            )
+            smaller = ", or smaller pictures (edm2 data convert --size 32)" if self.is_too_large else ""
             remarks.append(
                 f"{config.num_steps:,} steps are few for pictures of {height}x{width}, and samples will be rough: give "
                 f"more --hours{smaller}"

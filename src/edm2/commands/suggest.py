@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from edm2.advice import check_pictures, suggest
+from edm2.advice import check_pictures, mending_words, suggest
 from edm2.commands.next_step import run_for, tell_next
 from edm2.data import open_dataset
 from edm2.files import write_atomic
@@ -61,10 +61,15 @@ def run(prog: str, words: Sequence[str]) -> None:
     )
     show(advice.headline())
     show(advice.describe())
+    if chosen.out is not None:
+        is_toml = chosen.out.suffix == ".toml"
+        text = advice.to_toml() if is_toml else json.dumps(advice.config.to_json(), indent=1)
+        write_atomic(chosen.out, text.encode())
+    if advice.is_too_large:
+        size = advice.dataset.image_shape[1:]
+        return tell_next(mending_words(chosen.data, {size: 1}, clear=False, device=chosen.device))
     folder = run_for(chosen.data)
-    if chosen.out is None:
-        hours = [] if chosen.hours is None else ["--hours", f"{chosen.hours:g}"]
-        return tell_next("train", "--data", Path(chosen.data), "--out", folder, *hours)
-    text = advice.to_toml() if chosen.out.suffix == ".toml" else json.dumps(advice.config.to_json(), indent=1)
-    write_atomic(chosen.out, text.encode())
-    tell_next("train", "--settings", chosen.out, "--out", folder)
+    if chosen.out is not None:
+        return tell_next("train", "--settings", chosen.out, "--out", folder)
+    hours = [] if chosen.hours is None else ["--hours", f"{chosen.hours:g}"]
+    tell_next("train", "--data", Path(chosen.data), "--out", folder, *hours)
