@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from edm2.generate import read_images
 from edm2.hub import open_pretrained
 from edm2.report import image_grid
 from edm2.report.grids import png_bytes
-from edm2.studio import pictures
+from edm2.studio import pictures, workbench
 from edm2.studio.choices import Choice, number
 from edm2.studio.workbench import Workbench
+from edm2.tuning.result import Knobs
 
 # The tiny run was trained with all labels.
 pytestmark = pytest.mark.filterwarnings(
@@ -113,6 +115,23 @@ def test_saved_settings_are_used_again(bench, tmp_path):
             bench.save(chosen, name)
     with pytest.raises(ValueError, match="a guide without labels has no file of its own"):
         bench.save(choice(bench, guide="without labels", guidance=2.0), "other")
+
+
+def test_the_page_starts_with_what_tuning_found(bench, monkeypatch):
+    plain = bench.first_choice()
+    assert (plain.sigma_rel, plain.num_images, plain.guide, plain.guide_images) == (0.1, 64.0, "none", 32.0)
+    knobs = Knobs(sigma_rel=0.085, guide_images=16.0, guide_sigma_rel=0.05, guidance=1.4, interval=(0.1, 3.0))
+    tuned = SimpleNamespace(best=knobs, is_better=True, sampler="heun", num_steps=7)
+    monkeypatch.setattr(workbench, "read_tuned", lambda run: tuned)
+    found = bench.first_choice()
+    assert found.command(bench.run).endswith(
+        "--ema 0.085 --ema-images 64 --guide-ema 0.05 --guide-images 16 --guidance 1.4 --interval 0.1 3 "
+        "--sampler heun --num-steps 7 --seeds 0-15 --out samples"
+    )
+    tuned.best = Knobs(sigma_rel=0.085)
+    assert (bench.first_choice().sigma_rel, bench.first_choice().guide) == (0.085, "none")
+    tuned.is_better = False
+    assert bench.first_choice() == plain
 
 
 def test_a_run_under_way(digits_run, tmp_path):

@@ -22,7 +22,7 @@ with needed("edm2 studio"):
     import gradio as gr
 
 _ERRORS = (ValueError, FileExistsError, FloatingPointError, MemoryError)
-_LOWEST, _HIGHEST = 0.0, 80.0
+_HIGHEST = 80.0  # noise level up to which a guide acts everywhere
 _WAITING = 64
 
 
@@ -101,9 +101,8 @@ def _shared_controls(bench: Workbench) -> list[Any]:
 
 def _controls(bench: Workbench, side: str) -> list[Any]:
     """Controls of one side, in the order that `_choice` reads them."""
-    lowest, highest = bench.lengths
-    times, newest = _times(bench), bench.times[-1]
-    early = min(bench.times, key=lambda t: abs(t - 0.4 * newest))  # what guides best in most runs
+    times, start = _times(bench), bench.first_choice()
+    lowest, highest = start.interval
     kinds = (
         ["none", "earlier"]
         + ["without labels"] * bool(bench.num_classes)
@@ -113,22 +112,34 @@ def _controls(bench: Workbench, side: str) -> list[Any]:
     def place(name: str) -> str:
         return f"{name}-{side}"
 
-    length = gr.Slider(0.01, 0.3, highest, step=0.005, label="EMA length", elem_id=place("ema"))
-    moment = gr.Dropdown(times, value=newest, label="Moment of the run", elem_id=place("moment"))
-    guide = gr.Radio(kinds, value="none", label="Guide", elem_id=place("guide"))
-    with gr.Group(visible=False) as guided:
-        weight = gr.Slider(0, 5, 1.5, step=0.05, label="Guidance weight", elem_id=place("weight"))
-        low = gr.Slider(0, 5, _LOWEST, step=0.05, label="Guide above noise level", elem_id=place("low"))
-        high = gr.Slider(0.1, 80, _HIGHEST, step=0.1, label="Guide up to noise level", elem_id=place("high"))
-        with gr.Group(visible=False) as earlier:
+    length = gr.Slider(0.01, 0.3, start.sigma_rel, step=0.005, label="EMA length", elem_id=place("ema"))
+    moment = gr.Dropdown(times, value=start.num_images, label="Moment of the run", elem_id=place("moment"))
+    guide = gr.Radio(kinds, value=start.guide, label="Guide", elem_id=place("guide"))
+    with gr.Group(visible=start.guide != "none") as guided:
+        weight = gr.Slider(0, 5, start.guidance, step=0.05, label="Guidance weight", elem_id=place("weight"))
+        low = gr.Slider(0, 5, lowest, step=0.05, label="Guide above noise level", elem_id=place("low"))
+        high = gr.Slider(
+            0.1,
+            _HIGHEST,
+            min(highest, _HIGHEST),
+            step=0.1,
+            label="Guide up to noise level",
+            elem_id=place("high"),
+        )
+        with gr.Group(visible=start.guide == "earlier") as earlier:
             guide_moment = gr.Dropdown(
-                times, value=early, label="Moment of the guide", elem_id=place("guide-moment")
+                times, value=start.guide_images, label="Moment of the guide", elem_id=place("guide-moment")
             )
             guide_length = gr.Slider(
-                0.01, 0.3, lowest, step=0.005, label="EMA length of the guide", elem_id=place("guide-ema")
+                0.01,
+                0.3,
+                start.guide_sigma_rel,
+                step=0.005,
+                label="EMA length of the guide",
+                elem_id=place("guide-ema"),
             )
-    steps = gr.Slider(1, 64, 2 if bench.is_student else 16, step=1, label="Steps", elem_id=place("steps"))
-    sampler = gr.Dropdown(bench.samplers, value=bench.samplers[0], label="Sampler", elem_id=place("sampler"))
+    steps = gr.Slider(1, 64, start.num_steps, step=1, label="Steps", elem_id=place("steps"))
+    sampler = gr.Dropdown(bench.samplers, value=start.sampler, label="Sampler", elem_id=place("sampler"))
     guide.change(
         lambda kind: (gr.Group(visible=kind != "none"), gr.Group(visible=kind == "earlier")),
         guide,

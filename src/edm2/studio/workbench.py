@@ -4,13 +4,14 @@ import math
 import re
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from torch import Tensor
 
-from edm2.diffusion import SAMPLERS
+from edm2.diffusion import SamplerName
 from edm2.ema import reconstruct_many
 from edm2.ema.storage.manifest import Manifest, read_manifest
 from edm2.evaluation.noise_errors import errors_by_noise, noise_density
@@ -72,8 +73,8 @@ class Workbench:
         if not newest.pixel_channels:
             raise ValueError(f"{run} makes {newest.coding.kind}, not pictures: sample with `edm2 sample`")
         self.is_student = newest.is_student
-        others = ["dpmpp-2m", *(name for name in SAMPLERS if name not in ("dpmpp-2m", STUDENT_SAMPLER))]
-        self.samplers = [STUDENT_SAMPLER] if self.is_student else others
+        others: list[SamplerName] = ["dpmpp-2m", "heun", "euler", "dpmpp-3m", "dpmpp-2m-sde"]
+        self.samplers: list[SamplerName] = [STUDENT_SAMPLER] if self.is_student else others
         self.num_classes = newest.num_classes
         self.class_names = newest.class_names or tuple(map(str, range(self.num_classes)))
         self.other_path = None if other is None else Path(other)
@@ -97,6 +98,36 @@ class Workbench:
         if seen >= total:
             return f"finished after {seen:,.0f} training images"
         return f"still training: the newest snapshot is of {seen:,.0f} of {total:,} images"
+
+    def first_choice(self) -> Choice:
+        """What the page starts with: the settings that `edm2 tune` found, else the longest tracked average."""
+        newest = self.times[-1]
+        early = min(self.times, key=lambda t: abs(t - 0.4 * newest))  # what guides best in most runs
+        plain = Choice(
+            sigma_rel=self.lengths[1],
+            num_images=newest,
+            guide_sigma_rel=self.lengths[0],
+            guide_images=early,
+            guidance=1.5,
+            sampler=self.samplers[0],
+            num_steps=2 if self.is_student else 16,
+        )
+        tuned = read_tuned(self.run)
+        if tuned is None or not tuned.is_better or tuned.best.guide is not None:
+            return plain
+        best = tuned.best
+        sampler = cast(SamplerName, tuned.sampler)
+        found = replace(plain, sigma_rel=best.sigma_rel, sampler=sampler, num_steps=tuned.num_steps)
+        if best.guide_images is None or best.guide_sigma_rel is None:
+            return found
+        return replace(
+            found,
+            guide="earlier",
+            guide_images=best.guide_images,
+            guide_sigma_rel=best.guide_sigma_rel,
+            guidance=best.guidance,
+            interval=best.interval,
+        )
 
     def model(self, sigma_rel: float, num_images: float) -> ImageGenerator:
         """The model with an EMA length at a time, from memory or from the snapshots.
