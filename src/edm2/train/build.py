@@ -5,7 +5,6 @@ import functools
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -131,18 +130,6 @@ def check_given(config: TrainConfig, denoiser: Denoiser) -> None:
         raise ValueError(
             "objective mean needs something to expect the image from: give data with conditions, vectors or classes"
         )
-
-
-def describe(config: TrainConfig, dataset: ImageDataset, coding: Coding, preset: str) -> dict[str, Any]:
-    """What snapshots and models say about data, coding and training, as JSON values."""
-    return {
-        "preset": preset,
-        "coding": coding.to_json(),
-        "class_names": list(dataset.class_names),
-        "data": dataset.name,
-        **({"label_dropout": config.label_dropout} if config.label_dropout else {}),
-        **({"objective": config.objective} if config.objective != "denoise" else {}),
-    }
 
 
 def pick_device(name: str) -> torch.device:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from edm2.data import ImageDataset
 from edm2.diffusion import MODEL_FILE, NetworkFunction, register_network
@@ -23,23 +22,21 @@ from edm2.ema import PowerEMA
 from edm2.nn.magnitudes import MagnitudeRecorder
 from edm2.progress import Progress, tell
 from edm2.train import run_folder
-from edm2.train.build import check_given, describe, ema_device, make_denoiser, pick_device
+from edm2.train.assembly import assemble
+from edm2.train.build import ema_device, pick_device
 from edm2.train.checkpoint import Role, newest
-from edm2.train.coding import Coding, make_coding
 from edm2.train.config import TrainConfig
-from edm2.train.consistency import SIGMA_MAX, ConsistencyObjective, Teacher
-from edm2.train.initial import carried_licence, identify_models, take_over
 from edm2.train.loggers import Logger
 from edm2.train.memory import size_text, used_bytes
 from edm2.train.outputs import Outputs
 from edm2.train.parallel import whole
 from edm2.train.records import Records
-from edm2.train.residual import MEAN_FILE, Residual, keep_residual, shared_coding
+from edm2.train.residual import Residual, keep_residual
 from edm2.train.signals import Stopped, stop_requests
 from edm2.train.state import gather, scatter
 from edm2.train.stepper import Stepper
 from edm2.train.tally import Tally, nonfinite_error
-from edm2.train.validation import Validation, best_moments, has_ended, split_data, store_split
+from edm2.train.validation import Validation, best_moments, has_ended, store_split
 from edm2.train.world import World
 
 
@@ -81,42 +78,26 @@ class Trainer:
             config = dataclasses.replace(config, network_from=register_network(network))
         self._start = time.monotonic()
         self.world = World(rank=0, size=1, device=pick_device(config.device)) if world is None else world
-        dataset, held_out = split_data(dataset, config)
-        self.config, self.dataset, self.held_out, self.out = config, dataset, held_out, out
         self.device = self.world.device
-        teacher = None
-        if config.consistency is not None:
-            teacher = Teacher.load(out, self.device)
-            teacher.check_data(dataset)
-        self.coding: Coding = make_coding(config, dataset) if teacher is None else teacher.coding
-        if config.residual is not None:
-            kept = out / MEAN_FILE
-            self.coding = shared_coding(kept if kept.exists() else config.residual, self.coding)
-        models = identify_models(config, out)
-        self.run_id = config.run_id(dataset.fingerprint, models)
+        parts = assemble(config, dataset, out, preset=preset, device=self.device)
+        self.config, self.dataset, self.held_out, self.out = config, parts.dataset, parts.held_out, out
+        self.coding, self.info = parts.coding, parts.info
+        self.run_id = config.run_id(self.dataset.fingerprint, parts.models)
         settings = {"preset": preset, **config.to_json()}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            denoiser = (
-                make_denoiser(config, dataset, self.coding)
-                if teacher is None
-                else teacher.student(config.dtype)
-            )
-        check_given(config, denoiser)
-        if config.init is not None and newest(out / run_folder.CHECKPOINTS) is None:
-            take_over(denoiser, config.init)
-        objective = None if teacher is None else ConsistencyObjective(config, teacher)
-        self._stepper = Stepper(config, dataset, self.coding, denoiser, self.world, objective)
-        self.world.on_first(lambda: run_folder.claim(out, settings, config.identity(models), self.run_id))
+        identity = config.identity(parts.models)
+        self._stepper = Stepper(
+            config, self.dataset, self.coding, parts.denoiser, self.world, parts.objective
+        )
+        self.world.on_first(lambda: run_folder.claim(out, settings, identity, self.run_id))
         self.residual: Residual | None = None
         if config.residual is not None:
-            self.residual = keep_residual(config.residual, out, dataset, self.coding, self.world)
+            self.residual = keep_residual(config.residual, out, self.dataset, self.coding, self.world)
             self._stepper.residual = self.residual
+            self.info["residual"] = self.residual.to_json()
         self._validation: Validation | None = None
-        if held_out is not None:
-            followed = self._stepper.objective
-            self._validation = Validation(config, held_out, self.coding, followed, self.residual)
-            store_split(out, held_out, self.world)
+        if self.held_out is not None:
+            self._validation = Validation(config, self.held_out, self.coding, parts.objective, self.residual)
+            store_split(out, self.held_out, self.world)
         self.denoiser, self.optimizer = self._stepper.denoiser, self._stepper.optimizer
         self.ema: PowerEMA | None = None
         if self.world.is_first or self._stepper.is_sharded:
@@ -129,12 +110,6 @@ class Trainer:
             )
         recording = config.record_magnitudes and self.world.is_first and not self._stepper.is_sharded
         self._recorder = MagnitudeRecorder(self.denoiser) if recording else None
-        self.info: dict[str, Any] = describe(config, dataset, self.coding, preset) | carried_licence(models)
-        if self.residual is not None:
-            self.info["residual"] = self.residual.to_json()
-        if teacher is not None and config.consistency is not None:
-            self.info["consistency"] = {"teacher": config.consistency.teacher, "sigma_max": SIGMA_MAX}
-            self.info |= teacher.licence
         self._records = Records(out, is_first=self.world.is_first)
         self._outputs = Outputs(
             config, out, settings=settings, run_id=self.run_id, info=self.info, records=self._records

@@ -22,7 +22,7 @@ from edm2.train.gradients import clean_gradients, clip_gradients
 from edm2.train.inputs import code_batch
 from edm2.train.label_dropout import drop_labels
 from edm2.train.norms import UpdateNorm
-from edm2.train.objectives import DROPOUT_SEED_OFFSET, Objective, TrainingBatch, make_objective
+from edm2.train.objectives import DROPOUT_SEED_OFFSET, Objective, TrainingBatch
 from edm2.train.optimizer import make_optimizer
 from edm2.train.parallel import average_whole_gradients, blocks_of, exchange_gradients, replicate, shard
 from edm2.train.residual import Residual
@@ -39,7 +39,7 @@ class Stepper:
         coding: Conversion of stored images to network inputs.
         denoiser: The network; it is moved and wrapped as the settings ask.
         world: The processes that share the work.
-        objective: Computes the loss. Default: the one that the settings ask for.
+        objective: Computes the loss.
 
     Attributes:
         denoiser: The network in training mode.
@@ -59,13 +59,13 @@ class Stepper:
         coding: Coding,
         denoiser: Denoiser,
         world: World,
-        objective: Objective | None = None,
+        objective: Objective,
     ) -> None:
         self._config, self._coding, self._world = config, coding, world
         self._share = world.share(config.batch_size, config.microbatch)
         self._size = min(config.microbatch or self._share, self._share)
         self._dataset = dataset
-        self.objective = make_objective(config) if objective is None else objective
+        self.objective = objective
         augment = config.dataset.augment
         self._augment = Augmentation(probability=augment) if augment else None
         self._batches: Batches | None = None
