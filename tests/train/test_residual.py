@@ -12,8 +12,10 @@ from torch import Tensor
 
 from edm2.cli import main
 from edm2.data import ArrayDataset, PairedDataset
+from edm2.diffusion import load_model
 from edm2.generate import ImageGenerator
 from edm2.train import DataConfig, OptimizerConfig, Stopped, TrainConfig, Trainer, train
+from edm2.train.consistency import Teacher
 from edm2.train.inputs import code_batch
 from edm2.train.logs import VALIDATION_FILE, read_log
 from edm2.train.objectives import MEAN_SIGMA, MeanObjective, TrainingBatch
@@ -201,3 +203,9 @@ def test_other_runs_keep_their_names() -> None:
     assert tiny_config(objective="denoise").identity() == tiny_config().identity()
     assert tiny_config(objective="mean").run_id("x") != tiny_config().run_id("x")
     assert dataclasses.replace(tiny_config(), dataset=DataConfig()).run_id("x") == tiny_config().run_id("x")
+
+
+def test_no_student_is_made_of_them(mean: str) -> None:
+    denoiser, info = load_model(mean)
+    with pytest.raises(ValueError, match="the teacher is a regression, or a model of what one leaves"):
+        Teacher(denoiser, info).check_data(pairs())

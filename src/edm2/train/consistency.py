@@ -108,7 +108,12 @@ class Teacher:
         return cls(model, info, guide, guide_info)
 
     def check_data(self, dataset: ImageDataset) -> None:
-        """Raise ValueError unless a data set holds images and classes like those that the teacher makes."""
+        """Raise ValueError unless the teacher makes images, and a data set holds such images and classes."""
+        if self.info.get("residual") or self.info.get("objective"):
+            raise ValueError(
+                "the teacher is a regression, or a model of what one leaves, which cannot be distilled: give a "
+                "diffusion model of images"
+            )
         shape, classes = dataset.image_shape, dataset.num_classes
         ours = (self.model.img_shape, self.model.label_dim or 0)
         channels = shape[0] // 2 if self.coding.kind == "latents" else shape[0]
