@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch import nn
 
@@ -33,7 +34,7 @@ def exact_denoiser(x, sigma, labels=None, **_):
 
 
 def exact_map(x, sigma, labels=None):
-    """The end of the ODE's path through x at sigma, to about 1e-6."""
+    """The end of the path of the ODE through x at sigma, by 400 steps of Heun."""
     levels = time_steps(400, sigma_min=1e-4, sigma_max=float(sigma))
     return sample_heun(exact_denoiser, x / float(sigma), levels, dtype=torch.float64).to(x.dtype)
 
@@ -57,7 +58,7 @@ class Plane(nn.Module):
         return self.layers(given).reshape(x.shape)
 
 
-def tuned_student(path: str, steps: int = 4000, batch: int = 512) -> Denoiser:
+def tuned_student(path: str, steps: int = 3000, batch: int = 512) -> Denoiser:
     torch.manual_seed(0)
     student = Denoiser(Plane(), uncertainty=LearnedUncertainty(16))
     options = ConsistencyConfig(path=path, halvings=8, halving_images=steps * batch // 10)
@@ -101,10 +102,9 @@ def errors(student) -> dict[int, float]:
     return found
 
 
-if __name__ == "__main__":
-    import time
-
-    for path in ("data", "teacher"):
-        s = time.process_time()
-        e = errors(tuned_student(path))
-        print(path, e, time.process_time() - s, flush=True)
+@pytest.mark.slow
+def test_the_student_finds_the_map_of_the_ode():
+    found = errors(tuned_student("teacher"))
+    assert found[4] < 0.06  # 0.038 when this was written
+    assert found[2] < 0.12  # 0.085
+    assert found[4] < found[2] < found[1]
