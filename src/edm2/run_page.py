@@ -418,7 +418,7 @@ def _side_by_side(page: Page, run: _Run) -> None:
             guidance = {"guidance": options.guidance, "interval": options.interval}
             guidance["guide"] = teacher.guide_for_sampling
         model = ImageGenerator(teacher.model, teacher.coding, teacher.info)
-        rows = [model.images(seeds, num_steps=_TEACHER_STEPS, **guidance)]
+        rows = [model.images(seeds, num_steps=_TEACHER_STEPS, sampler="heun", **guidance)]
         student = next(generators(run.snapshots, [length], run.times[-1]))
         for steps in _STUDENT_STEPS:
             levels = None if tuned is None or len(tuned.levels or ()) != steps - 1 else tuned.levels
