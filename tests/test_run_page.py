@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from edm2 import run_page
-from edm2.data import ArrayDataset
+from edm2.data import ArrayDataset, FloatCoding
 from edm2.distill import distill, open_teacher, student_settings
 from edm2.ema.storage.manifest import read_manifest
 from edm2.evaluation.noise_errors import errors_by_noise
 from edm2.report import Page
 from edm2.run_page import write_run_report
 from edm2.train import train
+from edm2.train.coding import Coding
 from edm2.train.config import EMAConfig
 from edm2.train.with_config import with_config
 from edm2.tuning.result import Knobs, Tried, Tuned, save_tuned
@@ -196,12 +197,15 @@ def test_errors_by_noise_of_a_denoiser_that_answers_zero():
         def __call__(self, x, sigma, labels):
             return torch.zeros_like(x)
 
+        def given(self, condition):
+            return self
+
         def logvar(self, sigma):
             return torch.zeros_like(sigma)
 
-    coding = types.SimpleNamespace(encode=lambda images, index, seed: images.float())
+    coding = Coding(kind="floats", values=FloatCoding(), num_channels=1)
     generator = types.SimpleNamespace(denoiser=Zero(), coding=coding)
-    sigma, learned, errors = errors_by_noise(generator, np.full((3, 1, 2, 2), 2, np.uint8), None)
+    sigma, learned, errors = errors_by_noise(generator, np.full((3, 1, 2, 2), 2, np.float32), None)
     np.testing.assert_allclose(errors, np.log((sigma**2 + 0.25) / (sigma * 0.5) ** 2 * 4), rtol=1e-5)
     assert not learned.any()
 

@@ -286,16 +286,13 @@ def _noise(page: Page, run: _Run) -> None:
         return page.text(f"The training data can no longer be opened: {error}")
     chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), _NOISE_IMAGES)).astype(np.int64)
     labels = dataset.labels(chosen) if dataset.num_classes else None
-    if (
-        generator.denoiser.cond_channels
-        or generator.takes_vectors
-        or generator.residual
-        or run.config.objective == "mean"
-    ):
+    if generator.residual or run.config.objective == "mean":
         return page.text(
-            "Not drawn for models of pairs: train with --validation for their loss at each noise level."
+            "Not drawn for regressions and what they leave: train with --validation for their loss at each noise level."
         )
-    sigma, learned, errors = errors_by_noise(generator, dataset.images(chosen), labels)
+    sigma, learned, errors = errors_by_noise(
+        generator, dataset.images(chosen), labels, **dataset.given(chosen)
+    )
     if not np.isfinite(errors).all():
         return page.text("The network's outputs are not finite.")
     density = noise_density(sigma, p_mean=loss.p_mean, p_std=loss.p_std)

@@ -180,7 +180,14 @@ def test_the_command_line_trains_and_samples_pairs(
     small = "--network.model-channels 8 --network.channel-mult 1 --network.num-blocks 1 --network.attn-resolutions"
     main(
         f"train --preset digits --data {tmp_path}/pairs.npz --out {tmp_path}/run --images 32 --batch 8 "
-        f"--dataset.resample bilinear --device cpu {small} 4 --network.channels-per-head 8".split()
+        f"--sample-images 16 --dataset.resample bilinear --device cpu {small} 4 --network.channels-per-head 8".split()
+    )
+    assert f"next: edm2 sample {tmp_path}/run --conditions {tmp_path}/pairs.npz" in capsys.readouterr().err
+    assert len(list((tmp_path / "run" / "progress").glob("*.png"))) == 2
+    main(f"report {tmp_path}/run --out {tmp_path}/page.html".split())
+    assert (
+        "Weighted squared error (natural logarithm) at each noise level"
+        in (tmp_path / "page.html").read_text()
     )
     sample = f"sample {tmp_path}/run --seeds 0-5 --num-steps 2 --conditions {tmp_path}/pairs.npz"
     main(f"{sample} --out {tmp_path}/a.npz".split())

@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from edm2.generate import read_coding
 from edm2.generate.own_guide import own_guide
 from edm2.progress import tell
 from edm2.train.settings_file import run_settings
@@ -26,7 +27,12 @@ def run_for(data: str | Path) -> Path:
 
 def after_training(run: Path) -> None:
     """Sample with the guide that usually helps most; then find the best one."""
-    if run_settings(run).consistency is None:
+    settings = run_settings(run)
+    if read_coding(run).condition is not None:
+        tell_next(
+            "sample", run, "--conditions", settings.condition or settings.data, "--out", run / "samples.npz"
+        )
+    elif settings.consistency is None:
         tell_next("sample", run, own_guide(run).words(), "--out", run / "samples")
     else:
         tell_next("sample", run, "--out", run / "samples")

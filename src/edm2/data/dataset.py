@@ -123,6 +123,11 @@ class ImageDataset(ABC):
         chosen: np.ndarray = self._vectors[self._checked(indices)]
         return chosen
 
+    def given(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """What a model is given with images besides their class: `conditions` and `vectors`, where there are any."""
+        given = {} if self.conditions is None else {"conditions": self.conditions.images(indices)}
+        return given | ({"vectors": self.vectors(indices)} if self.vector_dim else {})
+
     def image_name(self, index: int) -> str:
         """Name of an image in messages."""
         return f"image {index}"

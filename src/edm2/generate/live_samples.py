@@ -101,11 +101,7 @@ def _examples(trainer: Trainer, count: int) -> tuple[dict[str, Any], np.ndarray 
     if dataset.conditions is None and not dataset.vector_dim:
         return {}, None
     rows = np.arange(min(count, len(dataset), _MOST_CASES))
-    given = {}
-    if dataset.conditions is not None:
-        given["conditions"] = dataset.conditions.images(rows)
-    if dataset.vector_dim:
-        given["vectors"] = dataset.vectors(rows)
+    given = dataset.given(rows)
     if dataset.num_classes:
         given["labels"] = dataset.labels(rows)
     return given, dataset.images(rows)[:, : trainer.coding.num_channels]

@@ -210,7 +210,9 @@ class Workbench:
         labels = dataset.labels(rows) if dataset.num_classes else None
         with self._lock:
             generator = self.model(choice.sigma_rel, choice.num_images)
-            sigma, learned, errors = errors_by_noise(generator, dataset.images(rows), labels)
+            sigma, learned, errors = errors_by_noise(
+                generator, dataset.images(rows), labels, **dataset.given(rows)
+            )
         loss = self.settings["loss"]
         density = noise_density(sigma, p_mean=loss["p_mean"], p_std=loss["p_std"])
         uncertainty = None if generator.denoiser.uncertainty is None else learned
