@@ -338,6 +338,14 @@ def pickles(folder: Path) -> Iterator[Target]:
         folder / "statistics.pkl",
         {"read": read_reference, "statistics": read_reference_statistics},
     )
+    cifar = folder / "cifar-10-batches-py"
+    cifar.mkdir()
+    batch = pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 1]}, 3)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        (cifar / name).write_bytes(batch)
+    (cifar / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"a", b"b"]}, 3))
+    for name in ("data_batch_3", "batches.meta"):
+        yield Target("pickles", cifar / name, {"dataset": lambda p: dataset(p.parent)})
     state = {"a": torch.linspace(0.1, 1, 6).reshape(2, 3), "b": torch.linspace(0.2, 1, 3)}
     merge = {
         "average": lambda p: average_checkpoints(p.parents[1], [0.1]),

@@ -132,8 +132,9 @@ def test_a_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
         (dumped([1]), "is damaged"),
         (b"", "is damaged"),
         (b"\x80\x02" + b"(" * 10, "is damaged"),
+        (b"\x80\x02G\0.", r"is damaged .*unpack requires"),
     ],
-    ids=["pixels", "transposed", "labels", "number", "list", "empty", "marks"],
+    ids=["pixels", "transposed", "labels", "number", "list", "empty", "marks", "cut number"],
 )
 def test_damaged_pickles_are_refused(change: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):

@@ -98,7 +98,7 @@ def test_records_of_another_kind_are_left_out_for_pages(tmp_path: Path) -> None:
         "seconds": 1.0,
         "images_per_second": 2,
     }
-    bad = [{"loss": []}, {"grad_norm": "a"}, {"learning_rate": None}, {"seconds": {}}]
+    bad = [{"loss": []}, {"grad_norm": "a"}, {"learning_rate": None}, {"seconds": 10**400}]
     for n, change in enumerate([{}, *bad, {}]):
         append_log(tmp_path, {"num_images": n, **good, **change})
     append_log(tmp_path, {"num_images": 9, **{k: v for k, v in good.items() if k != "loss"}})

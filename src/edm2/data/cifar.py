@@ -192,12 +192,12 @@ _HARMLESS = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
 }
-# What a pickle that says something else can end in.
-_DAMAGED = (
-    pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError,
-    MemoryError, RecursionError, UnicodeError, ImportError,
-)  # fmt: skip
+# What a pickle of something else than a batch can end in.
+_DAMAGED = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 
 
 def _load(data: bytes) -> Any:
-    return _Unpickler(io.BytesIO(data), encoding="bytes").load()
+    try:
+        return _Unpickler(io.BytesIO(data), encoding="bytes").load()
+    except Exception as error:  # a damaged pickle may end in any
+        raise ValueError(str(error)[:100] or type(error).__name__) from error

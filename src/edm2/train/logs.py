@@ -22,23 +22,29 @@ _SEAM = re.compile(rb'(?<=[0-9]\}).(?=\{")')
 
 def is_progress(record: dict[str, Any]) -> bool:
     """Whether a record of `log.jsonl` holds what pages about a run need."""
-    finite = all(isinstance(record.get(key), int | float) for key in _NUMBERS)
-    return finite and all(
-        isinstance(record.get(key, ""), int | float | None) for key in ("loss", "grad_norm")
-    )
+    means = (record.get(key, "") for key in ("loss", "grad_norm"))
+    numbers = (record.get(key) for key in ("num_images", *_NUMBERS))
+    return all(map(_is_number, numbers)) and all(x is None or _is_number(x) for x in means)
 
 
 def is_magnitudes(record: dict[str, Any]) -> bool:
     """Whether a record of `magnitudes.jsonl` holds what pages about a run need."""
     tables = [record.get(kind) for kind in _TABLES]
-    return all(isinstance(t, dict) and all(isinstance(x, int | float) for x in t.values()) for t in tables)
+    fits = all(isinstance(table, dict) and all(map(_is_number, table.values())) for table in tables)
+    return fits and _is_number(record.get("num_images"))
 
 
 def is_validation(record: dict[str, Any]) -> bool:
     """Whether a record of `validation.jsonl` holds what pages about a run, and its end, depend on."""
-    numbers = all(isinstance(record.get(key), int | float) for key in ("loss", "loss_ema", "sigma_rel"))
-    lists = [record.get(key) for key in ("levels", "by_level", "by_level_ema")]
-    return numbers and all(isinstance(x, list) and all(isinstance(v, int | float) for v in x) for x in lists)
+    numbers = (record.get(key) for key in ("num_images", "loss", "loss_ema", "sigma_rel"))
+    lists = (record.get(key) for key in ("levels", "by_level", "by_level_ema"))
+    return all(map(_is_number, numbers)) and all(
+        isinstance(x, list) and all(map(_is_number, x)) for x in lists
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63)
 
 
 def read_log(
