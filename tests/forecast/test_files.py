@@ -9,6 +9,7 @@ import pytest
 
 from edm2.cli import main
 from edm2.forecast import Forecast, read_forecast, write_forecast
+from edm2.forecast.cases import read_cases
 from edm2.metrics.ensemble import score_ensemble
 
 
@@ -133,3 +134,15 @@ def test_bad_words(
         main(["metrics", "ensemble", "f.npz", *words])
     assert message in capsys.readouterr().err
     assert Path("mine.json").read_text() == "{}"
+
+
+def test_a_zarr_group_that_would_unpickle_is_not_opened(tmp_path: Path) -> None:
+    pytest.importorskip("xarray")
+    pytest.importorskip("zarr")
+    path = write_forecast(tmp_path / "f.zarr", forecast())
+    metadata = path / "members" / "zarr.json"
+    content = json.loads(metadata.read_text())
+    metadata.write_text(json.dumps({**content, "codecs": [{"name": "numcodecs.pickle", "configuration": {}}]}))
+    for read in (read_forecast, lambda where: read_cases(where, frames=1, channels=2)):
+        with pytest.raises(ValueError, match=r"members/zarr\.json asks for unpickling, which can run code"):
+            read(path)

@@ -5,7 +5,6 @@ and fill value; plain zarr arrays as they are.
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from edm2.data.dataset import ImageDataset, not_finite
 from edm2.data.npy import as_stored, stored_kind
 from edm2.data.pairs import PairedDataset
 from edm2.extras import needed
+from edm2.files import read_json
 
 _SOURCE = re.compile(r"(.+\.(?:zarr|nc|nc4|netcdf))(?::([^/\\]+))?", re.IGNORECASE)
 _IMAGES, _CONDITIONS = ("output_images", "images"), ("input_images", "conditions")
@@ -218,7 +218,7 @@ def _is_netcdf3(path: Path) -> bool:
 def refuse_pickles(folder: Path) -> None:
     """Raise ValueError if reading a zarr group would run code: a codec of it unpickles its data."""
     for file in _metadata(folder):
-        if _names_pickle(json.loads(file.read_bytes())):
+        if _names_pickle(read_json(file, finite=False)):
             raise ValueError(f"{file.relative_to(folder)} asks for unpickling, which can run code")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from edm2.data.grids import refuse_pickles
 from edm2.extras import needed
 
 _NAMES = ("frames", "start", "conditions", "truth", "images", "vectors", "labels")
@@ -71,6 +72,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             return {name: archive[name] for name in _NAMES if name in archive.files}
     with needed(f"reading {path.name}"):
         import xarray
+    refuse_pickles(path)
     with xarray.open_dataset(path) as content:
         return {name: content[name].values for name in _NAMES if name in content}
 

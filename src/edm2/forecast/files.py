@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from edm2.data.grids import refuse_pickles
 from edm2.extras import needed
 from edm2.files import read_json, replacing, replacing_folder
 from edm2.generate.archive import array_header, writing
@@ -142,6 +143,7 @@ def _read_xarray(path: Path) -> tuple[dict[str, np.ndarray], Any]:
     check_format(path)
     import xarray
 
+    refuse_pickles(path)
     extra: dict[str, Any] = {"consolidated": False} if path.suffix.lower() == ".zarr" else {}
     with xarray.open_dataset(path, **extra) as content:
         found = {name: content[name].values for name in _DIMENSIONS if name in content}
