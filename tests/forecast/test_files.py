@@ -142,7 +142,9 @@ def test_a_zarr_group_that_would_unpickle_is_not_opened(tmp_path: Path) -> None:
     path = write_forecast(tmp_path / "f.zarr", forecast())
     metadata = path / "members" / "zarr.json"
     content = json.loads(metadata.read_text())
-    metadata.write_text(json.dumps({**content, "codecs": [{"name": "numcodecs.pickle", "configuration": {}}]}))
+    metadata.write_text(
+        json.dumps({**content, "codecs": [{"name": "numcodecs.pickle", "configuration": {}}]})
+    )
     for read in (read_forecast, lambda where: read_cases(where, frames=1, channels=2)):
         with pytest.raises(ValueError, match=r"members/zarr\.json asks for unpickling, which can run code"):
             read(path)
