@@ -28,7 +28,7 @@ from edm2.train.run_folder import TEACHER, check_free
 GUIDE_FILE = "guide.safetensors"
 IGNORES_LABELS = "ignores_labels"  # in the info of a guide
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
-# How much wider the gap is at low noise, and how fast that fades: k and b of ECT.
+# How much wider the gap is at low noise, and how fast that fades: k and b of the paper.
 _WIDER, _FADING = 8.0, 1.0
 
 
