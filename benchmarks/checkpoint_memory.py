@@ -37,13 +37,22 @@ def main() -> None:
     print(machine(torch.device("cpu")))
     for size in arguments.processes:
         with tempfile.TemporaryDirectory() as name:
-            rows = measure(Path(name), size, arguments.million)
-        for row in rows:
-            print(row)
+            found = measure(Path(name), size, arguments.million)
+        for rank, process in enumerate(found):
+            print(
+                f"process {rank + 1} of {size}: part {process['part'] / 1e6:.0f} MB of {process['all'] / 1e6:.0f}; "
+                f"saving +{process['save'] / process['part']:.2f} parts, {process['save_s']:.1f} s; resuming "
+                f"+{process['resume'] / process['part']:.2f} parts, {process['resume_s']:.1f} s"
+            )
 
 
-def measure(folder: Path, size: int, million: int) -> list[str]:
-    """One line for each process."""
+def network_width(million: int) -> int:
+    """Channels of a network of about so many parameters: config G has 280 million at 192."""
+    return max(16, round((million / 280) ** 0.5 * 12) * 16)
+
+
+def measure(folder: Path, size: int, million: int) -> list[dict[str, float]]:
+    """What each process measured; bytes and seconds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -58,23 +67,14 @@ def measure(folder: Path, size: int, million: int) -> list[str]:
             os._exit(0)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * size
-    lines = []
-    for rank in range(size):
-        found = json.loads((folder / f"{rank}.json").read_text())
-        lines.append(
-            f"process {rank + 1} of {size}: part {found['part'] / 1e6:.0f} MB of {found['all'] / 1e6:.0f}; saving "
-            f"+{found['save'] / found['part']:.2f} parts, {found['save_s']:.1f} s; resuming "
-            f"+{found['resume'] / found['part']:.2f} parts, {found['resume_s']:.1f} s"
-        )
-    return lines
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 
 def work(folder: Path, world: World, million: int) -> None:
     """Train a step, save and resume."""
-    width = max(16, round((million / 280) ** 0.5 * 12) * 16)  # config G has 280 million at 192 channels
     config = TrainConfig(
         num_images=1 << 20, batch_size=world.size, sharding="full", record_magnitudes=False, workers=0, device="cpu",
-        network=NetworkConfig(model_channels=width, attn_resolutions=(), channels_per_head=16),
+        network=NetworkConfig(model_channels=network_width(million), attn_resolutions=(), channels_per_head=16),
     )  # fmt: skip
     data = ArrayDataset(np.random.default_rng(0).integers(0, 256, (8, 1, 8, 8), dtype=np.uint8))
     trainer = Trainer(config, data, folder / "run", world=world)
@@ -96,7 +96,6 @@ def work(folder: Path, world: World, million: int) -> None:
     world.any(False)
     resumed = Trainer(config, data, folder / "run", world=world)
     resume_peak, resume_seconds = peak(resumed.resume)
-    # What a resumed run holds for good: moments and averages, which a new one has not.
     content = dict(part=part, all=whole, save=save_peak, save_s=save_seconds, resume=resume_peak,
                    resume_s=resume_seconds)  # fmt: skip
     (folder / f"{world.rank}.json").write_text(json.dumps(content))
