@@ -14,6 +14,7 @@ from edm2.data import ArrayDataset, Batch, PairedDataset
 from edm2.generate import ImageGenerator
 from edm2.train import DataConfig, OptimizerConfig, Stopped, Trainer, train
 from edm2.train.coding import Coding, make_coding
+from edm2.train.dry_run import dry_run
 from edm2.train.inputs import code_batch
 
 COUNT = 40
@@ -182,7 +183,9 @@ def test_the_command_line_trains_and_samples_pairs(
         f"train --preset digits --data {tmp_path}/pairs.npz --out {tmp_path}/run --images 32 --batch 8 "
         f"--sample-images 16 --dataset.resample bilinear --device cpu {small} 4 --network.channels-per-head 8".split()
     )
-    assert f"next: edm2 sample {tmp_path}/run --conditions {tmp_path}/pairs.npz" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"next: edm2 sample {tmp_path}/run --conditions {tmp_path}/pairs.npz" in told
+    assert f"next: edm2 tune {tmp_path}/run --metric crps --cases HELD_OUT_PAIRS" in told
     assert len(list((tmp_path / "run" / "progress").glob("*.png"))) == 2
     main(f"report {tmp_path}/run --out {tmp_path}/page.html".split())
     assert (
@@ -264,3 +267,10 @@ def test_conditions_of_a_damaged_model_file_are_refused(change: dict[str, Any]) 
     content = make_coding(config_of(), pairs()).to_json()
     with pytest.raises(ValueError, match="a coding of images that edm2 does not write"):
         Coding.from_json({**content, "condition": {**content["condition"], **change}})
+
+
+def test_the_cost_of_a_run_on_pairs_is_measured() -> None:
+    """As training without a preset does."""
+    cost = dry_run(config_of(), steps=1, dataset=pairs())
+    assert cost.flops > 0
+    assert cost.images_per_second > 0

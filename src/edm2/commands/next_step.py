@@ -29,18 +29,24 @@ def after_training(run: Path) -> None:
     """Sample with the guide that usually helps most; then find the best one."""
     settings = run_settings(run)
     if read_coding(run).condition is not None:
-        tell_next(
-            "sample", run, "--conditions", settings.condition or settings.data, "--out", run / "samples.npz"
-        )
+        given = settings.condition or settings.data
+        tell_next("sample", run, "--conditions", given, "--out", run / "samples.npz")
     elif settings.consistency is None:
         tell_next("sample", run, own_guide(run).words(), "--out", run / "samples")
     else:
         tell_next("sample", run, "--out", run / "samples")
-    tell_next("tune", run)
+    _tell_to_tune(run)
 
 
 def after_looking(run: Path) -> None:
     """Find the best settings; of a tuned run, sample with them."""
     if read_tuned(run) is None:
-        return tell_next("tune", run)
+        return _tell_to_tune(run)
     tell_next("sample", run, "--out", run / "samples")
+
+
+def _tell_to_tune(run: Path) -> None:
+    if read_coding(run).condition is None:
+        tell_next("tune", run)
+    else:
+        tell_next("tune", run, "--metric crps --cases HELD_OUT_PAIRS")

@@ -143,8 +143,10 @@ def _flops(trainer: Trainer) -> float:
     denoiser = trainer.denoiser
     shape = (1, *denoiser.img_shape)
     labels = torch.zeros(1, denoiser.label_dim, device=trainer.device) if denoiser.label_dim else None
-    image = torch.zeros(shape, device=trainer.device)
-    return float(count_flops(denoiser.eval(), image, torch.ones(1, device=trainer.device), labels))
+    image, sigma = torch.zeros(shape, device=trainer.device), torch.ones(1, device=trainer.device)
+    channels = denoiser.cond_channels
+    condition = torch.zeros(1, channels, *shape[2:], device=trainer.device) if channels else None
+    return float(count_flops(denoiser.eval(), image, sigma, labels, condition=condition))
 
 
 def _wait(device: torch.device) -> None:
