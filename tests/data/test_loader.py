@@ -1,7 +1,3 @@
-import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 
@@ -120,59 +116,6 @@ def test_the_time_spent_waiting_is_counted():
         next(batches)
         next(batches)
         assert batches.wait_seconds >= 0.1
-
-
-def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-PROGRAM = """
-    import os, signal, sys, numpy as np
-    from edm2.data import Batches, open_dataset
-
-    if __name__ == "__main__":
-        data = open_dataset(sys.argv[1])
-        batches = Batches(data, 4, seed=0, workers=1, processes=True)
-        with Batches(data, 4, seed=0, workers=0) as plain:
-            first = next(batches)
-            worker, = batches._pool._processes
-            os.kill(worker, signal.SIGTERM)
-            os.kill(worker, signal.SIGINT)
-            same = first.images.equal(next(plain).images)
-            same &= all(next(batches).images.equal(next(plain).images) for _ in range(8))
-        with open(os.path.join(sys.argv[1], "02.png"), "wb") as file:
-            file.write(b"x")
-        try:
-            for _ in range(12): next(batches)
-        except ValueError as error:
-            print(str(error), flush=True)
-        survivor = Batches(data, 1, seed=0, workers=1, processes=True)
-        next(survivor)
-        print(same, *survivor._pool._processes, flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_processes_read_the_same_outlive_signals_and_end_with_their_parent(folder):
-    script = folder.parent / "program.py"
-    script.write_text(textwrap.dedent(PROGRAM))
-    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    message, last = done.stdout.strip().splitlines()
-    assert "image '02.png' in" in message
-    same, pid = last.split()
-    assert same == "True"
-    for _ in range(200):
-        if not alive(pid):
-            break
-        time.sleep(0.05)
-    assert not alive(pid)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -30,7 +30,9 @@ _REALS = (
 _TEXTS = ("config", "label_kind", "network_from")
 _OWN_OPTIONS = {"network_from", "img_resolution", "img_channels", "label_dim", "config", "sigma_data"}
 _ARGUMENTS = (*_INTS, *_LISTS, *_REALS, *_TEXTS)
-_NOT_NONE = ("img_resolution", "img_channels", "label_dim", "sigma_data", "config", "channel_mult")
+_NOT_NONE = (
+    *("img_resolution", "img_channels", "label_dim", "sigma_data", "config", "channel_mult", "num_blocks"),
+)
 # What building raises for values that are plausible one by one and do not go together.
 _CANNOT_BE_BUILT = (TypeError, ValueError, RuntimeError, OverflowError, ArithmeticError)
 

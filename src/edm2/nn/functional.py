@@ -27,9 +27,8 @@ def rms(x: Tensor, dim: int | Sequence[int]) -> Tensor:
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
-    count = math.prod(
-        x.shape[d] for d in dims
-    )  # without the batch, to which torch.export would bind the graph
+    # Without the batch, to which torch.export would bind the graph; of a list, because compilers know no generators.
+    count = math.prod([x.shape[d] for d in dims])
     return norm * math.sqrt(1 / count) if count else norm
 
 
