@@ -115,7 +115,7 @@ def test_an_unconditional_guide_that_helps_is_found_and_sampled_with(
         images = next(content[name] for name in content.files if content[name].ndim == 4)
     assert np.array_equal(images.reshape(score.wanted.shape), score.wanted)
     page = write_tuning_report(found, PLAN, tmp_path / "report.html", title="t").read_text()
-    assert "Likeness in features of pixels: lower by" in page
+    assert "Likeness on pixels: lower by" in page
 
 
 def test_a_guide_is_known_by_what_is_in_it(run, unconditional, tmp_path):
