@@ -1,5 +1,6 @@
 """Long runs, in which one update is less than float32's rounding: averages go on moving, by way of windows."""
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -154,6 +155,29 @@ def test_a_run_resumed_within_a_window_goes_on_bit_for_bit(stop: int, tmp_path: 
     stored = reconstruct(tmp_path, 0.1).tensors
     for name, tensor in other.average(0.1).items():
         assert torch.equal(stored[name], tensor)
+
+
+@pytest.mark.parametrize("sigma_rels", [(0.1,), (0.05, 0.1)])
+@pytest.mark.parametrize("first", [0, 1000, 20_000])
+def test_a_run_is_resumed_after_any_update(sigma_rels: tuple[float, ...], first: int) -> None:
+    """Whatever windows are open, and wherever the base was renewed."""
+    model = network()
+    ema = PowerEMA(model, sigma_rels, run_id="a")
+    if first:
+        ema.update(first)
+    for step, t in enumerate(late(model, [first + k for k in range(1, 60)])):
+        ema.update(t)
+        twin = network()
+        other = PowerEMA(twin, sigma_rels, run_id="b")
+        other.load_state_dict(ema.state_dict())
+        assert_equal_states(ema, other)
+        if step % 7 == 0:  # it goes on as the first does
+            twin.load_state_dict(model.state_dict())
+            follower, leader = copy.deepcopy((other, twin)), copy.deepcopy((ema, model))
+            for tracker, net in (follower, leader):
+                for later in late(net, [t + k for k in range(1, 20)], seed=1):
+                    tracker.update(later)
+            assert_equal_states(follower[0], leader[0])
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, len(LATE)])

@@ -341,7 +341,7 @@ def test_edm2_sample_uses_the_saved_settings(
     assert np.array_equal(made, open_pretrained(folder).images(SEEDS))
     main(["sample", str(folder / "model.safetensors"), *words, str(tmp_path / "plain")])
     record = json.loads((tmp_path / "plain" / "samples.json").read_text())
-    assert (record["guide"], record["sampler"]["name"]) == (None, "heun")
+    assert (record["guide"], record["sampler"]["name"]) == (None, "dpmpp-3m")
     main(["sample", str(folder), "--num-steps", "2", "--sampler", "euler", *words, str(tmp_path / "other")])
     record = json.loads((tmp_path / "other" / "samples.json").read_text())
     assert (record["sampler"]["guidance"], record["sampler"]["name"], record["sampler"]["num_steps"]) == (
@@ -358,5 +358,7 @@ def test_edm2_sample_takes_the_settings_of_a_released_model(tmp_path: Path) -> N
     write_json(setting, {**content, "guidance": 2.0, "reported": {"metric": "FID", "value": 1.5}})
     words = ["--device", "cpu", "--seeds", "0", "--num-steps", "2", "--out", str(tmp_path / "s")]
     main(["sample", str(setting), *words])
-    made = ImageGenerator.load(model).images([0], num_steps=2, guide=ImageGenerator.load(guide), guidance=2.0)
+    made = ImageGenerator.load(model).images(
+        [0], sampler="heun", num_steps=2, guide=ImageGenerator.load(guide), guidance=2.0
+    )
     assert np.array_equal(read_images([tmp_path / "s" / "000000.png"]), made)

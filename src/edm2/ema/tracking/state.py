@@ -60,7 +60,8 @@ def check_state(state: Mapping[str, Any], settings: Mapping[str, Any], like: Map
 
 def _is_in_order(state: Mapping[str, Any], *, has_window: bool) -> bool:
     start, based, folded, t = (state[k] for k in ("start", "based", "folded", "t"))
-    return bool(start <= based <= folded <= t < math.inf and has_window == (folded < t))
+    # The base is renewed as a window opens, so that it may be newer than what is folded.
+    return bool(start <= based <= t and start <= folded <= t < math.inf and has_window == (folded < t))
 
 
 def _sharded_otherwise(tensor: Tensor, given: Tensor) -> bool:
