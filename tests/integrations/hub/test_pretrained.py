@@ -174,7 +174,7 @@ def test_numbers_come_with_their_provenance(tmp_path: Path) -> None:
         "images: 8, seeds 0-7",
         "reference: digits (train), 1,797 images",
         "reference's hash: cdcdcdcdcdcdcdcd",
-        "sampled with: heun, 2 steps",
+        "sampled with: dpmpp-3m, 2 steps",
         f"edm2 {edm2.__version__}",
         "to be read with care: there are 8 images",
     ):
