@@ -180,10 +180,14 @@ def test_guidance_is_the_saved_one_unless_given() -> None:
     def make(**options: Any) -> np.ndarray:
         return (saved(seeds=[0], output_type="pt", **options).images * 255).round().byte().numpy()
 
-    expected = generator.images([0], num_steps=4, guide=guide, guidance=3.0, interval=(0.5, 20.0))
+    expected = generator.images(
+        [0], sampler="heun", num_steps=4, guide=guide, guidance=3.0, interval=(0.5, 20.0)
+    )
     assert np.array_equal(make(), expected)
-    assert np.array_equal(make(guidance_scale=1.0), generator.images([0], num_steps=4))
-    other = generator.images([0], num_steps=3, guide=guide, guidance=2.0, interval=(1.0, 90.0))
+    assert np.array_equal(make(guidance_scale=1.0), generator.images([0], sampler="heun", num_steps=4))
+    other = generator.images(
+        [0], sampler="heun", num_steps=3, guide=guide, guidance=2.0, interval=(1.0, 90.0)
+    )
     assert np.array_equal(make(guidance_scale=2.0, num_inference_steps=3, interval=(1.0, 90.0)), other)
 
 
