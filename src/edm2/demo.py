@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SWEEP = (0.05, 0.07, 0.09, 0.11, 0.13, 0.16, 0.20, 0.25)
 _SWEEP_SEED, _SWEEP_IMAGES, _SWEEP_STEPS = 1_000_000, 300, 16
 _SWEEP_SAMPLER = "dpmpp-2m"  # as good as Heun with twice the evaluations, for choosing
-_FINAL_IMAGES, _FINAL_STEPS = 1000, 16
+_FINAL_IMAGES, _FINAL_STEPS, _FINAL_SAMPLER = 1000, 16, "heun"
 _PRESET = "digits"
 _SHOWN = 10  # of each class
 
@@ -121,7 +121,9 @@ def run_demo(
     say(f"Sampling with the best EMA length, {best:g}")
     generator = ImageGenerator.load(_model(out, best))
     seeds = list(range(num_images))
-    write_samples(generator, out / "samples", seeds, num_steps=_FINAL_STEPS, quiet=quiet)
+    write_samples(
+        generator, out / "samples", seeds, num_steps=_FINAL_STEPS, sampler=_FINAL_SAMPLER, quiet=quiet
+    )
     made = read_images([out / "samples" / f"{seed:06d}.png" for seed in seeds])
     wanted = generator.labels_for(seeds)
     say("Measuring and writing the report")
@@ -279,7 +281,8 @@ def _add_settings(
     commands = [
         f"edm2 train --preset {_PRESET} --out {run}",
         f"edm2 ema reconstruct {run} --sigma-rel {best:g} --out {ema}",
-        f"edm2 sample --model {ema}/{ema_file_name(best)} --num-steps {_FINAL_STEPS} "
+        f"edm2 sample --model {ema}/{ema_file_name(best)} --sampler {_FINAL_SAMPLER} "
+        f"--num-steps {_FINAL_STEPS} "
         f"--seeds 0-{num_images - 1} --out {samples}",
     ]
     by_command = config == get_preset(_PRESET)

@@ -377,7 +377,7 @@ def _samples(page: Page, run: _Run) -> None:
         generator = run.generator(t)
         classes = _classes(generator)
         try:
-            rows.append(generator.images(range(_SEEDS_SHOWN), num_steps=run.num_steps))
+            rows.append(generator.images(range(_SEEDS_SHOWN), **run.sampling))
         except (ValueError, FloatingPointError) as error:
             return page.text(f"Not drawn: {error}")
     images = np.concatenate(rows)

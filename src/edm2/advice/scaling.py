@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edm2.presets import get_preset
+from edm2.presets import digits, img512
 from edm2.train.config import NetworkConfig
 
 # Multiply-accumulates of a forward pass of one image in the two runs.
 _SMALL_MACS, _LARGE_MACS = 29.2e6, 552e9
-_SMALL, _LARGE = get_preset("digits"), get_preset("edm2-img512-xxl")
+_SMALL, _LARGE = digits(), img512("xxl")
 DECAY_START = 0.1
 """Share of the run after which the learning rate decays: 11% in `digits`, 7% to 16% in EDM2 Table 6."""
 PASSES = 3
