@@ -7,6 +7,7 @@ from PIL import Image
 
 from edm2.cli import main
 from edm2.data import open_dataset
+from edm2.data.sources import holds_pairs
 
 RNG = np.random.default_rng(0)
 
@@ -87,3 +88,11 @@ def test_info_shows_pairs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFix
     assert table.shape[1] > 3 * 96
     assert table.shape[0] > 6 * 96
     assert (table[..., 3] == 0).any()
+
+
+def test_a_damaged_archive_is_left_to_the_reader_of_images(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, images=np.zeros((4, 1, 8, 8), np.uint8), conditions=np.zeros((4, 1, 8, 8)))
+    assert holds_pairs(path)
+    path.write_bytes(path.read_bytes().replace(b"PK\x01\x02", b"PK\x01\x03"))  # in the table of its members
+    assert not holds_pairs(path)

@@ -87,8 +87,11 @@ def holds_pairs(source: str | Path) -> bool:
     """Whether a source is a file that holds something with its images, or may have missing values; opens no images."""
     path = Path(source).expanduser()
     if path.suffix.lower() == ".npz" and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return bool({"conditions.npy", "vectors.npy", "mask.npy"} & set(archive.namelist()))
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return bool({"conditions.npy", "vectors.npy", "mask.npy"} & set(archive.namelist()))
+        except Exception:  # zipfile has many for damaged files; the reader of the images names the damage
+            return False
     return split_source(source) is not None
 
 
