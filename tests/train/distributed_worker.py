@@ -8,14 +8,13 @@ import dataclasses
 import errno
 import os
 import signal
-import socket
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed.fsdp
+from modes import in_processes
 from tiny_run import tiny_config, tiny_data, tiny_network
 
 import edm2.train.checkpoint
@@ -32,27 +31,15 @@ OnStep = Callable[[Trainer], None]
 
 def group(size: int, out: Path, config: TrainConfig = CONFIG, on_step: OnStep | None = None) -> list[int]:
     """Exit codes of the processes of a run: 0 done, 75 stopped."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            code = 0
-            try:
-                train(config, out, dataset=DATA, quiet=True, on_step=on_step)
-            except Stopped:
-                code = 75
-            except BaseException:
-                traceback.print_exc()
-                code = 1
+
+    def work() -> None:
+        try:
+            train(config, out, dataset=DATA, quiet=True, on_step=on_step)
+        except Stopped:
             sys.stderr.flush()
-            os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            os._exit(75)
+
+    return in_processes(size, work)
 
 
 def stop_on(rank: int, num_images: int) -> OnStep:
