@@ -12,7 +12,7 @@ from edm2.diffusion import WithoutLabels
 from edm2.generate import ImageGenerator
 from edm2.presets import get_preset
 from edm2.train import DataConfig, NetworkConfig, train
-from edm2.tuning import Knobs, TuningPlan, check_guide, save_tuned, tune
+from edm2.tuning import Knobs, TuningPlan, open_guide, save_tuned, tune
 
 OPTIONS: dict[str, Any] = {"guidance": 2.0, "num_steps": 4, "sampler": "dpmpp-2m"}
 WORDS = ["--num-steps", "4", "--sampler", "dpmpp-2m", "--device", "cpu", "--grid", "0"]
@@ -66,7 +66,7 @@ def test_a_model_that_never_missed_its_labels_is_warned_about(tmp_path: Path) ->
         ImageGenerator.load(plain).without_labels()
     free = trained(tmp_path / "free", dataset=DataConfig(labels=False))
     with pytest.raises(ValueError, match="an unconditional model cannot guide itself"):
-        check_guide(free, Path("self"))
+        open_guide(free, Path("self"))
 
 
 class Likeness:

@@ -14,6 +14,7 @@ from edm2.cli import main
 from edm2.data import ArrayDataset, PairedDataset
 from edm2.diffusion import load_model
 from edm2.generate import ImageGenerator
+from edm2.generate.checks import check_guide
 from edm2.train import DataConfig, OptimizerConfig, Stopped, TrainConfig, Trainer, train
 from edm2.train.consistency import Teacher
 from edm2.train.inputs import code_batch
@@ -190,7 +191,7 @@ def test_mistakes(mean: str, tmp_path: Path) -> None:
     guide = ImageGenerator.load(mean)
     run(tmp_path / "run", residual=mean, num_images=8)
     with pytest.raises(ValueError, match="of residuals of the same regression, or both of images"):
-        ImageGenerator.load(tmp_path / "run").check_guide(guide)
+        check_guide(ImageGenerator.load(tmp_path / "run"), guide)
 
 
 def test_classes_alone_can_be_regressed_on(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from edm2.data import LatentDecoder, read_given
 from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
 from edm2.forecast import make_ensemble
 from edm2.generate import ImageGenerator, parse_seeds, read_coding, write_samples
+from edm2.generate.checks import class_index
 from edm2.progress import show
 from edm2.train.run_folder import CONFIG_FILE
 from edm2.train.world import join_world
@@ -167,7 +168,9 @@ def _given(chosen: _Sample, generator: ImageGenerator) -> dict[str, Any]:
     """Labels, conditions and vectors from the options and the file of conditions."""
     if chosen.labels is not None and chosen.label is not None:
         raise ValueError("--label and --labels exclude each other: give one")
-    given: dict[str, Any] = {"labels": None if chosen.label is None else generator.class_of(chosen.label)}
+    given: dict[str, Any] = {"labels": None}
+    if chosen.label is not None:
+        given["labels"] = class_index(chosen.label, generator.class_names, generator.num_classes)
     coding = generator.coding
     if chosen.conditions is not None:
         path = Path(chosen.conditions)

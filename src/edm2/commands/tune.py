@@ -18,7 +18,7 @@ from edm2.evaluation.judge import Judge, Metric
 from edm2.progress import show, tell
 from edm2.train.build import open_run_data, pick_device
 from edm2.train.run_folder import read_config
-from edm2.tuning import BASELINE_SIGMA_REL, Tried, TuningPlan, check_guide, save_tuned, tune
+from edm2.tuning import BASELINE_SIGMA_REL, Tried, TuningPlan, open_guide, save_tuned, tune
 from edm2.tuning.bench import moments
 from edm2.tuning.held_out import EnsembleJudge, EnsembleMetric
 from edm2.tuning.page import score_text, verdict, write_tuning_report
@@ -77,7 +77,7 @@ def run(prog: str, words: Sequence[str]) -> None:
     moment = moments(chosen.run, chosen.plan.num_images)[-1]
     plan = dataclasses.replace(chosen.plan, num_images=moment)
     if plan.guide is not None:
-        check_guide(chosen.run, plan.guide)
+        open_guide(chosen.run, plan.guide)
     if not (chosen.run / MODEL_FILE).exists():
         tell(
             f"edm2: the run has not ended: its snapshot after {moment:,.0f} training images is tuned; to continue this "

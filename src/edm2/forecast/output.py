@@ -19,6 +19,7 @@ from edm2.forecast.cases import Cases
 from edm2.forecast.files import Forecast, check_format, read_forecast, write_forecast
 from edm2.forecast.rollout import past_frames, roll_out
 from edm2.generate import ImageGenerator, SamplerOptions
+from edm2.generate.checks import check_inputs
 from edm2.generate.members import member_seeds
 from edm2.generate.output import check_same, digest
 from edm2.progress import Progress
@@ -153,7 +154,7 @@ def make_ensemble(
     count = len(conditions)
     if labels is None and generator.num_classes:
         labels = np.zeros(count, np.int64)
-    generator.check_inputs(count, labels, conditions, vectors)
+    check_inputs(generator, count, labels, conditions, vectors)
     shape = (count, *generator.denoiser.img_shape)
     if truth is not None and truth.shape != shape:
         raise ValueError(f"truth of shape {list(truth.shape)} must be {list(shape)}, one for each condition")

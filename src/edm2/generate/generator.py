@@ -1,15 +1,13 @@
 """From a saved model to images, each of which depends only on its own seed."""
 
 import copy
-import difflib
 import hashlib
 import itertools
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +16,11 @@ from torch import Tensor
 from edm2.data import LatentDecoder
 from edm2.diffusion import Denoiser, DenoiserFn, GivenDenoiser, WithoutLabels, load_model
 from edm2.diffusion.samplers import Callback
+from edm2.generate.checks import check_decoder, check_guide, check_inputs
 from edm2.generate.features import block_names, image_features
 from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.generate.reconstructed import read_info, reconstruct_denoiser
-from edm2.generate.sampler_options import SamplerOptions
+from edm2.generate.sampler_options import SamplerOptions, options_for
 from edm2.nn import faster_channels_last, keyed_normal, use_channels_last
 from edm2.train.coding import Coding
 from edm2.train.consistency import IGNORES_LABELS
@@ -30,9 +29,6 @@ from edm2.train.residual import Residual, open_residual, regression
 _PRECISIONS = ("float32", "bfloat16", "float16")
 # First of the image's streams of keyed random numbers for noise that a sampler adds; 0 is its starting noise.
 _NOISE_STREAM = 2
-STUDENT_SAMPLER: Final = "consistency"
-# Default options for a student.
-_STUDENT: dict[str, Any] = {"sampler": STUDENT_SAMPLER, "num_steps": 2}
 
 
 class ImageGenerator:
@@ -186,115 +182,14 @@ class ImageGenerator:
         """Default class of each seed: seed modulo the number of classes, `[N]` int64."""
         return np.asarray(seeds, np.int64) % max(self.num_classes, 1)
 
-    def class_of(self, name: str) -> int:
-        """Number of a class that is given by its name, or by its number.
-
-        Raises:
-            ValueError: If there is no such class.
-        """
-        if name in self.class_names:
-            return self.class_names.index(name)
-        if name.isdecimal() and int(name) < max(self.num_classes, 1):
-            return int(name)
-        if not self.num_classes:
-            raise ValueError(f"the model has no classes, and --label names {name!r}: leave it out")
-        near = difflib.get_close_matches(name, self.class_names, n=2, cutoff=0.5)
-        known = f"did you mean {' or '.join(near)}?" if near else f"there are {_some(self.class_names)}"
-        if not self.class_names:
-            known = f"give a number from 0 to {self.num_classes - 1}"
-        raise ValueError(f"there is no class {name!r}: {known}")
-
-    def check_inputs(
-        self,
-        count: int,
-        labels: np.ndarray | None,
-        conditions: np.ndarray | Tensor | None,
-        vectors: np.ndarray | None = None,
-    ) -> None:
-        """Raise ValueError unless labels, conditions and vectors fit the model and `count` images."""
-        size = self.denoiser.label_dim or 0
-        if self.coding.vectors is not None:
-            wanted: tuple[int, ...] = (count, size - self.num_classes)
-            if vectors is None or vectors.shape != wanted:
-                got = "none were given" if vectors is None else f"not of shape {list(vectors.shape)}"
-                raise ValueError(f"this model is conditioned on vectors: give vectors {list(wanted)}, {got}")
-            size = self.num_classes
-        elif vectors is not None:
-            raise ValueError("vectors were given to a model that was not trained with any: leave them out")
-        if labels is not None and len(labels) != count:
-            raise ValueError(f"{len(labels)} labels for {count} seeds: give one each")
-        if self.takes_vectors and self.coding.vectors is None:
-            if labels is None or labels.ndim != 2 or labels.shape[1] != size:
-                got = "none were given" if labels is None else f"not of shape {labels.shape}"
-                raise ValueError(f"this model is conditioned on vectors: give labels [N, {size}], {got}")
-        elif labels is not None:
-            _check_classes(labels, size)
-        channels = self.denoiser.cond_channels
-        coding = self.coding.condition
-        wanted = (count, *((channels, *self.denoiser.img_shape[1:]) if coding is None else coding.shape))
-        if conditions is None and channels:
-            raise ValueError(f"this model is conditioned on images: give conditions {list(wanted)}")
-        if conditions is not None and tuple(conditions.shape) != wanted:
-            what = list(wanted) if channels else "none"
-            raise ValueError(f"conditions of shape {list(conditions.shape)}: this model takes {what}")
-
-    def check_guide(self, guide: "ImageGenerator") -> None:
-        """Raise ValueError unless another model can guide this one."""
-        ours, theirs = self.denoiser, guide.denoiser
-        for what, own, other, fits in (
-            ("images", ours.img_shape, theirs.img_shape, ()),
-            ("label size", ours.label_dim, theirs.label_dim, (0,)),
-            ("condition channels", ours.cond_channels, theirs.cond_channels, (0,)),
-        ):
-            if other != own and other not in fits:
-                raise ValueError(f"the guide has {what} {other}, the model {own}: choose a guide that fits")
-        # What the guide is not given need not agree.
-        own_coding, guide_coding = (
-            replace(
-                coding,
-                condition=coding.condition if theirs.cond_channels else None,
-                vectors=coding.vectors if theirs.label_dim else None,
-                num_classes=coding.num_classes if theirs.label_dim else 0,
-            )
-            for coding in (self.coding, guide.coding)
-        )
-        if guide.info.get("residual") != self.info.get("residual"):
-            raise ValueError("model and guide must be of residuals of the same regression, or both of images")
-        if guide_coding != own_coding:
-            raise ValueError(
-                f"the guide's images are coded as {guide.coding.to_json()}, the model's as {self.coding.to_json()}: "
-                "choose a guide that was trained with the same coding"
-            )
-
     @property
     def is_student(self) -> bool:
         """Whether the model makes images in a few evaluations, by `sample_consistency` alone; see `edm2 distill`."""
         return "consistency" in self.info
 
     def sampler_options(self, **options: Any) -> SamplerOptions:
-        """Options of the sampler, with the defaults that suit the model: for a student, two steps of `consistency`.
-
-        Raises:
-            ValueError: As in `SamplerOptions`, or if the sampler does not suit the model.
-        """
-        chosen = SamplerOptions(**(_STUDENT | options if self.is_student else options))
-        if isinstance(chosen.sampler, str) and self.is_student != (chosen.sampler == STUDENT_SAMPLER):
-            if self.is_student:
-                raise ValueError(
-                    f"the model is a student, which the sampler {chosen.sampler} does not suit: use consistency, or "
-                    "give the teacher"
-                )
-            raise ValueError(
-                "the sampler consistency is for a student, and this model is not one: make one with `edm2 distill`, or "
-                "use another sampler"
-            )
-        trained = self.info["consistency"]["sigma_max"] if self.is_student else chosen.sigma_max
-        if chosen.sigma_max != trained:
-            raise ValueError(
-                f"the student was trained to start at noise level {trained:g}, not at {chosen.sigma_max:g}: leave "
-                "sigma_max out"
-            )
-        return chosen
+        """Options of the sampler, with the defaults that suit the model; see `options_for`."""
+        return options_for(self.info, **options)
 
     def latents(
         self,
@@ -317,7 +212,7 @@ class ImageGenerator:
         chosen = self.sampler_options(**options)
         self._refresh()
         if isinstance(guide, ImageGenerator):
-            self.check_guide(guide)
+            check_guide(self, guide)
             guide._refresh()
         return self._sample(seeds, labels, conditions, vectors, guide, chosen, on_step)
 
@@ -429,7 +324,7 @@ class ImageGenerator:
         chosen = None if labels is None else np.asarray(labels)
         if chosen is None and self.num_classes:
             chosen = self.labels_for(seeds)
-        self.check_inputs(len(index), chosen, conditions, vectors)
+        check_inputs(self, len(index), chosen, conditions, vectors)
         given = None if chosen is None else torch.from_numpy(chosen).to(device)
         if self.coding.vectors is not None:
             given = self.coding.labels(given, torch.as_tensor(vectors, dtype=torch.float32, device=device))
@@ -497,31 +392,6 @@ def read_coding(path: str | Path, sigma_rel: float | None = None) -> Coding:
         return Coding.from_json(info["coding"])
     except ValueError as error:
         raise ValueError(f"{path} describes {error}: restore it from a copy") from error
-
-
-def _check_classes(labels: np.ndarray, size: int) -> None:
-    if not size:
-        raise ValueError("labels were given to an unconditional model: leave them out")
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels of {labels.dtype} {labels.shape} must be class indices, integers [N]")
-    wrong = labels[(labels < 0) | (labels >= size)]
-    if len(wrong):
-        raise ValueError(f"class {wrong[0]} is outside 0..{size - 1}")
-
-
-def check_decoder(decoder: LatentDecoder, coding: Coding) -> None:
-    """Raise ValueError unless a decoder fits a model's coding."""
-    if coding.kind != "latents":
-        raise ValueError(f"the model makes {coding.kind}, not latents: leave the autoencoder out")
-    if decoder.latent_channels != coding.num_channels:
-        raise ValueError(
-            f"the autoencoder decodes latents of {decoder.latent_channels} channels and the model's have "
-            f"{coding.num_channels}: name the one that its training data was encoded with"
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:12]) + (f", and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

@@ -16,6 +16,7 @@ import edm2
 from edm2.diffusion import guided
 from edm2.files import claimed, read_json, write_json
 from edm2.generate.archive import ARCHIVES, SETTINGS_FILE, read_settings, write_npz, write_zip
+from edm2.generate.checks import check_guide, check_inputs
 from edm2.generate.generator import ImageGenerator
 from edm2.generate.image_files import PNG_CHANNELS, missing_files, read_image, read_images, write_image
 from edm2.generate.sampler_options import SamplerOptions
@@ -85,12 +86,12 @@ def write_samples(
         name: None if array is None else np.broadcast_to(array[0], (len(seeds), *array.shape[1:]))
         for name, array in given.items()
     }
-    generator.check_inputs(len(seeds), rows, **first)
+    check_inputs(generator, len(seeds), rows, **first)
     coding = generator.coding.condition
     if conditions is not None and coding is not None and (warning := coding.check(conditions)):
         warnings.warn(warning, stacklevel=2)
     if guide is not None:
-        generator.check_guide(guide)
+        check_guide(generator, guide)
     world = World(rank=0, size=1, device=torch.device("cpu")) if world is None else world
     chosen_options = generator.sampler_options(**options)
     guided(generator.denoiser, None if guide is None else guide.denoiser, chosen_options.guidance)

@@ -2,16 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
 from edm2.diffusion import Churn, DenoiserFn, clipped, consistency_steps, find_sampler, guided, time_steps
 from edm2.diffusion.samplers import Callback
 
-_SDE, _CONSISTENCY = "dpmpp-2m-sde", "consistency"
+_SDE = "dpmpp-2m-sde"
+STUDENT_SAMPLER: Final = "consistency"
 _ALWAYS_TOLD = ("num_steps", "sigma_min", "sigma_max", "rho", "guidance")
 # Noise levels and exponent of the schedule where they are not given: the published ones, and those with which
 # dpmpp-3m comes as close to the exact solution with 24 evaluations as Heun with 63 (docs/results/speed.md).
@@ -81,7 +82,7 @@ class SamplerOptions:
         self._check_noise()
 
     def _check_noise(self) -> None:
-        if self.levels is not None and self.sampler != _CONSISTENCY:
+        if self.levels is not None and self.sampler != STUDENT_SAMPLER:
             raise ValueError(
                 f"levels {self.levels} are for the sampler consistency, not {self.sampler}: leave them out"
             )
@@ -106,7 +107,7 @@ class SamplerOptions:
         """The schedule, see `edm2.diffusion.time_steps` and `edm2.diffusion.consistency_steps`."""
         assert self.num_steps is not None
         assert self.rho is not None
-        if self.sampler == _CONSISTENCY:
+        if self.sampler == STUDENT_SAMPLER:
             return consistency_steps(self.num_steps, self.levels, self.sigma_max)
         return time_steps(self.num_steps, self.sigma_min, self.sigma_max, self.rho)
 
@@ -147,7 +148,7 @@ class SamplerOptions:
         extra: dict[str, Any] = {}
         if self.s_churn:
             extra["churn"] = Churn(self.s_churn, self.s_min, self.s_max, self.s_noise, randn_like)
-        elif self.sampler == _CONSISTENCY:
+        elif self.sampler == STUDENT_SAMPLER:
             extra = {"randn_like": randn_like}
         elif self.sampler == _SDE:
             extra = {"s_noise": self.s_noise, "randn_like": randn_like}
@@ -163,3 +164,34 @@ class SamplerOptions:
             if field.name in _ALWAYS_TOLD or value != field.default:
                 told[field.name] = value
         return told
+
+
+def options_for(info: Mapping[str, Any], **options: Any) -> SamplerOptions:
+    """Options of the sampler, with the defaults that suit a model: for a student, two steps of `consistency`.
+
+    Args:
+        info: What the model's file says about it.
+        **options: Fields of `SamplerOptions`.
+
+    Raises:
+        ValueError: As in `SamplerOptions`, or if the sampler does not suit the model.
+    """
+    student = info.get("consistency")
+    defaults: dict[str, Any] = {} if student is None else {"sampler": STUDENT_SAMPLER, "num_steps": 2}
+    chosen = SamplerOptions(**(defaults | options))
+    if isinstance(chosen.sampler, str) and (student is None) == (chosen.sampler == STUDENT_SAMPLER):
+        if student is None:
+            raise ValueError(
+                "the sampler consistency is for a student, and this model is not one: make one with `edm2 distill`, or "
+                "use another sampler"
+            )
+        raise ValueError(
+            f"the model is a student, which the sampler {chosen.sampler} does not suit: use consistency, or give the "
+            "teacher"
+        )
+    if student is not None and chosen.sigma_max != student["sigma_max"]:
+        raise ValueError(
+            f"the student was trained to start at noise level {student['sigma_max']:g}, not at {chosen.sigma_max:g}: "
+            "leave sigma_max out"
+        )
+    return chosen

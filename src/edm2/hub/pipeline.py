@@ -17,7 +17,7 @@ from torch import Tensor
 from edm2.data import LatentDecoder
 from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
 from edm2.extras import needed
-from edm2.generate.generator import check_decoder
+from edm2.generate.checks import check_decoder, check_inputs
 from edm2.hub.folder import FILES, check_free, open_pretrained, write_pretrained
 from edm2.hub.model_card import model_card
 from edm2.hub.pretrained import Pretrained
@@ -128,7 +128,7 @@ class EDM2Pipeline(ModelHubMixin):
         labels = class_labels
         if labels is not None:
             labels = np.full(count, labels) if np.ndim(labels) == 0 else np.asarray(labels)
-        self.model.generator.check_inputs(count, labels, conditions, options.get("vectors"))
+        check_inputs(self.model.generator, count, labels, conditions, options.get("vectors"))
         settings = {"num_steps": num_inference_steps, "guidance": guidance_scale}
         given = {**{key: v for key, v in settings.items() if v is not None}, **options}
         decoder = None if latent else self._get_decoder()

@@ -10,6 +10,7 @@ import numpy as np
 from edm2.diffusion import consistency_steps, find_sampler
 from edm2.files import from_json
 from edm2.generate import ImageGenerator
+from edm2.generate.checks import check_guide
 from edm2.hub.results import Result, check_results
 
 _MOST_STEPS = 10_000
@@ -99,7 +100,7 @@ class Pretrained:
             sampling = Sampling(sampler=str(default.sampler), num_steps=len(default.sigmas()) - 1)
         self.sampling = sampling
         if guide is not None:
-            generator.check_guide(guide)
+            check_guide(generator, guide)
         if (self.sampling.guidance != 1) != (guide is not None):
             raise ValueError(
                 f"guidance {self.sampling.guidance:g} {'without' if guide is None else 'with'} a guide: a guide goes "

@@ -16,7 +16,8 @@ from edm2.ema import reconstruct_many
 from edm2.ema.storage.manifest import Manifest, read_manifest
 from edm2.evaluation.noise_errors import errors_by_noise, noise_density
 from edm2.generate import ImageGenerator, snapshots_of
-from edm2.generate.generator import STUDENT_SAMPLER
+from edm2.generate.checks import check_guide
+from edm2.generate.sampler_options import STUDENT_SAMPLER
 from edm2.hub import Pretrained, Sampling, save_pretrained
 from edm2.report import uncertainty_curve
 from edm2.report.ema_figures import reconstruction_figure
@@ -80,7 +81,7 @@ class Workbench:
         self.other_path = None if other is None else Path(other)
         self.other = None if other is None else ImageGenerator.load(other)
         if self.other is not None:
-            newest.check_guide(self.other)
+            check_guide(newest, self.other)
 
     def refresh(self) -> None:
         """See which snapshots there are now; a run under way may have written more."""

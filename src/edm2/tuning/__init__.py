@@ -11,7 +11,7 @@ Ref: EDM2 Sec. 3.3 and 4 (lengths after training, guidance); arXiv 2406.02507 (a
 (guidance in an interval).
 """
 
-from edm2.tuning.bench import Score, check_guide
+from edm2.tuning.bench import Score, open_guide
 from edm2.tuning.page import write_tuning_report
 from edm2.tuning.plan import TuningPlan
 from edm2.tuning.result import BASELINE_SIGMA_REL, Knobs, Tried, Tuned, read_tuned, save_tuned
@@ -24,7 +24,7 @@ __all__ = [
     "Tried",
     "Tuned",
     "TuningPlan",
-    "check_guide",
+    "open_guide",
     "read_tuned",
     "save_tuned",
     "tune",

@@ -16,6 +16,7 @@ import torch
 from edm2.ema import reconstruct_many
 from edm2.ema.storage.manifest import read_manifest
 from edm2.generate import ImageGenerator, SamplerOptions, snapshots_of
+from edm2.generate.checks import check_guide
 from edm2.train.logs import append_log, read_log, rewind_log
 from edm2.tuning.plan import SELF, TuningPlan, has_snapshots
 from edm2.tuning.result import BASELINE_SIGMA_REL, FOLDER, Knobs
@@ -88,7 +89,7 @@ class Bench:
         self.moments = moments(run, plan.num_images)
         self.guide_moment, guide = None, None
         if plan.guide is not None:
-            guide = check_guide(run, plan.guide).identity()
+            guide = open_guide(run, plan.guide).identity()
             if plan.guide == SELF:
                 self.guide_moment = self.moments[-1]
             elif has_snapshots(plan.guide):
@@ -199,7 +200,7 @@ class Bench:
         return found
 
 
-def check_guide(run: str | Path, guide: Path) -> ImageGenerator:
+def open_guide(run: str | Path, guide: Path) -> ImageGenerator:
     """Open the guide that a plan names.
 
     Returns:
@@ -212,7 +213,7 @@ def check_guide(run: str | Path, guide: Path) -> ImageGenerator:
     if guide == SELF:
         return model.without_labels()
     opened = ImageGenerator.load(guide, BASELINE_SIGMA_REL if has_snapshots(guide) else None)
-    model.check_guide(opened)
+    check_guide(model, opened)
     return opened
 
 

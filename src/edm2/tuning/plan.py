@@ -8,7 +8,7 @@ from edm2.diffusion import SamplerName, find_sampler, time_steps
 from edm2.ema.maths.profiles import sigma_rel_to_gamma
 from edm2.ema.storage.manifest import read_manifest
 from edm2.generate import snapshots_of
-from edm2.generate.generator import STUDENT_SAMPLER
+from edm2.generate.sampler_options import STUDENT_SAMPLER
 from edm2.train.run_folder import SNAPSHOTS
 
 SELF = Path("self")  # as a guide: the network itself without labels
