@@ -10,13 +10,14 @@ import PIL.Image
 import pytest
 import torch
 
-from edm2 import run_page
 from edm2.data import ArrayDataset, FloatCoding
 from edm2.distill import distill, open_teacher, student_settings
 from edm2.ema.storage.manifest import read_manifest
 from edm2.evaluation.noise_errors import errors_by_noise
 from edm2.report import Page
-from edm2.run_page import write_run_report
+from edm2.run_page import curves, pictures, write_run_report
+from edm2.run_page import run as opened_run
+from edm2.run_page.run import Run
 from edm2.train import train
 from edm2.train.coding import Coding
 from edm2.train.config import EMAConfig
@@ -130,18 +131,18 @@ def test_a_run_that_trains_on_is_shown_as_it_was_at_the_start(run, tmp_path, mon
         manifest = read_manifest(folder)
         return dataclasses.replace(manifest, snapshots=tuple(s for s in manifest.snapshots if s.t <= early))
 
-    def spy(name):
-        called = getattr(run_page, name)
+    def spy(module, name):
+        called = getattr(module, name)
 
         def call(folder, lengths, t=None, **options):
             asked.add(t)
             return called(folder, lengths, t, **options)
 
-        monkeypatch.setattr(run_page, name, call)
+        monkeypatch.setattr(module, name, call)
 
-    monkeypatch.setattr(run_page, "read_manifest", first_half)
-    spy("reconstruct_many")
-    spy("generators")
+    monkeypatch.setattr(opened_run, "read_manifest", first_half)
+    spy(curves, "reconstruct_many")
+    spy(opened_run, "generators")
     page_of([run], tmp_path)
     assert max(asked) == early
 
@@ -237,26 +238,26 @@ def test_tuning_results_are_drawn(run, tmp_path):
 def test_samples_are_those_of_the_tuned_settings(run, monkeypatch):
     tuned = dict(ema=0.05, num_steps=3, sampler="heun", guidance=1.5, interval=(0.0, 5.0))
     tuned |= dict(guide_ema=0.1, guide_images=32)
-    monkeypatch.setattr(run_page, "tuned_settings", lambda folder: (tuned, []))
-    monkeypatch.setattr(run_page, "_ROWS", 1)
+    monkeypatch.setattr(pictures, "tuned_settings", lambda folder: (tuned, []))
+    monkeypatch.setattr(pictures, "_ROWS", 1)
     page = Page("x")
-    run_page._best(page, run_page._Run(run))
+    pictures.add_best(page, Run(run))
     assert "Generated from seeds 0 to 9, with the tuned settings" in page.render()
-    model, guide = run_page._tuned_models(run_page._Run(run), tuned)
+    model, guide = pictures._tuned_models(Run(run), tuned)
     assert (model.info["sigma_rel"], model.info["num_images"]) == (0.05, 64)
     assert (guide.info["sigma_rel"], guide.info["num_images"]) == (0.1, 32)
     del tuned["guidance"]
-    assert run_page._tuned_models(run_page._Run(run), tuned)[1] is None
+    assert pictures._tuned_models(Run(run), tuned)[1] is None
 
 
 def test_real_images_are_of_the_classes_beside_them() -> None:
     images = np.arange(12, dtype=np.uint8).reshape(12, 1, 1, 1)
     labelled = ArrayDataset(images, np.arange(12) % 3, num_classes=4)
-    rows = run_page._like(labelled, [0, 1, 2, 0, 1, 2])
+    rows = pictures._like(labelled, [0, 1, 2, 0, 1, 2])
     assert (rows % 3).tolist() == [0, 1, 2, 0, 1, 2]
     assert len(set(rows.tolist())) == 6
-    assert run_page._like(labelled, [3])[0] in range(12)  # a class without images
-    assert len(set(run_page._like(ArrayDataset(images), [0, 0, 0]).tolist())) == 3
+    assert pictures._like(labelled, [3])[0] in range(12)  # a class without images
+    assert len(set(pictures._like(ArrayDataset(images), [0, 0, 0]).tolist())) == 3
 
 
 def test_bad_input_writes_nothing(run, tmp_path):
