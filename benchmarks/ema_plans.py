@@ -17,7 +17,7 @@ from ema_accuracy import DTYPES, PAIR, WIDTHS, distance, exact, training
 
 from edm2.ema import PLANS, Plan
 from edm2.ema.maths.plans import best_errors, spread, times_to_keep
-from edm2.train.config import EMAConfig
+from edm2.train.config_groups import EMAConfig
 
 _WANTED = spread((0.03, 0.25), 61)
 

@@ -7,14 +7,8 @@ here. `edm2 info NAME` prints parameters and operations.
 import difflib
 from collections.abc import Callable
 
-from edm2.train.config import (
-    DataConfig,
-    EMAConfig,
-    LossConfig,
-    NetworkConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from edm2.train.config import TrainConfig
+from edm2.train.config_groups import DataConfig, EMAConfig, LossConfig, NetworkConfig, OptimizerConfig
 
 _MI = 1 << 20
 # EDM2 Table 6: size -> channels, ref_lr, dropout, Mi images at img512 and img64.

@@ -21,7 +21,7 @@ from edm2.diffusion import build_denoiser
 from edm2.nn import count_flops
 from edm2.presets import get_preset
 from edm2.train import TrainConfig
-from edm2.train.config import NetworkConfig
+from edm2.train.config_groups import NetworkConfig
 from edm2.train.dry_run import DryRun, costs
 from edm2.train.settings_file import read_settings
 

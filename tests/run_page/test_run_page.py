@@ -20,7 +20,7 @@ from edm2.run_page import run as opened_run
 from edm2.run_page.run import Run
 from edm2.train import train
 from edm2.train.coding import Coding
-from edm2.train.config import EMAConfig
+from edm2.train.config_groups import EMAConfig
 from edm2.train.with_config import with_config
 from edm2.tuning.result import Knobs, Tried, Tuned, save_tuned
 

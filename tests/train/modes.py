@@ -21,7 +21,7 @@ import edm2.train.outputs
 from edm2.data import ArrayDataset, ImageDataset, PairedDataset
 from edm2.distill import distill, open_teacher, student_settings
 from edm2.train import ConsistencyConfig, DataConfig, OptimizerConfig, TrainConfig, Trainer, train
-from edm2.train.config import ValidateConfig
+from edm2.train.config_groups import ValidateConfig
 
 OnStep = Callable[[Trainer], None]
 PAIRS: dict[str, Any] = {"dataset": DataConfig(resample="bilinear", missing="mask", mirror=True)}

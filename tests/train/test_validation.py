@@ -15,7 +15,7 @@ from edm2.data import ArrayDataset, Subset
 from edm2.ema import PowerEMA
 from edm2.train import Stopped, TrainConfig, Trainer, train
 from edm2.train.checkpoint import prune
-from edm2.train.config import ValidateConfig
+from edm2.train.config_groups import ValidateConfig
 from edm2.train.logs import VALIDATION_FILE, read_log
 from edm2.train.validation import (
     SPLIT_FILE,

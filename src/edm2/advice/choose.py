@@ -16,7 +16,8 @@ from edm2.diffusion import Denoiser, build_denoiser
 from edm2.nn import count_flops
 from edm2.progress import Progress
 from edm2.train.build import pick_device
-from edm2.train.config import DataConfig, EMAConfig, LossConfig, OptimizerConfig, TrainConfig
+from edm2.train.config import TrainConfig
+from edm2.train.config_groups import DataConfig, EMAConfig, LossConfig, OptimizerConfig
 from edm2.train.dry_run import DryRun, costs, dry_run
 from edm2.train.memory import size_text
 

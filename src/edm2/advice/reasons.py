@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from edm2.advice.structure import Structure
 from edm2.data import ImageDataset
 from edm2.progress import time_text
-from edm2.train.config import OPTION_NAMES, TrainConfig
+from edm2.train.config import TrainConfig
+from edm2.train.config_groups import OPTION_NAMES
 from edm2.train.dry_run import DryRun
 from edm2.train.memory import size_text
 

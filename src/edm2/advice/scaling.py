@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from edm2.presets import digits, img512
-from edm2.train.config import NetworkConfig
+from edm2.train.config_groups import NetworkConfig
 
 # Multiply-accumulates of a forward pass of one image in the two runs.
 _SMALL_MACS, _LARGE_MACS = 29.2e6, 552e9

@@ -13,7 +13,7 @@ from edm2.commands.next_step import run_for, tell_next
 from edm2.data import open_dataset
 from edm2.files import write_atomic
 from edm2.progress import show
-from edm2.train.config import DataConfig
+from edm2.train.config_groups import DataConfig
 
 
 @dataclass(kw_only=True)

@@ -1,13 +1,13 @@
 """Training: configuration, loop, schedule, checkpoints and log."""
 
-from edm2.train.config import (
+from edm2.train.config import TrainConfig
+from edm2.train.config_groups import (
     ConsistencyConfig,
     DataConfig,
     EMAConfig,
     LossConfig,
     NetworkConfig,
     OptimizerConfig,
-    TrainConfig,
 )
 from edm2.train.loop import Trainer
 from edm2.train.rules import TrainingRules, traditional_decay, training_rules

@@ -14,7 +14,8 @@ from edm2.data import FloatCoding, ImageDataset, PixelCoding, coding_warning, me
 from edm2.data.dataset import MAX_CLASSES
 from edm2.nn import keyed_normal
 from edm2.train.conditions import ConditionCoding, make_condition_coding, measure_vectors
-from edm2.train.config import DataConfig, TrainConfig
+from edm2.train.config import TrainConfig
+from edm2.train.config_groups import DataConfig
 
 _LATENT_STREAM = 2  # of keyed random numbers; 0 and 1 are the noise level and the noise
 

@@ -21,7 +21,8 @@ from edm2.diffusion import MODEL_FILE, Denoiser, DenoiserFn, WithoutLabels, load
 from edm2.diffusion.loss import TrainableDenoiser, draw_sigma
 from edm2.nn import faster_channels_last, keyed_normal, use_channels_last
 from edm2.train.coding import Coding
-from edm2.train.config import ConsistencyConfig, TrainConfig
+from edm2.train.config import TrainConfig
+from edm2.train.config_groups import ConsistencyConfig
 from edm2.train.objectives import NOISE_STREAM, SIGMA_STREAM, TrainingBatch
 from edm2.train.run_folder import TEACHER, check_free
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from edm2.ema.tracking.sharding import is_sharded
-from edm2.train.config import OptimizerConfig
+from edm2.train.config_groups import OptimizerConfig
 
 
 def make_optimizer(network: nn.Module, options: OptimizerConfig) -> torch.optim.Adam:

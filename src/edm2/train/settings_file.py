@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeVar
 
 from edm2.extras import need
 from edm2.train.amounts import parse_amount
-from edm2.train.config import OPTION_NAMES, TrainConfig
+from edm2.train.config import TrainConfig
+from edm2.train.config_groups import OPTION_NAMES
 from edm2.train.run_folder import CONFIG_FILE, read_config
 
 T = TypeVar("T")
