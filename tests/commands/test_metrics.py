@@ -145,7 +145,7 @@ def test_a_reference_is_not_put_beside_a_stranger(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_ref_and_score_go_on_after_any_interruption(tmp_path, monkeypatch):
-    monkeypatch.setattr("edm2.commands.metrics.fit_classifier", partial(fit_classifier, num_steps=1))
+    monkeypatch.setattr("edm2.evaluation.comparison.fit_classifier", partial(fit_classifier, num_steps=1))
     torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
     write_images(tmp_path / "samples", 40)
 
@@ -327,7 +327,7 @@ def scripted(path):
 
 
 def test_bad_input_ends_before_any_work(digits_ref, samples, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("edm2.commands.metrics.measure_images", lambda *_, **__: pytest.fail("worked"))
+    monkeypatch.setattr("edm2.evaluation.comparison.measure_images", lambda *_, **__: pytest.fail("worked"))
     few = tmp_path / "few"
     write_images(few, 5)
     assert "few holds 5 images: at least 6 are needed" in fails(

@@ -6,40 +6,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 
 from edm2.commands.metrics_ensemble import ensemble as ensemble
-from edm2.data.sources import BUILT_IN
-from edm2.evaluation.cautions import find_cautions
-from edm2.evaluation.copies import copy_pairs, some_images
-from edm2.evaluation.extractors import EXTRACTORS, measure_images, open_extractor
-from edm2.evaluation.images import MIN_IMAGES, ImageSet, open_images
-from edm2.evaluation.references import check_extractor, is_reference, read_reference
+from edm2.evaluation.comparison import (
+    CopySources,
+    Measuring,
+    Side,
+    fit_classifier_beside,
+    score_sides,
+    try_extractor,
+)
+from edm2.evaluation.extractors import EXTRACTORS, open_extractor
+from edm2.evaluation.images import MIN_IMAGES, open_images
+from edm2.evaluation.references import is_reference, read_reference
 from edm2.evaluation.results import (
     COPY_NAMES,
     SCORE_NAMES,
-    check_result,
     differences,
     provenance_of,
     read_result,
     without_numbers,
-    write_result,
 )
 from edm2.metrics import (
     ClassifierFeatures,
-    CopyCheck,
     FeatureExtractor,
-    FeatureSet,
     Reference,
-    check_copies,
     describe_extractor,
-    fit_classifier,
 )
-from edm2.metrics import score as score_measured
 from edm2.metrics.measure import KEPT_FEATURES
 from edm2.progress import show
-from edm2.report import image_grid, save_png
 from edm2.train.world import World, join_world
 
 # Where two results differ in one of these, their numbers cannot be compared.
@@ -73,6 +69,10 @@ class _Options:
     """Images at a time."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N. torchrun spreads the images over several processes."""
+
+    def how(self, world: World) -> Measuring:
+        """Return what measuring needs of the options."""
+        return Measuring(keep=self.keep, seed=self.seed, batch=self.batch, world=world)
 
 
 _Shared = Annotated[_Options, tyro.conf.arg(name="")]
@@ -141,7 +141,7 @@ def ref(prog: str, words: Sequence[str]) -> None:
         elif out.exists():
             extractor = ClassifierFeatures.load(beside)
         else:
-            extractor = _fit(images, beside, options, world)
+            extractor = fit_classifier_beside(images, beside, options.how(world))
         provenance = provenance_of(
             images.provenance, describe_extractor(extractor), keep=options.keep, seed=options.seed
         )
@@ -152,8 +152,8 @@ def ref(prog: str, words: Sequence[str]) -> None:
                     f"{out} holds a reference of other settings ({', '.join(differing)} differ): choose another --out"
                 )
             return _say(world, f"{out} holds this reference already")
-        _see(extractor, images)
-        made = _measured(images, extractor, options, world)
+        try_extractor(extractor, images)
+        made = options.how(world).measure(images, extractor)
         if world.is_first:
             if fits and isinstance(extractor, ClassifierFeatures):
                 extractor.save(beside)
@@ -170,16 +170,16 @@ def score(prog: str, words: Sequence[str]) -> None:
     if chosen.out is None and "://" in chosen.images:
         raise ValueError(f"the numbers cannot be written beside {chosen.images}: give --out with a file")
     with join_world(options.device) as world:
-        real = _Side(found=read_reference(chosen.ref, metric=chosen.metric), where=str(chosen.ref))
+        real = Side(found=read_reference(chosen.ref, metric=chosen.metric), where=str(chosen.ref))
         found = open_images(chosen.images, split=options.split, num_classes=real.num_classes)
-        made = _Side(found=found, where=chosen.images)
+        made = Side(found=found, where=chosen.images)
         out = chosen.out or Path(f"{chosen.images.rstrip('/')}.metrics.json")
-        copies = None if chosen.training is None else _Copies.open(chosen.training, chosen.held_out)
+        copies = None if chosen.training is None else CopySources.open(chosen.training, chosen.held_out)
         if copies is None and chosen.held_out is not None:
             raise ValueError(
                 f"--held-out {chosen.held_out} is for the check for copies: give --training, too"
             )
-        _score(real, made, _open(options, real, world), out, options, world, copies)
+        _tell(score_sides(real, made, _open(options, real, world), out, options.how(world), copies), out)
 
 
 def compare(prog: str, words: Sequence[str]) -> None:
@@ -198,114 +198,19 @@ def compare(prog: str, words: Sequence[str]) -> None:
         extractor = None if len(known) == 2 else _open(options, known[0] if known else None, world)
         stems = [Path(name.rstrip("/")).stem for name in names]
         out = chosen.out or Path(f"{stems[0]}-vs-{stems[1]}.metrics.json")
-        _score(real, made, extractor, out, options, world)
+        _tell(score_sides(real, made, extractor, out, options.how(world)), out)
 
 
-@dataclass(kw_only=True)
-class _Side:
-    """One of the two sets that are compared: images, or a reference."""
-
-    where: str
-    found: ImageSet | Reference
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        known: dict[str, Any] = self.found.provenance
-        return known if isinstance(self.found, ImageSet) else known["images"]
-
-    @property
-    def num_classes(self) -> int | None:
-        counts = self.provenance.get("class_counts")
-        return len(counts) if counts else None
-
-    def measured(self, extractor: FeatureExtractor | None, options: _Options, world: World) -> FeatureSet:
-        if isinstance(self.found, Reference):
-            return self.found
-        assert extractor is not None
-        return _measured(self.found, extractor, options, world)
-
-
-@dataclass(kw_only=True)
-class _Copies:
-    """The images that samples are compared with in the check for copies."""
-
-    training: ImageSet
-    held_out: ImageSet | None
-
-    @classmethod
-    def open(cls, training: str, held_out: str | None) -> "_Copies":
-        unseen = None
-        if held_out is not None:
-            split = "test" if held_out in BUILT_IN else "train"
-            unseen = open_images(held_out, split=split)
-        return cls(training=open_images(training), held_out=unseen)
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        unseen = None if self.held_out is None else self.held_out.provenance
-        return {"training": self.training.provenance, "held_out": unseen}
-
-    def check(self, made: ImageSet, out: Path) -> CopyCheck:
-        """Look for copies, and write the picture."""
-        samples, training = some_images(made.dataset), some_images(self.training.dataset)
-        held_out = None if self.held_out is None else some_images(self.held_out.dataset)
-        check = check_copies(samples, training, held_out)
-        pairs = copy_pairs(samples, training, check)
-        picture = image_grid(pairs, columns=len(pairs) // 2, scale=max(1, 64 // pairs.shape[-1]))
-        save_png(picture, out.with_suffix(".copies.png"))
-        return check
-
-
-def _side(name: str, options: _Options, num_classes: int | None) -> _Side:
+def _side(name: str, options: _Options, num_classes: int | None) -> Side:
     if is_reference(name):
-        return _Side(found=read_reference(name), where=name)
-    return _Side(found=open_images(name, split=options.split, num_classes=num_classes), where=name)
+        return Side(found=read_reference(name), where=name)
+    return Side(found=open_images(name, split=options.split, num_classes=num_classes), where=name)
 
 
-def _score(
-    real: _Side,
-    made: _Side,
-    extractor: FeatureExtractor | None,
-    out: Path,
-    options: _Options,
-    world: World,
-    copies: _Copies | None = None,
-) -> None:
-    """Check everything, then measure, print and write; two references need no extractor."""
-    described = made.found.provenance["extractor"] if extractor is None else describe_extractor(extractor)
-    for side in (real, made):
-        if isinstance(side.found, Reference):
-            check_extractor(described, side.found.provenance["extractor"], side.where)
-    provenance = provenance_of(made.provenance, described, keep=options.keep, seed=options.seed)
-    provenance["reference"] = {
-        "images": real.provenance,
-        "sha256": real.found.sha256 if isinstance(real.found, Reference) else None,
-    }
-    if copies is not None:
-        provenance["copies"] = copies.provenance
-    old = check_result(out, provenance)
-    if old is not None:
-        return _print_result(old, f"these numbers were in {out} already") if world.is_first else None
-    for side in (real, made):
-        if isinstance(side.found, ImageSet) and extractor is not None:
-            _see(extractor, side.found)
-    found = find_cautions(made.provenance, real.provenance, provenance["extractor"])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        scores = score_measured(
-            made.measured(extractor, options, world),
-            real.measured(extractor, options, world),
-            seed=options.seed,
-        )
-    found += [str(warning.message) for warning in caught]
-    if world.is_first:
-        check = None
-        if copies is not None and isinstance(made.found, ImageSet):
-            check = copies.check(made.found, out)
-            found += [check.verdict] if check.is_copying else []
-        for text in found:
-            warnings.warn(text, stacklevel=2)
-        _print_result(write_result(out, provenance, scores, found, check), f"written to {out}")
+def _tell(scored: tuple[dict[str, Any] | None, bool], out: Path) -> None:
+    result, is_old = scored
+    if result is not None:
+        _print_result(result, f"these numbers were in {out} already" if is_old else f"written to {out}")
 
 
 def _compare_results(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -358,7 +263,7 @@ def _check(options: _Options) -> None:
         raise ValueError(f"--keep {options.keep} must be 0 or at least {MIN_IMAGES}")
 
 
-def _open(options: _Options, known: _Side | None, world: World) -> FeatureExtractor:
+def _open(options: _Options, known: Side | None, world: World) -> FeatureExtractor:
     """The extractor that is asked for, or that a reference was made with."""
     name: str | None = options.extractor
     if known is not None:
@@ -384,43 +289,5 @@ def _open(options: _Options, known: _Side | None, world: World) -> FeatureExtrac
     )
 
 
-def _fit(images: ImageSet, beside: Path, options: _Options, world: World) -> ClassifierFeatures:
-    dataset = images.dataset
-    if dataset.num_classes < 2:
-        raise ValueError(
-            f"{images.provenance['source']} has no classes to train a classifier on: give --extractor inception or "
-            "dinov2, or --weights with a classifier"
-        )
-    rows = np.arange(len(dataset))
-    _say(world, f"training a classifier on {len(rows):,} images")
-    fitted = fit_classifier(
-        dataset.images(rows), dataset.labels(rows), num_classes=dataset.num_classes, seed=options.seed
-    )
-    # The same one is there if this command was killed before it wrote the reference.
-    if beside.exists() and _sha256_of_classifier(beside) != fitted.sha256:
-        raise ValueError(
-            f"{beside} exists and is another classifier: use it with --weights {beside}, or choose another --out"
-        )
-    return fitted
-
-
-def _sha256_of_classifier(path: Path) -> str | None:
-    try:
-        return ClassifierFeatures.load(path).sha256
-    except ValueError:
-        return None
-
-
 def _classifier_beside(out: Path) -> Path:
     return out.with_name(f"{out.stem}-classifier.safetensors")
-
-
-def _see(extractor: FeatureExtractor, images: ImageSet) -> None:
-    # One image through the extractor: a mismatch is an error now and not after hours.
-    extractor.features(images.dataset.images(np.arange(1)))
-
-
-def _measured(images: ImageSet, extractor: FeatureExtractor, options: _Options, world: World) -> FeatureSet:
-    return measure_images(
-        images, extractor, keep=options.keep, seed=options.seed, batch_size=options.batch, world=world
-    )
