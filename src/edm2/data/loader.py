@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,17 @@ class Batch(NamedTuple):
     labels: Tensor | None = None
     conditions: Tensor | None = None
     vectors: Tensor | None = None
+
+    @classmethod
+    def read(cls, dataset: ImageDataset, chosen: np.ndarray, position: int) -> "Batch":
+        """Read the images `chosen`, `[B]` int64, and what is given with them."""
+        return cls(
+            position,
+            torch.from_numpy(dataset.images(chosen)),
+            torch.from_numpy(dataset.labels(chosen)) if dataset.num_classes else None,
+            None if dataset.conditions is None else torch.from_numpy(dataset.conditions.images(chosen)),
+            torch.from_numpy(dataset.vectors(chosen)) if dataset.vector_dim else None,
+        )
 
 
 class Batches:
@@ -142,15 +154,8 @@ class Batches:
         return self._pending.popleft().result()
 
     def _read(self, position: int) -> Batch:
-        dataset = self._dataset
-        chosen = indices(position, self._size, size=len(dataset), seed=self._seed)
-        batch = Batch(
-            position,
-            torch.from_numpy(dataset.images(chosen)),
-            torch.from_numpy(dataset.labels(chosen)) if dataset.num_classes else None,
-            None if dataset.conditions is None else torch.from_numpy(dataset.conditions.images(chosen)),
-            torch.from_numpy(dataset.vectors(chosen)) if dataset.vector_dim else None,
-        )
+        chosen = indices(position, self._size, size=len(self._dataset), seed=self._seed)
+        batch = Batch.read(self._dataset, chosen, position)
         if not self._pin:
             return batch
         pinned: list[Any] = [None if tensor is None else tensor.pin_memory() for tensor in batch[1:]]

@@ -162,15 +162,7 @@ def measure_residual(path: Path, dataset: ImageDataset, coding: Coding, device: 
     sums = torch.zeros(3, channels, dtype=torch.float64)
     unscaled = Residual(network, "", (0.0,) * channels, (network.sigma_data,) * channels)
     for part in np.array_split(rows, -(-len(rows) // _AT_A_TIME)):
-        batch = Batch(
-            position=int(part[0]),
-            images=torch.from_numpy(dataset.images(part)),
-            labels=torch.from_numpy(dataset.labels(part)) if dataset.num_classes else None,
-            conditions=None
-            if dataset.conditions is None
-            else torch.from_numpy(dataset.conditions.images(part)),
-            vectors=torch.from_numpy(dataset.vectors(part)) if dataset.vector_dim else None,
-        )
+        batch = Batch.read(dataset, part, int(part[0]))
         coded = unscaled.subtract(code_batch(batch, coding, seed=0, num_images=0, device=device))
         left = coded.images.double().cpu()
         known = torch.ones_like(left) if coded.mask is None else coded.mask.cpu().double()

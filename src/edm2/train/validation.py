@@ -176,15 +176,7 @@ class Validation:
         data, size = self._held_out, self._config.microbatch or self._config.batch_size
         for start in range(0, self.count, size):
             rows = np.arange(start, min(start + size, self.count))
-            yield Batch(
-                position=start,
-                images=torch.from_numpy(data.images(rows)),
-                labels=torch.from_numpy(data.labels(rows)) if data.num_classes else None,
-                conditions=None
-                if data.conditions is None
-                else torch.from_numpy(data.conditions.images(rows)),
-                vectors=torch.from_numpy(data.vectors(rows)) if data.vector_dim else None,
-            )
+            yield Batch.read(data, rows, start)
 
 
 def best_moments(records: Sequence[dict[str, Any]], count: int) -> list[int]:
