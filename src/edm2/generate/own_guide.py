@@ -93,10 +93,10 @@ def own_guide(run: str | Path, num_images: float | None = None) -> OwnGuide:
     if not times:
         raise ValueError(f"{run} has no snapshot yet")
     length = SIGMA_REL
-    if not _gives(folder, length, times[-1]):
+    if not gives(folder, length, times[-1]):
         length = min((s.sigma_rel for s in entries if s.t == times[-1]), key=lambda s: abs(s - SIGMA_REL))
     moment = min(times, key=lambda t: abs(t - _MOMENT * times[-1]))
-    guides = 0.2 <= moment / times[-1] <= 0.7 and _gives(folder, length, moment)
+    guides = 0.2 <= moment / times[-1] <= 0.7 and gives(folder, length, moment)
     return OwnGuide(
         run=Path(run),
         num_images=times[-1],
@@ -106,7 +106,8 @@ def own_guide(run: str | Path, num_images: float | None = None) -> OwnGuide:
     )
 
 
-def _gives(folder: Path, sigma_rel: float, t: float) -> bool:
+def gives(folder: Path, sigma_rel: float, t: float) -> bool:
+    """Whether a folder's snapshots can give an EMA length at a moment; reads no weights."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

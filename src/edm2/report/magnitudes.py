@@ -33,6 +33,12 @@ MOST_CURVES = 12
 LEAST_SPAN = 2.0  # factor above and below the middle that an axis covers at least
 
 
+def level_of(name: str) -> str | None:
+    """Level of a U-Net that a block or weight belongs to, `encoder 32x32` and so on; None without a resolution."""
+    found = _LEVEL.search(name)
+    return f"{_PART_NAMES[found[1]]} {found[2]}" if found else None
+
+
 def by_resolution(values: Mapping[str, float]) -> dict[str, float]:
     """Root mean square over the blocks of each resolution of a U-Net, encoder and decoder apart.
 
@@ -45,9 +51,8 @@ def by_resolution(values: Mapping[str, float]) -> dict[str, float]:
     """
     squares: dict[str, list[float]] = {}
     for name, value in values.items():
-        found = _LEVEL.search(name)
-        if found:
-            squares.setdefault(f"{_PART_NAMES[found[1]]} {found[2]}", []).append(value**2)
+        if level := level_of(name):
+            squares.setdefault(level, []).append(value**2)
     if not squares:
         return dict(values)
     return {name: float(np.sqrt(np.mean(group))) for name, group in squares.items()}

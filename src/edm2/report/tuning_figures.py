@@ -1,11 +1,11 @@
-"""Figure of a search: score against one knob."""
+"""Figures of searches: score against one knob, and against the EMA length."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from edm2.report.style import LIGHT, SERIES, add_legend, new_figure
+from edm2.report.style import LIGHT, SERIES, add_legend, length_axis, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,4 +44,39 @@ def knob_figure(
     ax.set_ylabel(label, parse_math=False)
     if any(curves) or reference is not None:
         add_legend(ax)
+    return figure
+
+
+def lengths_figure(curves: Mapping[str, Sequence[Sequence[float]]], *, label: str) -> Figure:
+    """Score against EMA length, one curve for each name with a ring at its lowest point.
+
+    Args:
+        curves: Name of a curve to its pairs of length and score. Every second one is dashed.
+        label: Name of the score.
+
+    Returns:
+        The figure, on logarithmic axes where the scores are positive.
+
+    Ref: EDM2 Fig. 5.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure, (ax,) = new_figure()
+    for i, (name, pairs) in enumerate(curves.items()):
+        lengths, scores = zip(*pairs, strict=True)
+        x, color = [100 * length for length in lengths], SERIES[i // 2 % len(SERIES)]
+        ax.plot(x, scores, "--" if i % 2 else "-", color=color, marker=".", markersize=4, label=name)
+        low = scores.index(min(scores))
+        ax.plot(x[low], scores[low], "o", color=color, markersize=8, markerfacecolor="none")
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    if all(score > 0 for pairs in curves.values() for _, score in pairs):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    length_axis(ax)
+    ax.set_ylabel(label, parse_math=False)
+    add_legend(ax)
     return figure

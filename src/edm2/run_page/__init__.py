@@ -8,6 +8,7 @@ from edm2.report import Page
 from edm2.run_page.curves import (
     add_averages,
     add_held_out,
+    add_length_curves,
     add_overview,
     add_run_magnitudes,
     add_settings,
@@ -61,6 +62,8 @@ def write_run_report(
         parts |= {"Error by noise level": add_noise_errors, "Copies": add_copy_check}
         if any(run.is_student for run in opened):
             parts["Teacher and student"] = add_teacher_and_student
+    if any(run.lengths for run in opened):
+        parts["EMA length"] = add_length_curves
     if any(run.tuned for run in opened):
         parts["Tuning"] = add_tuning
     with Progress("report", len(parts) * len(opened), "parts", quiet=quiet) as progress:

@@ -11,7 +11,7 @@ from edm2.report.ema_figures import reconstruction_figure, tracked_figure
 from edm2.report.magnitudes import add_magnitudes, magnitude_curve
 from edm2.run_page.run import Run
 from edm2.train.run_folder import flat_settings
-from edm2.tuning.page import add_knobs, add_ranking, add_result
+from edm2.tuning.page import add_knobs, add_lengths, add_ranking, add_result
 
 _LENGTHS = (0.03, 0.05, 0.10, 0.20)
 
@@ -129,6 +129,13 @@ def add_averages(page: Page, run: Run) -> None:
             )
     rows = [[f"{r.sigma_rel:g}", f"{r.expected_error:.1e}"] for r in results] + refused
     page.table(["EMA length", "expected error"], rows, caption="Relative error of the reconstructed weights")
+
+
+def add_length_curves(page: Page, run: Run) -> None:
+    """How the score depends on the EMA length, where that was measured."""
+    if run.lengths is None:
+        return page.text("Not measured: `edm2 report --lengths` does it.")
+    add_lengths(page, run.lengths)
 
 
 def add_tuning(page: Page, run: Run) -> None:

@@ -21,6 +21,7 @@ from edm2.train.logs import (
 )
 from edm2.train.run_folder import SNAPSHOTS, read_config
 from edm2.train.settings_file import run_settings
+from edm2.tuning.lengths import read_lengths
 from edm2.tuning.result import read_tuned
 
 _MOMENTS, _STEPS = 6, 16
@@ -43,7 +44,7 @@ class Run:
         self.snapshots = folder / SNAPSHOTS
         self.manifest = read_manifest(self.snapshots) if (self.snapshots / MANIFEST).exists() else None
         self.times = sorted({s.t for s in self.manifest.snapshots}) if self.manifest else []
-        self.tuned = read_tuned(folder)
+        self.tuned, self.lengths = read_tuned(folder), read_lengths(folder)
 
     @functools.cached_property
     def guide(self) -> OwnGuide:

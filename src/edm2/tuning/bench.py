@@ -1,10 +1,8 @@
 """Images and scores of settings, each evaluated once, at one moment of a run."""
 
 import dataclasses
-import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,11 +15,10 @@ from edm2.ema import reconstruct_many
 from edm2.ema.storage.manifest import read_manifest
 from edm2.generate import ImageGenerator, SamplerOptions, snapshots_of
 from edm2.generate.checks import check_guide
-from edm2.train.logs import append_log, read_log, rewind_log
+from edm2.tuning.evaluations import Evaluations
 from edm2.tuning.plan import SELF, TuningPlan, has_snapshots
-from edm2.tuning.result import BASELINE_SIGMA_REL, FOLDER, Knobs
+from edm2.tuning.result import BASELINE_SIGMA_REL, Knobs
 
-_LOG = "evaluations.jsonl"
 # What a network is made from: run or model file, EMA length, moment.
 _Network = tuple[Path, float | None, float | None]
 
@@ -95,10 +92,7 @@ class Bench:
             elif has_snapshots(plan.guide):
                 self.guide_moment = moments(plan.guide)[-1]
         self._guide_identity = json.dumps(guide, sort_keys=True)
-        self._folder = run / FOLDER
-        rewind_log(self._folder, sys.maxsize, _LOG)  # without the line that a kill cut short
-        records = read_log(self._folder, _LOG)
-        self._known: dict[str, float] = {record["key"]: record["score"] for record in records}
+        self._evaluations = Evaluations(run)
         self._generators: dict[_Network, ImageGenerator] = {}
         self._refusals: dict[_Network, str] = {}
 
@@ -163,17 +157,18 @@ class Bench:
         for name in ("levels", "num_steps", "s_churn"):
             if not settings[name]:
                 del settings[name]
-        text = json.dumps([facts, settings])
-        key = hashlib.sha256(text.encode()).hexdigest()[:24]
-        if key not in self._known:
-            if isinstance(self._score, CaseScore):
-                self._known[key] = self._score.score_cases(partial(self.images, knobs), seeds)
-            else:
-                self._known[key] = self._score.distance(self.images(knobs, seeds))
-            record = {"key": key, "score": self._known[key], "knobs": knobs.describe(), "seed": seeds.start}
-            self._folder.mkdir(exist_ok=True)
-            append_log(self._folder, {"num_images": int(self.moments[-1]), **record}, _LOG)
-        return self._known[key]
+        return self._evaluations.score(
+            [facts, settings],
+            lambda: self._score_of(knobs, seeds),
+            num_images=self.moments[-1],
+            knobs=knobs.describe(),
+            seed=seeds.start,
+        )
+
+    def _score_of(self, knobs: Knobs, seeds: range) -> float:
+        if isinstance(self._score, CaseScore):
+            return self._score.score_cases(partial(self.images, knobs), seeds)
+        return self._score.distance(self.images(knobs, seeds))
 
     def images(self, knobs: Knobs, seeds: Sequence[int], *given: Any, **more: Any) -> np.ndarray:
         """Make the images of some seeds; further arguments as of `ImageGenerator.images`."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edm2.report import Page
-from edm2.report.tuning_figures import knob_figure
+from edm2.report.tuning_figures import knob_figure, lengths_figure
+from edm2.tuning.lengths import Lengths
 from edm2.tuning.plan import TuningPlan
 from edm2.tuning.result import BASELINE_SIGMA_REL, Knobs, Tried, Tuned
 
@@ -113,6 +114,25 @@ def add_ranking(page: Page, tuned: Tuned) -> None:
         [tuned.metric, "settings", "found while searching"],
         [[score_text(t.score), t.knobs.describe(), t.stage] for t in ranked],
     )
+
+
+def add_lengths(page: Page, found: Lengths) -> None:
+    """Add the score against the EMA length at several moments, and by group of layers."""
+    page.text(f"{_capital(found.judged)}; each point took {found.work}.")
+    moments = [f"{t:,.0f} images" for t in found.moments]
+    with page.columns():
+        page.figure(
+            lengths_figure(dict(zip(moments, found.by_moment, strict=True)), label=found.metric),
+            "At several moments of the training; rings mark the lowest points",
+            f"Curves of {found.metric} against EMA length, one for each moment of the training",
+        )
+        if found.groups:
+            page.figure(
+                lengths_figure(dict(zip(found.groups, found.by_group, strict=True)), label=found.metric),
+                f"At the last moment, with EMA length {found.best:g} everywhere but in one group of layers, whose "
+                "length is varied",
+                f"Curves of {found.metric} against the EMA length of one group of layers",
+            )
 
 
 def verdict(tuned: Tuned) -> str:
