@@ -1,6 +1,7 @@
 """Regressions and diffusion of what they leave: closed forms, exact resumes, samples, and what is refused."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from edm2.data import ArrayDataset, PairedDataset
 from edm2.diffusion import load_model
 from edm2.generate import ImageGenerator
 from edm2.generate.checks import check_guide
+from edm2.hub import open_pretrained, save_pretrained
+from edm2.hub.export import export_model
 from edm2.train import DataConfig, OptimizerConfig, Stopped, TrainConfig, Trainer, train
 from edm2.train.consistency import Teacher
 from edm2.train.inputs import code_batch
@@ -167,6 +170,57 @@ def test_models_made_from_the_run_take_the_regression_along(
     (tmp_path / "other" / "model.safetensors").rename(tmp_path / "made" / MEAN_FILE)
     with pytest.raises(ValueError, match=r"is not the regression that .* was trained with"):
         ImageGenerator.load(made)
+
+
+def test_a_shared_folder_takes_the_regression_along(mean: str, tmp_path: Path) -> None:
+    run(tmp_path / "run", residual=mean, num_images=16)
+    expected = open_pretrained(tmp_path / "run").images(range(4), conditions=CONDITIONS[:4], num_steps=2)
+    save_pretrained(tmp_path / "run", tmp_path / "shared")
+    shutil.rmtree(tmp_path / "run")
+    save_pretrained(tmp_path / "shared", tmp_path / "again")
+    shutil.rmtree(tmp_path / "shared")
+    opened = open_pretrained(tmp_path / "again")
+    assert np.array_equal(opened.images(range(4), conditions=CONDITIONS[:4], num_steps=2), expected)
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "| Conditioned on | images, 4 x 4 x 1 |" in card
+    assert "| Adds its images to | those that the regression `mean.safetensors` expects |" in card
+    with pytest.raises(ValueError, match="models what one leaves, which exported samplers do not know"):
+        export_model(opened, "pt2", tmp_path / "exported")
+
+
+def test_the_next_commands_of_a_regression_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("pairs.npz", images=TARGETS, conditions=CONDITIONS)
+    sizes = (
+        "model-channels 8",
+        "channel-mult 1",
+        "num-blocks 1",
+        "attn-resolutions 4",
+        "channels-per-head 8",
+    )
+    network = " ".join(f"--network.{size}" for size in sizes)
+    start = "train --preset digits --data pairs.npz --objective mean --out mean --images 16 --batch 8"
+    main(f"{start} {network}".split())
+    sample, residual = next_commands(capsys)
+    assert residual == "train --settings mean --objective denoise --residual mean --out mean-residual"
+    main(sample.split())
+    main(residual.split())
+    sample, tune = next_commands(capsys)[-2:]
+    assert tune == "tune mean-residual --metric crps --cases HELD_OUT_PAIRS"
+    main(sample.split())
+    assert Path("mean/samples.npz").exists()
+    assert Path("mean-residual/samples.npz").exists()
+    main(["report", "mean"])
+    assert next_commands(capsys)[-1:] == ["sample mean --conditions pairs.npz --out mean/samples.npz"]
+
+
+def next_commands(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    start = "next: edm2 "
+    return [
+        line.removeprefix(start) for line in capsys.readouterr().err.splitlines() if line.startswith(start)
+    ]
 
 
 def test_a_run_keeps_its_regression(mean: str, tmp_path: Path) -> None:

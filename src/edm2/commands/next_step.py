@@ -26,27 +26,45 @@ def run_for(data: str | Path) -> Path:
 
 
 def after_training(run: Path) -> None:
-    """Sample with the guide that usually helps most; then find the best one."""
-    settings = run_settings(run)
-    if read_coding(run).condition is not None:
-        given = settings.condition or settings.data
-        tell_next("sample", run, "--conditions", given, "--out", run / "samples.npz")
-    elif settings.consistency is None:
-        tell_next("sample", run, own_guide(run).words(), "--out", run / "samples")
-    else:
-        tell_next("sample", run, "--out", run / "samples")
+    """Sample with the guide that usually helps most; then find the best one, or train what a regression leaves."""
+    settings, coding = run_settings(run), read_coding(run)
+    is_regression = settings.objective == "mean"
+    alone = coding.condition is None and coding.vectors is None
+    guided = alone and not is_regression and settings.consistency is None
+    tell_to_sample(run, *([own_guide(run).words()] if guided else []))
+    if is_regression:
+        residual = run.with_name(f"{run.name}-residual")
+        return tell_next("train --settings", run, "--objective denoise --residual", run, "--out", residual)
     _tell_to_tune(run)
 
 
 def after_looking(run: Path) -> None:
     """Find the best settings; of a tuned run, sample with them."""
-    if read_tuned(run) is None:
+    if read_tuned(run) is None and run_settings(run).objective != "mean":
         return _tell_to_tune(run)
-    tell_next("sample", run, "--out", run / "samples")
+    tell_to_sample(run)
+
+
+def tell_to_sample(run: Path, *options: str) -> None:
+    """Name the command that samples a run, with the source of what its model is given.
+
+    Args:
+        run: Folder of the run.
+        *options: Further options.
+    """
+    settings, coding = run_settings(run), read_coding(run)
+    given: list[str | Path] = []
+    if coding.condition is not None:
+        given = ["--conditions", Path(settings.condition or settings.data)]
+    elif coding.vectors is not None:
+        given = ["--labels VECTORS.npy"]
+    out = "samples.npz" if given else "samples"
+    tell_next("sample", run, *given, *options, "--out", run / out)
 
 
 def _tell_to_tune(run: Path) -> None:
-    if read_coding(run).condition is None:
-        tell_next("tune", run)
-    else:
+    coding = read_coding(run)
+    if coding.condition is not None:
         tell_next("tune", run, "--metric crps --cases HELD_OUT_PAIRS")
+    elif coding.vectors is None:
+        tell_next("tune", run)

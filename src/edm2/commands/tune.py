@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 import tyro
 
-from edm2.commands.next_step import tell_next
+from edm2.commands.next_step import tell_to_sample
 from edm2.data import open_dataset
 from edm2.diffusion import MODEL_FILE
 from edm2.evaluation.extractors import open_extractor
@@ -109,7 +109,7 @@ def run(prog: str, words: Sequence[str]) -> None:
     show(f"report: {report}")
     if found.is_better:
         show(f"model:  {folder / MODEL_FILE}")
-    tell_next("sample", chosen.run, "--out", chosen.run / "samples")
+    tell_to_sample(chosen.run)
 
 
 def _with_ensemble_knobs(plan: TuningPlan) -> TuningPlan:

@@ -61,10 +61,16 @@ def export_model(model: Pretrained, to: Format, folder: str | Path) -> Exported:
         The folder, and how far its images are from edm2's own. A folder that holds this export already is kept.
 
     Raises:
+        ValueError: If the model is a regression, or models what one leaves.
         FileExistsError: If the folder exists and holds anything else.
         FloatingPointError: If the images differ by more than `TOLERANCE`; nothing is written.
     """
     folder = Path(folder)
+    if model.generator.residual is not None or model.generator.info.get("objective") == "mean":
+        raise ValueError(
+            "the model is a regression, or models what one leaves, which exported samplers do not know: share it with "
+            "edm2.hub.save_pretrained instead"
+        )
     parts = {"model": model.generator, **({} if model.guide is None else {"guide": model.guide})}
     about = _about(model, parts, to)
     if folder.exists():

@@ -18,11 +18,12 @@ from edm2.hub.pretrained import Pretrained, Sampling
 from edm2.hub.results import Result, published_result, read_results, tuning_results
 from edm2.interop.licence import LICENCE, NOTICE, NOTICE_FILE
 from edm2.interop.released import SAMPLING_PRESETS
+from edm2.train.residual import MEAN_FILE, copy_regression
 from edm2.tuning.result import FOLDER as TUNING_FOLDER
 from edm2.tuning.result import read_tuned
 
 GUIDE_FILE, CONFIG_FILE, CARD_FILE = "guide.safetensors", "config.json", "README.md"
-FILES = (MODEL_FILE, GUIDE_FILE, CONFIG_FILE, CARD_FILE, NOTICE_FILE)
+FILES = (MODEL_FILE, GUIDE_FILE, MEAN_FILE, CONFIG_FILE, CARD_FILE, NOTICE_FILE)
 _FORMAT = "edm2.pretrained/1"
 _PUBLISHED_FORMAT = "edm2.sampling/1"
 
@@ -172,6 +173,8 @@ def write_pretrained(model: Pretrained, folder: str | Path) -> Path:
         if part is not None:
             tensors = {key: _stored(tensor) for key, tensor in part.denoiser.state_dict().items()}
             save_model(folder / name, part.denoiser.options, tensors, part.info)
+    if model.generator.residual is not None:
+        copy_regression(model.generator.residual.file, folder)
     if model.carried_license == LICENCE:
         write_atomic(folder / NOTICE_FILE, NOTICE.encode())
     content = {

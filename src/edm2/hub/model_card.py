@@ -56,6 +56,9 @@ def _what(model: Pretrained) -> str:
     facts = {
         "Makes": f"{made[generator.coding.kind]}, {shape}",
         "Conditioned on": _condition(model),
+        "Adds its images to": None
+        if generator.residual is None
+        else "those that the regression `mean.safetensors` expects",
         "Network": f"{denoiser.title}, {sum(p.numel() for p in denoiser.parameters()):,} parameters",
         "Trained on": info.get("data"),
         "Training images seen": None if info.get("num_images") is None else f"{info['num_images']:,}",
@@ -66,8 +69,9 @@ def _what(model: Pretrained) -> str:
         "Made from": (info.get("source") or {}).get("file"),
         "Digest of the weights": generator.identity()["digest"],
     }
+    kind = "regression with a network" if info.get("objective") == "mean" else "diffusion model"
     lead = (
-        "A diffusion model of [EDM2](https://arxiv.org/abs/2312.02696) (magnitude-preserving network, "
+        f"A {kind} of [EDM2](https://arxiv.org/abs/2312.02696) (magnitude-preserving network, "
         "post-hoc EMA), for the Python package `edm2`."
     )
     return f"{lead}\n\n{_table(('', ''), [(key, v) for key, v in facts.items() if v is not None])}"
@@ -75,13 +79,17 @@ def _what(model: Pretrained) -> str:
 
 def _condition(model: Pretrained) -> str:
     generator = model.generator
+    coding, parts = generator.coding, []
+    if coding.condition is not None:
+        parts.append("images, {1} x {2} x {0}".format(*coding.condition.shape))
     if generator.takes_vectors:
-        return f"vectors of length {generator.denoiser.label_dim}"
-    if not generator.num_classes:
-        return "nothing"
-    names = ", ".join(map(str, generator.class_names[:20]))
-    more = ", ..." if len(generator.class_names) > 20 else ""
-    return f"{generator.num_classes} classes" + (f": {names}{more}" if names else "")
+        length = generator.denoiser.label_dim if coding.vectors is None else len(coding.vectors.mean)
+        parts.append(f"vectors of length {length}")
+    if generator.num_classes:
+        names = ", ".join(map(str, generator.class_names[:20]))
+        more = ", ..." if len(generator.class_names) > 20 else ""
+        parts.append(f"{generator.num_classes} classes" + (f": {names}{more}" if names else ""))
+    return "; ".join(parts) or "nothing"
 
 
 def _licence(model: Pretrained) -> str:
@@ -95,13 +103,17 @@ def _licence(model: Pretrained) -> str:
 def _usage(model: Pretrained, name: str) -> str:
     generator = model.generator
     extras = "cli,hub,latent" if generator.coding.kind == "latents" else "cli,hub"
-    given = "num_images=4"
-    if generator.num_classes:
+    given, inputs = "num_images=4", ""
+    if told := _inputs(model):
+        shapes = " and ".join(f"{name} {shape}" for name, shape in told.items())
+        inputs = f'inputs = np.load("inputs.npz")  # {shapes}, in the units of the training data\n'
+        given = ", ".join(f'{"class_labels" if name == "labels" else name}=inputs["{name}"]' for name in told)
+    elif generator.num_classes:
         classes = [i % generator.num_classes for i in range(4)]
         given = f"class_labels={classes}"
     elif generator.takes_vectors:
         given = f"class_labels=[[0.0] * {generator.denoiser.label_dim}] * 4"
-    if generator.denoiser.cond_channels:
+    if generator.denoiser.cond_channels and not told:
         channels, sides = generator.denoiser.cond_channels, generator.denoiser.img_shape[1:]
         given += f", conditions=torch.zeros(4, {channels}, {sides[0]}, {sides[1]})"
     picture = generator.coding.kind != "floats"
@@ -110,6 +122,7 @@ def _usage(model: Pretrained, name: str) -> str:
     decoded = ""
     if generator.coding.kind == "latents":
         decoded = f" Latents are decoded by `{RELEASED_AUTOENCODER}`; for another autoencoder give `vae=`."
+    given_too = ", and on what it is given" if inputs else " alone"
     return f"""\
 In a clone of edm2's repository:
 
@@ -118,15 +131,27 @@ pip install -e '.[{extras}]'
 ```
 
 ```python
-import torch
+{"import numpy as np" + chr(10) if inputs else ""}import torch
 from edm2.hub import EDM2Pipeline
 
 pipe = EDM2Pipeline.from_pretrained({json.dumps(name)})
-images = pipe({given}, generator=torch.Generator().manual_seed(0){kind}).images
+{inputs}images = pipe({given}, generator=torch.Generator().manual_seed(0){kind}).images
 {result}
 ```
 
-`seeds=[0, 1, 2, 3]` instead of a generator names each image: it depends on its seed alone.{decoded}"""
+`seeds=[0, 1, 2, 3]` instead of a generator names each image: it depends on its seed{given_too}.{decoded}"""
+
+
+def _inputs(model: Pretrained) -> dict[str, str]:
+    """Name and shape of the arrays that a model of pairs is given; empty for other models."""
+    coding, told = model.generator.coding, {}
+    if coding.condition is not None:
+        told["conditions"] = f"[N, {', '.join(map(str, coding.condition.shape))}]"
+    if coding.vectors is not None:
+        told["vectors"] = f"[N, {len(coding.vectors.mean)}]"
+    if told and model.generator.num_classes:
+        told["labels"] = "[N]"
+    return told
 
 
 def _settings(model: Pretrained) -> str:

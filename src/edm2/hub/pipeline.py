@@ -116,10 +116,15 @@ class EDM2Pipeline(ModelHubMixin):
             ValueError: For inputs that do not fit the model or each other, before any work.
         """
         latent = self._check_output(output_type)
-        conditions = options.get("conditions")
+        conditions, vectors = options.get("conditions"), options.get("vectors")
         seeds = None if seeds is None else [int(seed) for seed in np.ravel(np.asarray(seeds))]
         count = _count(
-            num_images, class_labels=class_labels, generators=generator, seeds=seeds, conditions=conditions
+            num_images,
+            class_labels=class_labels,
+            generators=generator,
+            seeds=seeds,
+            conditions=conditions,
+            vectors=vectors,
         )
         if seeds is None:
             seeds = _drawn(count, generator)
@@ -128,7 +133,7 @@ class EDM2Pipeline(ModelHubMixin):
         labels = class_labels
         if labels is not None:
             labels = np.full(count, labels) if np.ndim(labels) == 0 else np.asarray(labels)
-        check_inputs(self.model.generator, count, labels, conditions, options.get("vectors"))
+        check_inputs(self.model.generator, count, labels, conditions, vectors)
         settings = {"num_steps": num_inference_steps, "guidance": guidance_scale}
         given = {**{key: v for key, v in settings.items() if v is not None}, **options}
         decoder = None if latent else self._get_decoder()

@@ -52,12 +52,14 @@ class Residual:
         sha256: Checksum of its weights.
         mean: Mean of the residual of each channel, in network units.
         std: Standard deviation of the residual of each channel, in network units.
+        file: Where it was read.
     """
 
     network: Denoiser
     sha256: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    file: Path
 
     def subtract(self, batch: TrainingBatch) -> TrainingBatch:
         """The batch with residuals of standard deviation sigma_data in place of its images."""
@@ -160,7 +162,7 @@ def measure_residual(path: Path, dataset: ImageDataset, coding: Coding, device: 
     rows = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), _MEASURED)).astype(np.int64))
     channels = coding.num_channels
     sums = torch.zeros(3, channels, dtype=torch.float64)
-    unscaled = Residual(network, "", (0.0,) * channels, (network.sigma_data,) * channels)
+    unscaled = Residual(network, "", (0.0,) * channels, (network.sigma_data,) * channels, path)
     for part in np.array_split(rows, -(-len(rows) // _AT_A_TIME)):
         batch = Batch.read(dataset, part, int(part[0]))
         coded = unscaled.subtract(code_batch(batch, coding, seed=0, num_images=0, device=device))
@@ -173,7 +175,7 @@ def measure_residual(path: Path, dataset: ImageDataset, coding: Coding, device: 
         raise ValueError(
             f"the regression {path} leaves nothing of channel {int(std.argmin())}: there is no residual to model"
         )
-    return Residual(network, model_checksum(path), tuple(mean.tolist()), tuple(std.tolist()))
+    return Residual(network, model_checksum(path), tuple(mean.tolist()), tuple(std.tolist()), path)
 
 
 def copy_regression(model: Path, folder: Path) -> None:
@@ -214,4 +216,4 @@ def open_residual(
             f"{found} is not the regression that {model} was trained with: copy {MEAN_FILE} from its run"
         )
     network = load_model(found, device=device)[0]
-    return Residual(network, told["sha256"], tuple(told["mean"]), tuple(told["std"]))
+    return Residual(network, told["sha256"], tuple(told["mean"]), tuple(told["std"]), found)

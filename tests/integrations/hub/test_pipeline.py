@@ -13,12 +13,13 @@ from small import INFO, latent_coding, small_denoiser, small_generator, small_mo
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
-from edm2.data import FloatCoding  # noqa: E402
+from edm2.data import ArrayDataset, FloatCoding, PairedDataset  # noqa: E402
 from edm2.data.autoencoder import RELEASED_AUTOENCODER  # noqa: E402
 from edm2.diffusion import save_model  # noqa: E402
 from edm2.generate import ImageGenerator  # noqa: E402
 from edm2.hub import EDM2Pipeline, Pretrained, Sampling, open_pretrained, save_pretrained  # noqa: E402
 from edm2.hub import pipeline as module  # noqa: E402
+from edm2.train import DataConfig, NetworkConfig, TrainConfig, train  # noqa: E402
 from edm2.train.coding import Coding  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the libraries
@@ -128,6 +129,32 @@ def test_the_card_s_example_runs(
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     assert (tmp_path / "sample.png").exists()
+
+
+def test_the_card_of_a_model_of_pairs_names_its_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    given = {"conditions": rng.normal(3, 1, (16, 2, 4, 4)), "vectors": rng.normal(9, 1, (16, 2))}
+    labels = np.arange(16) % 3
+    data = PairedDataset(
+        ArrayDataset(rng.normal(0, 1, (16, 1, 8, 8)), labels),
+        ArrayDataset(given["conditions"]),
+        given["vectors"],
+    )
+    network = NetworkConfig(model_channels=8, channel_mult=(1,), num_blocks=1, channels_per_head=8)
+    config = TrainConfig(
+        num_images=8, batch_size=8, network=network, device="cpu", dataset=DataConfig(resample="bilinear")
+    )
+    train(config, tmp_path / "run", dataset=data, quiet=True)
+    folder = save_pretrained(tmp_path / "run", tmp_path / "shared")
+    text = (folder / "README.md").read_text()
+    assert "| Conditioned on | images, 4 x 4 x 2; vectors of length 2; 3 classes |" in text
+    [code] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    np.savez("inputs.npz", **{name: values[:4] for name, values in given.items()}, labels=labels[:4])
+    exec(code, {})
+    assert "(4, 8, 8, 1)" in capsys.readouterr().out
 
 
 def test_output_types(pipe: EDM2Pipeline) -> None:
