@@ -48,7 +48,7 @@ class EnsembleJudge:
             )
         if members < 2:
             raise ValueError(f"members {members} must be at least 2: one has no spread")
-        self._dataset, self._plan, self._members, self._kind = dataset, plan, members, metric
+        self._dataset, self._members, self._kind = dataset, members, metric
         rows = np.random.default_rng(0).permutation(len(dataset))
         half = len(rows) // 2
         self._search = rows[:half][: plan.samples // members]
