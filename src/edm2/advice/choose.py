@@ -96,17 +96,18 @@ class _Work:
         self.base = dataclasses.replace(base, dataset=options, ema=EMAConfig(dtype="fp16"))
         on_gpu = pick_device(base.device).type == "cuda"
         self.dtypes: tuple[_Precision, ...] = ("bfloat16",) if on_gpu else ("float32", "bfloat16")
+        self.denoiser = functools.cache(self._denoiser)
+        self.macs = functools.cache(self._macs)
+        self.sizes = functools.cache(self._sizes)
 
-    @functools.cache  # noqa: B019 - the object lives as long as the call of `suggest`
-    def denoiser(self, shape: _Shape) -> Denoiser:
+    def _denoiser(self, shape: _Shape) -> Denoiser:
         """Network of a shape, on the meta device."""
         channels, height, width = self.dataset.image_shape
         network = scaling.network_for(self.levels, shape)
         with torch.device("meta"):
             return build_denoiser((height, width), channels, self.dataset.num_classes, **vars(network))
 
-    @functools.cache  # noqa: B019
-    def macs(self, shape: _Shape) -> float:
+    def _macs(self, shape: _Shape) -> float:
         """Multiply-accumulates of a forward pass of one image."""
         denoiser = self.denoiser(shape).eval()
         labels = torch.zeros(1, denoiser.label_dim, device="meta") if denoiser.label_dim else None
@@ -167,8 +168,7 @@ class _Work:
             return config.batch_size
         return fitting_images(config, *self.sizes(shape), self.memory)
 
-    @functools.cache  # noqa: B019
-    def sizes(self, shape: _Shape) -> tuple[int, int]:
+    def _sizes(self, shape: _Shape) -> tuple[int, int]:
         """Number of parameters, and bytes that an image keeps for the backward pass."""
         denoiser = self.denoiser(shape)
         return sum(p.numel() for p in denoiser.parameters()), activation_bytes(denoiser)
