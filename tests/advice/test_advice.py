@@ -165,7 +165,7 @@ def at_speed(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
             return size_of(scaling.network_for(work.levels, shape), data.image_shape, data.num_classes)[1]
 
         monkeypatch.setattr(choosing, "dry_run", measured)
-        monkeypatch.setattr(choosing._Work, "macs", counted)  # counted once for all tests
+        monkeypatch.setattr(choosing._Work, "_macs", counted)  # counted once for all tests
 
     return set_speed
 
