@@ -1,19 +1,22 @@
 """Starting from weights: digits 0 to 4 first, then 5 to 9, against 5 to 9 from scratch.
 
-Prints the Frechet distance to digits 5 to 9 after the same numbers of images, and how many of them the run that
-starts from weights needs for the best distance of the one from scratch.
-
     python benchmarks/finetune.py
+    python benchmarks/finetune.py --rates 0.005 0.01 0.02 0.03 --ramps 0 0.002 --seeds 0
+
+Prints the Frechet distance to digits 5 to 9 after the same numbers of images, each with the best of a few EMA lengths,
+and after which share of the images the run that starts from weights is as good as the one from scratch at its best.
 """
 
+import argparse
 import dataclasses
+import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import machine, options
+from common import machine
 
 from edm2.data import ArrayDataset, open_dataset
 from edm2.evaluation.judge import Judge
@@ -22,6 +25,7 @@ from edm2.presets import get_preset
 from edm2.train import TrainConfig, train
 
 MOMENTS = 12
+LENGTHS = (0.05, 0.1, 0.2)
 
 
 def half(low: int) -> ArrayDataset:
@@ -41,37 +45,59 @@ def settings(images: int, **changes: object) -> TrainConfig:
 
 
 def distances(run: Path, judge: Judge, images: int, samples: int) -> list[float]:
-    moments = [images // MOMENTS * (i + 1) for i in range(MOMENTS)]
-    options = {"num_steps": 8, "sampler": "dpmpp-2m"}
-    generators = (ImageGenerator.load(run, 0.1, num_images=t) for t in moments)
-    return [judge.distance(g.images(range(samples), **options)) for g in generators]
+    """The lowest distance of all lengths, at each moment."""
+    found = []
+    for moment in range(1, MOMENTS + 1):
+        generators = (ImageGenerator.load(run, x, num_images=images // MOMENTS * moment) for x in LENGTHS)
+        made = (g.images(range(samples), num_steps=8, sampler="dpmpp-2m") for g in generators)
+        found.append(min(map(judge.distance, made)))
+    return found
 
 
 def main() -> None:
-    given = options(__doc__ or "", images=6144, samples=500, rate=0.01)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--first", type=int, default=24_576, help="images of digits 0 to 4")
+    parser.add_argument("--images", type=int, default=12_288, help="images of digits 5 to 9")
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.02])
+    parser.add_argument("--ramps", type=float, nargs="+", default=[0.0], help="ramp-up in millions of images")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    given = parser.parse_args()
     first, second = half(0), half(5)
-    start = time.perf_counter()
+    judge = Judge(second)
+    start = time.process_time()
+    curves: dict[str, list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        train(settings(given.images), out / "first", dataset=first, quiet=True)
-        train(settings(given.images, seed=1), out / "scratch", dataset=second, quiet=True)
-        model = str(out / "first")
-        tuned = settings(given.images, seed=1, init=model)
-        tuned = dataclasses.replace(tuned, optimizer=dataclasses.replace(tuned.optimizer, ref_lr=given.rate))
-        train(tuned, out / "tuned", dataset=second, quiet=True)
-        judge = Judge(second)
-        scratch, started = (
-            distances(out / name, judge, given.images, given.samples) for name in ("scratch", "tuned")
-        )
-    print(f"{machine(torch.device('cpu'))}; {time.perf_counter() - start:.0f} s")
-    print(f"{'images':>8}  {'scratch':>8}  {'init':>8}")
-    for i, (a, b) in enumerate(zip(scratch, started, strict=True)):
-        print(f"{given.images // MOMENTS * (i + 1):>8}  {a:>8.3f}  {b:>8.3f}")
-    best = min(scratch)
-    reached = next((i + 1 for i, b in enumerate(started) if b <= best), None)
-    needed = scratch.index(best) + 1
-    share = "never" if reached is None else f"in {reached}/{needed} of the images"
-    print(f"best from scratch {best:.3f}, reached {share}")
+        for seed in given.seeds:
+            out = Path(folder) / str(seed)
+            train(settings(given.first, seed=seed), out / "first", dataset=first, quiet=True)
+            plain = settings(given.images, seed=seed + 100)
+            runs = {"from scratch": plain}
+            for rate in given.rates:
+                for ramp in given.ramps:
+                    optimizer = dataclasses.replace(plain.optimizer, ref_lr=rate, rampup_mimg=ramp)
+                    changed = dataclasses.replace(plain, init=str(out / "first"), optimizer=optimizer)
+                    runs[f"rate {rate:g}, ramp {ramp:g}"] = changed
+            for name, config in runs.items():
+                train(config, out / name, dataset=second, quiet=True)
+                found = distances(out / name, judge, given.images, given.samples)
+                curves.setdefault(name, []).append(found)
+                print(f"seed {seed}, {name}: {' '.join(f'{d:.2f}' for d in found)}", flush=True)
+    print(f"{machine(torch.device('cpu'))}; {time.process_time() - start:.0f} s of CPU time")
+    means = {
+        name: [statistics.fmean(at) for at in zip(*found, strict=True)] for name, found in curves.items()
+    }
+    print(f"{'images':>8}  " + "  ".join(f"{name:>22}" for name in means))
+    for i, row in enumerate(zip(*means.values(), strict=True)):
+        print(f"{given.images // MOMENTS * (i + 1):>8}  " + "  ".join(f"{d:>22.3f}" for d in row))
+    best = min(means["from scratch"])
+    needed = means["from scratch"].index(best) + 1
+    for name, mean in means.items():
+        reached = next((i + 1 for i, d in enumerate(mean) if d <= best), None)
+        share = "never" if reached is None else f"after {reached}/{needed} of the images"
+        print(f"{name}: best from scratch, {best:.3f}, reached {share}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,11 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from edm2.forecast import Forecast, write_forecast
 
 NOTEBOOK = Path(__file__).parent.parent / "examples" / "first_hour.ipynb"
 
@@ -50,3 +54,31 @@ def test_emoji_of_a_package_become_folders_of_classes(tmp_path: Path) -> None:
     assert {name: count for name, count in counts.items() if count} == {"faces": 1, "flags": 1}
     found = sorted(str(p.relative_to(tmp_path / "emoji")) for p in (tmp_path / "emoji").rglob("*.png"))
     assert found == ["faces/smile-smile.png", "flags/de-de.png"]
+
+
+def test_pairs_of_pictures(tmp_path: Path) -> None:
+    script = runpy.run_path(str(NOTEBOOK.parent / "picture_pairs.py"))
+    script["write_sizes"]("digits", tmp_path)
+    with np.load(tmp_path / "pairs.npz") as pairs:
+        images, small = pairs["images"], pairs["conditions"]
+    assert (images.shape[1:], small.shape[1:]) == ((1, 8, 8), (1, 4, 4))
+    assert len(images) == len(small)
+    assert small[3, 0, 1, 2] == np.rint(images[3, 0, 2:4, 4:6].mean())
+    script["write_films"](6, 2, tmp_path)
+    with np.load(tmp_path / "test.npz") as films:
+        frames = films["frames"]
+    assert frames.shape == (2, script["FILM"], 1, 16, 16)
+    assert len(set(frames[0].sum((1, 2, 3)))) == 1  # the digit never leaves the picture
+    assert (frames[0, 1:] != frames[0, :-1]).any((1, 2, 3)).all()  # and never rests
+    with np.load(tmp_path / "pairs.npz") as pairs:
+        assert pairs["images"].shape == (6 * (script["FILM"] - 2), 1, 16, 16)
+        # The first moment of each film comes first: 6 pairs later, the image has become the later condition.
+        np.testing.assert_array_equal(pairs["images"][0, 0], pairs["conditions"][6, 1])
+    made = np.zeros((2, 5, 3, 1, 16, 16), np.uint8)
+    for leads in (1, 3):
+        forecast = Forecast(members=made[:, :, :leads], truth=made[:, 0, :leads])
+        write_forecast(tmp_path / f"{leads}.npz", forecast)
+        script["draw"](tmp_path / f"{leads}.npz", tmp_path / "picture.png", cases=2)
+        with Image.open(tmp_path / "picture.png") as picture:
+            assert picture.width > leads * 64
+            assert picture.height > 8 * 64
