@@ -204,6 +204,9 @@ def test_errors_by_noise_of_a_denoiser_that_answers_zero():
         def logvar(self, sigma):
             return torch.zeros_like(sigma)
 
+        def parameters(self):
+            yield torch.zeros(1)
+
     coding = Coding(kind="floats", values=FloatCoding(), num_channels=1)
     generator = types.SimpleNamespace(denoiser=Zero(), coding=coding)
     sigma, learned, errors = errors_by_noise(generator, np.full((3, 1, 2, 2), 2, np.float32), None)

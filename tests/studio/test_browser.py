@@ -1,6 +1,7 @@
 """The studio in a real browser: controls moved, pictures changed, the command run to the same bits."""
 
 import base64
+import dataclasses
 import io
 import shlex
 import shutil
@@ -10,6 +11,8 @@ import pytest
 from PIL import Image
 
 from edm2.cli import main
+from edm2.distill import distill, open_teacher, student_settings
+from edm2.ema.storage.manifest import read_manifest, write_manifest
 from edm2.generate import read_images
 
 pytest.importorskip("gradio")
@@ -23,17 +26,23 @@ pytestmark = [
 PATIENCE = 120_000  # milliseconds, on a machine that does other work
 
 
-@pytest.fixture(scope="module")
-def studio(digits_run, tmp_path_factory):
-    """A studio of a copy of the tiny run; its address and the run."""
+def served(run):
+    """Start a studio; returns its address and what closes it."""
     from edm2.studio.page import build, serve
     from edm2.studio.workbench import Workbench
 
+    page = build(Workbench(run), told="This page is seen from this machine only.")
+    return serve(page, wait=False), page.close
+
+
+@pytest.fixture(scope="module")
+def studio(digits_run, tmp_path_factory):
+    """A studio of a copy of the tiny run; its address and the run."""
     run = tmp_path_factory.mktemp("studio") / "run"
     shutil.copytree(digits_run, run)
-    page = build(Workbench(run), told="This page is seen from this machine only.")
-    yield serve(page, wait=False), run
-    page.close()
+    address, close = served(run)
+    yield address, run
+    close()
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +55,17 @@ def browser():
 
 @pytest.fixture
 def visit(browser, studio):
-    """Open the page in a window, with everything that it asks for on record."""
+    """Open a page in a window, with everything that it asks for on record."""
     contexts = []
 
-    def open_page(width=1200, scheme="light"):
+    def open_page(width=1200, scheme="light", *, address=studio[0]):
         context = browser.new_context(viewport={"width": width, "height": 1000}, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
         page.asked = []
         page.on("request", lambda request: page.asked.append(request.url))
-        page.goto(studio[0])
+        page.goto(address)
         page.wait_for_selector("#images-A img")
         page.wait_for_selector("#curves img")
         return page
@@ -89,7 +98,7 @@ def slide(page, name, keys):
         slider.press(key)
 
 
-def pixels(source):
+def pixels_of(source):
     image = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
     return np.asarray(image)[None, :, :, 0]
 
@@ -115,7 +124,7 @@ def test_what_one_does_in_the_studio(visit, studio, tmp_path):
         assert part in command
     main([*shlex.split(command)[1:-1], str(tmp_path / "made")])  # in place of --out samples
     made = read_images([tmp_path / "made" / f"{seed:06d}.png" for seed in range(100, 116)])
-    assert np.array_equal(made, np.stack([pixels(source) for source in sources(page)]))
+    assert np.array_equal(made, np.stack([pixels_of(source) for source in sources(page)]))
 
     page.locator("#compare input").check()
     page.wait_for_selector("#images-B img")
@@ -153,3 +162,88 @@ def test_files_are_not_served(visit, studio):
         "../pyproject.toml",
     ):
         assert page.request.get(f"{studio[0]}{path}").status in (403, 404)
+
+
+def test_a_conditional_run(visit, pixels, tmp_path):
+    """Case and dropped picture change the members; the command makes them too."""
+    run = shutil.copytree(pixels, tmp_path / "run")
+    address, close = served(run)
+    try:
+        page = visit(address=address)
+        assert "Case of the held-out data" in page.inner_text("body")
+        captions = page.locator("#given-A figcaption").all_inner_texts()
+        assert [text.split(",")[0] for text in captions] == ["given", "mean", "spread", "truth"]
+        changed(page, lambda: slide(page, "case", ["ArrowRight"] * 3), "#given-A")
+        Image.fromarray(np.full((40, 30, 3), 180, np.uint8)).save(tmp_path / "mine.png")
+        changed(
+            page, lambda: page.set_input_files("#dropped input[type=file]", tmp_path / "mine.png"), "#given-A"
+        )
+        assert page.locator("#given-A figcaption").count() == 3  # nobody knows the truth
+        page.wait_for_function(
+            "() => document.querySelector('#command-A textarea').value.includes('case-3-')"
+        )
+        page.wait_for_timeout(1000)
+        main([*shlex.split(page.input_value("#command-A textarea"))[1:-1], str(tmp_path / "made")])
+        made = read_images([tmp_path / "made" / f"{seed:06d}.png" for seed in range(16)])
+        assert np.array_equal(made, np.stack([pixels_of(source) for source in sources(page)]))
+        page.screenshot(path=tmp_path / "conditional.png", full_page=True)
+    finally:
+        close()
+
+
+def test_a_run_that_trains_on(visit, digits_run, tmp_path):
+    """A visitor who comes later sees the newest snapshot."""
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    (run / "model.safetensors").unlink()
+    manifest = run / "snapshots" / "manifest.json"
+    whole = read_manifest(run / "snapshots")
+    first_half = [s for s in whole.snapshots if s.t <= 32]
+    write_manifest(run / "snapshots", dataclasses.replace(whole, snapshots=tuple(first_half)))
+    address, close = served(run)
+    try:
+        page = visit(address=address)
+        assert "still training: the newest snapshot is of 32 of 64 images" in page.inner_text("body")
+        assert "--ema-images 32 " in page.input_value("#command-A textarea")
+        manifest.write_bytes((digits_run / "snapshots" / "manifest.json").read_bytes())
+        page = visit(address=address)
+        page.get_by_text("finished after 64 training images").wait_for()
+        page.wait_for_function(
+            "() => document.querySelector('#command-A textarea').value.includes('--ema-images 64 ')"
+        )
+    finally:
+        close()
+
+
+def test_a_lost_connection(visit):
+    """A page that loses its connection says so, and starts again when it is back; others are served meanwhile."""
+    page = visit()
+    page.context.set_offline(True)
+    slide(page, "ema-A", ["ArrowLeft"])
+    page.get_by_text("Connection to the server was lost").wait_for()
+    other = visit()
+    changed(other, lambda: other.locator("#seed input").fill("7"))
+    with page.expect_navigation():
+        page.context.set_offline(False)
+    page.wait_for_selector("#images-A img")
+    changed(page, lambda: page.locator("#seed input").fill("7"))
+
+
+def test_visitors_who_leave_in_the_middle_keep_nobody_waiting(visit):
+    gone = visit()
+    slide(gone, "count", ["End"])
+    slide(gone, "steps-A", ["End"])
+    gone.close()
+    page = visit()
+    changed(page, lambda: slide(page, "ema-A", ["ArrowLeft"] * 2))
+
+
+def test_a_student(visit, digits_run, tmp_path):
+    settings = student_settings(open_teacher(digits_run), digits_run, num_images=16)
+    distill(open_teacher(digits_run), tmp_path / "student", settings, quiet=True)
+    address, close = served(tmp_path / "student")
+    try:
+        page = visit(address=address)
+        assert "--sampler consistency --num-steps 2 " in page.input_value("#command-A textarea")
+        assert len(sources(page, "#path")) == 2
+    finally:
+        close()

@@ -24,11 +24,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:the model says nothing of a training with some labels missing"
 )
 
-# The tiny run was trained with all labels.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:the model says nothing of a training with some labels missing"
-)
-
 
 @pytest.fixture(scope="module")
 def bench(digits_run, tmp_path_factory):
@@ -142,6 +137,8 @@ def test_a_run_under_way(digits_run, tmp_path):
     assert bench.status == "finished after 64 training images"
     assert bench.times == sorted({s["t"] for s in manifest["snapshots"]})
     bench.settings["num_images"] = 128
+    assert bench.status == "finished after 64 training images"  # stopped early, with a model of its end
+    (run / "model.safetensors").unlink()
     assert bench.status == "still training: the newest snapshot is of 64 of 128 images"
 
 
@@ -171,4 +168,28 @@ def test_pictures_are_inside_the_page(bench):
     assert 'class="tiles images crisp"' in text
     assert png_bytes(image_grid(images[:1], columns=1))[:4] == b"\x89PNG"
     assert pictures.problem(ValueError("<x>")) == '<p class="problem" role="alert">&lt;x&gt;</p>'
-    assert "the model is too large for this machine" in pictures.problem(MemoryError())
+
+
+def test_a_model_too_large_for_the_memory_is_refused_before_it_is_read(digits_run, monkeypatch, capsys):
+    bench = Workbench(digits_run)
+    bench.images(choice(bench))
+    monkeypatch.setattr(workbench, "free_memory", lambda: 1000)
+    with pytest.raises(
+        ValueError, match=r"the model needs 0\.0 GB of memory, and 0\.0 GB are free: close other"
+    ):
+        bench.images(choice(bench, sigma_rel=0.08))
+    with pytest.raises(SystemExit):
+        main(["studio", str(digits_run)])
+    assert "error: the model needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "told"), [("can't allocate memory", ValueError), ("another", RuntimeError)]
+)
+def test_images_too_large_for_the_memory(bench, monkeypatch, message, told):
+    def images(*_, **__):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("edm2.generate.ImageGenerator.images", images)
+    with pytest.raises(told, match=r"another|do not fit into memory: choose fewer of them"):
+        bench.images(choice(bench))

@@ -9,6 +9,7 @@ import tyro
 
 from edm2.progress import show, tell
 from edm2.studio.workbench import Workbench
+from edm2.train.build import pick_device
 
 _DEMO = Path("runs/demo/run")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -26,6 +27,11 @@ class _Studio:
     """Folder of a run, finished or under way. Default: that of the demo, runs/demo/run."""
     guide: Path | None = None
     """Another model that may guide: a file or a run."""
+    vae: str | None = None
+    """AutoencoderKL that decodes a latent model's latents: a name on the hub, or a folder.
+    Default: stabilityai/sd-vae-ft-mse."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets everyone see the page who can reach this machine."""
     port: int | None = None
@@ -41,7 +47,7 @@ def run(prog: str, words: Sequence[str]) -> None:
         )
     from edm2.studio.page import build, serve
 
-    bench = Workbench(chosen.run or _DEMO, chosen.guide)
+    bench = Workbench(chosen.run or _DEMO, chosen.guide, vae=chosen.vae, device=pick_device(chosen.device))
     alone = chosen.host in _LOOPBACK
     told = (
         "This page is seen from this machine only."

@@ -35,22 +35,24 @@ def errors_by_noise(
         Noise levels, the learned uncertainty u (0 in config A), and the log of the weighted error measured on the
         images.
     """
-    sigmas = torch.logspace(math.log10(0.002), math.log10(80), _NOISE_LEVELS)
+    levels = torch.logspace(math.log10(0.002), math.log10(80), _NOISE_LEVELS)
     denoiser, coding, measured = generator.denoiser, generator.coding, []
+    device = next(denoiser.parameters()).device
     arrays = (images, labels, conditions, vectors)
     stored: list[Any] = [None if x is None else torch.from_numpy(np.ascontiguousarray(x)) for x in arrays]
     batch = Batch(0, *stored)
     with torch.no_grad():
-        inputs = code_batch(batch, coding, seed=0, num_images=0)
+        inputs = code_batch(batch, coding, seed=0, num_images=0, device=device)
         clean, denoise = inputs.images, denoiser.given(inputs.condition)
         counts = torch.ones_like(clean, dtype=torch.bool) if inputs.mask is None else inputs.mask
         noise = keyed_normal(inputs.index, clean.shape[1:], seed=1)
+        sigmas = levels.to(device)
         learned = denoiser.logvar(sigmas).flatten()
         for sigma in sigmas:
             weight = (sigma**2 + denoiser.sigma_data**2) / (sigma * denoiser.sigma_data) ** 2
             denoised = denoise(clean + sigma * noise, sigma.expand(len(clean)), inputs.labels)
             measured.append(float(torch.log(weight * (denoised - clean)[counts].square().mean())))
-    return sigmas.numpy(), learned.numpy(), np.array(measured)
+    return levels.numpy(), learned.cpu().numpy(), np.array(measured)
 
 
 def noise_density(sigmas: np.ndarray, *, p_mean: float, p_std: float) -> np.ndarray:

@@ -72,7 +72,7 @@ def case_grid(rows: Sequence[tuple[np.ndarray, np.ndarray]], *, tile: int = 64) 
     drawn = []
     for images, like in rows:
         scale = max(1, -(-tile // max(images.shape[-2:])))
-        drawn.append(image_grid(_coloured(images, like), columns=len(images), scale=scale).convert("RGBA"))
+        drawn.append(image_grid(coloured(images, like), columns=len(images), scale=scale).convert("RGBA"))
     gap = 4
     size = (max(d.width for d in drawn), sum(d.height + gap for d in drawn) - gap)
     grid, top = PIL.Image.new("RGBA", size), 0
@@ -82,7 +82,16 @@ def case_grid(rows: Sequence[tuple[np.ndarray, np.ndarray]], *, tile: int = 64) 
     return grid
 
 
-def _coloured(images: np.ndarray, like: np.ndarray) -> np.ndarray:
+def coloured(images: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Images as pictures: bytes as RGB, fields in a colour map with their channels side by side.
+
+    Args:
+        images: `[N, C, H, W]`; missing values, which are NaN, become grey.
+        like: Images whose range each channel's colours span.
+
+    Returns:
+        `[N, 3, H, W']` uint8.
+    """
     if images.dtype == np.uint8:
         known = images if images.shape[1] in (1, 3) else images[:, :1]
         return np.repeat(known, 3, axis=1) if known.shape[1] == 1 else known

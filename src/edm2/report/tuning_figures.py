@@ -51,7 +51,7 @@ def lengths_figure(curves: Mapping[str, Sequence[Sequence[float]]], *, label: st
     """Score against EMA length, one curve for each name with a ring at its lowest point.
 
     Args:
-        curves: Name of a curve to its pairs of length and score. Every second one is dashed.
+        curves: Name of a curve to its pairs of length and score.
         label: Name of the score.
 
     Returns:
@@ -64,8 +64,8 @@ def lengths_figure(curves: Mapping[str, Sequence[Sequence[float]]], *, label: st
     figure, (ax,) = new_figure()
     for i, (name, pairs) in enumerate(curves.items()):
         lengths, scores = zip(*pairs, strict=True)
-        x, color = [100 * length for length in lengths], SERIES[i // 2 % len(SERIES)]
-        ax.plot(x, scores, "--" if i % 2 else "-", color=color, marker=".", markersize=4, label=name)
+        x, color = [100 * length for length in lengths], SERIES[i % len(SERIES)]
+        ax.plot(x, scores, color=color, marker=".", markersize=4, label=name)
         low = scores.index(min(scores))
         ax.plot(x[low], scores[low], "o", color=color, markersize=8, markerfacecolor="none")
     ax.set_xscale("log")

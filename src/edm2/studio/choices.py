@@ -28,7 +28,9 @@ class Choice:
         num_steps: Noise levels.
         first_seed: Seed of the first image.
         count: Number of images.
-        label: Class of all images; None: seed modulo the number of classes.
+        label: Class of all images; None: seed modulo the number of classes, or that of the case.
+        case: For a conditional run, the case of its data whose condition all images are given.
+        dropped: Name of a picture that replaces the case's condition; see `Cases.drop`.
     """
 
     sigma_rel: float
@@ -43,6 +45,8 @@ class Choice:
     first_seed: int = 0
     count: int = 16
     label: int | None = None
+    case: int = 0
+    dropped: str | None = None
 
     @property
     def is_guided(self) -> bool:
@@ -61,12 +65,22 @@ class Choice:
             chosen |= {"guidance": self.guidance, "interval": self.interval}
         return chosen
 
-    def command(self, run: Path, other: Path | None = None, *, out: str = "samples") -> str:
+    def command(
+        self,
+        run: Path,
+        other: Path | None = None,
+        *,
+        given: Path | None = None,
+        vae: str | None = None,
+        out: str = "samples",
+    ) -> str:
         """The command that makes the same images, bit for bit.
 
         Args:
             run: Folder of the run.
             other: The other model that guides.
+            given: File of the conditions, for a conditional run.
+            vae: Autoencoder of a latent model, where it is not the usual one.
             out: Its folder for the images.
         """
         words = [
@@ -97,6 +111,8 @@ class Choice:
         words += ["--seeds", f"{self.seeds[0]}-{self.seeds[-1]}" if self.count > 1 else str(self.first_seed)]
         if self.label is not None:
             words += ["--label", str(self.label)]
+        words += [] if given is None else ["--conditions", str(given)]
+        words += [] if vae is None else ["--vae", vae]
         return shlex.join([*words, "--out", out])
 
 

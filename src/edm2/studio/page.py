@@ -21,9 +21,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 with needed("edm2 studio"):
     import gradio as gr
 
-_ERRORS = (ValueError, FileExistsError, FloatingPointError, MemoryError)
+_ERRORS = (ValueError, FileExistsError, FloatingPointError)
 _HIGHEST = 80.0  # noise level up to which a guide acts everywhere
 _WAITING = 64
+_LOOK_SECONDS = 30
 
 
 def build(bench: Workbench, *, may_save: bool = True, told: str = "") -> Any:
@@ -37,6 +38,7 @@ def build(bench: Workbench, *, may_save: bool = True, told: str = "") -> Any:
     Returns:
         A `gradio.Blocks`; `serve` starts it.
     """
+    built = bench.times[-1]
     with gr.Blocks(title=f"edm2 studio: {bench.run.resolve().name}", analytics_enabled=False) as page:
         status = gr.Markdown(_status(bench, told))
         with gr.Row():
@@ -44,19 +46,27 @@ def build(bench: Workbench, *, may_save: bool = True, told: str = "") -> Any:
         compare = gr.Checkbox(label="A second setting beside the first", elem_id="compare")
         with gr.Row():
             with gr.Column(min_width=320):
-                first, shown = _side(bench, "A", shared)
+                first, shown = _side(bench, "A", shared, may_save=may_save)
             with gr.Column(min_width=320, visible=False) as second:
-                other, _ = _side(bench, "B", shared, only_if=compare)
+                other, _ = _side(bench, "B", shared, may_save=may_save, only_if=compare)
         compare.change(lambda on: gr.Column(visible=on), compare, second, show_progress="hidden")
         _more(bench, [*shared, *first], shown, may_save)
 
-        def arrive() -> list[Any]:
+        def look() -> list[Any]:
             bench.refresh()
             times = _times(bench)
             return [_status(bench, told), *(gr.Dropdown(choices=times) for _ in range(4))]
 
-        moments = [side[i] for side in (first, other) for i in (1, 4)]
-        page.load(arrive, None, [status, *moments], show_progress="hidden")
+        def arrive() -> list[Any]:
+            status, first, *rest = look()
+            if bench.times[-1] > built:  # training has gone on
+                first = gr.Dropdown(choices=_times(bench), value=bench.times[-1])
+            return [status, first, *rest]
+
+        seen = [status, *(side[i] for side in (first, other) for i in (1, 4))]
+        page.load(arrive, None, seen, show_progress="hidden")
+        if not bench.has_ended:
+            gr.Timer(_LOOK_SECONDS).tick(look, None, seen, show_progress="hidden")
     return page
 
 
@@ -90,12 +100,27 @@ def _times(bench: Workbench) -> list[tuple[str, float]]:
 
 
 def _shared_controls(bench: Workbench) -> list[Any]:
-    """Seed, number of images and class, for both sides."""
-    names = [("each in turn", -1), *((name, i) for i, name in enumerate(bench.class_names))]
+    """Seed, number of images, class, case and dropped picture, for both sides."""
+    cases = bench.cases
+    free = "each in turn" if cases is None else "the case's"
+    names = [(free, -1), *((name, i) for i, name in enumerate(bench.class_names))]
+    last, kind = (1, "") if cases is None else (max(1, len(cases) - 1), cases.kind)
     return [
         gr.Number(0, label="First seed", precision=0, minimum=0, elem_id="seed"),
-        gr.Slider(1, 64, 16, step=1, label="Images", elem_id="count"),
+        gr.Slider(1, 64, 16, step=1, label="Images" if cases is None else "Members", elem_id="count"),
         gr.Dropdown(names, value=-1, label="Class", visible=bool(bench.num_classes), elem_id="label"),
+        gr.Slider(
+            0, last, 0, step=1, label=f"Case of the {kind} data", visible=cases is not None, elem_id="case"
+        ),
+        gr.Image(
+            label="Or drop a picture as the condition",
+            type="numpy",
+            image_mode="RGB",
+            sources=["upload", "clipboard"],
+            height=180,
+            visible=cases is not None and cases.takes_pictures,
+            elem_id="dropped",
+        ),
     ]
 
 
@@ -149,10 +174,13 @@ def _controls(bench: Workbench, side: str) -> list[Any]:
     return [length, moment, guide, weight, guide_moment, guide_length, low, high, steps, sampler]
 
 
-def _side(bench: Workbench, side: str, shared: list[Any], *, only_if: Any = None) -> tuple[list[Any], Any]:
+def _side(
+    bench: Workbench, side: str, shared: list[Any], *, may_save: bool, only_if: Any = None
+) -> tuple[list[Any], Any]:
     """One setting: its pictures, its controls and its command; with a checkbox, drawn only while that is on."""
     with gr.Row():
         with gr.Column(min_width=300):
+            given = gr.HTML(elem_id=f"given-{side}", visible=bench.cases is not None)
             shown = gr.HTML(elem_id=f"images-{side}")
             took = gr.Markdown(elem_id=f"took-{side}")
         with gr.Column(min_width=300):
@@ -166,24 +194,31 @@ def _side(bench: Workbench, side: str, shared: list[Any], *, only_if: Any = None
         if only_if is not None:
             *values, is_on = values  # type: ignore[assignment]
             if not is_on:
-                return gr.skip(), gr.skip(), gr.skip()
+                return (gr.skip(),) * 4
         start = time.monotonic()
         try:
-            choice = read_choice(values)
+            choice = read_choice(bench, values)
             with warnings.catch_warnings(record=True) as remarks:
                 warnings.simplefilter("always", UserWarning)
                 images = bench.images(choice)
+            seconds = time.monotonic() - start
+            command = bench.command(choice, may_write=may_save)
         except _ERRORS as error:
-            return pictures.problem(error), "", ""
-        captions = [f"seed {seed}" for seed in choice.seeds]
+            return "", pictures.problem(error), "", ""
         expected = bench.model(choice.sigma_rel, choice.num_images).info["expected_error"]
-        took = f"{len(images)} images in {time.monotonic() - start:.2f} s; "
-        took += f"expected error of the average: {expected:.1e}"
+        took = f"{len(images)} images in {seconds:.2f} s; expected error of the average: {expected:.1e}"
         took += "".join(f"\n\nNote: {remark.message}." for remark in remarks)
-        return pictures.tiles(images, captions), took, choice.command(bench.run, bench.other_path)
+        shown = pictures.tiles(bench.picture(images), [f"seed {seed}" for seed in choice.seeds])
+        return draw_given(bench, choice, images), shown, took, command
 
     inputs = [*shared, *controls, *([] if only_if is None else [only_if])]
-    _on([control.change for control in inputs], draw, inputs, [shown, took, command], first=only_if is None)
+    _on(
+        [control.change for control in inputs],
+        draw,
+        inputs,
+        [given, shown, took, command],
+        first=only_if is None,
+    )
     return controls, shown
 
 
@@ -196,7 +231,7 @@ def _more(bench: Workbench, inputs: list[Any], shown: Any, may_save: bool) -> No
 
     def draw(*values: Any) -> tuple[str, str]:
         try:
-            choice = read_choice(values)
+            choice = read_choice(bench, values)
             return draw_path(bench, choice), draw_curves(bench, choice)
         except _ERRORS as error:
             return pictures.problem(error), ""
@@ -211,7 +246,7 @@ def _more(bench: Workbench, inputs: list[Any], shown: Any, may_save: bool) -> No
 
     def save(name: str, *values: Any) -> str:
         try:
-            folder = bench.save(read_choice(values), name)
+            folder = bench.save(read_choice(bench, values), name)
         except _ERRORS as error:
             return f"Not saved: {error}"
         return f"Saved. `edm2 sample {folder} --out samples` uses it with these settings."
@@ -232,6 +267,12 @@ def _on(
         gr.on(None, draw, inputs, outputs, **options)
 
 
+def draw_given(bench: Workbench, choice: Choice, images: np.ndarray) -> str:
+    """What a conditional run was given, and what its images have in common; empty for other runs."""
+    found = bench.given(choice, images)
+    return "".join(pictures.tiles(picture, [name], kind="path given") for name, picture in found)
+
+
 def draw_path(bench: Workbench, choice: Choice) -> str:
     """What the network takes the first image for, at each step."""
     levels, images = zip(*bench.path(choice), strict=True)
@@ -250,18 +291,16 @@ def draw_curves(bench: Workbench, choice: Choice) -> str:
     return pictures.figures(drawn)
 
 
-def read_choice(values: Sequence[Any]) -> Choice:
+def read_choice(bench: Workbench, values: Sequence[Any]) -> Choice:
     """A choice from the values of the shared controls and one side's, in their order.
 
     Raises:
         ValueError: If a number is missing, or the interval is empty.
     """
-    if any(value is None for value in values):
+    seed, count, label, case, dropped, *own = values
+    if any(value is None for value in (seed, count, label, case, *own)):
         raise ValueError("a field is empty: fill in a number")
     (
-        seed,
-        count,
-        label,
         length,
         moment,
         guide,
@@ -272,7 +311,7 @@ def read_choice(values: Sequence[Any]) -> Choice:
         high,
         steps,
         sampler,
-    ) = values
+    ) = own
     if low >= high:
         raise ValueError(f"guide above {number(low)} and up to {number(high)}: the first must be lower")
     return Choice(
@@ -288,4 +327,6 @@ def read_choice(values: Sequence[Any]) -> Choice:
         first_seed=int(seed),
         count=int(count),
         label=None if label < 0 else int(label),
+        case=int(case),
+        dropped=None if dropped is None or bench.cases is None else bench.cases.drop(dropped),
     )

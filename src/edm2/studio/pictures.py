@@ -22,14 +22,14 @@ def tiles(images: np.ndarray, captions: Sequence[str], *, kind: str = "images") 
     Args:
         images: The images.
         captions: A text for each, told by screen readers and when the mouse rests on it.
-        kind: Class of the grid; those of "path" show their captions.
+        kind: Classes of the grid; those of "path" show their captions.
     """
     crisp = " crisp" if images.shape[-1] <= _SMALL else ""
     cells = []
     for image, caption in zip(images, captions, strict=True):
         text = html.escape(caption)
         picture = _image(png_bytes(image_grid(image[None], columns=1)), text)
-        label = f"<figcaption>{text}</figcaption>" if kind == "path" else ""
+        label = f"<figcaption>{text}</figcaption>" if "path" in kind else ""
         cells.append(f"<figure>{picture}{label}</figure>")
     return f'<div class="tiles {kind}{crisp}">{"".join(cells)}</div>'
 
@@ -45,10 +45,7 @@ def figures(drawn: Sequence[tuple[str, "Figure"]]) -> str:
 
 def problem(error: BaseException) -> str:
     """An error's message, where the pictures would be."""
-    text = (
-        "the model is too large for this machine's memory" if isinstance(error, MemoryError) else str(error)
-    )
-    return f'<p class="problem" role="alert">{html.escape(text)}</p>'
+    return f'<p class="problem" role="alert">{html.escape(str(error))}</p>'
 
 
 def _image(png: bytes, alt: str) -> str:
@@ -58,6 +55,7 @@ def _image(png: bytes, alt: str) -> str:
 STYLE = """
 .tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 4px; max-width: 420px; }
 .tiles.path { grid-template-columns: repeat(auto-fill, minmax(64px, 1fr)); max-width: none; }
+.tiles.given { display: inline-block; width: 96px; margin-right: 6px; vertical-align: top; }
 .tiles figure, .curves figure { margin: 0; }
 .tiles img { width: 100%; display: block; }
 .tiles.crisp img { image-rendering: pixelated; }

@@ -1,6 +1,7 @@
 """Latent models end to end with diffusers' real AutoencoderKL, a small one made here."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from edm2.diffusion import build_denoiser, save_model  # noqa: E402
 from edm2.generate import ImageGenerator, read_images  # noqa: E402
 from edm2.hub import EDM2Pipeline  # noqa: E402
 from edm2.interop.model_info import LATENT_MEAN, LATENT_STD  # noqa: E402
+from edm2.train import DataConfig, train  # noqa: E402
 from edm2.train.coding import Coding  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the library
@@ -130,3 +132,27 @@ def test_an_autoencoder_that_cannot_be_had(model: Path, tmp_path: Path, capsys: 
     assert "could not be loaded" in told
     assert "or write the latents themselves: edm2 sample --latents" in told
     assert not out.exists()
+
+
+def test_the_studio_shows_the_decoded_pictures_of_the_command(
+    vae: tuple[Any, Path], tmp_path: Path, tiny_digits: Any
+) -> None:
+    from edm2.studio.choices import Choice
+    from edm2.studio.workbench import Workbench
+
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "pictures.npy", rng.integers(0, 256, (16, 3, 16, 16), np.uint8))
+    words = ["data", "encode", str(tmp_path / "pictures.npy"), "--vae", str(vae[1])]
+    main([*words, "--out", str(tmp_path / "latents.zip")])
+    coding = DataConfig(coding="latents", mean=(0.0,) * 4, std=(1.0,) * 4)
+    config = tiny_digits(data=str(tmp_path / "latents.zip"), num_images=32, dataset=coding)
+    train(config, tmp_path / "run", quiet=True)
+    bench = Workbench(tmp_path / "run", vae=str(vae[1]))
+    chosen = Choice(sigma_rel=0.1, num_images=32, num_steps=2, count=3)
+    images = bench.images(chosen)
+    assert (images.dtype, images.shape) == (np.uint8, (3, 3, 16, 16))
+    assert bench.path(chosen)[0][1].shape == (3, 16, 16)
+    assert bench.noise(chosen) is not None
+    main([*shlex.split(bench.command(chosen))[1:-1], str(tmp_path / "made")])
+    made = read_images([tmp_path / "made" / f"{seed:06d}.png" for seed in range(3)])
+    assert np.array_equal(made, images)
