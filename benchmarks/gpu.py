@@ -183,7 +183,7 @@ def step_row(
         step = None
         try:
             reset_peak(device)
-            step = Step(denoiser, data, fast=True, dtype=dtype, compiled=compiled)
+            step = Step(denoiser, data, quick=True, dtype=dtype, compiled=compiled)
             first = timed(step, device)
             break
         except torch.OutOfMemoryError:

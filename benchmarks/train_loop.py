@@ -75,7 +75,7 @@ def main():
             torch.exp(torch.randn(batch, device=device) - 0.4),
             torch.randn(batch, *shape, device=device),
         )
-        step = Step(plain.denoiser, ready, fast=True)
+        step = Step(plain.denoiser, ready, quick=True)
 
         def bare():
             for _ in range(arguments.steps):

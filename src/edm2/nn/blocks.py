@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from edm2.nn import fast
 from edm2.nn.attention import attend
 from edm2.nn.configs import Features
 from edm2.nn.functional import resample
-from edm2.nn.keyed_random import keyed_dropout
+from edm2.nn.keyed_random import drop
 
 
 class Block(nn.Module):
@@ -69,6 +70,8 @@ class Block(nn.Module):
         self, x: Tensor, emb: Tensor, dropout_index: Tensor | None = None, dropout_seed: int = 0
     ) -> Tensor:
         """`[B, in, H, W]`, `[B, E]` -> `[B, out, H', W']`; the last two as in `UNet.forward`."""
+        if fast.applies(self):
+            return fast.block_forward(self, x, emb, dropout_index, dropout_seed)
         f, fixed = self.features, self.features.fixed_functions
         x = resample(x, self.resample_mode)
         if self.flavor == "enc":
@@ -106,15 +109,6 @@ def head_count(channels: int, channels_per_head: int) -> int:
             f"choose a divisor, such as {fitting}"
         )
     return heads
-
-
-def drop(x: Tensor, p: float, index: Tensor | None, *, seed: int, stream: int) -> Tensor:
-    """Dropout with masks from (seed, index, stream); without an index, from torch's generator."""
-    if p == 0:
-        return x
-    if index is None:
-        return F.dropout(x, p)
-    return keyed_dropout(x, p, index, seed=seed, stream=stream)
 
 
 def clip(x: Tensor, bound: float) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from edm2.nn.attention import attend
-from edm2.nn.blocks import clip, drop, head_count
+from edm2.nn.blocks import clip, head_count
 from edm2.nn.configs import Features
 from edm2.nn.functional import resample
+from edm2.nn.keyed_random import drop
 
 
 class GroupNormBlock(nn.Module):

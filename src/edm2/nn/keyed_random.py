@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
@@ -96,3 +97,12 @@ def keyed_dropout(x: Tensor, p: float, index: Tensor, *, seed: int = 0, stream: 
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _MASK
     keep = (h ^ (h >> 16)) >= int(p * 2**32)
     return x * keep.reshape(x.shape).to(x.dtype) / (1 - p)
+
+
+def drop(x: Tensor, p: float, index: Tensor | None, *, seed: int, stream: int) -> Tensor:
+    """Dropout with masks from (seed, index, stream); without an index, from torch's generator."""
+    if p == 0:
+        return x
+    if index is None:
+        return F.dropout(x, p)
+    return keyed_dropout(x, p, index, seed=seed, stream=stream)
