@@ -13,6 +13,7 @@ FLOORS = {
     "extras": (0, ()),
     "files": (0, ("ema",)),
     "progress": (0, ()),
+    "memory": (0, ()),
     "ema": (0, ()),
     "nn": (0, ()),
     "metrics": (0, ("extras", "files", "progress")),

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from edm2.extras import advice
+from edm2.memory import keep_freed_memory
 from edm2.progress import show, tell
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
@@ -62,6 +63,7 @@ COMMANDS: dict[str, Any] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; returns when it is done, else ends the process with one of the exit codes above."""
     _prepare_streams()
+    keep_freed_memory()
     warnings.showwarning = _show_warning
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
