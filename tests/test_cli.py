@@ -111,11 +111,11 @@ def test_overview_of_a_group(name: str, capsys: pytest.CaptureFixture[str]) -> N
     [
         (ValueError("a wrong value: choose another"), 2, "edm2: error: a wrong value: choose another"),
         (FileExistsError("x exists already"), 2, "edm2: error: x exists already"),
-        (FileExistsError(17, "File exists", "x"), 2, "x lies at or in a file, where a folder is needed"),
+        (FileExistsError(17, "File exists", "x"), 2, "x is a file, or is inside one, and a folder is needed"),
         (
             NotADirectoryError(20, "Not a directory", "x"),
             2,
-            "x lies at or in a file, where a folder is needed",
+            "x is a file, or is inside one, and a folder is needed",
         ),
         (OSError(28, "No space left on device"), 1, "edm2: error: [Errno 28] No space left on device"),
         (FloatingPointError("loss was NaN"), 1, "edm2: error: loss was NaN"),
@@ -157,7 +157,7 @@ def test_a_file_where_a_folder_is_needed(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "notes").write_text("mine")
     code, text = ends(["train", "--preset", "digits", "--out", str(tmp_path / "notes")], capsys)
     assert code == 2
-    assert "where a folder is needed: choose another path" in text
+    assert "and a folder is needed: choose another path" in text
     assert (tmp_path / "notes").read_text() == "mine"
 
 

@@ -25,36 +25,36 @@ COMMANDS: dict[str, Any] = {
     "train": "train a model on your images, or continue a run",
     "data": {
         "": "inspect images, bring them to one size, encode them to latents",
-        "info": "counts, sizes, classes, mean and standard deviation, and what needs mending",
-        "convert": "one size and mode, into a ZIP or folder",
-        "encode": "latents for a latent diffusion model",
+        "info": "show counts, sizes, classes, mean and standard deviation, and what needs fixing",
+        "convert": "bring images to one size and mode, in a ZIP or folder",
+        "encode": "encode images to latents for a latent diffusion model",
     },
-    "suggest": "settings for your images and your time, each with its reason",
+    "suggest": "suggest settings for your images and your time, each with its reason",
     "ema": {
         "": "average the weights of a run over any length, after training",
-        "list": "contents of a snapshot folder",
+        "list": "list the contents of a snapshot folder",
         "verify": "check every file of a folder against its sha256",
-        "plan": "which averages to track and when to store them, for an error or a budget",
-        "reconstruct": "models with any EMA length from a run's snapshots",
+        "plan": "choose which averages to track and when to store them, within a budget",
+        "reconstruct": "write models with any EMA length from a run's snapshots",
         "merge": "average checkpoints of a training that tracked no EMA",
-        "profile": "draw the wanted averages and their reconstructions",
+        "profile": "draw the profiles of the wanted averages and of their reconstructions",
     },
-    "sample": "make images with a model",
-    "forecast": "continue films step by step, as an ensemble",
+    "sample": "generate images with a model",
+    "forecast": "forecast sequences of fields step by step, as an ensemble",
     "tune": "find a run's best EMA length, guide and guidance",
     "distill": "turn a model into one that makes images in one to four evaluations",
-    "ladder": "train configurations A to G alike and compare them",
+    "ladder": "train configurations A to G on the same images and compare them",
     "metrics": {
-        "": "scores of images, with everything that they depend on",
-        "ref": "measure a data set once, for use as a reference",
+        "": "score images, and store everything that the scores depend on",
+        "ref": "measure a data set once, to use it as a reference",
         "score": "score images against a reference",
         "compare": "compare two sets of images, or two results",
         "ensemble": "score forecasts: CRPS, spread and skill, ranks, reliability, spectra",
     },
     "studio": "see in the browser what EMA length and guidance do to a run's images",
-    "probe": "read classes from a network's features with a linear classifier",
+    "probe": "classify images from a network's features with a linear classifier",
     "export": "write a model for torch.export, ONNX or diffusers",
-    "report": "write a page about one run, or several side by side",
+    "report": "write a page about one run, or about several side by side",
     "import": "convert the released models and other official files to safetensors",
     "info": "describe a preset, a saved model or a run",
 }
@@ -144,7 +144,7 @@ def _run(words: list[str]) -> None:
 def _mistake(error: ValueError | OSError) -> str:
     # Our own errors have no number; the system's mean a file where a folder is needed.
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.filename} lies at or in a file, where a folder is needed: choose another path"
+        return f"{error.filename} is a file, or is inside one, and a folder is needed: choose another path"
     return str(error)
 
 
@@ -153,7 +153,7 @@ def _print_help(name: str, table: dict[str, Any]) -> None:
     for command, text in table.items():
         if command:
             show(f"  {command:<12} {text[''] if isinstance(text, dict) else text}")
-    show(f"\n{name} COMMAND --help tells more.")
+    show(f"\nFor the options of a command: {name} COMMAND --help")
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:

@@ -299,7 +299,7 @@ def test_plan_for_mid_run_gives_the_error_there(capsys: pytest.CaptureFixture[st
         (["--name", "best"], "plan 'best' is not known"),
         (["--tracks", "3", "--memory", "1GB"], "3 tracks need more than --memory allows"),
         (["--storage", "3"], "--storage of 3 does not hold one average of 100,000,000 parameters"),
-        (["--name", "lean", "--tracks", "3"], "--name lean has its tracks and times: leave out --tracks"),
+        (["--name", "lean", "--tracks", "3"], "--name lean fixes tracks and times: leave out --tracks"),
         (["--out", "plan.txt"], "--out plan.txt: pictures are PNG files"),
     ],
 )

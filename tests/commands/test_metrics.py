@@ -352,7 +352,7 @@ def test_bad_input_ends_before_any_work(digits_ref, samples, tmp_path, capsys, m
     error = fails(capsys, "metrics", "score", samples, "--ref", digits_ref, "--weights", tmp_path / "no")
     assert "there is no classifier at" in error
     error = fails(capsys, "metrics", "score", "hf://name", "--ref", digits_ref)
-    assert "the numbers cannot be written beside hf://name: give --out with a file" in error
+    assert "the numbers cannot be written next to hf://name: give --out with a file" in error
     assert "which extractor? give --extractor" in fails(capsys, "metrics", "compare", wide, samples)
     assert "--batch 0 must be at least 1" in fails(capsys, "metrics", "compare", wide, samples, "--batch", 0)
     error = fails(capsys, "metrics", "compare", wide, samples, "--keep", 3)

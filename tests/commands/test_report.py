@@ -22,6 +22,12 @@ def test_report_lies_in_the_run_unless_told_otherwise(run, tmp_path, capsys):
     assert (tmp_path / "both.html").read_text().count("<h2") == 4
 
 
+def test_report_of_an_unfinished_run_says_how_to_continue_it(run, capsys):
+    (run / "model.safetensors").unlink()
+    main(["report", str(run), "--no-samples"])
+    assert f"next: edm2 train --out {run}" in capsys.readouterr().err
+
+
 def test_report_of_nothing(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         main(["report", str(tmp_path)])

@@ -115,7 +115,7 @@ def test_the_final_model(run: Path, tmp_path: Path, words: list[str]) -> None:
         (["{run}", "--guide-images", "80"], "--guide-images 80 needs --guide-ema"),
         (["{run}", "--guide-ema", "0.05"], "a guide has no effect with --guidance 1"),
         (["{run}", "--interval", "1", "2"], "--interval has no effect with --guidance 1"),
-        (["{run}", "--guidance", "2"], "--guidance 2 needs a guide: give a model as --guide, or the EMA length"),
+        (["{run}", "--guidance", "2"], "--guidance 2 needs a guide: give a model as --guide, or use an earlier point"),
         (["{run}", "--guide", "{other}", "--guidance", "2"], "the guide has images (1, 8, 8), the model (1, 4, 4)"),
         (["{run}", "--guide-ema", "0.05", "--guidance", "2", "--interval", "90", "99"], "holds none of the schedule"),
         (["{run}", "--label", "3"], "there is no class '3': give a number from 0 to 2"),

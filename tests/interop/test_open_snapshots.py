@@ -199,4 +199,4 @@ def test_commands_say_which_training_and_what_is_wrong(
     main([*command, "--prefix", "other"])
     (path / "empty").mkdir()
     told = fails(["ema", "list", str(path / "empty"), "--prefix", "run"])
-    assert "--prefix run is for folders of other programs, and" in told
+    assert "--prefix run is for folders of other libraries, and" in told

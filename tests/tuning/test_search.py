@@ -467,10 +467,9 @@ def test_a_run_under_way_says_which_snapshot_is_tuned(fresh, capsys):
     sizes = "--samples 8 --final-samples 8 --repeats 2 --num-steps 2 --sampler euler"
     main(["tune", str(fresh), *words.split(), *sizes.split()])
     printed = capsys.readouterr()
-    assert (
-        "its snapshot after 200 training images is tuned; to continue this search after a stop" in printed.err
-    )
+    assert "so its snapshot after 200 training images is tuned; to continue this search after" in printed.err
     assert "add --num-images 200" in printed.err
+    assert "next: edm2 sample " in printed.err
     assert "tuned after 200 training images\n" in printed.out
 
 

@@ -5,7 +5,7 @@ import torch
 from edm2.diffusion import register_network
 
 HELP = """every command also takes
-  --threads N                      threads of the CPU; where other work shares it, 1 can be many times faster
+  --threads N                      CPU threads; on a busy machine, 1 can be many times faster
   --network-from MODULE:FUNCTION   function that made a model's network, if it is your own
 """
 

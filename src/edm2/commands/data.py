@@ -30,44 +30,47 @@ _SOURCE = Annotated[str, tyro.conf.Positional]
 
 @dataclass(kw_only=True)
 class _Info:
-    """Count images, sizes and classes, measure mean and standard deviation, name what needs fixing."""
+    """Count images, sizes and classes, measure mean and standard deviation, and list what needs fixing."""
 
     source: _SOURCE
     """Folder, ZIP or folder inside one, .npy, .npz, zarr, NetCDF, IDX folder, Arrow or Parquet files, hf://NAME,
     digits or fashion-mnist."""
     condition: str | None = None
-    """Images given with these, as in `edm2 train --condition`."""
+    """Condition images of these images, as in `edm2 train --condition`."""
     picture: Path | None = None
-    """PNG file in which to draw pairs side by side."""
+    """PNG file to draw pairs in, side by side."""
     split: str = "train"
     """Split, if the source has several."""
     labels: bool = True
     """Whether to read labels."""
     sample: int | None = None
-    """Number of images whose pixels are read; default: all, so that all damaged ones are found."""
+    """Number of images whose pixels are read. Default: all, which finds every damaged image."""
     workers: int | None = None
-    """Number of threads; default: one a processor."""
+    """Number of threads. Default: one per processor."""
 
 
 @dataclass(kw_only=True)
 class _Convert:
-    """Bring images to one size and mode, in a new ZIP or folder. The same command continues after any stop."""
+    """Bring images to one size and mode, in a new ZIP or folder.
+
+    Run the same command again to continue after an interruption.
+    """
 
     source: _SOURCE
     """See `edm2 data info`."""
     out: Path
     """New folder, or a name that ends in .zip."""
     size: str | None = None
-    """Side in pixels, or HEIGHTxWIDTH; default: unchanged."""
+    """Side in pixels, or HEIGHTxWIDTH. Default: unchanged."""
     method: Literal["center-crop", "center-crop-wide", "resize"] = "center-crop"
     """center-crop: cover the size and cut out the centre, as for ImageNet. center-crop-wide: the same, in the middle of
     a black square of the longer side. resize: stretch to the size."""
     filter: Literal["bicubic", "lanczos"] = "bicubic"
-    """How pictures are scaled; bicubic is how ImageNet was prepared."""
+    """Filter for scaling. bicubic: as ImageNet was prepared."""
     mode: Literal["auto", "gray", "rgb", "rgba"] = "auto"
-    """Mode of the pictures; auto: the one that they have in common, or rgb."""
+    """Mode of the images. auto: the mode that they share, or else rgb."""
     background: str | None = None
-    """Colour on which transparent parts are laid, by name or as #rrggbb; the pictures then lose their transparency."""
+    """Colour that replaces transparent parts, by name or as #rrggbb. Default: transparency is kept."""
     split: str = "train"
     """Split, if the source has several."""
     labels: bool = True
@@ -75,33 +78,36 @@ class _Convert:
     stream: bool = False
     """Read a Hugging Face source from start to end without storing it."""
     skip_damaged: bool = False
-    """Leave damaged images out and count them; otherwise the first one ends the work."""
+    """Skip damaged images and count them, instead of stopping at the first one."""
     workers: int | None = None
-    """Number of processes; default: one a processor."""
+    """Number of processes. Default: one per processor."""
 
 
 @dataclass(kw_only=True)
 class _Encode:
-    """Encode images to latents: 2 x C channels, means then standard deviations. Interrupted work continues."""
+    """Encode images to latents: 2 x C channels, means then standard deviations.
+
+    Run the same command again to continue after an interruption.
+    """
 
     source: _SOURCE
     """See `edm2 data info`; images of one size."""
     out: Path
     """New folder, or a name that ends in .zip."""
     vae: str
-    """AutoencoderKL on the hub, such as stabilityai/sd-vae-ft-mse, or the folder of one."""
+    """AutoencoderKL: a name on the hub, such as stabilityai/sd-vae-ft-mse, or a local folder."""
     split: str = "train"
     """Split, if the source has several."""
     batch: int = 8
     """Images at a time."""
     pixel_range: Literal["zero-one", "minus-one-one"] = "zero-one"
-    """Scale of the autoencoder's input; zero-one is that of the models released with EDM2."""
+    """Scale of the autoencoder's input. zero-one: that of the models released with EDM2."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the autoencoder; latents are stored in float32."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     skip_damaged: bool = False
-    """Leave damaged images out and count them."""
+    """Skip damaged images and count them."""
 
 
 def info(prog: str, words: Sequence[str]) -> None:

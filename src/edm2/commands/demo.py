@@ -20,7 +20,7 @@ class _Demo:
     out: Path | None = None
     """Folder for everything. Default: runs/demo, or runs/demo-forecast with --forecast."""
     forecast: bool = False
-    """Instead: train on drifting fields, forecast them as an ensemble, and compare with the exact law."""
+    """Run the demo of forecasts: train on drifting fields, forecast an ensemble, and compare it with the exact law."""
 
 
 def run(prog: str, words: Sequence[str]) -> None:

@@ -33,11 +33,11 @@ class _Source:
     """Folder of a run, of its snapshots, of official ones (network-snapshot-*.pkl), or of another library's averages
     (ema-pytorch, nitrous-ema, pytorch-posthoc-ema)."""
     prefix: str | None = None
-    """Which training, for a folder of official snapshots of several."""
+    """Training run to choose, if a folder of official snapshots holds several."""
     given_sigma_rels: str | None = None
-    """For another library's folder: the lengths that its PostHocEMA was given, in order: 0.05,0.28."""
+    """For another library's folder: the sigma_rels of its PostHocEMA, in the same order: 0.05,0.28."""
     update_every: int | None = None
-    """For another library's folder: the steps between updates that its PostHocEMA was given."""
+    """For another library's folder: the update_every of its PostHocEMA."""
 
 
 @dataclass(kw_only=True)
@@ -63,48 +63,48 @@ class _Reconstruct(_Source):
     sigma_rel: str
     """EMA lengths relative to the training time, separated by commas: 0.05,0.10 or 0.010,0.015,...,0.250."""
     out: Path
-    """Folder for the models, named after their lengths."""
+    """Folder for the models, which are named after their EMA lengths."""
     t: Annotated[float | None, tyro.conf.arg(aliases=["--images"])] = None
-    """Time, in the run's clock, at which the averages are wanted; default: the last snapshot's."""
+    """Time at which the averages end, in the run's clock. Default: the time of the last snapshot."""
     tracks: str | None = None
-    """Use the snapshots of these lengths only: 0.05,0.10; default: all."""
+    """Use only the snapshots with these EMA lengths: 0.05,0.10. Default: all."""
     skip_existing: bool = False
-    """Keep files that exist, whatever they were made from, instead of stopping at those of other averages."""
+    """Keep existing files whatever they were made from, instead of stopping at files of other averages."""
 
 
 @dataclass(kw_only=True)
 class _Profile(_Source):
-    """Draw the wanted profiles beside those that the snapshots give, and print the coefficients in short."""
+    """Draw the wanted profiles and those that the snapshots give, and summarise the coefficients."""
 
     sigma_rel: str | None = None
-    """EMA lengths, separated by commas; default: four from the shortest track to the longest."""
+    """EMA lengths, separated by commas. Default: four from the shortest tracked length to the longest."""
     out: Path
     """PNG file."""
     t: float | None = None
-    """Time, in the run's clock; default: the last snapshot's."""
+    """Time at which the averages end, in the run's clock. Default: the time of the last snapshot."""
 
 
 @dataclass(kw_only=True)
 class _Merge:
-    """Average plain checkpoints of a training, where no EMA was tracked, into a checkpoint of the same form.
+    """Average plain checkpoints of a training that tracked no EMA, into a checkpoint of the same form.
 
     Reads safetensors, Hugging Face's shards, torch files, and folders of torch.distributed.checkpoint. Memory holds one
-    tensor at a time. Interrupted, the same command starts again; done, it changes nothing.
+    tensor at a time. Run the same command again after an interruption; once it is done, it changes nothing.
     """
 
     checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folder of checkpoints with their steps in the names, or the checkpoints themselves."""
+    """Folder of checkpoints whose names contain their steps, or the checkpoints themselves."""
     target: tuple[str, ...]
     """Averages: an EMA length, 0.1, or a profile and its window in steps: minus_sqrt:10000, uniform:5000, linear:5000,
     exponential:1000 (half-life)."""
     out: Path
-    """Folder for the merged model; with several targets, one folder in it for each."""
+    """Folder for the merged model. With several targets, each gets a folder inside it."""
     t: float | None = None
-    """Step at which the averages end; default: the last checkpoint's."""
+    """Step at which the averages end. Default: that of the last checkpoint."""
     start: float = 0
     """Step at which training began."""
     key: str | None = None
-    """Where the weights are in files that hold more, such as model; default: looked for."""
+    """Key under which the weights are stored in files that hold more, such as model. Default: found automatically."""
 
 
 def list(prog: str, words: Sequence[str]) -> None:
@@ -220,7 +220,7 @@ def _open(source: _Source) -> Path | ForeignSnapshots:
     ):
         if value is not None:
             raise ValueError(
-                f"{option} {value} is for folders of other programs, and {folder} is not one: leave it out"
+                f"{option} {value} is for folders of other libraries, and {folder} is not one: leave it out"
             )
     return folder
 

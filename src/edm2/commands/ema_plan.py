@@ -29,25 +29,25 @@ class _Plan:
     """Choose which averages to track and when to store them, so that any length in a range is available later."""
 
     sigma_range: str = "0.03,0.25"
-    """Shortest and longest EMA length wanted, relative to the training time."""
+    """Shortest and longest EMA length that you want, relative to the training time."""
     name: str | None = None
-    """Show a named plan instead (paper, compact, lean, small); only --dtype, --sigma-range and --params go with it."""
+    """Show a named plan (paper, compact, lean, small). Combines only with --dtype, --sigma-range and --params."""
     tracks: int | None = None
-    """Averages to track; default: the best number within the budgets."""
+    """Number of averages to track. Default: the best number within the budgets."""
     times: int | None = None
-    """Times at which they are stored; 1 means the end of training only."""
+    """Number of times at which they are stored. 1: only at the end of training."""
     params: str = "100M"
-    """Parameters of the model: 100M, 1.5G."""
+    """Number of parameters of the model, such as 100M or 1.5G."""
     memory: str | None = None
-    """Space for the running averages: 2GB."""
+    """Memory for the running averages, such as 2GB."""
     storage: str | None = None
-    """Space for the snapshots: 10GB."""
+    """Disk space for the snapshots, such as 10GB."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """How snapshots are stored."""
+    """Precision of stored snapshots."""
     mid_run: bool = False
-    """Every length is also wanted at each stored time, not only at the end; the error is the worst of all."""
+    """Make every length available at each stored time, not only at the end. The error is the worst of all times."""
     out: Path | None = None
-    """PNG file: the error at each length, beside that of the paper's and the released models' snapshots."""
+    """PNG file for a plot of the error at each length, compared with the paper's and the released models' snapshots."""
 
 
 def plan(prog: str, words: Sequence[str]) -> None:
@@ -67,7 +67,7 @@ def plan(prog: str, words: Sequence[str]) -> None:
     if chosen.name is not None:
         if chosen.tracks or chosen.times or chosen.mid_run or any(room.values()):
             raise ValueError(
-                f"--name {chosen.name} has its tracks and times: leave out --tracks, --times, --memory, --storage and"
+                f"--name {chosen.name} fixes tracks and times: leave out --tracks, --times, --memory, --storage and"
                 " --mid-run, or --name"
             )
         found = replace(named_plan(chosen.name), dtype=chosen.dtype)

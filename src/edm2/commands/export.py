@@ -26,7 +26,7 @@ class _Export:
     out: Path
     """Folder to write."""
     ema: float | None = None
-    """EMA length to reconstruct from the run's snapshots. Default: the model that the run saved."""
+    """EMA length to reconstruct from the run's snapshots. Default: the run's final model."""
 
 
 def run(prog: str, words: Sequence[str]) -> None:

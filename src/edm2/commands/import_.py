@@ -19,17 +19,17 @@ class _Import:
     """Convert official network pickles, snapshot folders and reference statistics without running anything in them."""
 
     name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None
-    """A file, a folder of snapshots, a file's name to fetch, or the name of a published setting. Without it, all
-    such names are listed."""
+    """A file, a folder of snapshots, the name of a file to fetch, or the name of a published setting. Default: list
+    all published settings."""
     out: Path | None = None
     """Folder for the result. A folder of snapshots becomes this folder."""
     source: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Folder, http(s) address, or hf://OWNER/NAME of the hub that the files lie in; default: the environment's
-    EDM2_RELEASED_FROM."""
+    """Source of the files: a folder, an http(s) address, or hf://OWNER/NAME on the hub. Default: the environment
+    variable EDM2_RELEASED_FROM."""
     sha256: tuple[str, ...] = ()
-    """Expected hash of each file that is fetched, the network's first."""
+    """Expected sha256 of each file that is fetched, starting with the network."""
     prefix: str | None = None
-    """Which training, for a folder that holds snapshots of several."""
+    """Training run to choose, if a folder holds snapshots of several."""
 
 
 def run(prog: str, words: Sequence[str]) -> None:

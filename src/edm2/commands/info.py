@@ -24,7 +24,7 @@ from edm2.train.settings_file import run_settings
 
 @dataclass(kw_only=True)
 class _Info:
-    """Print parameters, Gflops per image, and state of a preset or a saved model. Without a name: list all presets."""
+    """Describe a preset, a saved model or a run. Without a name, list all presets."""
 
     name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None
     """Name of a preset or a published setting, model file, or folder of a run or a shared model."""

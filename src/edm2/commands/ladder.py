@@ -16,25 +16,25 @@ from edm2.progress import show
 
 @dataclass(kw_only=True)
 class _Ladder:
-    """Train configurations A to G alike and compare them, each at its own best EMA length.
+    """Train configurations A to G on the same images and compare them, each at its own best EMA length.
 
-    Run the same command again to continue after a stop.
+    Run the same command again to continue after an interruption.
     """
 
     out: Path
     """Folder for all runs, ladder.json and report.html."""
     preset: str = "digits"
-    """Settings of config G; those of the other configurations follow in the paper's proportions."""
+    """Settings of config G. The other configurations' settings follow in the paper's proportions."""
     data: str | None = None
-    """Images with classes; default: the preset's."""
+    """Images with classes. Default: the preset's."""
     images: int | None = None
-    """Training images of each run; default: the preset's. The course of the learning rate scales with it."""
+    """Training images of each run; the learning-rate schedule scales with it. Default: the preset's."""
     batch: int | None = None
-    """Images per step; default: the preset's."""
+    """Images per step. Default: the preset's."""
     p_mean: float | None = None
-    """Mean of ln sigma in training, configs B to G; default: the preset's. A keeps the paper's -1.2."""
+    """Mean of ln sigma in training for configs B to G. A keeps the paper's -1.2. Default: the preset's."""
     p_std: float | None = None
-    """Standard deviation of ln sigma, likewise; A keeps the paper's 1.2."""
+    """Standard deviation of ln sigma for configs B to G. A keeps the paper's 1.2. Default: the preset's."""
     plan: Annotated[LadderPlan, tyro.conf.arg(name="")] = field(default_factory=LadderPlan)
 
 

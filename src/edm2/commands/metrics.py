@@ -52,19 +52,19 @@ _MUST_AGREE = (
 @dataclass(kw_only=True)
 class _Options:
     extractor: Literal["inception", "dinov2", "classifier"] | None = None
-    """What makes features. Default: the reference's; to make one, a classifier trained on its labels."""
+    """Feature extractor. Default: the reference's; for a new reference, a classifier trained on its labels."""
     weights: str | None = None
-    """Its weights: a file or its http(s) address (inception, classifier), a folder or hub name (dinov2)."""
+    """Weights of the extractor: a file or http(s) address (inception, classifier), a folder or hub name (dinov2)."""
     weights_sha256: str | None = None
-    """Expected hash of the weights. Required for inception, whose TorchScript file contains code that runs."""
+    """Expected sha256 of the weights. Required for inception, whose TorchScript file contains code that runs."""
     trust_weights: bool = False
-    """Open a TorchScript file without knowing its hash."""
+    """Open a TorchScript file without checking its hash."""
     split: str = "train"
-    """Split of a data set."""
+    """Split to measure, if the source has several."""
     keep: int = KEPT_FEATURES
-    """Images whose features are kept, at random, for all numbers but the Frechet distance; 0 for none."""
+    """Number of random images whose features are kept, for all numbers but the Frechet distance; 0 for none."""
     seed: int = 0
-    """Of that choice, of subsets, and of a classifier's training."""
+    """Seed of that choice, of subsets, and of a classifier's training."""
     batch: int = 100
     """Images at a time."""
     device: str = "auto"
@@ -85,7 +85,7 @@ class _Ref:
     data: Annotated[str, tyro.conf.Positional]
     """Images: a built-in name, or a folder, ZIP or array file."""
     out: Path
-    """Reference file to write, .safetensors. A classifier is written beside it."""
+    """Reference file to write, .safetensors. A classifier is written next to it."""
     options: _Shared = field(default_factory=_Options)
 
 
@@ -99,15 +99,15 @@ class _Score:
     """Reference: a file of `edm2 metrics ref`, an official .pkl (nothing in it is run), an .npz with mu and sigma, or
     the file that `edm2 import` made from one of these."""
     metric: str | None = None
-    """Which of an official file's statistics: fid or fd_dinov2. Default: fid, where the file holds both."""
+    """Statistics to use of an official file: fid or fd_dinov2. Default: fid, if the file holds both."""
     training: str | None = None
-    """The model's training images, to look for copies among the samples; a picture of the closest pairs is written
-    beside the numbers."""
+    """The model's training images, to check the samples for copies. A picture of the closest pairs is written next to
+    the numbers."""
     held_out: str | None = None
-    """Images of the same kind that the model has not seen (the split test, where there is one), for that comparison.
-    Default: training images, each without itself."""
+    """For the check for copies: images of the same kind that the model has not seen (their split test, if there is
+    one). Default: training images, each compared with the others."""
     out: Path | None = None
-    """JSON file for the numbers. Default: beside the images."""
+    """JSON file for the numbers. Default: next to the images."""
     options: _Shared = field(default_factory=_Options)
 
 
@@ -116,11 +116,11 @@ class _Compare:
     """Compare two sets of images or references, or two results of `edm2 metrics`."""
 
     a: Annotated[str, tyro.conf.Positional]
-    """What counts as real: images, or a reference file. Or a result, .json."""
+    """Images or a reference file that count as real; or a result, .json."""
     b: Annotated[str, tyro.conf.Positional]
-    """What counts as generated, likewise."""
+    """Images or a reference file that count as generated; or a result, .json."""
     out: Path | None = None
-    """JSON file for the numbers. Default: A-vs-B.metrics.json here."""
+    """JSON file for the numbers. Default: A-vs-B.metrics.json in the current folder."""
     options: _Shared = field(default_factory=_Options)
 
 
@@ -168,7 +168,7 @@ def score(prog: str, words: Sequence[str]) -> None:
     options = chosen.options
     _check(options)
     if chosen.out is None and "://" in chosen.images:
-        raise ValueError(f"the numbers cannot be written beside {chosen.images}: give --out with a file")
+        raise ValueError(f"the numbers cannot be written next to {chosen.images}: give --out with a file")
     with join_world(options.device) as world:
         real = Side(found=read_reference(chosen.ref, metric=chosen.metric), where=str(chosen.ref))
         found = open_images(chosen.images, split=options.split, num_classes=real.num_classes)

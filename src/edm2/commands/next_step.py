@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from edm2.diffusion import MODEL_FILE
 from edm2.generate import read_coding
 from edm2.generate.own_guide import own_guide
 from edm2.progress import tell
@@ -39,7 +40,9 @@ def after_training(run: Path) -> None:
 
 
 def after_looking(run: Path) -> None:
-    """Find the best settings; of a tuned run, sample with them."""
+    """Continue an unfinished run; find the best settings of a finished one; sample a tuned one."""
+    if not (run / MODEL_FILE).exists():
+        return tell_next("train --out", run)
     if read_tuned(run) is None and run_settings(run).objective != "mean":
         return _tell_to_tune(run)
     tell_to_sample(run)
@@ -52,7 +55,12 @@ def tell_to_sample(run: Path, *options: str) -> None:
         run: Folder of the run.
         *options: Further options.
     """
-    settings, coding = run_settings(run), read_coding(run)
+    settings = run_settings(run)
+    finished = (run / MODEL_FILE).exists()
+    coding = read_coding(run, None if finished else settings.ema.sigma_rels[0])
+    tuned = read_tuned(run)
+    if not finished and not (tuned and tuned.is_better):
+        options = (f"--ema {settings.ema.sigma_rels[-1]:g}", *options)
     given: list[str | Path] = []
     if coding.condition is not None:
         given = ["--conditions", Path(settings.condition or settings.data)]

@@ -24,7 +24,9 @@ from edm2.train.world import join_world
 
 @dataclass(kw_only=True)
 class _Sample(Sampling):
-    """Make images with a model: one file per seed, and a grid. Run the same command again to continue after a stop.
+    """Generate images with a model: one file per seed, and a grid.
+
+    Run the same command again to continue after an interruption.
 
     A tuned run (`edm2 tune`), a shared folder and the settings of a released model are sampled with their saved
     settings, unless EMA, guide, guidance or interval are given. An image depends only on its seed; under torchrun the
@@ -32,38 +34,38 @@ class _Sample(Sampling):
     """
 
     out: Path
-    """Folder for the images, or a file that ends in .zip (in the layout of data sets) or .npz. With --members a file
-    that ends in .npz, .nc or .zarr."""
+    """Folder for the images, or a .zip file (in the layout of data sets) or .npz file. With --members, an .npz, .nc or
+    .zarr file."""
     seeds: str = "0-63"
     """One image per seed: 0-63 or 1,5,10-12. The seed determines noise and class."""
     label: str | None = None
     """Class of all images, by name or number. Default: seed modulo the number of classes."""
     labels: Path | None = None
-    """.npy file of classes, or of vectors in the units of the training data; an image uses row (seed modulo number of
-    rows)."""
+    """.npy file of classes, or of vectors in the units of the training data. Each image uses row (seed modulo number
+    of rows)."""
     conditions: str | None = None
-    """Images given as conditions, in the units of the training data: a .npy file, an .npz file with `conditions` and,
-    for a model that takes them, `vectors` and `labels`, or any source of images that `edm2 train --condition` takes.
-    An image uses row (seed modulo number of rows)."""
+    """Condition images, in the units of the training data: a .npy file, an .npz file with `conditions` (and `vectors`
+    and `labels`, if the model takes them), or any source of images that `edm2 train --condition` takes. Each image
+    uses row (seed modulo number of rows)."""
     vae: str | None = None
     """AutoencoderKL that decodes a latent model's latents: a name on the hub, or a folder.
     Default: stabilityai/sd-vae-ft-mse."""
     pixel_range: PixelRange = "zero-one"
     """Scale of the autoencoder's output, as in `edm2 data encode`."""
     vae_batch: int = 8
-    """Images at a time through the autoencoder."""
+    """Images that the autoencoder decodes at a time."""
     latents: bool = False
     """Write a latent model's latents undecoded, as .npy files or one .npz, instead of pictures."""
     grid: int = 400
-    """Maximum number of images on the grid; 0 for no grid."""
+    """Maximum number of images in the grid; 0 for no grid."""
     members: int | None = None
-    """Sample an ensemble of so many members for each condition, into one .npz, .nc or .zarr, instead of images by seed.
-    Member m of case i depends on --seed, i and m alone."""
+    """Sample an ensemble of this many members for each condition into one file, instead of one image per seed. Member
+    m of case i depends only on --seed, i and m."""
     seed: int = 0
     """Seed of an ensemble."""
     truth: Path | None = None
-    """.npy file of the true images [N, C, H, W], missing values NaN, for an ensemble's scores. Default: the `images` of
-    an .npz file of --conditions."""
+    """.npy file of the true images [N, C, H, W] (NaN where values are missing), to score an ensemble. Default: `images`
+    in the .npz file of --conditions."""
 
 
 def run(prog: str, words: Sequence[str]) -> None:

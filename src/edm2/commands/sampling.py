@@ -26,29 +26,29 @@ class Sampling:
     source: Annotated[Path | None, tyro.conf.Positional] = None
     """Folder of a run, model file, folder of `save_pretrained`, or NAME.json of `edm2 import`."""
     model: Path | None = None
-    """The same, as an option."""
+    """The same as the positional argument."""
     ema: float | None = None
-    """EMA length to reconstruct from the run's snapshots. Default: the model that the run saved."""
+    """EMA length to reconstruct from the run's snapshots. Default: the run's final model."""
     ema_images: float | None = None
-    """Time of that average, in training images. Default: the last snapshot."""
+    """Time at which this average ends, in training images. Default: the last snapshot."""
     guide: Path | None = None
-    """Guide: an unconditional model, or a weaker one; or self, the model without labels (see --label-dropout of
-    `edm2 train`), whose EMA length is the model's unless --guide-ema is given."""
+    """Guide: an unconditional or weaker model, or self for the model without labels (needs --label-dropout in
+    training). The EMA length of self is the model's unless --guide-ema is given."""
     guide_ema: float | None = None
     """EMA length of the guide, reconstructed from the snapshots of --guide, or of the run itself. Needs --guidance."""
     guide_images: float | None = None
-    """Time of the guide in training images, for an earlier moment of its run. Default: the last snapshot."""
+    """Time of the guide in training images, to use an earlier point of its run. Default: the last snapshot."""
     guidance: float | None = None
-    """Guidance weight; 1 for none. Default: the saved or tuned weight, else 1."""
+    """Guidance weight; 1 for none. Default: the saved or tuned weight, or else 1."""
     interval: tuple[float, float] | None = None
     """Lowest and highest noise level at which guidance acts. Default: all."""
     sampler: SamplerName | None = None
-    """heun runs the network twice at each noise level but the last, the others once; dpmpp-2m-sde adds noise;
-    consistency is for students. Default: the sampler that the run was tuned with; else consistency for a student,
-    dpmpp-3m for other models."""
+    """heun runs the network twice at each noise level but the last, the others once. dpmpp-2m-sde adds noise.
+    consistency is for students. Default: the sampler that the run was tuned with, or else consistency for students
+    and dpmpp-3m for other models."""
     num_steps: int | None = None
-    """Number of noise levels. Default: the number that the run was tuned with; else 2 for a student, 24 for
-    dpmpp-3m, 32 for other samplers."""
+    """Number of noise levels. Default: the number that the run was tuned with, or else 2 for a student, 24 for
+    dpmpp-3m, and 32 for other samplers."""
     levels: tuple[float, ...] | None = None
     """Noise levels of a student's steps after the first. Default: the tuned ones, or a standard choice."""
     sigma_min: float = 0.002
@@ -84,7 +84,7 @@ def chosen_path(chosen: Sampling) -> Path:
         ValueError: If neither or both are given.
     """
     if (chosen.source is None) == (chosen.model is None):
-        raise ValueError("which model? Give one run or model file, either as the first word or with --model")
+        raise ValueError("which model? Give one run or model file, either directly or with --model")
     path = chosen.source or chosen.model
     assert path is not None
     return path
@@ -125,7 +125,7 @@ def _shared_settings(parts: Parts) -> dict[str, Any]:
     if parts.guide is not None:
         settings |= dict(guide=parts.guide, guidance=saved.guidance, interval=saved.interval)
         told = f"guidance {saved.guidance:g} by {parts.guide.name}"
-    tell(f"edm2: saved settings: {told}; give {parts.model} for others")
+    tell(f"edm2: using saved settings: {told}; to choose your own, sample {parts.model}")
     return settings
 
 
@@ -162,8 +162,8 @@ def open_guide(
     if not wanted:
         if chosen.guidance != 1:
             raise ValueError(
-                f"--guidance {chosen.guidance:g} needs a guide: give a model as --guide, or the EMA length of an "
-                "earlier average of the run as --guide-ema (with --guide-images); --guidance 1 is none"
+                f"--guidance {chosen.guidance:g} needs a guide: give a model as --guide, or use an earlier point of "
+                "the run with --guide-ema and --guide-images; --guidance 1 turns guidance off"
             )
         return None
     if chosen.guide == SELF and chosen.guide_ema is None and model is not None:

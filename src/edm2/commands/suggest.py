@@ -28,15 +28,15 @@ class _Suggest:
     hours: float | None = None
     """Hours to train. Default: 0.25 on a CPU, 2 on a GPU."""
     memory: float | None = None
-    """Memory for training, in GB. Default: what a GPU has free; no limit on a CPU."""
+    """Memory for training, in GB. Default: the free memory of a GPU; no limit on a CPU."""
     out: Path | None = None
-    """File for `edm2 train --settings`: .toml, with the reasons, or .json. Default: none."""
+    """File to write for `edm2 train --settings`: .toml (with the reasons) or .json. Default: none."""
     labels: bool = True
     """Whether to condition on the data's classes, if it has any."""
     as_they_are: bool = False
-    """Whether to accept pictures with transparency, which is then learned as a fourth channel."""
+    """Whether to accept images with transparency, and learn it as a fourth channel."""
     skip_damaged: bool = False
-    """Whether to leave damaged images out."""
+    """Whether to skip damaged images."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
 

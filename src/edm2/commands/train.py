@@ -42,7 +42,7 @@ class _Train:
     preset: str = ""
     """Settings to start from; `edm2 info` lists the names."""
     settings: Path | None = None
-    """File of settings (.json, .toml, .yaml), or a run to take them from; options given here override them."""
+    """File of settings (.json, .toml, .yaml), or a run to copy them from. Options on the command line override them."""
     out: Path
     """Folder of the run, for checkpoints, snapshots, logs and the final model."""
     hours: float | None = None
@@ -52,9 +52,9 @@ class _Train:
     print_settings: bool = False
     """Print all settings as JSON, which --settings takes, and write nothing."""
     machines: int = 1
-    """With --dry-run: number of machines like this one to estimate the time for."""
+    """With --dry-run: estimate the time for this many machines like this one."""
     sample_images: Amount | None = None
-    """Training images between sample grids from fixed seeds, written to the run's folder `progress`. Default: none."""
+    """Training images between grids of samples (same seeds each time) in the run's folder `progress`. Default: none."""
     sample_sigma_rel: float | None = None
     """EMA length of these samples. Default: the longest tracked length."""
     log_to: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ def run(prog: str, words: Sequence[str]) -> None:
     chosen = tyro.cli(_Train, prog=prog, args=list(words), default=default)
     if chosen.hours is not None and cost is None:
         raise ValueError(
-            f"--hours {chosen.hours:g} has no effect: a preset, a file and a run have a length of their own, which "
+            f"--hours {chosen.hours:g} has no effect: presets, files and runs already have a length, which "
             "--images changes"
         )
     for option, value in (("machines", chosen.machines), ("sample-images", chosen.sample_images)):

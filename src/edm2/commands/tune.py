@@ -32,35 +32,35 @@ _CHURNS = (5.0, 20.0)
 class _Tune:
     """Find the EMA length, guide, guidance weight and interval with the lowest distance to the run's training images.
 
-    Or, for a run on pairs, those whose ensembles score best on held-out cases, with the number of steps and the
-    strength of added noise: --metric crps.
+    For a run on pairs, --metric crps finds the settings whose ensembles score best on held-out cases, including the
+    number of steps and the strength of added noise. For a student of `edm2 distill`, the command finds the EMA length
+    and the noise levels of --num-steps steps.
 
-    The guide is an earlier moment of the same run, or what --guide names. Evaluations are kept: the same command
-    continues after a stop. `edm2 sample RUN` uses what was found if it is better beyond its confidence interval. For a
-    student of `edm2 distill` it finds the EMA length and the noise levels of --num-steps steps.
+    The guide is an earlier point of the same run, or the model of --guide. `edm2 sample RUN` uses the settings found if
+    they are better at 95% confidence. Run the same command again to continue after an interruption.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
     metric: Metric | EnsembleMetric = "frechet"
-    """frechet: Frechet distance. kernel: kernel distance (KID), right on average for any number of images. For models
-    that are conditioned on images, on held-out cases: crps: fair CRPS of ensembles; spread-skill: how far the ratio of
-    their spread and error is from 1."""
+    """frechet: Frechet distance. kernel: kernel distance (KID), unbiased for any number of images. For models
+    conditioned on images, with held-out cases: crps: fair CRPS of ensembles; spread-skill: how far the ratio of their
+    spread to their error is from 1."""
     cases: str | None = None
-    """Held-out pairs for crps and spread-skill, as of `edm2 train --data`. Default: the split "test" of the run's
-    data."""
+    """Held-out pairs for crps and spread-skill, in any form that `edm2 train --data` takes. Default: the split "test"
+    of the run's data."""
     condition: str | None = None
-    """Conditions of these pairs, as of `edm2 train --condition`, where they lie elsewhere."""
+    """Conditions of these pairs, if they are stored separately, as for `edm2 train --condition`."""
     members: int = 16
-    """Members of each case, for crps and spread-skill."""
+    """Members for each case, for crps and spread-skill."""
     features: Literal["classifier", "inception", "dinov2"] = "classifier"
-    """Feature extractor. classifier: trained on the run's images, which need classes, or read from --weights."""
+    """Feature extractor. classifier: trained on the run's images (which need classes), or read from --weights."""
     weights: str | None = None
     """Weights of the extractor: a file or http(s) address (inception, classifier), a folder or hub name (dinov2)."""
     weights_sha256: str | None = None
-    """Expected hash of the weights. Required for inception, whose TorchScript file holds code that will run."""
+    """Expected sha256 of the weights. Required for inception, whose TorchScript file contains code that runs."""
     trust_weights: bool = False
-    """Open a TorchScript file without knowing its hash."""
+    """Open a TorchScript file without checking its hash."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     plan: Annotated[TuningPlan, tyro.conf.arg(name="")] = field(default_factory=TuningPlan)
@@ -80,8 +80,8 @@ def run(prog: str, words: Sequence[str]) -> None:
         open_guide(chosen.run, plan.guide)
     if not (chosen.run / MODEL_FILE).exists():
         tell(
-            f"edm2: the run has not ended: its snapshot after {moment:,.0f} training images is tuned; to continue this "
-            f"search after a stop, add --num-images {moment:.0f}"
+            f"edm2: the run has not ended, so its snapshot after {moment:,.0f} training images is tuned; to continue "
+            f"this search after an interruption, add --num-images {moment:.0f}"
         )
     judge: Judge | EnsembleJudge
     if chosen.metric in get_args(EnsembleMetric):

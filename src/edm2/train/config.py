@@ -39,8 +39,8 @@ class TrainConfig:
     """Training images: digits, fashion-mnist, hf://NAME, or the path of an image folder, a ZIP, a .npy, .npz,
     zarr, NetCDF or Parquet file, or a folder of IDX files; see docs/data.md and docs/pairs.md."""
     condition: str | None = None
-    """Images given to the network with the training images: a folder, ZIP or array of as many images, matched by name.
-    Default: the `conditions` of the training data, if it has any; see docs/pairs.md."""
+    """Condition images, one for each training image: a folder, ZIP or array, matched by name. Default: the `conditions`
+    of the training data, if it has any; see docs/pairs.md."""
     num_images: Annotated[Amount, _NAME(name="images")] = 2048 << 20
     """Length of the run in images; it ends after the step that reaches it."""
     batch_size: Annotated[Amount, _NAME(name="batch")] = 2048
@@ -54,22 +54,22 @@ class TrainConfig:
     """MODULE:FUNCTION that makes a network of your own, called as f(img_resolution, img_channels, label_dim); see
     docs/own_network.md. The options of --network are then ignored."""
     init: str | None = None
-    """Start from weights instead of random numbers: a finished run, a model file, or a folder with one. The network
-    must be the same, but may have further classes or channels of a condition, and another resolution."""
+    """Start from the weights of a model instead of random ones: a finished run, a model file, or a folder with one. The
+    network must be the same, but may have more classes or condition channels, and another resolution."""
     objective: Literal["denoise", "mean"] = "denoise"
-    """denoise: a diffusion model. mean: the same network as a regression, which expects the image from its condition
+    """denoise: a diffusion model. mean: the same network as a regression, which predicts the image from its condition
     and label."""
     residual: str | None = None
-    """Regression (a run of the objective mean, or its model) that this run models the residuals of; samples are the
-    regression plus a sampled residual. The coding of images is the regression's."""
+    """Regression (a run with the objective mean, or its model) whose residuals this run models. Samples are the
+    regression plus a sampled residual, and images are coded as in the regression."""
     label_dropout: float = 0.0
-    """Probability that an image is shown without its label, so that the network can be guided by itself without labels
-    (`edm2 sample --guide self`)."""
+    """Probability that an image is shown without its label, so that the network can later guide itself (`edm2 sample
+    --guide self`)."""
     seed: int = 0
     """Seed of the weights, the order of images, noise and dropout."""
     snapshot_images: Amount | None = None
-    """Images between snapshots of the averages; one more is taken at the end. Default: halfway and at the end, which is
-    enough for the default averages."""
+    """Images between snapshots of the averages; one more is taken at the end. Default: half-way and at the end, which
+    is enough for the default averages."""
     checkpoint_images: Amount = 8 << 20
     """Images between checkpoints; one more is written at the end."""
     log_images: Amount = 64 << 10
@@ -79,12 +79,12 @@ class TrainConfig:
     keep_every: int = 0
     """Keep every Nth checkpoint permanently; 0 for none."""
     validation: str | None = None
-    """Held-out images, on which the loss is measured: a share of the training images, such as 0.1, or a data set as in
+    """Held-out images on which the loss is measured: a share of the training images, such as 0.1, or a data set as for
     data."""
     keep_best: int = 0
-    """Number of checkpoints with the lowest loss on held-out images to keep, beside the newest."""
+    """Number of checkpoints with the lowest loss on held-out images to keep in addition to the newest."""
     stop_when_flat: int = 0
-    """Measurements on held-out images without a lower loss after which the run ends; 0 for never."""
+    """Number of measurements on held-out images without a lower loss after which the run ends; 0 for never."""
     max_hours: float | None = None
     """Hours after which the run saves and stops with exit code 75 (0 under torchrun); the same command continues it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -92,7 +92,7 @@ class TrainConfig:
     workers: int = 2
     """Threads that read images in advance; 0 reads them when they are needed."""
     verify_data: bool = True
-    """Whether to decode every image before the run starts, so that damage is not found in the middle of it."""
+    """Whether to decode every image before the run starts, so that damage cannot stop it half-way."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     ema_device: Literal["auto", "model", "cpu"] = "auto"
@@ -105,11 +105,11 @@ class TrainConfig:
     checkpoint_activations: bool = False
     """Whether to recompute activations in the backward pass: less memory, a third more time."""
     loss_scaling: float = 1.0
-    """Factor on the loss, undone on the gradients; keeps small float16 gradients above 0."""
+    """Factor on the loss, removed from the gradients again; it keeps small float16 gradients above 0."""
     compile: bool = False
     """Whether to use torch.compile, which takes minutes to start and pays off in long runs."""
     record_magnitudes: bool = True
-    """Whether to record the magnitudes of one step with each line of the log, for `edm2 report`; not with sharding."""
+    """Whether to record the magnitudes of one step with each line of the log, for `edm2 report`; off with sharding."""
     stop_after_nonfinite: int = 8
     """Number of consecutive steps with a non-finite loss or gradient after which the run stops."""
     dataset: DataConfig = field(default_factory=DataConfig)

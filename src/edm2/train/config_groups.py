@@ -53,7 +53,7 @@ class DataConfig:
     mean: tuple[float, ...] = ()
     """Mean of each channel, for fixed and latents (of x / 127.5 - 1 where the images are bytes)."""
     std: tuple[float, ...] = ()
-    """Standard deviation of each channel, likewise."""
+    """Standard deviation of each channel, for fixed and latents."""
     mirror: bool = False
     """Whether each image is mirrored left to right with probability 1/2, decided anew at each use."""
     augment: float = 0.0
@@ -63,12 +63,12 @@ class DataConfig:
     skip_damaged: bool = False
     """Whether to skip damaged images, with a warning that counts them, instead of stopping before the run starts."""
     max_images: int | None = None
-    """Most images to train on; a larger data set is thinned by a fixed rule. Default: all."""
+    """Maximum number of images to train on; a larger data set is thinned by a fixed rule. Default: all."""
     missing: Literal["refuse", "mask"] = "refuse"
     """What NaN in float data means. refuse: an error. mask: a missing value, which is left out of the loss; in
     conditions it becomes 0, and the network is told where values are known."""
     resample: Resampling | None = None
-    """How conditions of another size than the images are resampled: bicubic, bilinear or nearest."""
+    """How to resample conditions whose size differs from that of the images: bicubic, bilinear or nearest."""
 
     def __post_init__(self) -> None:
         if self.mirror and self.coding == "latents":
@@ -123,10 +123,10 @@ class OptimizerConfig:
     ref_lr: float = 0.01
     """Learning rate after the ramp-up."""
     decay: Literal["inverse-sqrt", "cosine"] = "inverse-sqrt"
-    """How the rate falls: with the inverse square root after ref_batches steps, or along half a cosine to 0 at the end
-    of the run, whose length then cannot change any more."""
+    """Decay of the learning rate: with the inverse square root after ref_batches steps, or along half a cosine to 0 at
+    the end of the run, whose length then cannot change any more."""
     ref_batches: float = 70000
-    """Steps after which the rate decays with the inverse square root; 0 for never, which is a constant rate."""
+    """Steps after which the learning rate decays with the inverse square root; 0 for a constant rate."""
     rampup_mimg: float = 10.0
     """Length of the linear ramp-up, in millions of images; 0 for none."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -136,7 +136,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay (AdamW) of weights with two or more dimensions; not for configs D to G."""
     clip: float = 0.0
-    """Norm that the gradient of all weights together is clipped to; 0 for no clipping."""
+    """Maximum norm of the gradient of all weights together; 0 for no clipping."""
 
     def __post_init__(self) -> None:
         require(self, "ref_lr", 0 < self.ref_lr < math.inf, "above 0 and finite")
@@ -157,8 +157,8 @@ class LossConfig:
     sigma_data: float = 0.5
     """Standard deviation of the coded data."""
     uncertainty: bool | None = None
-    """Whether noise levels are balanced by a learned uncertainty. Default: as the configuration has it, which is yes
-    but for A. Without it the loss is that of EDM."""
+    """Whether a learned uncertainty balances the noise levels. Default: yes, except for config A. Without it, the loss
+    is EDM's."""
 
     def __post_init__(self) -> None:
         require(self, "p_mean", math.isfinite(self.p_mean), "finite")
@@ -224,11 +224,11 @@ class ValidateConfig:
     every: Amount | None = None
     """Images between measurements; one more is made at the end. Default: as between checkpoints."""
     most: Amount = 1024
-    """Number of held-out images that are measured."""
+    """Maximum number of held-out images to measure."""
     min_change: float = 0.001
-    """For stop_when_flat: share by which a loss must fall below the lowest one to count as lower."""
+    """For stop_when_flat: share by which a loss must be below the previous lowest to count as lower."""
     window: int = 1
-    """For stop_when_flat: measurements in the running mean that is looked at."""
+    """For stop_when_flat: number of measurements in the running mean that is compared."""
 
     def __post_init__(self) -> None:
         require(self, "every", self.every is None or self.every >= 1, "at least 1")

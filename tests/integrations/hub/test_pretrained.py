@@ -334,7 +334,7 @@ def test_edm2_sample_uses_the_saved_settings(
     words = ["--device", "cpu", "--seeds", "0-3", "--grid", "0", "--out"]
     main(["sample", str(folder), *words, str(tmp_path / "s")])
     assert (
-        f"saved settings: guidance 1.5 by guide.safetensors; give {folder / 'model.safetensors'} for others"
+        f"guidance 1.5 by guide.safetensors; to choose your own, sample {folder / 'model.safetensors'}"
         in (capsys.readouterr().err)
     )
     made = read_images([tmp_path / "s" / f"{seed:06d}.png" for seed in SEEDS])
