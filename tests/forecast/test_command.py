@@ -90,6 +90,19 @@ def test_some_cases_other_truth_and_common_noise(model: Path, films: Path, tmp_p
     assert not (tmp_path / "one.npz.scores.json").exists()  # nothing of the truth is known
 
 
+def test_scores_end_where_the_truth_does(
+    model: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(films) as given:
+        np.savez(tmp_path / "short.npz", frames=given["frames"][:, :4])
+    out = tmp_path / "f.npz"
+    main(["forecast", str(model), "--start", str(tmp_path / "short.npz"), *WORDS, "--out", str(out)])
+    assert "the truth is known up to step 2 of 3" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "f.npz.scores.json").read_text())["scores"]
+    assert np.shape(scores["crps"]["value"]) == (2, 1)
+    assert "Reliability at step 2" in (tmp_path / "f.npz.html").read_text()
+
+
 def test_bad_words(model: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "f.npz"
     words = ["forecast", model, "--out", out, *WORDS]

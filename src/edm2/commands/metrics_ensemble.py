@@ -58,8 +58,7 @@ def ensemble(prog: str, words: Sequence[str]) -> None:
     climate = True if chosen.climate is None else read_array(chosen.climate)
     with Progress("scoring", len(truth), "cases") as progress:
         scores = score_ensemble(
-            found.members,
-            truth,
+            *_known(found.members, truth),
             start=found.persistence,
             climate=climate,
             thresholds=chosen.thresholds,
@@ -74,6 +73,15 @@ def ensemble(prog: str, words: Sequence[str]) -> None:
     for line in score_lines(scores):
         show(line)
     show(f"written to {out}")
+
+
+def _known(members: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both without the last leads whose truth is not known at all; other shapes as they are, to be refused."""
+    if truth.ndim != 5 or members.ndim != 6:
+        return members, truth
+    known = np.flatnonzero(~np.isnan(truth).all(axis=(0, 2, 3, 4)))
+    leads = known[-1] + 1 if len(known) and members.shape[2] == truth.shape[1] else None
+    return members[:, :, :leads], truth[:, :leads]
 
 
 def score_lines(scores: EnsembleScores) -> list[str]:
@@ -138,11 +146,13 @@ def report(made: Forecast, out: Path, *, title: str, page: bool = True) -> None:
     if made.truth is not None and not np.isnan(made.truth).all():
         with Progress("scoring", cases, "cases") as progress:
             scores = score_ensemble(
-                made.members, made.truth, start=made.persistence, on_case=progress.advance
+                *_known(made.members, made.truth), start=made.persistence, on_case=progress.advance
             )
         write_scores(scores_file(out), scores, made)
         for line in score_lines(scores):
             show(line)
+        if (known := len(scores.crps.value)) < steps:
+            show(f"the truth is known up to step {known} of {steps}")
     show(out)
     if page:
         settings = [(n, v) for n, v in made.settings.items() if v is not None and not isinstance(v, dict)]

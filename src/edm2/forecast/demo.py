@@ -259,10 +259,10 @@ def _exact(
 
 def _facts(measured: MeasuredForecast) -> dict[str, object]:
     return {
-        "CRPS above the exact law's": f"{100 * (max(measured.ratio) - 1):.1f}% at most",
+        "CRPS above the exact law's, at most": f"{100 * (max(measured.ratio) - 1):.1f}%",
         "spread / skill": f"{min(measured.spread_skill):.2f} to {max(measured.spread_skill):.2f}",
-        "of the exact law's members": f"{min(measured.law_spread_skill):.2f} to {max(measured.law_spread_skill):.2f}",
-        "rank histogram, lowest p": f"{min(measured.ranks_p):.2f}",
+        "the same of exact members": f"{min(measured.law_spread_skill):.2f} to {max(measured.law_spread_skill):.2f}",
+        "lowest p of the ranks": f"{min(measured.ranks_p):.2f}",
         "below persistence, at least": f"{100 * min(measured.below_persistence):.0f}%",
         "this session": time_text(measured.seconds),
     }

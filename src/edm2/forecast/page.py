@@ -216,7 +216,8 @@ def _add_scores(page: Page, scores: EnsembleScores, lines: Mapping[str, Sequence
             if scores.reliability and scores.num_members > 1:
                 page.figure(
                     reliability_figure(scores, channel, leads - 1),
-                    f"Reliability{of} at step {leads}: on the diagonal for an honest ensemble",
+                    f"Reliability{of} at step {leads}: on the diagonal for an honest ensemble of many members, "
+                    "flatter for few",
                     "Observed frequency against forecast probability",
                 )
             if scores.spectrum is not None:

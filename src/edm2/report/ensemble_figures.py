@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Legible on light and on dark pages.
 _INK = (125, 135, 146, 255)
+_LEAST_POWER = 1e-6  # of the truth's largest; less cannot be seen in a field
 _FEWEST = 0.002  # share of the pixels below which a probability's frequency is chance
 _HEAD = 18  # pixels for the titles of a row of fields
 
@@ -104,6 +105,8 @@ def spectrum_figure(scores: EnsembleScores, channel: int, lead: int) -> Figure:
     ):
         line: dict[str, Any] = dict(linestyle=(0, (4, 2))) if name == "truth" else {}
         ax.plot(found.wave, power[lead, channel], color=SERIES[(2, 0, 1)[i]], label=name, **line)
+    if (most := float(found.truth[lead, channel].max())) > 0:
+        ax.set_ylim(bottom=most * _LEAST_POWER)
     ax.set_xlabel("waves across the field")
     ax.set_ylabel("power")
     add_legend(ax)
