@@ -4,10 +4,11 @@
     python benchmarks/robustness.py pairs --count 200
     python benchmarks/robustness.py reads --count 1000
     python benchmarks/robustness.py mutate --count 20000
+    python benchmarks/robustness.py values
     python benchmarks/robustness.py pickles --count 20000
 
 Each prints a count of outcomes, and ends with exit code 1 if one of them is silent, wrong or a traceback, or if a file
-of the last two kinds runs something, hangs, takes 200 MB, or writes outside its folder.
+of the last three kinds runs something, hangs, takes 200 MB, or writes outside its folder.
 """
 
 import argparse
@@ -41,7 +42,9 @@ from edm2.train.logs import LOG_FILE, MAGNITUDES_FILE, read_log
 from edm2.train.run_folder import CHECKPOINTS, SNAPSHOTS, read_config
 
 sys.path.insert(0, str(Path(__file__).parent))
+import hostile_data
 import hostile_files
+import hostile_runs
 
 LENGTH = 0.08
 BAD = (
@@ -57,7 +60,7 @@ BAD = (
 )
 
 
-def make_run(folder: Path) -> Path:
+def make_run(folder: Path, **changes: Any) -> Path:
     """Train a network of a few thousand parameters, with two checkpoints and four snapshots."""
     images = np.random.default_rng(0).integers(0, 256, (24, 1, 4, 4), dtype=np.uint8)
     network = NetworkConfig(
@@ -65,7 +68,7 @@ def make_run(folder: Path) -> Path:
     )
     config = TrainConfig(
         num_images=160, batch_size=8, snapshot_images=80, checkpoint_images=80, log_images=16, device="cpu",
-        network=network, ema=EMAConfig(sigma_rels=(0.05, 0.1)),
+        network=network, ema=EMAConfig(sigma_rels=(0.05, 0.1)), **changes,
     )  # fmt: skip
     data = ArrayDataset(images, np.arange(24) % 3, name="noise")
     train(config, folder / "run", dataset=data, quiet=True)
@@ -220,24 +223,49 @@ def reads(folder: Path, count: int) -> collections.Counter[str]:
     return found
 
 
-def mutate(folder: Path, count: int, **chosen: Any) -> collections.Counter[str]:
-    """Damage JSON, safetensors, ZIP archives and pictures, a quarter of the tries each."""
-    places = {kind: folder / kind for kind in ("files", "archives", "pictures")}
-    for place in places.values():
-        place.mkdir()
-    targets = [
-        *hostile_files.json_and_safetensors(
-            places["files"], make_run(places["files"]), lambda _: make_run(places["files"])
-        ),
-        *hostile_files.archives(places["archives"]),
-        *hostile_files.pictures(places["pictures"]),
+def hostile_targets(folder: Path) -> list[hostile_files.Target]:
+    """All files but pickles that are damaged."""
+
+    def place(name: str) -> Path:
+        (folder / name).mkdir()
+        return folder / name
+
+    def validated(folder: Path) -> Path:
+        return make_run(folder, validation="0.25")
+
+    files = place("files")
+    return [
+        *hostile_runs.json_and_safetensors(files, validated(files), lambda _: validated(files)),
+        *hostile_runs.outputs(place("outputs"), files / "run"),
+        *hostile_runs.residual(place("residual")),
+        *hostile_data.archives(place("archives")),
+        *hostile_data.pictures(place("pictures")),
+        *hostile_data.folders(place("folders")),
+        *hostile_data.fields(place("fields")),
+        *hostile_data.forecasts(place("forecasts")),
+        *hostile_data.settings(place("settings")),
     ]
-    return hostile_files.try_all(folder, targets, -(-count // 4), **chosen)
 
 
-def pickles(folder: Path, count: int, **chosen: Any) -> collections.Counter[str]:
+def mutate(folder: Path, count: int, **chosen: Any) -> hostile_files.Outcomes:
+    """Damage JSON, safetensors, ZIP archives, pictures, and fields of numbers, each kind in turn."""
+    targets = [target for target in hostile_targets(folder) if target.kind != "pickles"]
+    return hostile_files.try_all(folder, targets, hostile_files.at_random(targets, count, **chosen))
+
+
+def values(folder: Path, match: str = "") -> hostile_files.Outcomes:
+    """Put absurd values into every place of every JSON text."""
+    targets = hostile_targets(folder)
+    return hostile_files.try_all(folder, targets, hostile_files.every_value(targets, match))
+
+
+def pickles(folder: Path, count: int, **chosen: Any) -> hostile_files.Outcomes:
     """Damage pickles, and put hostile calls into them."""
-    return hostile_files.try_all(folder, [*hostile_files.pickles(folder)], count, **chosen)
+    targets = [
+        *hostile_runs.pickles(folder),
+        *(t for t in hostile_data.fields(folder) if t.kind == "pickles"),
+    ]
+    return hostile_files.try_all(folder, targets, hostile_files.at_random(targets, count, **chosen))
 
 
 def main() -> None:
@@ -245,18 +273,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     works: dict[str, Callable[..., collections.Counter[str]]] = {
-        work.__name__: work for work in (flips, pairs, reads, mutate, pickles)
+        work.__name__: work for work in (flips, pairs, reads, mutate, values, pickles)
     }
     parser.add_argument("what", choices=works)
     parser.add_argument("--count", type=int, default=100, help="tries (pairs: of each output)")
     parser.add_argument("--seed", type=int, default=0, help="of mutate and pickles")
     parser.add_argument("--only", type=int, help="the one try of mutate or pickles with this number")
+    parser.add_argument("--match", default="", help="values: part of the paths of the files to change")
     chosen = parser.parse_args()
     torch.set_num_threads(1)  # threads do not survive a fork
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        seeded = {"seed": chosen.seed, "only": chosen.only} if chosen.what in ("mutate", "pickles") else {}
-        found = works[chosen.what](Path(folder), chosen.count, **seeded)
+        if chosen.what == "values":
+            found = values(Path(folder), chosen.match)
+        else:
+            seeded = (
+                {"seed": chosen.seed, "only": chosen.only} if chosen.what in ("mutate", "pickles") else {}
+            )
+            found = works[chosen.what](Path(folder), chosen.count, **seeded)
     for outcome, number in sorted(found.items()):
         print(f"{number:7,}  {outcome}")
     raise SystemExit(any(word in outcome for outcome in found for word in BAD))

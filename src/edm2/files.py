@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edm2.ema.storage.guarded_json import from_json, read_json
+from edm2.ema.storage.guarded_json import Range, from_json, read_json
 from edm2.ema.storage.replacing import (
     folder_lock,
     make_folder,
@@ -22,6 +22,7 @@ from edm2.ema.storage.replacing import (
 )
 
 __all__ = [
+    "Range",
     "check_seal",
     "claimed",
     "from_json",

@@ -4,15 +4,17 @@ import io
 import json
 import pickletools
 import random
+import re
 import struct
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 10**6, 10**9, 2**62, 2**70, 10**400, 0.5, -0.5, 1e300, float("nan"),
     float("inf"), "", "x", "C", "\x1b[31mred", "../../x", [], [1], [0], [-1], ["a"], [[1]], {}, {"a": 1}, [1] * 1000,
-    "a" * 10000, [10**9, 10**9],
+    "a" * 10000, [10**9, 10**9], -(10**9), -(2**62), 2**63, 1e18, -1e300, 1e-300, -0.0, "nan", "1e999", "\ud800",
+    json.loads("[" * 50 + "]" * 50),
 ]  # fmt: skip
 # Opens of a pickle that the ordinary reader would obey.
 CALLS = (b"cposix\nsystem\n(X\x06\0\0\0touch tR", b"cbuiltins\neval\n(X\x01\0\0\x001tR")
@@ -81,7 +83,9 @@ def mutate_json(content: Any, rng: random.Random, *, more: Sequence[tuple[Any, .
     return changed
 
 
-def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
+def mutate_safetensors(
+    data: bytes, rng: random.Random, resealed: Callable[[Any], Any] = lambda content: content
+) -> bytes:
     """Change the header's values, or the JSON texts in its metadata, and write it again with its right length."""
     length = struct.unpack("<Q", data[:8])[0]
     header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
@@ -89,13 +93,33 @@ def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
     texts = [key for key, text in metadata.items() if text.startswith("{")]
     if texts and rng.random() < 0.6:
         key = rng.choice(texts)
-        metadata[key] = json.dumps(mutate_json(json.loads(metadata[key]), rng))
+        changed = mutate_json(json.loads(metadata[key]), rng)
+        metadata[key] = json.dumps(resealed(changed) if rng.random() < 0.8 else changed)
     else:
         header = mutate_json(header, rng)
     if rng.random() < 0.2:
         rest = mutate_bytes(rest, rng)
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + rest
+
+
+TEXTS = [
+    b"", b"nan", b"-1", b"1e999", b"9" * 40, b"9" * 5000, b"x", b"\0", b"\xff\xfe", b'"', b"[" * 1000, b"{" * 1000,
+    b"\x1b[31m", b"&a [*a, *a]", b"!!python/object/apply:os.system [id]", b"null", b"[1, 2]", b"{a: 1}", b"../../x",
+    b"x" * 10000, b"\n",
+]  # fmt: skip
+
+
+def mutate_text(data: bytes, rng: random.Random) -> bytes:
+    """Replace, delete or repeat words of a text such as a table or a settings file."""
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        words = [m.span() for m in re.finditer(rb"[^\s,:=]+|[\s,:=]", data)]
+        if not words:
+            break
+        begin, end = rng.choice(words)
+        piece = rng.choice([*TEXTS, data[begin:end] * 2])
+        data = data[:begin] + piece + data[end:]
+    return data
 
 
 def mutate_zip(data: bytes, rng: random.Random, others: Sequence[bytes] = ()) -> bytes:

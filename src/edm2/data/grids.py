@@ -4,7 +4,9 @@ Both come from the extra `science`. Arrays with named dimensions are read throug
 and fill value; plain zarr arrays as they are.
 """
 
+import contextlib
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -17,12 +19,14 @@ from edm2.data.arrays import hashed_rows
 from edm2.data.dataset import ImageDataset, not_finite
 from edm2.data.npy import as_stored, stored_kind
 from edm2.data.pairs import PairedDataset
-from edm2.extras import needed
+from edm2.extras import MissingExtra, needed
 from edm2.files import read_json
 
 _SOURCE = re.compile(r"(.+\.(?:zarr|nc|nc4|netcdf))(?::([^/\\]+))?", re.IGNORECASE)
 _IMAGES, _CONDITIONS = ("output_images", "images"), ("input_images", "conditions")
 _MOST_VALUES = 1 << 28  # in the fields of one case: a forged header could promise more than fits into memory
+_ALWAYS_READ = 64 << 20
+_MOST_PACKED = 1000
 _METADATA = (".zarray", ".zgroup", ".zattrs", ".zmetadata", "zarr.json")
 
 
@@ -155,10 +159,7 @@ class GridDataset(ImageDataset):
         return np.ascontiguousarray(np.concatenate(fields, axis=1).astype(self.dtype, copy=False))
 
     def _read(self, indices: np.ndarray) -> np.ndarray:
-        try:
-            fields = self._fields(indices)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{self._where} cannot be read ({error}): restore it from a copy") from error
+        fields = self._fields(indices)
         if self.dtype == np.float32 and (bad := not_finite(fields, missing=self.missing)):
             raise ValueError(f"{self._where} holds {bad}")
         return fields
@@ -167,20 +168,46 @@ class GridDataset(ImageDataset):
 class _Array:
     """An array on the disk: a zarr array, or a variable of xarray."""
 
-    def __init__(self, source: Any) -> None:
-        self._source = source
+    def __init__(self, path: Path, name: str, source: Any) -> None:
+        self._where, self._path, self._source = f"{path}:{name}", path, source
         self.shape: tuple[int, ...] = tuple(source.shape)
         self.dtype = np.dtype(source.dtype)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Rows of the first axis."""
-        if hasattr(self._source, "isel"):
-            return np.asarray(self._source.isel({self._source.dims[0]: indices}).to_numpy())
-        return np.asarray(self._source.oindex[indices])
+        with reading_fields(self._where):
+            check_promise(self._path, math.prod((len(indices), *self.shape[1:])) * self.dtype.itemsize)
+            if hasattr(self._source, "isel"):
+                return np.asarray(self._source.isel({self._source.dims[0]: indices}).to_numpy())
+            return np.asarray(self._source.oindex[indices])
 
     def all(self) -> np.ndarray:
         """All values, of small arrays."""
+        with reading_fields(self._where):
+            check_promise(self._path, math.prod(self.shape) * self.dtype.itemsize)
         return self.rows(np.arange(self.shape[0]))
+
+
+@contextlib.contextmanager
+def reading_fields(where: object) -> Iterator[None]:
+    """Raise ValueError for whatever zarr, HDF5, xarray and their codecs raise for damaged files."""
+    try:
+        yield
+    except MissingExtra:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise ValueError(f"{where} cannot be read ({reason}): restore it from a copy") from error
+
+
+def check_promise(path: Path, num_bytes: int) -> None:
+    """Raise ValueError if a header promises far more bytes of values than the file stores, however well packed."""
+    if num_bytes <= _ALWAYS_READ:
+        return
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    stored = sum(p.stat().st_size for p in files)
+    if num_bytes > _MOST_PACKED * stored:
+        raise ValueError(f"it promises {num_bytes:,} bytes of values and stores {stored:,}")
 
 
 def _open(path: Path) -> dict[str, _Array]:
@@ -192,22 +219,19 @@ def _open(path: Path) -> dict[str, _Array]:
         if not is_zarr and not _is_netcdf3(path):  # xarray opens these with them
             import h5netcdf  # noqa: F401
             import h5py  # noqa: F401
-    try:
+    with reading_fields(path):
         named: dict[str, Any]
         if is_zarr:
             refuse_pickles(path)
             group = zarr.open_group(str(path), mode="r")
             arrays = dict(group.arrays())
             if not all(_has_dimensions(array) for array in arrays.values()):
-                return {name: _Array(array) for name, array in arrays.items()}
+                return {name: _Array(path, name, array) for name, array in arrays.items()}
             named = {"engine": "zarr", "consolidated": False}
         else:
             named = {"engine": "scipy" if _is_netcdf3(path) else "h5netcdf"}
         content = xarray.open_dataset(path, cache=False, decode_times=False, **named)
-        return {str(name): _Array(variable) for name, variable in content.data_vars.items()}
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        kind = "zarr group" if is_zarr else "NetCDF file"
-        raise ValueError(f"{path} cannot be read as a {kind} ({error}): give another path") from error
+        return {str(name): _Array(path, str(name), array) for name, array in content.data_vars.items()}
 
 
 def _is_netcdf3(path: Path) -> bool:

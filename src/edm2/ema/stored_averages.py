@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -13,8 +15,16 @@ from edm2.ema.maths.plans import MOVEMENT
 from edm2.ema.maths.profiles import FloatArray
 from edm2.ema.maths.solve import Solution, solve_motion
 from edm2.ema.maths.targets import PowerProfile, Profile
-from edm2.ema.storage.guarded_json import read_json
-from edm2.ema.storage.manifest import ForeignSnapshots, Manifest, Snapshot, layout_digest
+from edm2.ema.storage.guarded_json import Range, from_json, read_json
+from edm2.ema.storage.manifest import (
+    LARGEST_NORM,
+    ForeignSnapshots,
+    Manifest,
+    Snapshot,
+    Time,
+    Width,
+    layout_digest,
+)
 from edm2.ema.storage.snapshots import open_snapshot
 from edm2.ema.storage.tensorfile import TensorFile
 from edm2.ema.storage.weighted_sums import WeightedSums, read_tensors, sample_squares
@@ -22,6 +32,7 @@ from edm2.ema.storage.weighted_sums import WeightedSums, read_tensors, sample_sq
 _MOST_JUDGED = 24
 _NEGLIGIBLE = 1e-9
 _EXACT = 1e-6
+_LEAST_SCALE = 2.0**-120
 
 
 def expected_error(solution: Solution, motion: Motion) -> float:
@@ -51,13 +62,13 @@ class StoredAverages:
         self._copied, _, self._complex = described[0]
         self._names = [name for name in self._files[0].specs if name not in self._copied]
         self._scales = [scales for _, scales, _ in described]
-        self.write_backs = tuple(read_json(self._files[-1].metadata.get("write_backs", "[]")))
+        self.write_backs = _write_backs(self._files[-1])
         known = folder.profiles if isinstance(folder, ForeignSnapshots) else {}
         self._profiles: list[Profile] = [
             known.get(s.file) or PowerProfile(s.t - manifest.run.start, s.gamma) for s in used
         ]
         self._interval = folder.interval if isinstance(folder, ForeignSnapshots) else 0.0
-        self._norm = used[-1].norm or 1.0
+        self._norm = used[-1].norm if used[-1].norm > 1 / LARGEST_NORM else 1.0
         self._rounding = np.array([s.rounding * s.norm / self._norm for s in used])
 
     def solve(self, targets: Sequence[Profile]) -> list[Solution]:
@@ -126,19 +137,48 @@ def _described(file: TensorFile, layout: str | None) -> tuple[list[str], dict[st
         are stored as real and imaginary parts.
     """
     copied, scales, pairs = (
-        read_json(file.metadata.get(key, default))
-        for key, default in (("copied", ""), ("scales", "{}"), ("complex", "[]"))
+        _value(file, key, default) for key, default in (("copied", ""), ("scales", "{}"), ("complex", "[]"))
     )
     specs = file.specs
-    if not isinstance(copied, list) or not all(name in specs for name in copied):
+
+    def fits(names: Any) -> bool:
+        return isinstance(names, list) and all(isinstance(name, str) and name in specs for name in names)
+
+    if not fits(copied):
         raise ValueError(f"{file.path} names copied tensors that it does not hold: restore it from a copy")
     if layout is not None and layout_digest({n: s.shape for n, s in specs.items()}) != layout:
         raise ValueError(f"{file.path} holds other tensors than the manifest says: restore it from a copy")
-    if not isinstance(scales, dict) or not all(isinstance(x, float | int) for x in scales.values()):
-        raise ValueError(f"{file.path} has scales that are not numbers: restore it from a copy")
-    if not isinstance(pairs, list) or not all(n in specs and specs[n].shape[-1:] == (2,) for n in pairs):
+    if not isinstance(scales, dict) or not all(
+        type(x) in (int, float) and _LEAST_SCALE <= x <= 1 / _LEAST_SCALE for x in scales.values()
+    ):
+        raise ValueError(f"{file.path} has scales that edm2 does not write: restore it from a copy")
+    if not fits(pairs) or not all(n not in copied and specs[n].shape[-1:] == (2,) for n in pairs):
         raise ValueError(f"{file.path} names complex tensors that it does not hold: restore it from a copy")
+    if not all(spec.dtype.is_floating_point for name, spec in specs.items() if name not in copied):
+        raise ValueError(f"{file.path} has averages of whole numbers: restore it from a copy")
     return copied, scales, pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WriteBack:
+    t: Time
+    sigma_rel: Width | str
+    keep: Annotated[float, Range(low=0, high=1)]
+
+
+def _write_backs(file: TensorFile) -> tuple[dict[str, Any], ...]:
+    try:
+        return tuple(vars(from_json(_WriteBack, entry)) for entry in _value(file, "write_backs", "[]"))
+    except TypeError as error:
+        raise ValueError(f"{file.path} is damaged (write_backs, {error}): restore it from a copy") from error
+
+
+def _value(file: TensorFile, key: str, default: str) -> Any:
+    """A JSON value of a file's metadata."""
+    try:
+        return read_json(file.metadata.get(key, default))
+    except ValueError as error:
+        raise ValueError(f"{file.path} is damaged ({key}: {error}): restore it from a copy") from error
 
 
 def _spread(used: Sequence[Snapshot], most: int) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from edm2.data.grids import refuse_pickles
+from edm2.data.grids import check_promise, reading_fields, refuse_pickles
 from edm2.extras import needed
 
 _NAMES = ("frames", "start", "conditions", "truth", "images", "vectors", "labels")
@@ -72,9 +72,12 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             return {name: archive[name] for name in _NAMES if name in archive.files}
     with needed(f"reading {path.name}"):
         import xarray
-    refuse_pickles(path)
-    with xarray.open_dataset(path) as content:
-        return {name: content[name].values for name in _NAMES if name in content}
+    with reading_fields(path):
+        refuse_pickles(path)
+        with xarray.open_dataset(path) as content:
+            found = {name: content[name] for name in _NAMES if name in content}
+            check_promise(path, sum(array.nbytes for array in found.values()))
+            return {name: array.values for name, array in found.items()}
 
 
 def _films(arrays: dict[str, np.ndarray], frames: int, channels: int) -> Cases:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edm2.data.grids import refuse_pickles
+from edm2.data.grids import check_promise, reading_fields, refuse_pickles
 from edm2.extras import needed
 from edm2.files import read_json, replacing, replacing_folder
 from edm2.generate.archive import array_header, writing
@@ -143,11 +143,12 @@ def _read_xarray(path: Path) -> tuple[dict[str, np.ndarray], Any]:
     check_format(path)
     import xarray
 
-    refuse_pickles(path)
     extra: dict[str, Any] = {"consolidated": False} if path.suffix.lower() == ".zarr" else {}
-    with xarray.open_dataset(path, **extra) as content:
-        found = {name: content[name].values for name in _DIMENSIONS if name in content}
-        arrays = {
-            name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in found.items()
-        }
-        return arrays, json.loads(content.attrs.get("settings", "{}"))
+    with reading_fields(path):
+        refuse_pickles(path)
+        with xarray.open_dataset(path, **extra) as content:
+            found = [(name, content[name]) for name in _DIMENSIONS if name in content]
+            check_promise(path, sum(array.nbytes for _, array in found))
+            arrays = {name: array.values for name, array in found}
+            settings = read_json(str(content.attrs.get("settings", "{}")))
+    return {n: a.astype(a.dtype.newbyteorder("="), copy=False) for n, a in arrays.items()}, settings

@@ -3,17 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from edm2.diffusion import consistency_steps, find_sampler
-from edm2.files import from_json
+from edm2.files import Range, from_json
 from edm2.generate import ImageGenerator
 from edm2.generate.checks import check_guide
 from edm2.hub.results import Result, check_results
 
 _MOST_STEPS = 10_000
+_Level = Annotated[float, Range(low=0, high=1e9, special=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +33,10 @@ class Sampling:
     """
 
     sampler: str = "heun"
-    num_steps: int = 32
-    guidance: float = 1.0
-    interval: tuple[float, float] | None = None
-    levels: tuple[float, ...] | None = None
+    num_steps: Annotated[int, Range(low=1, high=_MOST_STEPS)] = 32
+    guidance: Annotated[float, Range(low=-1e6, high=1e6)] = 1.0
+    interval: tuple[_Level, _Level] | None = None
+    levels: tuple[_Level, ...] | None = None
 
     def __post_init__(self) -> None:
         find_sampler(self.sampler)

@@ -5,10 +5,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from edm2.evaluation.results import read_result
-from edm2.files import from_json
+from edm2.files import Range, from_json
 from edm2.generate import ImageGenerator
 from edm2.tuning.result import BASELINE_SIGMA_REL, Tuned
 
@@ -35,7 +35,7 @@ class Result:
     """
 
     metric: str
-    value: float
+    value: Annotated[float, Range(low=-1e100, high=1e100)]
     provenance: dict[str, str]
     digest: str | None = None
 

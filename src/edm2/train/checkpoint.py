@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from edm2.ema.storage.tensorfile import TensorSpec, write_tensors
@@ -239,7 +239,10 @@ class StoredTensors:
         self._parts: dict[str, dict[str, list[Any]]] = {}
         for path in sorted(checkpoint.glob("*.safetensors")):  # parts in the order of their rows
             group = self._parts.setdefault(path.stem.partition("-")[0], {})
-            file: Any = safe_open(path, "pt")
+            try:
+                file: Any = safe_open(path, "pt")
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from error
             for name in file.keys():  # noqa: SIM118 - it is not a dictionary
                 group.setdefault(name, []).append(file)
 

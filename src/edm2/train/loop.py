@@ -129,10 +129,16 @@ class Trainer:
         """
         number = self.world.on_first(self._outputs.find_checkpoint)
         if number is not None:
-            tensors, state = self._outputs.read_checkpoint(number)
-            scatter(tensors, state["ema"], self.denoiser, self.optimizer, self.ema)
+            try:
+                tensors, state = self._outputs.read_checkpoint(number)
+                scatter(tensors, state["ema"], self.denoiser, self.optimizer, self.ema)
+                self._tally.load_json(state["tally"])
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+                raise ValueError(
+                    f"checkpoint {number:012d} of {self._out} is not one of this run ({error}): restore it from a copy, or "
+                    "move it away to continue from an older one"
+                ) from error
             self.num_images = number
-            self._tally.load_json(state["tally"])
         self._records.rewind(self.num_images)
         self._is_flat = self.world.any(has_ended(self._records.validations(), self.config))
         under_way = self.world.is_first and not self._is_last(self.num_images)

@@ -67,10 +67,17 @@ def scatter(
         model: The network.
         optimizer: Adam.
         ema: The averages, if this process has them.
+
+    Raises:
+        KeyError: If a tensor is missing.
+        ValueError: If a tensor has another shape.
     """
 
     def load(target: Tensor, group: str, name: str) -> None:
-        local(target).copy_(stored.read(group, name, rows_of(target)))
+        found, part = stored.read(group, name, rows_of(target)), local(target)
+        if found.shape != part.shape:
+            raise ValueError(f"{name} has the shape {list(found.shape)}, here it is {list(part.shape)}")
+        part.copy_(found)
 
     for name, target in model.state_dict().items():
         load(target, "model", name)

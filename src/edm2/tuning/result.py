@@ -5,12 +5,12 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from edm2.diffusion import MODEL_FILE, find_sampler, load_model, save_model
-from edm2.ema.storage.manifest import read_manifest
+from edm2.ema.storage.manifest import Time, Width, read_manifest
 from edm2.evaluation.judge import FRECHET, OWN_CLASSIFIER
-from edm2.files import from_json, read_sealed, write_sealed
+from edm2.files import Range, from_json, read_sealed, write_sealed
 from edm2.generate import reconstruct_denoiser, snapshots_of
 from edm2.train.consistency import IGNORES_LABELS
 from edm2.tuning.plan import SELF
@@ -21,6 +21,11 @@ GUIDE_FILE = "guide.safetensors"
 _FILE = "tuned.json"
 # Fields of `Tuned` that are JSON values.
 _PLAIN = ("num_images", "num_steps", "sampler", "range", "held_out", "baseline", "metric", "features")
+
+Score = Annotated[float, Range(low=-1e100, high=1e100, special=True)]
+_Level = Annotated[float, Range(low=0, high=1e9, special=True)]
+_Steps = Annotated[int, Range(low=1, high=1e6)]
+_Strength = Annotated[float, Range(low=-1e6, high=1e6)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +45,15 @@ class Knobs:
         s_churn: Strength of the noise that the sampler heun adds.
     """
 
-    sigma_rel: float
-    guide_images: float | None = None
-    guide_sigma_rel: float | None = None
-    guidance: float = 1.0
-    interval: tuple[float, float] = (0.0, math.inf)
+    sigma_rel: Width
+    guide_images: Time | None = None
+    guide_sigma_rel: Width | None = None
+    guidance: _Strength = 1.0
+    interval: tuple[_Level, _Level] = (0.0, math.inf)
     guide: str | None = None
-    levels: tuple[float, ...] | None = None
-    num_steps: int | None = None
-    s_churn: float = 0.0
+    levels: tuple[_Level, ...] | None = None
+    num_steps: _Steps | None = None
+    s_churn: _Strength = 0.0
 
     @property
     def is_guided(self) -> bool:
@@ -108,7 +113,7 @@ class Tried:
 
     stage: str
     knobs: Knobs
-    score: float
+    score: Score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,15 +134,15 @@ class Tuned:
     """
 
     best: Knobs
-    num_steps: int
+    num_steps: _Steps
     sampler: str
     tried: list[Tried]
-    held_out: list[float]
-    baseline: list[float]
+    held_out: list[Score]
+    baseline: list[Score]
     metric: str = FRECHET
     features: str = OWN_CLASSIFIER
-    num_images: float | None = None
-    range: dict[str, float] = dataclasses.field(default_factory=dict)
+    num_images: Time | None = None
+    range: dict[str, _Level] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         find_sampler(self.sampler)

@@ -17,6 +17,9 @@ STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TYPICAL_ROUNDING = {"fp32": 3e-8, "bf16": 1.4e-3, "fp16": 1.7e-4}
 """Relative L2 error that storing makes."""
 
+LARGEST_DISTANCE = 1e6
+"""Of weights from their average, relative to its norm: what is larger is stored as this."""
+
 
 class Facts(TypedDict):
     """What is known of an average only while it is at hand."""
@@ -118,11 +121,11 @@ def write_track(
     sums = write_tensors(path, specs, encoded, metadata, name=name)
     norm = math.sqrt(squares["norm"])
     own_rounding = math.sqrt(squares["rounding"]) / norm if norm else 0.0
-    distance = track.distance / norm if norm else 0.0
+    distance = min(track.distance / norm, LARGEST_DISTANCE) if norm else 0.0
     arithmetic = arithmetic_rounding(track.updates, distance, track.mean_of) if track.updates else 0.0
     return sums, {
         "norm": _short(norm),
-        "rounding": _short(math.hypot(own_rounding, arithmetic)),
+        "rounding": _short(min(math.hypot(own_rounding, arithmetic), 1.0)),
         "distance": _short(distance),
     }
 

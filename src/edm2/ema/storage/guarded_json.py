@@ -6,6 +6,7 @@ import math
 import re
 import types
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,25 @@ _MAX_DEPTH = 100
 _MAX_ITEMS = 2_000_000
 _MAX_INTEGER = 1 << 64
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """What a number in a file may be: `Annotated[float, Range(low=0, high=1)]` as the type of a field.
+
+    Attributes:
+        low: Smallest value.
+        high: Largest value.
+        special: Whether NaN and infinities are allowed as well.
+    """
+
+    low: float
+    high: float
+    special: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a number lies in the range."""
+        return self.low <= value <= self.high or (self.special and not math.isfinite(value))
 
 
 def read_json(source: bytes | str | Path, *, finite: bool = True) -> Any:
@@ -67,34 +87,42 @@ def from_json(cls: type[_T], content: Any) -> _T:
 
     Args:
         cls: The dataclass. Its fields are annotated with str, int, float, bool, dict, list or tuple of these, `Any`,
-            dataclasses (given as built), or unions; what a dict holds is not checked.
+            dataclasses (given as built), or unions. Numbers have a `Range`, which is checked.
         content: Its fields by name.
 
     Raises:
-        TypeError: If a value has another type, or a field is missing or unknown.
+        TypeError: If a value has another type or is out of range, or a field is missing or unknown.
     """
     if not isinstance(content, dict):
         raise TypeError(f"a {type(content).__name__} where an object is expected")
     kinds: dict[str, Any] = _annotations(cls)  # type: ignore[arg-type]
     for name, value in content.items():
         if name in kinds and not _fits(value, kinds[name]):
-            raise TypeError(f"{name}, which is a {type(value).__name__}")
+            number = type(value) in (int, float)
+            raise TypeError(f"{name}, which is {value if number else f'a {type(value).__name__}'}")
     return cls(**content)
 
 
 @functools.cache
 def _annotations(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def _fits(value: Any, kind: Any) -> bool:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return _fits(value, inner[0]) and inner[1].holds(value)
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, one) for one in inner)
     if origin is list:
         return isinstance(value, list) and all(_fits(x, inner[0]) for x in value)
-    if origin is tuple and inner[-1] is not Ellipsis:
-        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if origin is tuple:
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis and isinstance(value, tuple) else inner
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(key, inner[0]) and _fits(x, inner[1]) for key, x in value.items()
+        )
     if kind in (int, float):  # bool counts as an int for isinstance
         return type(value) in (int, kind)
     return kind is Any or isinstance(value, origin or kind)

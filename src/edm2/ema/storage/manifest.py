@@ -7,17 +7,22 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from edm2.ema.maths.profiles import gamma_to_sigma_rel
+from edm2.ema.maths.profiles import MAX_SIGMA_REL, gamma_to_sigma_rel
 from edm2.ema.maths.targets import Profile
-from edm2.ema.storage.guarded_json import from_json, read_json
+from edm2.ema.storage.encoding import LARGEST_DISTANCE, STORED
+from edm2.ema.storage.guarded_json import Range, from_json, read_json
 from edm2.ema.storage.replacing import replacing
 from edm2.ema.storage.tensorfile import TensorFile
 
 MANIFEST = "manifest.json"
 FORMAT = "edm2.ema"
 _VERSION = 1
+
+LARGEST_NORM = 1e60  # far above what float32 can hold, and its powers still fit into float64
+Time = Annotated[float, Range(low=-1e18, high=1e18)]
+Width = Annotated[float, Range(low=1e-9, high=MAX_SIGMA_REL + 1e-9)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,7 @@ class RunInfo:
 
     run_id: str
     clock: str
-    start: float
+    start: Time
     aliases: dict[str, str]
     metadata: dict[str, Any] | None
 
@@ -54,22 +59,22 @@ class Snapshot:
         header_sha256: Of the file's header.
         data_sum: Checksum of the tensors' data (`DataSum`), verified whenever the data is read.
         norm: L2 norm of the averaged tensors.
-        rounding: Relative L2 error of the stored type's rounding.
-        distance: Relative L2 distance to the weights at that time.
+        rounding: Relative L2 error of the stored type's rounding, at most 1.
+        distance: Relative L2 distance to the weights at that time, at most `LARGEST_DISTANCE`; NaN if unknown.
     """
 
     file: str
-    t: float
-    sigma_rel: float
-    gamma: float
+    t: Time
+    sigma_rel: Width
+    gamma: Annotated[float, Range(low=0, high=1e10)]
     dtype: str
-    num_bytes: int
+    num_bytes: Annotated[int, Range(low=0, high=1 << 62)]
     sha256: str
     header_sha256: str
     data_sum: str
-    norm: float
-    rounding: float
-    distance: float
+    norm: Annotated[float, Range(low=0, high=LARGEST_NORM)]
+    rounding: Annotated[float, Range(low=0, high=1)]
+    distance: Annotated[float, Range(low=0, high=LARGEST_DISTANCE, special=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,26 +179,20 @@ def _checksum(content: dict[str, Any]) -> str:
 def _manifest(content: dict[str, Any]) -> Manifest:
     """The content as dataclasses; raises TypeError or KeyError for values that cannot be ours."""
     run = from_json(RunInfo, {f.name: content[f.name] for f in fields(RunInfo)})
-    _check_finite(run)
     json.dumps(run.metadata, allow_nan=False)
     snapshots = tuple(
         from_json(Snapshot, entry | ({"distance": math.nan} if entry["distance"] is None else {}))
         for entry in content["snapshots"]
     )
     for snapshot in snapshots:
-        _check_finite(snapshot)
+        if snapshot.dtype not in STORED:
+            raise TypeError(f"dtype, which is {snapshot.dtype!r:.20}")
         if Path(snapshot.file).name != snapshot.file:
             raise TypeError("file, which is not in this folder")
         if not snapshot.t > run.start:
             raise TypeError(f"t, which is {snapshot.t} and not after start {run.start}")
-        if not snapshot.gamma >= 0 or abs(gamma_to_sigma_rel(snapshot.gamma) - snapshot.sigma_rel) > 1e-6:
+        if abs(gamma_to_sigma_rel(snapshot.gamma) - snapshot.sigma_rel) > 1e-6:
             raise TypeError(
                 f"gamma, which is {snapshot.gamma} and does not fit sigma_rel {snapshot.sigma_rel}"
             )
     return Manifest(run=run, layout=content["layout"], snapshots=snapshots)
-
-
-def _check_finite(entry: RunInfo | Snapshot) -> None:
-    for name, value in vars(entry).items():
-        if isinstance(value, float) and not math.isfinite(value) and name != "distance":
-            raise TypeError(f"{name}, which is {value}")
