@@ -1,15 +1,21 @@
 """Files are whole or not there, whatever interrupts the writing."""
 
+import ast
 import contextlib
+import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import resource
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import edm2
 from edm2.files import read_sealed, sha256_of, sync_folder, write_atomic, write_json, write_sealed
 
 
@@ -102,3 +108,41 @@ def test_sealed_json_may_be_edited_by_hand(tmp_path: Path) -> None:
     path.write_text("[1]")
     with pytest.raises(ValueError, match="not a JSON object"):
         read_sealed(path)
+
+
+def classes_read_from_files() -> Iterator[type]:
+    """Every dataclass that a call of `from_json` in the package makes."""
+    root = Path(edm2.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") != "from_json":
+                continue
+            name = node.args[0].id  # type: ignore[attr-defined]
+            module = importlib.import_module(
+                ".".join(["edm2", *path.relative_to(root).with_suffix("").parts])
+            )
+            yield from (
+                [getattr(module, name)]
+                if name != "cls"
+                else [
+                    x
+                    for x in vars(module).values()
+                    if hasattr(x, "from_json") and x.__module__ == module.__name__
+                ]
+            )
+
+
+def test_every_number_that_a_file_gives_has_a_range() -> None:
+    classes = list(classes_read_from_files())
+    assert {"RunInfo", "Snapshot", "Knobs", "Tuned", "Sampling", "Result"} <= {c.__name__ for c in classes}
+
+    def numbers(kind: Any) -> Iterator[Any]:
+        if typing.get_origin(kind) is not typing.Annotated:
+            yield from [kind] if kind in (int, float) else ()
+            for inner in typing.get_args(kind):
+                yield from numbers(inner)
+
+    for cls in classes:
+        hints = typing.get_type_hints(cls, include_extras=True)
+        without = [f.name for f in dataclasses.fields(cls) if list(numbers(hints[f.name]))]
+        assert not without, f"{cls.__name__}: {without} need an Annotated[..., Range(...)]"

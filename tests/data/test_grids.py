@@ -116,7 +116,7 @@ def test_files_without_images_or_that_are_damaged_are_refused(tmp_path: Path) ->
     ):
         open_dataset(tmp_path / "own.nc")
     (tmp_path / "bad.nc").write_bytes(b"no such format")
-    with pytest.raises((ValueError, MissingExtra), match=r"bad\.nc (cannot be read as a NetCDF file|needs)"):
+    with pytest.raises((ValueError, MissingExtra), match=r"bad\.nc (cannot be read|needs)"):
         open_dataset(tmp_path / "bad.nc")
     (tmp_path / "bad.zarr").mkdir()
     with pytest.raises(ValueError, match=r"bad\.zarr cannot be read as a zarr group"):

@@ -135,8 +135,8 @@ class Trainer:
                 self._tally.load_json(state["tally"])
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 raise ValueError(
-                    f"checkpoint {number:012d} of {self._out} is not one of this run ({error}): restore it from a copy, or "
-                    "move it away to continue from an older one"
+                    f"checkpoint {number:012d} of {self.out} is not one of this run ({error}): restore it from a copy, "
+                    "or move it away to continue from an older one"
                 ) from error
             self.num_images = number
         self._records.rewind(self.num_images)

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import random
 import shutil
 from collections.abc import Iterator
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from mutations import VALUES, places
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from edm2.ema import PowerEMA, gamma_to_sigma_rel, reconstruct
+from edm2.ema import PowerEMA, gamma_to_sigma_rel, reconstruct, reconstruct_many
 from edm2.ema import stored_averages as module
 from edm2.ema.storage.manifest import read_manifest
 from edm2.ema.storage.snapshots import damaged
@@ -201,6 +203,9 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         ({"t": -1}, "t, which is -1 and not after start 0"),
         ({"gamma": 5.0}, "gamma, which is 5.0 and does not fit sigma_rel 0.05"),
         ({"norm": None}, "norm, which is a NoneType"),
+        ({"rounding": 1e300}, "rounding, which is 1e.300, out of range"),
+        ({"distance": -1}, "distance, which is -1, out of range"),
+        ({"dtype": "fp64"}, "dtype, which is 'fp64'"),
         ({"file": "../x.safetensors"}, "file, which is not in this folder"),
     ],
 )
@@ -218,6 +223,25 @@ def test_entries_of_another_kind_are_named(tmp_path: Path, change: dict[str, obj
     reseal(tmp_path, content)
     with pytest.raises(ValueError, match=r"damaged \(entry metadata, which is a str\)"):
         read_manifest(tmp_path)
+
+
+def test_no_value_in_a_manifest_ends_in_a_traceback(tmp_path: Path) -> None:
+    train(tmp_path, steps=20)
+    text = (tmp_path / "manifest.json").read_text()
+    for path in places(json.loads(text)):
+        for value in VALUES:
+            content = json.loads(text)
+            parent = content
+            for key in path[:-1]:
+                parent = parent[key]
+            parent[path[-1]] = value
+            reseal(tmp_path, content)
+            message = ""
+            try:
+                found = reconstruct_many(tmp_path, [0.08], warn_above=math.inf, read=False)
+            except (ValueError, FileNotFoundError) as error:
+                message = str(error)
+            assert str(tmp_path) in message or math.isfinite(found[0].expected_error), (path, value, message)
 
 
 @pytest.mark.parametrize(("name", "value"), [("t", 30), ("gamma", 5.0), ("norm", 9.0), ("rounding", 0.5)])

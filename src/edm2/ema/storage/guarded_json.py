@@ -98,14 +98,27 @@ def from_json(cls: type[_T], content: Any) -> _T:
     kinds: dict[str, Any] = _annotations(cls)  # type: ignore[arg-type]
     for name, value in content.items():
         if name in kinds and not _fits(value, kinds[name]):
-            number = type(value) in (int, float)
-            raise TypeError(f"{name}, which is {value if number else f'a {type(value).__name__}'}")
+            wrong = (
+                f"{value!r}, out of range"
+                if _fits(value, _plain(kinds[name]))
+                else f"a {type(value).__name__}"
+            )
+            raise TypeError(f"{name}, which is {wrong}"[:200])
     return cls(**content)
 
 
 @functools.cache
 def _annotations(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
+
+
+def _plain(kind: Any) -> Any:
+    """A type without its range."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return typing.get_args(kind)[0]
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return typing.Union[tuple(map(_plain, typing.get_args(kind)))]  # noqa: UP007 - made at run time
+    return kind
 
 
 def _fits(value: Any, kind: Any) -> bool:

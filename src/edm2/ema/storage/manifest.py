@@ -187,7 +187,7 @@ def _manifest(content: dict[str, Any]) -> Manifest:
     for snapshot in snapshots:
         if snapshot.dtype not in STORED:
             raise TypeError(f"dtype, which is {snapshot.dtype!r:.20}")
-        if Path(snapshot.file).name != snapshot.file:
+        if Path(snapshot.file).name != snapshot.file or not 0 < len(snapshot.file) < 256:
             raise TypeError("file, which is not in this folder")
         if not snapshot.t > run.start:
             raise TypeError(f"t, which is {snapshot.t} and not after start {run.start}")
