@@ -119,7 +119,7 @@ def test_files_without_images_or_that_are_damaged_are_refused(tmp_path: Path) ->
     with pytest.raises((ValueError, MissingExtra), match=r"bad\.nc (cannot be read|needs)"):
         open_dataset(tmp_path / "bad.nc")
     (tmp_path / "bad.zarr").mkdir()
-    with pytest.raises(ValueError, match=r"bad\.zarr cannot be read as a zarr group"):
+    with pytest.raises(ValueError, match=r"bad\.zarr cannot be read \(No group found"):
         open_dataset(tmp_path / "bad.zarr")
 
 
@@ -143,3 +143,26 @@ def test_a_zarr_group_that_would_unpickle_is_not_opened(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"output_images/.zarray asks for unpickling, which can run code"):
         open_dataset(tmp_path / "x.zarr")
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["images", "labels", "vectors"])
+def test_chunks_that_cannot_be_unpacked_are_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.zarr"
+    group = zarr.open_group(str(path), mode="w")
+    for key, values in (("images", FINE), ("labels", np.arange(6)), ("vectors", VECTORS)):
+        group.create_array(key, data=values)
+    chunk = max((p for p in (path / name).rglob("*") if p.name != "zarr.json"), key=lambda p: p.is_file())
+    chunk.write_bytes(b"\xff" * 40)
+    with pytest.raises(ValueError, match=rf"a.zarr:{name} cannot be read \(.*\): restore it from a copy"):
+        open_dataset(str(path))
+
+
+def test_a_header_that_promises_far_more_than_is_stored(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    group = zarr.open_group(str(path), mode="w")
+    group.create_array("images", data=FINE)
+    group.create_array("labels", shape=(10**12,), dtype="int64", chunks=(1000,))
+    with pytest.raises(
+        ValueError, match=r"a.zarr:labels .*promises 8,000,000,000,000 bytes of values and stores"
+    ):
+        open_dataset(str(path))

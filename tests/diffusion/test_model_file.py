@@ -156,6 +156,14 @@ def test_description_that_does_not_fit_the_tensors(tmp_path: Path, change: dict[
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["class_names", "coding", "source"])
+def test_nothing_in_the_place_of_a_list_is_refused(tmp_path: Path, name: str) -> None:
+    denoiser = make_denoiser()
+    path = save_model(tmp_path, denoiser.options, denoiser.state_dict(), {name: None})
+    with pytest.raises(ValueError, match=f"{name} = a NoneType is not a value that edm2 writes"):
+        load_model(path)
+
+
 @pytest.mark.slow
 def test_every_flipped_bit_of_a_model_is_noticed_or_harmless(tmp_path: Path) -> None:
     denoiser = make_denoiser(channel_mult=(1,), attn_resolutions=())

@@ -330,6 +330,10 @@ def test_models_in_pieces_are_averaged_and_written_back_alike(tmp_path: Path, ki
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.iterdir()}
     main(command)
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.iterdir()} == before
+    record = json.loads((out / "merged.json").read_text())
+    (out / "merged.json").write_text(json.dumps({**record, "expected_error": []}))
+    with pytest.raises(SystemExit):
+        main(command)
 
 
 @pytest.mark.filterwarnings("ignore::edm2.ema.AccuracyWarning")

@@ -148,3 +148,20 @@ def test_a_zarr_group_that_would_unpickle_is_not_opened(tmp_path: Path) -> None:
     for read in (read_forecast, lambda where: read_cases(where, frames=1, channels=2)):
         with pytest.raises(ValueError, match=r"members/zarr\.json asks for unpickling, which can run code"):
             read(path)
+
+
+@pytest.mark.parametrize("read", [read_forecast, lambda path: read_cases(path, frames=1, channels=2)])
+def test_damaged_and_forged_zarr_groups_are_refused(tmp_path: Path, read: Any) -> None:
+    pytest.importorskip("xarray")
+    pytest.importorskip("zarr")
+    path = write_forecast(tmp_path / "f.zarr", forecast())
+    chunk = next(p for p in sorted((path / "start" / "c").rglob("*")) if p.is_file())
+    chunk.write_bytes(b"\xff" * 40)
+    with pytest.raises(ValueError, match=r"f.zarr cannot be read \("):
+        read(path)
+    about = path / "start" / "zarr.json"
+    content = json.loads(about.read_text())
+    content["shape"][0] = 10**12
+    about.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"f\.zarr "):
+        read(path)

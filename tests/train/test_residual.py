@@ -1,6 +1,7 @@
 """Regressions and diffusion of what they leave: closed forms, exact resumes, samples, and what is refused."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -264,3 +265,20 @@ def test_no_student_is_made_of_them(mean: str) -> None:
     denoiser, info = load_model(mean)
     with pytest.raises(ValueError, match="the teacher is a regression, or a model of what one leaves"):
         Teacher(denoiser, info).check_data(pairs())
+
+
+def test_damaged_facts_of_a_residual_are_named(tmp_path: Path, mean: str) -> None:
+    out = run(tmp_path / "run", residual=mean, num_images=16).parent
+    facts = json.loads((out / "residual.json").read_text())["residual"]
+    for change, told in (
+        ({}, "residual.json is damaged"),
+        ({"residual": None}, "residual.json is damaged"),
+        ({"residual": {**facts, "std": [0.0, 1.0]}}, "residual.json is damaged"),
+        (
+            {"residual": {**facts, "mean": [0.0]}},
+            "one mean and standard deviation for each of the 2 channels",
+        ),
+    ):
+        (out / "residual.json").write_text(json.dumps(change))
+        with pytest.raises(ValueError, match=told):
+            run(out, residual=mean, num_images=16)

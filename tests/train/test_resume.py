@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from tiny_run import files_of, log_of, tiny_config, tiny_data, tiny_network
 
 from edm2.data import ArrayDataset
 from edm2.diffusion import Denoiser, read_model_header
+from edm2.files import sha256_of
 from edm2.nn import MPConv, rms
 from edm2.train import DataConfig, Stopped, TrainConfig, Trainer, train
 
@@ -245,3 +247,31 @@ def test_latents_are_drawn_anew_and_resume(tmp_path: Path) -> None:
         train(config, tmp_path / "pieces", dataset=data, quiet=True, on_step=stop_at(72))
     train(config, tmp_path / "pieces", dataset=data, quiet=True)
     assert files_of(tmp_path / "pieces") == files_of(tmp_path / "whole")
+
+
+def test_a_checkpoint_with_right_checksums_and_other_content_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        train(tiny_config(), tmp_path / "run", dataset=tiny_data(), quiet=True, on_step=stop_at(8))
+    checkpoint = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    whole = {path: path.read_bytes() for path in checkpoint.iterdir()}
+    state = json.loads(whole[checkpoint / "state.json"])
+    tensors = load_file(checkpoint / "model.safetensors")
+    name = next(iter(tensors))
+    for file, content, told in (
+        ("state.json", json.dumps({**state, "tally": None}).encode(), "'NoneType' object"),
+        ("state.json", json.dumps({**state, "ema": []}).encode(), ""),
+        ("model.safetensors", b"\xff" * 50, "model.safetensors is damaged"),
+        ("model.safetensors", save({**tensors, name: torch.zeros(1, 2, 3)}), r"has the shape \[1, 2, 3\]"),
+        ("model.safetensors", save({k: v for k, v in tensors.items() if k != name}), re.escape(name)),
+    ):
+        (checkpoint / file).write_bytes(content)
+        manifest = json.loads(whole[checkpoint / "manifest.json"])
+        manifest["files"][file] = {"num_bytes": len(content), "sha256": sha256_of(checkpoint / file)}
+        del manifest["sha256"]
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(
+            ValueError, match=f"checkpoint {checkpoint.name} of .* is not one of this run .*{told}"
+        ):
+            train(tiny_config(), tmp_path / "run", dataset=tiny_data(), quiet=True)
+        for path, data in whole.items():
+            path.write_bytes(data)

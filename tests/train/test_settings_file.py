@@ -218,3 +218,14 @@ def test_a_run_whose_images_were_given_in_python(tmp_path: Path) -> None:
         ValueError, match="does not name its training images: they were given to it in Python"
     ):
         open_run_data(tmp_path)
+
+
+def test_a_value_that_unfolds_without_end_is_shown_in_short(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    text = "&a0 [x]"
+    for i in range(40):
+        text = f"&a{i + 1} [{text}, *a{i}]"
+    (tmp_path / "b.yaml").write_text(f"loss: {text}")
+    with pytest.raises(ValueError, match="loss holds settings of its own, not") as caught:
+        read_settings(tmp_path / "b.yaml")
+    assert len(str(caught.value)) < 1000

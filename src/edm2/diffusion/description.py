@@ -128,8 +128,8 @@ def _is_residual(value: Any) -> bool:
         type(value) is dict
         and isinstance(value.get("sha256"), str)
         and all(
-            type(value.get(name)) is list and all(type(x) is float and math.isfinite(x) for x in value[name])
-            for name in ("mean", "std")
+            type(value.get(name)) is list and all(type(x) is float and low <= x <= 1e30 for x in value[name])
+            for name, low in (("mean", -1e30), ("std", 1e-30))
         )
     )
 

@@ -210,6 +210,7 @@ class _Merge:
         try:
             found = read_json(folder / _RECORD)
             same = {name: found[name] for name in self.record(j)} == self.record(j)
+            same &= type(found["expected_error"]) in (int, float)
         except (OSError, ValueError, KeyError, TypeError):
             same = False
         if not same:

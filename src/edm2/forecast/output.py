@@ -309,7 +309,11 @@ class _Job:
         stack.enter_context(claimed(self._parts, self.out))
         path = self._parts / _SETTINGS
         if path.exists():
-            check_same(self._parts, read_json(path), settings, what="parts of a forecast")
+            try:
+                old = dict(read_json(path))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
+            check_same(self._parts, old, settings, what="parts of a forecast")
         else:
             write_json(path, settings)
 

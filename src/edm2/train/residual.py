@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edm2.data import Batch, ImageDataset
 from edm2.diffusion import Denoiser, load_model, read_model_header
+from edm2.diffusion.description import check_info
 from edm2.diffusion.model_file import model_checksum
 from edm2.files import read_sealed, write_atomic, write_sealed
 from edm2.train.coding import Coding
@@ -147,7 +148,12 @@ def keep_residual(source: str, out: Path, dataset: ImageDataset, coding: Coding,
             write_sealed(facts, {"residual": measured.to_json()})
 
     world.on_first(store)
-    found = open_residual(out, read_sealed(facts), world.device)
+    try:
+        told = read_sealed(facts)
+        check_info({"residual": told["residual"] or {}})
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{facts} is damaged ({error}): restore it from a copy") from error
+    found = open_residual(out, told, world.device)
     assert found is not None
     return found
 
@@ -216,4 +222,9 @@ def open_residual(
             f"{found} is not the regression that {model} was trained with: copy {MEAN_FILE} from its run"
         )
     network = load_model(found, device=device)[0]
+    if not len(told["mean"]) == len(told["std"]) == network.img_channels:
+        raise ValueError(
+            f"{model} does not have one mean and standard deviation for each of the {network.img_channels} channels of "
+            f"{found}: restore it from a copy"
+        )
     return Residual(network, told["sha256"], tuple(told["mean"]), tuple(told["std"]), found)

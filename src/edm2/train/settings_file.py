@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import reprlib
 import sys
 import types
 import typing
@@ -66,7 +67,7 @@ def read_settings(path: str | Path) -> SettingsFile:
         raise ValueError(f"{path} must hold names and values of settings, such as images = 8Mi")
     preset = content.get("preset")
     if preset is not None and not isinstance(preset, str):
-        raise ValueError(f"{path}: preset {preset!r} must be a name that `edm2 info` lists")
+        raise ValueError(f"{path}: preset {reprlib.repr(preset)} must be a name that `edm2 info` lists")
     values = _named({key: value for key, value in content.items() if key != "preset"}, TrainConfig, path, "")
     return SettingsFile(preset=preset or None, values=values, is_complete=is_run)
 
@@ -127,7 +128,9 @@ def _named(content: dict[str, Any], kind: Any, path: Path, prefix: str) -> dict[
             raise ValueError(f"{path} has an unknown setting {prefix}{key}: {hint}")
         if dataclasses.is_dataclass(kinds[name]):
             if not isinstance(value, dict):
-                raise ValueError(f"{path}: {prefix}{key} holds settings of its own, not {value!r}")
+                raise ValueError(
+                    f"{path}: {prefix}{key} holds settings of its own, not {reprlib.repr(value)}"
+                )
             value = _named(value, kinds[name], path, f"{name}.")
         found[name] = value
     return found
@@ -143,7 +146,9 @@ def _replaced(base: T, settings: dict[str, Any], prefix: str) -> T:
             try:
                 changes[name] = _converted(value, kinds[name])
             except (TypeError, ValueError) as error:
-                raise ValueError(f"the setting {prefix}{name} is {value!r}: it must be {error}") from None
+                raise ValueError(
+                    f"the setting {prefix}{name} is {reprlib.repr(value)}: it must be {error}"
+                ) from None
     return dataclasses.replace(base, **changes)  # type: ignore[type-var]
 
 
