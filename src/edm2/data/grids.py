@@ -197,7 +197,9 @@ def reading_fields(where: object) -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        raise ValueError(f"{where} cannot be read ({reason}): restore it from a copy, or give another path") from error
+        raise ValueError(
+            f"{where} cannot be read ({reason}): restore it from a copy, or give another path"
+        ) from error
 
 
 def check_promise(path: Path, num_bytes: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from edm2.data import ImageDataset
 from edm2.diffusion import SamplerName
 from edm2.ema.reconstruct import reconstruct_each
-from edm2.ema.storage.manifest import read_manifest
+from edm2.ema.storage.manifest import Time, Width, read_manifest
 from edm2.evaluation.judge import FRECHET, OWN_CLASSIFIER, Judge
 from edm2.evaluation.noise_errors import errors_by_noise, noise_density
 from edm2.files import from_json, read_sealed, write_sealed
@@ -31,7 +31,7 @@ from edm2.train.settings_file import run_settings
 from edm2.tuning.bench import moments
 from edm2.tuning.evaluations import Evaluations
 from edm2.tuning.plan import SEARCH_SEED, TuningPlan
-from edm2.tuning.result import FOLDER, judged
+from edm2.tuning.result import FOLDER, Score, judged
 
 _FILE = "lengths.json"
 _TRIAL = 16  # images with which the time is estimated
@@ -153,11 +153,11 @@ class Lengths:
     metric: str
     features: str
     work: str
-    best: float
-    moments: list[float]
-    by_moment: list[list[list[float]]]
+    best: Width
+    moments: list[Time]
+    by_moment: list[list[list[Score]]]
     groups: list[str]
-    by_group: list[list[list[float]]]
+    by_group: list[list[list[Score]]]
 
     def __post_init__(self) -> None:
         if [len(self.moments), len(self.groups)] != [len(self.by_moment), len(self.by_group)]:

@@ -22,7 +22,7 @@ _FILE = "tuned.json"
 # Fields of `Tuned` that are JSON values.
 _PLAIN = ("num_images", "num_steps", "sampler", "range", "held_out", "baseline", "metric", "features")
 
-_Score = Annotated[float, Range(low=-1e100, high=1e100)]
+Score = Annotated[float, Range(low=-1e100, high=1e100)]
 _Level = Annotated[float, Range(low=0, high=1e9, special=True)]
 _Steps = Annotated[int, Range(low=1, high=1e6)]
 _Strength = Annotated[float, Range(low=-1e6, high=1e6)]
@@ -137,8 +137,8 @@ class Tuned:
     num_steps: _Steps
     sampler: str
     tried: list[Tried]
-    held_out: list[_Score]
-    baseline: list[_Score]
+    held_out: list[Score]
+    baseline: list[Score]
     metric: str = FRECHET
     features: str = OWN_CLASSIFIER
     num_images: Time | None = None
