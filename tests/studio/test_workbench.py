@@ -85,15 +85,20 @@ def test_models_are_kept_but_not_all_of_them(bench):
     assert len(bench._models) <= 12
 
 
-def test_curves_mark_the_setting(bench, monkeypatch, tmp_path):
+def test_curves_mark_the_setting(bench, monkeypatch):
     chosen = choice(bench, guide="earlier", guide_images=32.0, guidance=2.0, interval=(0.1, 5.0))
     assert bench.profile(chosen).axes
     plain, shaded = (bench.noise(c).axes[0] for c in (choice(bench), chosen))
     assert len(shaded.patches) == len(plain.patches) + 1
     assert bench.tuning(chosen) == []  # not tuned
-    monkeypatch.setitem(bench.settings, "data", "x")
-    monkeypatch.setattr(bench, "run", tmp_path)
-    assert bench.noise(chosen) is None  # the data is gone
+
+
+def test_without_the_data_there_is_no_loss_by_noise_level(bench, monkeypatch):
+    def gone(run):
+        raise FileNotFoundError(run)
+
+    monkeypatch.setattr(workbench, "open_run_data", gone)
+    assert Workbench(bench.run).noise(choice(bench)) is None
 
 
 def test_saved_settings_are_used_again(bench, tmp_path):

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -43,8 +44,7 @@ if TYPE_CHECKING:
 SAVED = "studio"
 _KEPT_MODELS = 12
 _KEPT_BYTES = 2 << 30
-_NOISE_IMAGES = 64
-_RANGE_IMAGES = 256
+_EXAMPLES = 32
 
 
 class Workbench:
@@ -101,7 +101,7 @@ class Workbench:
                 f"{run} is conditioned on vectors, or on images of unknown coding: sample with `edm2 sample`"
             )
         self.cases = None if coding.condition is None else Cases(self.run, coding)
-        self._like: np.ndarray | None = None
+        self._errors: dict[tuple[float, float], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.is_student = newest.is_student
         others: list[SamplerName] = ["dpmpp-2m", "heun", "euler", "dpmpp-3m", "dpmpp-2m-sde"]
         self.samplers: list[SamplerName] = [STUDENT_SAMPLER] if self.is_student else others
@@ -257,13 +257,18 @@ class Workbench:
         """Images as uint8: pictures as they are, floats in colours that span the range of the run's data."""
         if images.dtype == np.uint8:
             return images
-        if self._like is None:
-            try:
-                data = open_run_data(self.run)
-                self._like = data.images(np.arange(min(len(data), _RANGE_IMAGES)))
-            except (ValueError, OSError):
-                self._like = images
-        return coloured(images, self._like)
+        return coloured(images, images if self._examples is None else self._examples[0])
+
+    @cached_property
+    def _examples(self) -> tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray]] | None:
+        """Some training images, their labels, and what they are given; None if the data is gone."""
+        try:
+            dataset = open_run_data(self.run)
+        except (ValueError, OSError):
+            return None
+        rows = np.linspace(0, len(dataset) - 1, min(len(dataset), _EXAMPLES)).astype(np.int64)
+        labels = dataset.labels(rows) if dataset.num_classes else None
+        return dataset.images(rows), labels, dataset.given(rows)
 
     def command(self, choice: Choice, *, may_write: bool = True) -> str:
         """The command that makes the same images; of a conditional run it needs a file, written into `studio/given`."""
@@ -325,17 +330,15 @@ class Workbench:
         """
         if self.is_student or self.settings.get("objective") == "mean" or self.settings.get("residual"):
             return None
-        try:
-            dataset = open_run_data(self.run)
-        except (ValueError, OSError):
+        if self._examples is None:
             return None
-        rows = np.linspace(0, len(dataset) - 1, min(len(dataset), _NOISE_IMAGES)).astype(np.int64)
-        labels = dataset.labels(rows) if dataset.num_classes else None
+        key = (choice.sigma_rel, choice.num_images)
         with self._lock:
-            generator = self.model(choice.sigma_rel, choice.num_images)
-            sigma, learned, errors = errors_by_noise(
-                generator, dataset.images(rows), labels, **dataset.given(rows)
-            )
+            generator = self.model(*key)
+            if key not in self._errors:
+                images, labels, given = self._examples
+                self._errors[key] = errors_by_noise(generator, images, labels, **given)
+        sigma, learned, errors = self._errors[key]
         loss = self.settings["loss"]
         density = noise_density(sigma, p_mean=loss["p_mean"], p_std=loss["p_std"])
         uncertainty = None if generator.denoiser.uncertainty is None else learned
