@@ -18,7 +18,7 @@ import torch
 from tiny_run import tiny_config, tiny_data
 
 import edm2.train.outputs
-from edm2.data import ArrayDataset, ImageDataset, PairedDataset
+from edm2.data import ArrayDataset, ImageDataset, PairedDataset, crop_at_random
 from edm2.distill import distill, open_teacher, student_settings
 from edm2.train import ConsistencyConfig, DataConfig, OptimizerConfig, TrainConfig, Trainer, train
 from edm2.train.config_groups import ValidateConfig
@@ -29,6 +29,7 @@ HELD_OUT: dict[str, Any] = {"validation": "0.2", "validate": ValidateConfig(ever
 MODES: dict[str, dict[str, Any]] = {
     "pairs": PAIRS,
     "vectors": {},
+    "crop": {},
     "mean": {**PAIRS, **HELD_OUT, "objective": "mean"},
     "residual": {**PAIRS, "residual": "regression"},
     "init": {"init": "model"},
@@ -47,9 +48,12 @@ NUM_IMAGES = 96
 
 def data_of(mode: str) -> ImageDataset:
     """Classes for the modes that need no more, otherwise images with all that can be given with them."""
-    if mode not in ("pairs", "vectors", "mean", "residual"):
+    if mode not in ("pairs", "vectors", "crop", "mean", "residual"):
         return tiny_data()
     rng = np.random.default_rng(0)
+    if mode == "crop":
+        images = rng.normal(0, 1, (40, 1, 8, 8)).astype(np.float32)
+        return crop_at_random(PairedDataset(ArrayDataset(images), ArrayDataset(-images)), 4)
     vectors = rng.normal([100, 0], [20, 1], (40, 2)).astype(np.float32)
     if mode == "vectors":
         return PairedDataset(tiny_data(), vectors=vectors)

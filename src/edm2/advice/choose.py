@@ -88,7 +88,13 @@ class _Work:
         self, dataset: ImageDataset, base: TrainConfig, options: DataConfig, memory: float | None
     ) -> None:
         self.levels = scaling.levels_for(*dataset.image_shape[1:])
-        if pad_to := options.pad_to or self.levels.pad_to:
+        if options.crop and self.levels.pad_to:
+            raise ValueError(
+                f"crop {options.crop} cannot be halved often enough: choose another --dataset.crop, such as "
+                f"{self.levels.pad_to}"
+            )
+        pad_to = options.pad_to or self.levels.pad_to
+        if pad_to and not options.crop:  # a crop is cut out of padded images
             dataset = PaddedDataset(dataset, pad_to)
             self.levels = scaling.levels_for(pad_to, pad_to)
         self.dataset, self.memory, self.structure = dataset, memory, measure_structure(dataset)

@@ -63,7 +63,9 @@ def tell_to_sample(run: Path, *options: str) -> None:
         options = (f"--ema {settings.ema.sigma_rels[-1]:g}", *options)
     given: list[str | Path] = []
     if coding.condition is not None:
-        given = ["--conditions", Path(settings.condition or settings.data)]
+        # Those of the training data are larger than what a network of crops takes.
+        cropped = settings.dataset.crop is not None
+        given = ["--conditions", "CROPS.npy" if cropped else Path(settings.condition or settings.data)]
     elif coding.vectors is not None:
         given = ["--labels VECTORS.npy"]
     out = "samples.npz" if given else "samples"

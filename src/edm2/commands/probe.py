@@ -80,13 +80,14 @@ Labelled = tuple[np.ndarray, np.ndarray]
 def _split(chosen: _Probe) -> tuple[Labelled, Labelled, str]:
     """Training images, test images, and how they were parted."""
     settings = read_config(chosen.run)["settings"]
-    source, pad_to = chosen.data or settings["data"], settings["dataset"]["pad_to"]
-    train = open_dataset(source, pad_to=pad_to)
+    source = chosen.data or settings["data"]
+    form = {"pad_to": settings["dataset"]["pad_to"], "crop": settings["dataset"].get("crop")}
+    train = open_dataset(source, **form)
     if not train.num_classes:
         raise ValueError(f"{source} has no classes to read: give data with labels as --data")
     rng = np.random.default_rng(chosen.seed)
     try:
-        test = open_dataset(source, split="test", pad_to=pad_to)
+        test = open_dataset(source, split="test", **form)
     except ValueError:
         order = rng.permutation(len(train))
         cut = round(_TEST_SHARE * len(train))

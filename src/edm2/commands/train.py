@@ -141,9 +141,10 @@ def _advice(prog: str, words: list[str]) -> Advice:
     if config.data:
         check_pictures(config.data, labels=config.dataset.labels, device=config.device)
     # Every image is decoded when the run starts.
-    whole = dataclasses.replace(
-        config, verify_data=False, dataset=dataclasses.replace(config.dataset, pad_to=None)
-    )
+    options = config.dataset
+    if options.crop is None:  # the advice pads
+        options = dataclasses.replace(options, pad_to=None)
+    whole = dataclasses.replace(config, verify_data=False, dataset=options)
     advice = suggest(
         open_training_data(whole),
         data=config.data,

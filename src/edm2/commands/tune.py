@@ -11,13 +11,12 @@ import torch
 import tyro
 
 from edm2.commands.next_step import tell_to_sample
-from edm2.data import open_dataset
 from edm2.diffusion import MODEL_FILE
 from edm2.evaluation.extractors import open_extractor
 from edm2.evaluation.judge import Judge, Metric
 from edm2.progress import show, tell
-from edm2.train.build import open_run_data, pick_device
-from edm2.train.run_folder import read_config
+from edm2.train.build import open_alike, open_run_data, pick_device
+from edm2.train.settings_file import run_settings
 from edm2.tuning import BASELINE_SIGMA_REL, Tried, TuningPlan, open_guide, save_tuned, tune
 from edm2.tuning.bench import moments
 from edm2.tuning.held_out import EnsembleJudge, EnsembleMetric
@@ -120,15 +119,9 @@ def _with_ensemble_knobs(plan: TuningPlan) -> TuningPlan:
 
 
 def _ensemble_judge(chosen: _Tune, plan: TuningPlan) -> EnsembleJudge:
-    settings = read_config(chosen.run)["settings"]
-    dataset = open_dataset(
-        chosen.cases or settings["data"],
-        split="train" if chosen.cases else "test",
-        labels=settings["dataset"]["labels"],
-        condition=chosen.condition,
-        missing=settings["dataset"].get("missing", "refuse") != "refuse",
-        pad_to=settings["dataset"]["pad_to"],
-    )
+    config = run_settings(chosen.run)
+    split = "train" if chosen.cases else "test"
+    dataset = open_alike(config, chosen.cases or config.data, split=split, condition=chosen.condition)
     metric: Any = chosen.metric
     return EnsembleJudge(dataset, plan, metric=metric, members=chosen.members)
 

@@ -3,7 +3,7 @@
 from edm2.data.arrays import NpyDataset, open_npz
 from edm2.data.augment import AUGMENT_DIM, Augmentation, mirror
 from edm2.data.autoencoder import LatentDecoder
-from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset, Skipped, Subset
+from edm2.data.dataset import ArrayDataset, ImageDataset, Skipped
 from edm2.data.encoders import FloatCoding, PixelCoding, coding_warning, measure_coding
 from edm2.data.files import FileDataset
 from edm2.data.hugging_face import stream_hugging_face
@@ -13,6 +13,7 @@ from edm2.data.order import epoch_order, indices
 from edm2.data.pairs import Given, PairedDataset
 from edm2.data.sources import BUILT_IN, open_dataset, read_given
 from edm2.data.verify import find_damaged
+from edm2.data.views import PaddedDataset, Subset, TransformedDataset, crop_at_random
 
 __all__ = [
     "AUGMENT_DIM",
@@ -32,7 +33,9 @@ __all__ = [
     "PixelCoding",
     "Skipped",
     "Subset",
+    "TransformedDataset",
     "coding_warning",
+    "crop_at_random",
     "epoch_order",
     "find_damaged",
     "indices",

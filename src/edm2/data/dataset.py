@@ -128,6 +128,19 @@ class ImageDataset(ABC):
         given = {} if self.conditions is None else {"conditions": self.conditions.images(indices)}
         return given | ({"vectors": self.vectors(indices)} if self.vector_dim else {})
 
+    def drawn(self, indices: np.ndarray, *, seed: int, position: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Images and their conditions as a run uses them: where something is random, drawn anew at each use.
+
+        Args:
+            indices: `[B]` integers in [0, len).
+            seed: Seed of the run, in [0, 2^64).
+            position: Images of the run before these.
+
+        Returns:
+            As of `images`, and of `conditions.images` or None.
+        """
+        return self.images(indices), None if self.conditions is None else self.conditions.images(indices)
+
     def image_name(self, index: int) -> str:
         """Name of an image in messages."""
         return f"image {index}"
@@ -205,92 +218,6 @@ class ArrayDataset(ImageDataset):
     def _read(self, indices: np.ndarray) -> np.ndarray:
         chosen: np.ndarray = self._images[indices]
         return chosen
-
-
-class PaddedDataset(ImageDataset):
-    """Another data set's images in the middle of a larger square of zeros.
-
-    Args:
-        dataset: The data set to pad.
-        size: New height and width in pixels. An odd pixel goes to the bottom and the right.
-
-    Raises:
-        ValueError: If the images are larger than the new size.
-    """
-
-    def __init__(self, dataset: ImageDataset, size: int) -> None:
-        channels, height, width = dataset.image_shape
-        if size < max(height, width):
-            raise ValueError(
-                f"pad_to {size} is smaller than the images of {dataset.name!r} ({height}x{width}): "
-                f"give at least {max(height, width)}, or None for no padding (--dataset.pad-to None)"
-            )
-        conditions = dataset.conditions
-        if conditions is not None and conditions.image_shape[1:] != (height, width):
-            raise ValueError(
-                f"pad_to {size} needs conditions of the images' size, {height}x{width}; those of {dataset.name!r} have "
-                f"{conditions.image_shape[1]}x{conditions.image_shape[2]}: pad both yourself, or leave pad_to out"
-            )
-        self._dataset = dataset
-        top, left = (size - height) // 2, (size - width) // 2
-        self._margins = ((0, 0), (0, 0), (top, size - height - top), (left, size - width - left))
-        super().__init__(
-            name=dataset.name,
-            image_shape=(channels, size, size),
-            dtype=dataset.dtype,
-            labels=dataset.labels(np.arange(len(dataset))) if dataset.num_classes else None,
-            num_classes=dataset.num_classes,
-            class_names=dataset.class_names,
-            fingerprint=hashlib.sha256(f"pad {size} {dataset.fingerprint}".encode()).hexdigest(),
-            size=len(dataset),
-            skipped=dataset.skipped,
-            conditions=None if conditions is None else PaddedDataset(conditions, size),
-            vectors=dataset.vectors(np.arange(len(dataset))) if dataset.vector_dim else None,
-            missing=dataset.missing,
-        )
-
-    def image_name(self, index: int) -> str:
-        """Name of an image in messages."""
-        return self._dataset.image_name(index)
-
-    def _read(self, indices: np.ndarray) -> np.ndarray:
-        return np.pad(self._dataset.images(indices), self._margins)
-
-
-class Subset(ImageDataset):
-    """Some images of another data set, with what belongs to them.
-
-    Args:
-        dataset: The other data set.
-        rows: `[M]` indices of the images, at least one.
-        skipped: Images that are left out because they cannot be read, in addition to the other data set's.
-    """
-
-    def __init__(self, dataset: ImageDataset, rows: np.ndarray, *, skipped: Sequence[Skipped] = ()) -> None:
-        self._dataset, self.rows = dataset, rows
-        digest = hashlib.sha256(f"without {dataset.fingerprint}".encode())
-        digest.update(rows.astype("<i8").data)
-        super().__init__(
-            name=dataset.name,
-            image_shape=dataset.image_shape,
-            dtype=dataset.dtype,
-            labels=dataset.labels(rows) if dataset.num_classes else None,
-            num_classes=dataset.num_classes,
-            class_names=dataset.class_names,
-            fingerprint=digest.hexdigest(),
-            size=len(rows),
-            skipped=(*dataset.skipped, *skipped),
-            conditions=None if dataset.conditions is None else Subset(dataset.conditions, rows),
-            vectors=dataset.vectors(rows) if dataset.vector_dim else None,
-            missing=dataset.missing,
-        )
-
-    def image_name(self, index: int) -> str:
-        """Name of an image in messages."""
-        return self._dataset.image_name(int(self.rows[index]))
-
-    def _read(self, indices: np.ndarray) -> np.ndarray:
-        return self._dataset.images(self.rows[indices])
 
 
 def not_finite(images: np.ndarray, *, missing: bool) -> str | None:

@@ -25,6 +25,7 @@ from edm2.data.pictures import (
     read_header,
 )
 from edm2.data.storage import FolderStorage, Storage, ZipStorage, zip_of
+from edm2.data.tiny_imagenet import find_tiny_imagenet
 
 _HEAD_BYTES = 4096
 # How to leave damaged images out, in each command and in Python.
@@ -149,21 +150,27 @@ class FileDataset(ImageDataset):
         return batch
 
 
-def list_files(source: Path, *, labels: bool = True) -> Catalog:
+def list_files(source: Path, *, split: str = "train", labels: bool = True) -> Catalog:
     """Find the images of a folder, or of a ZIP with the same layout.
 
-    Labels come from `dataset.json` at the top, `{"labels": [[name, int], ...]}` or null; without it, the sorted
-    top folders are the classes.
+    Of Tiny-ImageNet as published, a split is found. Elsewhere labels come from `dataset.json` at the top,
+    `{"labels": [[name, int], ...]}` or null; without it, the sorted top folders are the classes.
 
     Args:
         source: Folder, ZIP, or folder inside a ZIP such as `data.zip/photos`.
+        split: Which part of Tiny-ImageNet; other sources have only "train".
         labels: Whether to read labels.
 
     Raises:
-        ValueError: If there are no images, or labels do not fit.
+        ValueError: If there are no images, the split does not exist, or labels do not fit.
     """
     archive = zip_of(source)
     storage: Storage = FolderStorage(source) if archive is None else ZipStorage(*archive)
+    published = find_tiny_imagenet(storage, split=split, labels=labels, where=str(source))
+    if published is not None:
+        return Catalog(storage, *published, str(source), "tiny-imagenet")
+    if split != "train":
+        raise no_splits(source, split)
     names = [name for name in storage.names if is_image(name)]
     if not names:
         raise ValueError(
@@ -180,6 +187,14 @@ def list_files(source: Path, *, labels: bool = True) -> Catalog:
         if not is_image(name) and name not in (LABEL_FILE, VECTOR_FILE)
     )
     return Catalog(storage, names, values, class_names, str(source), source.resolve().stem, others)
+
+
+def no_splits(source: Path, split: str) -> ValueError:
+    """The error for a split of a source that has none."""
+    return ValueError(
+        f"{source} has no split {split!r}: an image folder, ZIP or array is one set, 'train'; "
+        "open the other by its own path"
+    )
 
 
 def _suffix(name: str) -> str:

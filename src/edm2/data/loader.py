@@ -36,13 +36,27 @@ class Batch(NamedTuple):
     vectors: Tensor | None = None
 
     @classmethod
-    def read(cls, dataset: ImageDataset, chosen: np.ndarray, position: int) -> "Batch":
-        """Read the images `chosen`, `[B]` int64, and what is given with them."""
+    def read(
+        cls, dataset: ImageDataset, chosen: np.ndarray, position: int, *, seed: int | None = None
+    ) -> "Batch":
+        """Read images, and what is given with them.
+
+        Args:
+            dataset: The data set.
+            chosen: `[B]` int64, which images.
+            position: Position of the first, in images since the start of the run.
+            seed: Seed of the run, for what is drawn anew at each use. Default: as the data set is, whatever the run.
+        """
+        if seed is None:
+            images = dataset.images(chosen)
+            given = None if dataset.conditions is None else dataset.conditions.images(chosen)
+        else:
+            images, given = dataset.drawn(chosen, seed=seed, position=position)
         return cls(
             position,
-            torch.from_numpy(dataset.images(chosen)),
+            torch.from_numpy(images),
             torch.from_numpy(dataset.labels(chosen)) if dataset.num_classes else None,
-            None if dataset.conditions is None else torch.from_numpy(dataset.conditions.images(chosen)),
+            None if given is None else torch.from_numpy(given),
             torch.from_numpy(dataset.vectors(chosen)) if dataset.vector_dim else None,
         )
 
@@ -155,7 +169,7 @@ class Batches:
 
     def _read(self, position: int) -> Batch:
         chosen = indices(position, self._size, size=len(self._dataset), seed=self._seed)
-        batch = Batch.read(self._dataset, chosen, position)
+        batch = Batch.read(self._dataset, chosen, position, seed=self._seed)
         if not self._pin:
             return batch
         pinned: list[Any] = [None if tensor is None else tensor.pin_memory() for tensor in batch[1:]]

@@ -60,3 +60,15 @@ def indices(position_start: int, count: int, *, size: int, seed: int) -> np.ndar
         parts.append(part)
         position += len(part)
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def generator_at(seed: int, position: int) -> np.random.Generator:
+    """Random numbers for the image at a position of a run.
+
+    Args:
+        seed: Seed of the run, in [0, 2^64).
+        position: Number of training images seen before.
+    """
+    # Another counter than that of the order, which has the same keys.
+    philox = np.random.Philox(key=np.array([seed, position], np.uint64), counter=[0, 0, 0, 1])
+    return np.random.Generator(philox)

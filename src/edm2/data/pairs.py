@@ -6,9 +6,10 @@ from typing import NamedTuple
 import numpy as np
 
 from edm2.data.dataset import ImageDataset
+from edm2.data.views import View
 
 
-class PairedDataset(ImageDataset):
+class PairedDataset(View):
     """Images together with a condition image, a vector, or both for each of them.
 
     Args:
@@ -26,7 +27,6 @@ class PairedDataset(ImageDataset):
         conditions: ImageDataset | None = None,
         vectors: np.ndarray | None = None,
     ) -> None:
-        self._images = images
         if vectors is None and images.vector_dim:
             vectors = images.vectors(np.arange(len(images)))
         digest = hashlib.sha256(f"pairs {images.fingerprint}".encode())
@@ -40,27 +40,17 @@ class PairedDataset(ImageDataset):
         if vectors is not None:
             vectors = checked_vectors(vectors, len(images))
             digest.update(f"vectors {vectors.shape}".encode() + vectors.astype("<f4", copy=False).tobytes())
-        super().__init__(
-            name=images.name,
-            image_shape=images.image_shape,
-            dtype=images.dtype,
-            labels=images.labels(np.arange(len(images))) if images.num_classes else None,
-            num_classes=images.num_classes,
-            class_names=images.class_names,
-            fingerprint=digest.hexdigest(),
-            size=len(images),
-            skipped=images.skipped,
-            conditions=conditions,
-            vectors=vectors,
-            missing=images.missing,
+        super().__init__(images, digest.hexdigest(), conditions=conditions, vectors=vectors)
+
+    def drawn(self, indices: np.ndarray, *, seed: int, position: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """See `ImageDataset.drawn`."""
+        parts = (
+            None if part is None else part.drawn(indices, seed=seed, position=position)[0]
+            for part in (self._dataset, self.conditions)
         )
-
-    def image_name(self, index: int) -> str:
-        """Name of an image in messages."""
-        return self._images.image_name(index)
-
-    def _read(self, indices: np.ndarray) -> np.ndarray:
-        return self._images.images(indices)
+        images, given = parts
+        assert images is not None
+        return images, given
 
 
 def checked_vectors(vectors: np.ndarray, size: int) -> np.ndarray:

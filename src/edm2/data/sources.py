@@ -11,8 +11,8 @@ import numpy as np
 
 from edm2.data.arrays import NpyDataset, given_in_npz, open_npz
 from edm2.data.cifar import open_cifar
-from edm2.data.dataset import ArrayDataset, ImageDataset, PaddedDataset, Subset
-from edm2.data.files import Catalog, FileDataset, damage_message, list_files
+from edm2.data.dataset import ArrayDataset, ImageDataset
+from edm2.data.files import Catalog, FileDataset, damage_message, list_files, no_splits
 from edm2.data.grids import open_grids, split_source
 from edm2.data.hugging_face import PREFIX, is_hugging_face, list_hugging_face
 from edm2.data.idx import idx_splits, open_idx
@@ -21,6 +21,7 @@ from edm2.data.order import indices
 from edm2.data.pairs import Given, PairedDataset
 from edm2.data.storage import zip_of
 from edm2.data.verify import find_damaged
+from edm2.data.views import PaddedDataset, Subset, crop_at_random
 from edm2.extras import needed
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -38,6 +39,7 @@ def open_dataset(
     missing: bool = False,
     max_images: int | None = None,
     pad_to: int | None = None,
+    crop: int | None = None,
     verify: bool = False,
     skip_damaged: bool = False,
 ) -> ImageDataset:
@@ -47,8 +49,8 @@ def open_dataset(
         source: "digits" (scikit-learn's handwritten digits, 8x8), "fashion-mnist" (Debian's package,
             28x28), "hf://NAME" (a data set of the Hugging Face hub), or a path: an image folder, a ZIP or a folder
             inside one (`data.zip/photos`), a folder of IDX files, a `.npy` or `.npz` file, a zarr group or NetCDF file
-            (`era5.zarr:t2m,u10` names its arrays), an archive of CIFAR as published or its folder, a folder saved by
-            `datasets`, or Arrow or Parquet files. Write `./digits` for a folder with a built-in's name.
+            (`era5.zarr:t2m,u10` names its arrays), an archive of CIFAR or Tiny-ImageNet as published or its folder, a
+            folder saved by `datasets`, or Arrow or Parquet files. Write `./digits` for a folder with a built-in's name.
         split: "train", or another split that the source has.
         labels: Whether to read labels.
         condition: Source of the images given with these: of files matched by name, whatever their suffix; of arrays in
@@ -56,6 +58,7 @@ def open_dataset(
         missing: Whether NaN is a missing value; otherwise it is an error.
         max_images: Most images to take; a larger data set is thinned by a fixed rule, the same in every run.
         pad_to: Height and width in pixels to which images are padded with zeros.
+        crop: Side in pixels of the random square that is cut out of each image at each use; see `crop_at_random`.
         verify: Whether to decode every image now, so that a damaged one is found before a run starts.
         skip_damaged: Whether to leave out images that cannot be decoded, with a warning that counts them; `skipped`
             names them. Otherwise they are errors.
@@ -80,7 +83,8 @@ def open_dataset(
         dataset = Subset(dataset, np.sort(indices(0, max_images, size=len(dataset), seed=0)))
     if verify or skip_damaged:
         dataset = _verified(dataset, str(source), skip_damaged)
-    return dataset if pad_to is None else PaddedDataset(dataset, pad_to)
+    dataset = dataset if pad_to is None else PaddedDataset(dataset, pad_to)
+    return dataset if crop is None else crop_at_random(dataset, crop)
 
 
 def holds_pairs(source: str | Path) -> bool:
@@ -230,15 +234,12 @@ def _find(source: str | Path, split: str, labels: bool, missing: bool = False) -
             f"{path} is neither a folder nor a ZIP: give the folder or ZIP that holds the images, or a .npy, .npz, "
             ".arrow or .parquet file"
         )
-    if split != "train":
-        raise ValueError(
-            f"{path} has no split {split!r}: an image folder, ZIP or array is one set, 'train'; "
-            "open the other by its own path"
-        )
     if arrays:
+        if split != "train":
+            raise no_splits(path, split)
         opened = NpyDataset if suffix == ".npy" else open_npz
         return opened(path, labels=labels, missing=missing)
-    return list_files(path, labels=labels)
+    return list_files(path, split=split, labels=labels)
 
 
 def _unknown(source: str, path: Path) -> str:

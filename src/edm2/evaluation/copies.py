@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from edm2.data import ImageDataset, open_dataset
+from edm2.data import ImageDataset
 from edm2.metrics import CopyCheck, check_copies
 from edm2.metrics.measure import kept_rows
 from edm2.report import Page, image_grid
-from edm2.train.build import open_run_data
+from edm2.train.build import open_alike, open_run_data
 from edm2.train.settings_file import run_settings
 
 PAIRS = 12
@@ -33,7 +33,7 @@ def held_out_images(run: Path) -> np.ndarray | None:
     if not config.data:
         return None
     try:
-        test = open_dataset(config.data, split="test", labels=False, pad_to=config.dataset.pad_to)
+        test = open_alike(config, config.data, split="test")
     except (ValueError, OSError):
         return None
     return some_images(test)

@@ -34,15 +34,36 @@ def open_training_data(config: TrainConfig) -> ImageDataset:
             "no training data: give --data with the path of an image folder, a ZIP, a .npy, .npz or Parquet file or a "
             "folder of IDX files, or the name digits or fashion-mnist, or hf://NAME"
         )
+    return open_alike(
+        config,
+        config.data,
+        condition=config.condition,
+        max_images=config.dataset.max_images,
+        verify=config.verify_data,
+    )
+
+
+def open_alike(
+    config: TrainConfig,
+    source: str,
+    *,
+    split: str = "train",
+    condition: str | None = None,
+    max_images: int | None = None,
+    verify: bool = False,
+) -> ImageDataset:
+    """Open images in the form that the settings give to training images; other arguments as in `open_dataset`."""
     options = config.dataset
     return open_dataset(
-        config.data,
+        source,
+        split=split,
         labels=options.labels,
-        condition=config.condition,
+        condition=condition,
         missing=options.missing == "mask",
-        max_images=options.max_images,
+        max_images=max_images,
         pad_to=options.pad_to,
-        verify=config.verify_data,
+        crop=options.crop,
+        verify=verify,
         skip_damaged=options.skip_damaged,
     )
 

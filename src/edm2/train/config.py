@@ -226,7 +226,7 @@ class TrainConfig:
 # Settings that are younger than the first runs, by group.
 _ADDED = {
     "": ("network_from", "condition", "label_dropout", "objective"),
-    "dataset": ("augment", "max_images", "missing", "resample"),
+    "dataset": ("crop", "augment", "max_images", "missing", "resample"),
     "optimizer": ("decay", "weight_decay", "clip"),
     "loss": ("uncertainty",),
 }

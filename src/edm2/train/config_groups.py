@@ -44,6 +44,9 @@ class DataConfig:
 
     pad_to: int | None = None
     """Side in pixels to which images are padded with zeros; None for no padding."""
+    crop: int | None = None
+    """Side in pixels of the random square that is cut out of each image, and of its condition, at each use. The network
+    makes images of that size. Default: whole images."""
     labels: bool = True
     """Whether to condition on the data's classes, if it has any."""
     coding: Literal["measured", "plain", "fixed", "latents"] = "measured"
@@ -76,6 +79,7 @@ class DataConfig:
                 "mirror does not suit latents, because a mirrored latent is not the latent of the mirrored picture: "
                 "leave it out, and encode mirrored pictures too"
             )
+        require(self, "crop", self.crop is None or self.crop >= 1, "at least 1")
         require(self, "augment", 0 <= self.augment <= 1, "a probability, in [0, 1]")
         require(self, "max_images", self.max_images is None or self.max_images >= 1, "at least 1")
         if self.augment and self.coding == "latents":
@@ -225,6 +229,8 @@ class ValidateConfig:
     """Images between measurements; one more is made at the end. Default: as between checkpoints."""
     most: Amount = 1024
     """Maximum number of held-out images to measure."""
+    condition: str | None = None
+    """Images given with those of another data set, as in `condition`. Default: the `conditions` that it holds."""
     min_change: float = 0.001
     """For stop_when_flat: share by which a loss must be below the previous lowest to count as lower."""
     window: int = 1

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from edm2.data import Batch, ImageDataset, Subset, open_dataset
+from edm2.data import Batch, ImageDataset, Subset
 from edm2.diffusion import Denoiser
 from edm2.ema import PowerEMA
 from edm2.files import write_sealed
 from edm2.nn import keyed_uniform
+from edm2.train.build import open_alike
 from edm2.train.coding import Coding
 from edm2.train.config import TrainConfig
 from edm2.train.inputs import code_batch
@@ -37,14 +38,8 @@ def split_data(dataset: ImageDataset, config: TrainConfig) -> tuple[ImageDataset
         return dataset, None
     share = config.validation_share
     if share is None:
-        options = config.dataset
-        held_out = open_dataset(
-            config.validation,
-            labels=options.labels,
-            missing=options.missing == "mask",
-            pad_to=options.pad_to,
-            verify=config.verify_data,
-            skip_damaged=options.skip_damaged,
+        held_out = open_alike(
+            config, str(config.validation), condition=config.validate.condition, verify=config.verify_data
         )
         _check_alike(dataset, held_out)
         return dataset, held_out
