@@ -24,10 +24,11 @@ COMMANDS: dict[str, Any] = {
     "demo": "train, tune, sample and measure on handwritten digits, in minutes",
     "train": "train a model on your images, or continue a run",
     "data": {
-        "": "inspect images, bring them to one size, encode them to latents",
+        "": "inspect images, bring them to one size, encode them to latents and back",
         "info": "show counts, sizes, classes, mean and standard deviation, and what needs fixing",
         "convert": "bring images to one size and mode, in a ZIP or folder",
         "encode": "encode images to latents for a latent diffusion model",
+        "decode": "decode latents to pictures",
     },
     "suggest": "suggest settings for your images and your time, each with its reason",
     "ema": {

@@ -1,23 +1,23 @@
-"""`edm2 data`: look at images, bring them to one size, encode them to latents."""
+"""`edm2 data`: look at images, bring them to one size, encode them to latents and decode those."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
 from edm2.advice import words_for
 from edm2.commands.next_step import run_for, tell_next
-from edm2.data import ImageDataset, open_dataset
-from edm2.data.autoencoder import load_autoencoder
+from edm2.data import ImageDataset, MirroredDataset, open_dataset
+from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange, load_autoencoder
 from edm2.data.prepare.chunks import Made
 from edm2.data.prepare.convert import Conversion, convert_stream
 from edm2.data.prepare.convert import convert as convert_catalog
 from edm2.data.prepare.describe import describe
 from edm2.data.prepare.describe_pairs import describe_pairs
-from edm2.data.prepare.latents import encode_latents
+from edm2.data.prepare.latents import check_encodable, decode_latents, encode_latents
 from edm2.data.prepare.survey import survey
 from edm2.data.sources import holds_pairs, open_catalog
 from edm2.progress import show
@@ -25,6 +25,7 @@ from edm2.report.grids import save_png
 from edm2.report.pair_figures import pair_table
 from edm2.train.build import pick_device
 
+Precision = Literal["float32", "bfloat16", "float16"]
 _SOURCE = Annotated[str, tyro.conf.Positional]
 
 
@@ -87,7 +88,8 @@ class _Convert:
 class _Encode:
     """Encode images to latents: 2 x C channels, means then standard deviations.
 
-    Run the same command again to continue after an interruption.
+    If conditions belong to the images, the means of their latents are written next to OUT, as OUT-conditions. Run the
+    same command again to continue after an interruption.
     """
 
     source: _SOURCE
@@ -96,18 +98,47 @@ class _Encode:
     """New folder, or a name that ends in .zip."""
     vae: str
     """AutoencoderKL: a name on the hub, such as stabilityai/sd-vae-ft-mse, or a local folder."""
+    condition: str | None = None
+    """Condition images, as in `edm2 train --condition`."""
+    means: bool = False
+    """Write means alone, as for the conditions of `edm2 sample`."""
+    mirror: bool = False
+    """Also encode a mirrored copy of every image."""
     split: str = "train"
     """Split, if the source has several."""
     batch: int = 8
     """Images at a time."""
-    pixel_range: Literal["zero-one", "minus-one-one"] = "zero-one"
+    pixel_range: PixelRange = "zero-one"
     """Scale of the autoencoder's input. zero-one: that of the models released with EDM2."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Precision = "float32"
     """Precision of the autoencoder; latents are stored in float32."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     skip_damaged: bool = False
     """Skip damaged images and count them."""
+
+
+@dataclass(kw_only=True)
+class _Decode:
+    """Decode latents to pictures, the inverse of `edm2 data encode`.
+
+    Run the same command again to continue after an interruption.
+    """
+
+    source: _SOURCE
+    """Latents of `edm2 data encode` or of `edm2 sample --latents`."""
+    out: Path
+    """New folder, or a name that ends in .zip."""
+    vae: str = RELEASED_AUTOENCODER
+    """The AutoencoderKL that encoded them: a name on the hub, or a local folder."""
+    batch: int = 8
+    """Latents at a time."""
+    pixel_range: PixelRange = "zero-one"
+    """Scale of the autoencoder's output, as in `edm2 data encode`."""
+    dtype: Precision = "float32"
+    """Precision of the autoencoder."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
 
 
 def info(prog: str, words: Sequence[str]) -> None:
@@ -179,14 +210,47 @@ def convert(prog: str, words: Sequence[str]) -> None:
 def encode(prog: str, words: Sequence[str]) -> None:
     """`edm2 data encode`."""
     chosen = tyro.cli(_Encode, prog=prog, args=list(words))
-    dataset = open_dataset(chosen.source, split=chosen.split, verify=True, skip_damaged=chosen.skip_damaged)
-    autoencoder = load_autoencoder(chosen.vae, pick_device(chosen.device), getattr(torch, chosen.dtype))
-    done = encode_latents(
-        dataset, chosen.out, autoencoder, batch_size=chosen.batch, pixel_range=chosen.pixel_range
+    dataset = open_dataset(
+        chosen.source,
+        split=chosen.split,
+        condition=chosen.condition,
+        verify=True,
+        skip_damaged=chosen.skip_damaged,
     )
+    dataset = MirroredDataset(dataset) if chosen.mirror else dataset
+    autoencoder = _autoencoder(chosen)
+    if dataset.conditions is not None:  # before the images are encoded, which takes long
+        check_encodable(dataset.conditions, autoencoder)
+    options: Any = {"batch_size": chosen.batch, "pixel_range": chosen.pixel_range}
+    done = encode_latents(dataset, chosen.out, autoencoder, means=chosen.means, **options)
+    show(f"{done.path}: {done.num_images:,} images of {(1 if chosen.means else 2) * len(done.mean)} channels")
+    given = ""
+    if dataset.conditions is not None:
+        beside = chosen.out.with_name(f"{chosen.out.stem}-conditions{chosen.out.suffix}")
+        encode_latents(dataset.conditions, beside, autoencoder, means=True, **options)
+        show(f"{beside}: their conditions, of {len(done.mean)} channels")
+        given = f" --condition {beside}"
     mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (done.mean, done.std))
-    show(f"{done.path}: {done.num_images:,} images of {2 * len(done.mean)} channels")
-    show(f"train with: --data {done.path} --dataset.coding latents --dataset.mean {mean} --dataset.std {std}")
+    if not chosen.means:
+        coding = f"--dataset.coding latents --dataset.mean {mean} --dataset.std {std}"
+        show(f"train with: --data {done.path}{given} {coding}")
+
+
+def decode(prog: str, words: Sequence[str]) -> None:
+    """`edm2 data decode`."""
+    chosen = tyro.cli(_Decode, prog=prog, args=list(words))
+    done = decode_latents(
+        open_dataset(chosen.source, verify=True),
+        chosen.out,
+        _autoencoder(chosen),
+        batch_size=chosen.batch,
+        pixel_range=chosen.pixel_range,
+    )
+    show(_outcome(done))
+
+
+def _autoencoder(chosen: _Encode | _Decode) -> Any:
+    return load_autoencoder(chosen.vae, pick_device(chosen.device), getattr(torch, chosen.dtype))
 
 
 def _outcome(done: Made) -> str:

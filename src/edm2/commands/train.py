@@ -14,13 +14,15 @@ from edm2.advice import SUGGESTED, Advice, check_pictures, suggest
 from edm2.cli import EXIT_STOPPED, end
 from edm2.commands.common import take_option
 from edm2.commands.next_step import after_training
+from edm2.data import LatentDecoder
+from edm2.data.autoencoder import PixelRange
 from edm2.generate.live_samples import LiveSamples
 from edm2.generate.own_guide import own_guide
 from edm2.presets import get_preset
 from edm2.progress import show
 from edm2.train import Stopped, TrainConfig, train
 from edm2.train.amounts import Amount
-from edm2.train.build import open_training_data
+from edm2.train.build import open_training_data, pick_device
 from edm2.train.dry_run import DryRun, dry_run
 from edm2.train.loggers import open_loggers
 from edm2.train.logs import LOG_FILE
@@ -57,6 +59,11 @@ class _Train:
     """Training images between grids of samples (same seeds each time) in the run's folder `progress`. Default: none."""
     sample_sigma_rel: float | None = None
     """EMA length of these samples. Default: the longest tracked length."""
+    sample_vae: str | None = None
+    """AutoencoderKL that decodes the samples of a latent model: a name on the hub, or a folder. Default: each channel
+    is drawn."""
+    sample_pixel_range: PixelRange = "zero-one"
+    """Scale of its output, as in `edm2 data encode`."""
     log_to: tuple[str, ...] = ()
     """Also log to tensorboard, wandb or trackio; several may be given."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -80,16 +87,39 @@ def run(prog: str, words: Sequence[str]) -> None:
     if chosen.dry_run:
         cost = cost if chosen.config == settings and cost is not None else dry_run(chosen.config)
         return show(cost.describe(chosen.machines))
+    if chosen.sample_vae is not None and chosen.sample_images is None:
+        raise ValueError(f"--sample-vae {chosen.sample_vae} has no effect without --sample-images: give both")
     loggers = open_loggers(chosen.log_to)
     live = None
     if chosen.sample_images is not None:
-        live = LiveSamples(every=chosen.sample_images, sigma_rel=chosen.sample_sigma_rel)
+        live = LiveSamples(
+            every=chosen.sample_images, sigma_rel=chosen.sample_sigma_rel, decoder=_decoder(chosen)
+        )
         live.check(chosen.config.ema.sigma_rels)
     train_or_stop(
         lambda: train(chosen.config, chosen.out, preset=chosen.preset, on_step=live, loggers=loggers),
         chosen.out,
         grid=chosen.preset == SUGGESTED,
     )
+
+
+def _decoder(chosen: _Train) -> LatentDecoder | None:
+    """The decoder of samples, checked before training begins."""
+    if chosen.sample_vae is None:
+        return None
+    options = chosen.config.dataset
+    if options.coding != "latents":
+        raise ValueError(
+            f"--sample-vae {chosen.sample_vae} is for latents, and --dataset.coding is {options.coding}: leave it out"
+        )
+    device = pick_device(chosen.config.device)
+    decoder = LatentDecoder.load(chosen.sample_vae, device=device, pixel_range=chosen.sample_pixel_range)
+    if len(options.mean) not in (1, decoder.latent_channels):
+        raise ValueError(
+            f"--sample-vae {chosen.sample_vae} decodes latents of {decoder.latent_channels} channels, and "
+            f"--dataset.mean has {len(options.mean)} values: name the one that encoded the training data"
+        )
+    return decoder
 
 
 def train_or_stop(work: Callable[[], Path], out: Path, *, grid: bool = False) -> None:

@@ -13,7 +13,7 @@ from edm2.data.order import epoch_order, indices
 from edm2.data.pairs import Given, PairedDataset
 from edm2.data.sources import BUILT_IN, open_dataset, read_given
 from edm2.data.verify import find_damaged
-from edm2.data.views import PaddedDataset, Subset, TransformedDataset, crop_at_random
+from edm2.data.views import MirroredDataset, PaddedDataset, Subset, TransformedDataset, crop_at_random
 
 __all__ = [
     "AUGMENT_DIM",
@@ -27,6 +27,7 @@ __all__ = [
     "Given",
     "ImageDataset",
     "LatentDecoder",
+    "MirroredDataset",
     "NpyDataset",
     "PaddedDataset",
     "PairedDataset",

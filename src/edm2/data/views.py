@@ -119,6 +119,34 @@ class PaddedDataset(View):
         return np.pad(self._dataset.images(indices), self._margins)
 
 
+class MirroredDataset(View):
+    """Another data set's images, and then all of them mirrored left to right, with their conditions.
+
+    Args:
+        dataset: The images.
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self._count = len(dataset)
+        super().__init__(
+            dataset,
+            hashlib.sha256(f"mirrored {dataset.fingerprint}".encode()).hexdigest(),
+            np.tile(np.arange(len(dataset)), 2),
+            conditions=None if dataset.conditions is None else MirroredDataset(dataset.conditions),
+        )
+
+    def drawn(self, indices: np.ndarray, *, seed: int, position: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """See `ImageDataset.drawn`."""
+        images, given = super().drawn(indices, seed=seed, position=position)
+        return self._turned(images, indices), None if given is None else self._turned(given, indices)
+
+    def _read(self, indices: np.ndarray) -> np.ndarray:
+        return self._turned(super()._read(indices), indices)
+
+    def _turned(self, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        return np.where((indices >= self._count)[:, None, None, None], images[..., ::-1], images)
+
+
 class TransformedDataset(View):
     """Another data set whose images, and their conditions, a function changes each time that they are used.
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from edm2.data import LatentDecoder
 from edm2.ema import sigma_rel_to_gamma
 from edm2.ema.maths.solve import solve_live
 from edm2.generate import ImageGenerator
@@ -27,6 +29,7 @@ class LiveSamples:
         sigma_rel: EMA length; default: the longest tracked one.
         num_samples: Number of images, of seeds 0, 1, ...
         num_steps: Noise levels of the sampler.
+        decoder: Decoder of a latent model's latents, with which pictures are drawn instead of channels.
 
     Raises:
         ValueError: If a value is out of range.
@@ -36,6 +39,7 @@ class LiveSamples:
     sigma_rel: float | None = None
     num_samples: int = 32
     num_steps: int = 16
+    decoder: LatentDecoder | None = None
 
     def __post_init__(self) -> None:
         for name in ("every", "num_samples", "num_steps"):
@@ -68,7 +72,9 @@ class LiveSamples:
         with trainer.ema.applied(denoiser, sigma_rel):
             denoiser.eval()
             try:
-                generator = ImageGenerator(denoiser, trainer.coding, trainer.info, residual=trainer.residual)
+                generator = ImageGenerator(
+                    denoiser, trainer.coding, trainer.info, decoder=self.decoder, residual=trainer.residual
+                )
                 given, truth = _examples(trainer, self.num_samples)
                 seeds = range(self.num_samples if truth is None else len(truth))
                 images = generator.images(seeds, num_steps=self.num_steps, **given)
@@ -83,11 +89,20 @@ class LiveSamples:
             pixels = images if images.dtype == np.uint8 else _stretched(images)
             grid = class_grid(pixels, generator.num_classes, generator.class_names)
         else:
-            conditions = given.get("conditions")
-            rows = [] if conditions is None else [(conditions, conditions)]
+            truth = self._decoded(truth)
+            conditions = [self._decoded(given["conditions"])] if "conditions" in given else []
+            rows = [(shown, shown) for shown in conditions]
             grid = case_grid([*rows, (images, truth), (truth, truth)])
         save_png(grid, self.path(trainer.out, trainer.num_images))
         trainer.log_image("samples", np.asarray(grid.convert("RGB")))
+
+    def _decoded(self, images: np.ndarray) -> np.ndarray:
+        """Pictures of latents, of their means where standard deviations follow; other images as they are."""
+        if self.decoder is None or images.dtype == np.uint8:
+            return images
+        if images.shape[1] not in (self.decoder.latent_channels, 2 * self.decoder.latent_channels):
+            return images
+        return self.decoder(torch.from_numpy(images[:, : self.decoder.latent_channels])).numpy()
 
     @staticmethod
     def path(out: Path, num_images: int) -> Path:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from edm2.data import ArrayDataset, open_dataset
+from edm2.data import ArrayDataset, MirroredDataset, PairedDataset, open_dataset
 from edm2.data.autoencoder import load_autoencoder
 from edm2.data.prepare import latents
-from edm2.data.prepare.latents import encode_latents
+from edm2.data.prepare.latents import decode_latents, encode_latents
 from edm2.extras import MissingExtra
 
 RNG = np.random.default_rng(0)
@@ -23,7 +23,7 @@ class Halves:
     """Mean: the 2x2 means of the channels. Standard deviation: a tenth of their number."""
 
     device, dtype = torch.device("cpu"), torch.float32
-    config = SimpleNamespace(in_channels=3, block_out_channels=(4, 4))
+    config = SimpleNamespace(in_channels=3, out_channels=3, latent_channels=3, block_out_channels=(4, 4))
 
     def __init__(self, weight=1.0):
         self.weight = weight
@@ -35,6 +35,9 @@ class Halves:
         mean = torch.nn.functional.avg_pool2d(x, 2) * self.weight
         std = torch.tensor([0.0, 0.1, 0.2])[:, None, None].expand_as(mean)
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=std))
+
+    def decode(self, x):
+        return SimpleNamespace(sample=torch.nn.functional.interpolate(x / self.weight, scale_factor=2))
 
 
 def pooled(scale, shift):
@@ -79,6 +82,39 @@ def test_work_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     done = encode_latents(DATA, tmp_path / "cut.zip", Halves(), quiet=True)
     assert encode_latents(DATA, tmp_path / "cut.zip", Halves(), quiet=True) == done
     assert (tmp_path / "cut.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
+
+
+@pytest.mark.parametrize("means", [False, True])
+def test_decoding_undoes_encoding(tmp_path, monkeypatch, means):
+    monkeypatch.setattr(latents, "_CHUNK_IMAGES", 3)
+    flat = np.repeat(np.repeat(DATA.images(np.arange(7))[:, :, ::2, ::2], 2, 2), 2, 3)
+    data = PairedDataset(ArrayDataset(flat, np.arange(7) % 3), vectors=np.arange(14).reshape(7, 2) / 3)
+    done = encode_latents(data, tmp_path / "x.zip", Halves(), means=means, quiet=True)
+    assert open_dataset(done.path).image_shape == (3 if means else 6, 4, 4)
+    made = decode_latents(open_dataset(done.path), tmp_path / "y", Halves(), batch_size=2, quiet=True)
+    again = decode_latents(open_dataset(done.path), tmp_path / "y", Halves(), batch_size=2, quiet=True)
+    assert again == made
+    for back in (open_dataset(done.path), open_dataset(made.path)):
+        assert np.array_equal(back.labels(np.arange(7)), np.arange(7) % 3)
+        assert np.array_equal(back.vectors(np.arange(7)), data.vectors(np.arange(7)))
+    pictures = open_dataset(made.path).images(np.arange(7)).astype(int)
+    assert np.abs(pictures - flat).max() <= 1  # decoders truncate to bytes
+    with pytest.raises(
+        ValueError, match="has 3 channels of uint8, the autoencoder decodes 3 of float32, or 6 with"
+    ):
+        decode_latents(open_dataset(made.path), tmp_path / "z", Halves(), quiet=True)
+
+
+def test_mirrored_copies_follow_the_images(tmp_path):
+    data = PairedDataset(DATA, DATA)
+    both = MirroredDataset(data)
+    rows = np.arange(14)
+    expected = np.concatenate([DATA.images(np.arange(7)), DATA.images(np.arange(7))[..., ::-1]])
+    for found in (both.images(rows), both.conditions.images(rows), *both.drawn(rows, seed=0, position=0)):
+        assert np.array_equal(found, expected)
+    assert both.labels(rows).tolist() == [*(np.arange(7) % 3), *(np.arange(7) % 3)]
+    stored = open_dataset(encode_latents(both, tmp_path / "x.zip", Halves(), quiet=True).path).images(rows)
+    assert np.allclose(stored[7:], stored[:7, ..., ::-1], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from edm2.data.dataset import Skipped
-from edm2.data.labels import LABEL_FILE
+from edm2.data.labels import LABEL_FILE, VECTOR_FILE
 from edm2.files import claimed, read_json, replacing, replacing_folder, write_atomic, write_json
 
 _REPORT = "report.json"
@@ -163,12 +165,15 @@ class ChunkFolder:
             report: dict[str, Any] = json.loads(archive.read(_REPORT))
             return report
 
-    def pack(self, count: int, class_names: Sequence[str]) -> Made:
+    def pack(
+        self, count: int, class_names: Sequence[str], vectors: dict[str, np.ndarray] | None = None
+    ) -> Made:
         """Pack the chunks into `dest`, and remove them.
 
         Args:
             count: Number of chunks.
             class_names: Noted beside the labels.
+            vectors: Vector of each file by its name, if there are any.
 
         Raises:
             ValueError: If no image is left.
@@ -179,7 +184,7 @@ class ChunkFolder:
         if not labels:
             first = f", the first {skipped[0].name!r}" if skipped else ""
             raise ValueError(f"no image is left: {len(skipped)} were damaged{first}")
-        made = Made(self.dest, len(labels), skipped, _added(report["sums"] for report in reports))
+        made = Made(self.dest, len(labels), skipped, added_up(report["sums"] for report in reports))
         content: dict[str, Any] = {"labels": labels if labels[0][1] >= 0 else None}
         if class_names:
             content["class_names"] = list(class_names)
@@ -187,31 +192,38 @@ class ChunkFolder:
         content[_NOTE] = {
             "settings": self._digest(), "images": len(labels), "skipped": skipped, "sums": made.sums,
         }  # fmt: skip
-        label_file = (json.dumps(content, indent=None, separators=(",", ":")) + "\n").encode()
+        beside = {LABEL_FILE: (json.dumps(content, indent=None, separators=(",", ":")) + "\n").encode()}
+        if vectors:
+            length = len(next(iter(vectors.values())))
+            lines = [["image", *(f"entry {i}" for i in range(length))]]
+            lines += [[name, *(repr(float(x)) for x in values)] for name, values in vectors.items()]
+            beside[VECTOR_FILE] = "".join(",".join(line) + "\n" for line in lines).encode()
         archives = [self.path(number) for number in range(count)]
         if self.dest.suffix:
-            self._pack_zip(archives, label_file)
+            self._pack_zip(archives, beside)
         else:
-            self._pack_folder(archives, label_file)
+            self._pack_folder(archives, beside)
         shutil.rmtree(self.folder)
         return made
 
-    def _pack_zip(self, archives: Sequence[Path], label_file: bytes) -> None:
+    def _pack_zip(self, archives: Sequence[Path], beside: dict[str, bytes]) -> None:
         with replacing(self.dest) as file, zipfile.ZipFile(file, "w") as target:
             for archive in archives:
                 with _opened(archive) as source:
                     for name in _images(source):
                         target.writestr(_entry(name), source.read(name))
-            target.writestr(_entry(LABEL_FILE), label_file)
+            for name, data in beside.items():
+                target.writestr(_entry(name), data)
 
-    def _pack_folder(self, archives: Sequence[Path], label_file: bytes) -> None:
+    def _pack_folder(self, archives: Sequence[Path], beside: dict[str, bytes]) -> None:
         with replacing_folder(self.dest) as aside:
             for archive in archives:
                 with _opened(archive) as source:
                     for name in _images(source):
                         (aside / name).parent.mkdir(parents=True, exist_ok=True)
                         (aside / name).write_bytes(source.read(name))
-            (aside / LABEL_FILE).write_bytes(label_file)
+            for name, data in beside.items():
+                (aside / name).write_bytes(data)
 
 
 def write_chunk(path: Path, chunk: Chunk) -> None:
@@ -282,7 +294,8 @@ def _images(archive: zipfile.ZipFile) -> list[str]:
     return [name for name in archive.namelist() if name != _REPORT]
 
 
-def _added(sums: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def added_up(sums: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Add numbers, and lists of numbers, by name."""
     total: dict[str, Any] = {}
     for part in sums:
         for key, value in part.items():
