@@ -21,15 +21,17 @@ from edm2.data import (
 COUNT = 24
 # Every pixel has a value of its own, by which a crop tells where it was cut out.
 IMAGES = np.arange(COUNT * 16 * 24, dtype=np.float32).reshape(COUNT, 1, 16, 24)
-ROWS = np.arange(COUNT)
+EVERY = np.arange(COUNT)
 
 
 def pairs() -> PairedDataset:
     """The condition is every fourth pixel."""
-    return PairedDataset(ArrayDataset(IMAGES, ROWS % 3), ArrayDataset(IMAGES[:, :, ::4, ::4]), ROWS[:, None])
+    return PairedDataset(
+        ArrayDataset(IMAGES, EVERY % 3), ArrayDataset(IMAGES[:, :, ::4, ::4]), EVERY[:, None]
+    )
 
 
-def corners(images: np.ndarray, rows: np.ndarray = ROWS) -> np.ndarray:
+def corners(images: np.ndarray, rows: np.ndarray = EVERY) -> np.ndarray:
     """Row and column of each crop's first pixel."""
     return np.stack(np.divmod(images[:, 0, 0, 0].astype(int) - rows * 16 * 24, 24), axis=1)
 
@@ -44,7 +46,7 @@ def test_image_and_condition_are_cut_alike_anywhere() -> None:
     assert (data.image_shape, given_of(data).image_shape) == ((1, 8, 8), (1, 2, 2))
     seen = set()
     for position in range(0, 480, COUNT):
-        images, given = data.drawn(ROWS, seed=0, position=position)
+        images, given = data.drawn(EVERY, seed=0, position=position)
         found = corners(images)
         for image, (row, column), whole in zip(images, found, IMAGES, strict=True):
             assert np.array_equal(image, whole[:, row : row + 8, column : column + 8])
@@ -52,19 +54,19 @@ def test_image_and_condition_are_cut_alike_anywhere() -> None:
         assert np.array_equal(given, images[:, :, ::4, ::4])
         seen |= set(map(tuple, found.tolist()))
     assert seen == {(row, column) for row in (0, 4, 8) for column in (0, 4, 8, 12, 16)}
-    alone = crop_at_random(ArrayDataset(IMAGES), 8).drawn(ROWS, seed=0, position=0)[0]
+    alone = crop_at_random(ArrayDataset(IMAGES), 8).drawn(EVERY, seed=0, position=0)[0]
     assert (corners(alone) % 4).any()
 
 
 def test_draws_depend_on_seed_and_position_alone() -> None:
     data = crop_at_random(pairs(), 8)
-    whole = data.drawn(ROWS, seed=3, position=100)[0]
-    parts = [data.drawn(ROWS[k : k + 7], seed=3, position=100 + k)[0] for k in range(0, COUNT, 7)]
+    whole = data.drawn(EVERY, seed=3, position=100)[0]
+    parts = [data.drawn(EVERY[k : k + 7], seed=3, position=100 + k)[0] for k in range(0, COUNT, 7)]
     assert np.array_equal(np.concatenate(parts), whole)
-    assert not np.array_equal(data.drawn(ROWS, seed=4, position=100)[0], whole)
-    assert not np.array_equal(data.drawn(ROWS, seed=3, position=101)[0], whole)
+    assert not np.array_equal(data.drawn(EVERY, seed=4, position=100)[0], whole)
+    assert not np.array_equal(data.drawn(EVERY, seed=3, position=101)[0], whole)
     # NumPy guarantees these bits, so a run continues under another release.
-    assert corners(data.drawn(ROWS[:4], seed=0, position=0)[0], ROWS[:4]).tolist() == [
+    assert corners(data.drawn(EVERY[:4], seed=0, position=0)[0], EVERY[:4]).tolist() == [
         [8, 0],
         [8, 8],
         [8, 16],
@@ -74,17 +76,17 @@ def test_draws_depend_on_seed_and_position_alone() -> None:
 
 def test_outside_of_a_run_an_image_stays_as_it_is() -> None:
     data = crop_at_random(pairs(), 8)
-    fixed = data.images(ROWS)
-    assert np.array_equal(data.images(ROWS[::-1])[::-1], fixed)
-    assert np.array_equal(given_of(data).images(ROWS), fixed[:, :, ::4, ::4])
+    fixed = data.images(EVERY)
+    assert np.array_equal(data.images(EVERY[::-1])[::-1], fixed)
+    assert np.array_equal(given_of(data).images(EVERY), fixed[:, :, ::4, ::4])
     assert len({tuple(corner) for corner in corners(fixed).tolist()}) > 5
-    assert np.array_equal(data.labels(ROWS), ROWS % 3)
-    assert np.array_equal(data.vectors(ROWS)[:, 0], ROWS)
+    assert np.array_equal(data.labels(EVERY), EVERY % 3)
+    assert np.array_equal(data.vectors(EVERY)[:, 0], EVERY)
 
 
 def test_the_loader_draws_and_other_views_pass_draws_on() -> None:
     data = crop_at_random(pairs(), 8)
-    with Batches(Subset(data, ROWS[::-1]), 6, seed=5, start=6, stop=12) as batches:
+    with Batches(Subset(data, EVERY[::-1]), 6, seed=5, start=6, stop=12) as batches:
         [batch] = batches
     assert batch.conditions is not None
     assert np.array_equal(batch.conditions, batch.images[:, :, ::4, ::4])
@@ -92,10 +94,10 @@ def test_the_loader_draws_and_other_views_pass_draws_on() -> None:
     chosen = batch.vectors[:, 0].long().numpy()
     assert np.array_equal(batch.images, data.drawn(chosen, seed=5, position=6)[0])
     one = crop_at_random(ArrayDataset(IMAGES), 8)
-    images, given = PaddedDataset(PairedDataset(one, one), 12).drawn(ROWS, seed=0, position=7)
+    images, given = PaddedDataset(PairedDataset(one, one), 12).drawn(EVERY, seed=0, position=7)
     assert given is not None
     assert np.array_equal(images, given)
-    assert np.array_equal(images[:, :, 2:10, 2:10], one.drawn(ROWS, seed=0, position=7)[0])
+    assert np.array_equal(images[:, :, 2:10, 2:10], one.drawn(EVERY, seed=0, position=7)[0])
 
 
 def brighter(image: np.ndarray, condition: Any, random: np.random.Generator) -> Any:
@@ -104,7 +106,7 @@ def brighter(image: np.ndarray, condition: Any, random: np.random.Generator) -> 
 
 def test_a_function_of_ones_own() -> None:
     data = TransformedDataset(pairs(), brighter, tag="a")
-    images, given = data.drawn(ROWS, seed=0, position=0)
+    images, given = data.drawn(EVERY, seed=0, position=0)
     factor = images.reshape(COUNT, -1)[:, 1:] / IMAGES.reshape(COUNT, -1)[:, 1:]
     assert np.allclose(factor, factor[:, :1])
     assert factor.min() >= 1
@@ -139,9 +141,9 @@ def test_results_that_are_not_alike() -> None:
     with pytest.raises(
         ValueError, match=r"made image 1 float32 \[1, 8, 24\], and the first image float32 \[1, 4"
     ):
-        data.images(ROWS)
+        data.images(EVERY)
     with pytest.raises(ValueError, match="the function made image 1 hold values that are not finite"):
-        TransformedDataset(pairs(), lambda i, g, _: (np.where(i == 384, np.inf, i), g), tag="x").images(ROWS)
+        TransformedDataset(pairs(), lambda i, g, _: (np.where(i == 384, np.inf, i), g), tag="x").images(EVERY)
 
 
 def test_crops_that_do_not_fit(tmp_path: Path) -> None:
