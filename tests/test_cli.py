@@ -142,7 +142,7 @@ def test_exit_codes(
 def test_one_process_speaks_for_all(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    errors = iter((FirstFailed("its own error says why"), ValueError("a wrong value")))
+    errors = iter((FirstFailed("see its own error"), ValueError("a wrong value")))
 
     def fail(*_: Any) -> None:
         raise next(errors)

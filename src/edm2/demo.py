@@ -267,7 +267,7 @@ def _add_curves(
         page.figure(loss, "Training loss", "Curve of the training loss against images")
         page.figure(
             uncertainty,
-            "Learned uncertainty beside the error measured on test digits",
+            "Learned uncertainty and the error measured on test digits",
             "Curve of learned uncertainty against noise level",
         )
 

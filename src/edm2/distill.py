@@ -45,7 +45,7 @@ def open_teacher(path: str | Path, sigma_rel: float | None = None, *, guided: bo
         )
     if teacher.generator.info.get("objective") == "mean" or "residual" in teacher.generator.info:
         raise ValueError(
-            f"{path} is a regression, or models what one leaves: give a diffusion model of the images themselves"
+            f"{path} is a regression or a residual model: give a diffusion model of the images themselves"
         )
     return teacher if guided else Pretrained(teacher.generator)
 

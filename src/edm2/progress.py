@@ -83,7 +83,7 @@ class Progress:
         return self
 
     def advance(self, count: int = 1, **fields: object) -> None:
-        """Count `count` more units as done and show `fields` beside the rate.
+        """Count `count` more units as done and show `fields` after the rate.
 
         Args:
             count: Units done since the last call.

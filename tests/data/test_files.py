@@ -115,7 +115,7 @@ def test_without_labels(folder, tmp_path):
 
 def test_one_class_folder_warns(tmp_path):
     write_folder(tmp_path, labels="none", names=[f"all/{i}.png" for i in range(6)])
-    with pytest.warns(UserWarning, match="lie in one folder, 'all', so there is one class"):
+    with pytest.warns(UserWarning, match="are in one folder, 'all', so there is one class"):
         data = open_dataset(tmp_path)
     assert data.num_classes == 1
 
@@ -206,7 +206,7 @@ def test_mixed_sizes_name_the_first_offenders(folder):
     assert "4 are 7x5 (height x width) with 3 channels" in message
     assert f"{NAMES[1]!r} is 4x4" in message
     assert f"{NAMES[4]!r} is 2x9" in message
-    assert "(2 in all): take them out, or bring all to one size with 'edm2 data convert" in message
+    assert "(2 in all): remove them, or bring all to one size with 'edm2 data convert" in message
 
 
 def test_arrays_and_pictures_of_other_channels_are_mixed_sizes(folder):
@@ -500,7 +500,7 @@ def test_label_files_that_cannot_be_read(folder, text, message):
 def test_a_label_file_in_the_wrong_place(tmp_path):
     write_folder(tmp_path / "inner")
     with pytest.raises(
-        ValueError, match=r"is 'inner/dataset.json', but must lie at the top: open .*inner instead"
+        ValueError, match=r"is 'inner/dataset.json', but must be at the top: open .*inner instead"
     ):
         open_dataset(tmp_path)
 

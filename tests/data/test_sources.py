@@ -80,7 +80,7 @@ def test_idx_types_and_byte_order(tmp_path):
 
 def test_idx_without_labels(idx):
     (idx / "train-labels-idx1-ubyte").unlink()
-    with pytest.raises(ValueError, match="has no file of labels beside it"):
+    with pytest.raises(ValueError, match="has no file of labels next to it"):
         open_dataset(idx)
     assert open_dataset(idx, labels=False).num_classes == 0
 
@@ -147,7 +147,9 @@ def test_built_in_splits(name):
 
 
 def test_image_folders_have_one_split(tmp_path):
-    with pytest.raises(ValueError, match=r"has no split 'test': an image folder, ZIP or array is one set"):
+    with pytest.raises(
+        ValueError, match=r"has no split 'test': an image folder, ZIP or array has only the split"
+    ):
         open_dataset(tmp_path, split="test")
 
 

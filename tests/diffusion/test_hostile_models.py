@@ -172,7 +172,7 @@ def test_a_coding_that_is_none(tmp_path: Path, coding: dict[str, Any]) -> None:
 def test_integers_where_weights_are_floats(tmp_path: Path) -> None:
     state = {name: x.to(torch.int8) for name, x in tiny().state_dict().items()}
     path = save_model(tmp_path / "m.safetensors", tiny().options, state, INFO)
-    with pytest.raises(ValueError, match="of type I8, where weights are floats"):
+    with pytest.raises(ValueError, match="of type I8, but weights must be floats"):
         load_model(path)
 
 

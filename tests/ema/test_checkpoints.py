@@ -144,7 +144,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         average_checkpoints([tmp_path / "1.pt"], [0.1])
     for content, message in [
         (b"no checkpoint", "100.pt (is damaged or not a checkpoint|holds more than tensors)"),
-        ({"a": 1, "b": {}}, "where the weights are is unclear; give key, one of 'a', 'b'"),
+        ({"a": 1, "b": {}}, "it is unclear where the weights are; give key, one of 'a', 'b'"),
         ({"model": {"layer.weight": torch.zeros(3)}}, "is of another model: 1 tensors .* 'layer.weight'"),
         ({"model": {"layer.weight": torch.full((30, 4), np.nan)}}, "not finite in 'layer.weight'"),
         ({"model": {"step": 3}}, "holds no tensor"),

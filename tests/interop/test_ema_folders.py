@@ -200,7 +200,7 @@ def _transposed(folder: Path) -> None:
             "hold different models: 1 tensors are missing, new, or of another shape or type, first 'w'",
         ),
         (_not_finite, r"0\.200\.pt holds values that are not finite in 'w'"),
-        (_other_run, "apart, as weights of different trainings do: move the files of each run"),
+        (_other_run, "apart, as weights of different training runs do: move the files of each run"),
         (_renamed, r"0\.900\.pt counts 200 steps inside, which does not fit the other files"),
         (_other_content, r"0\.200\.pt is not an average of ema-pytorch"),
         (_list, "holds a list, not a dict of tensors"),

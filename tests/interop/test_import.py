@@ -179,7 +179,9 @@ def test_other_files_are_refused(tmp_path: Path, golden_network: Path) -> None:
     path.write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(ValueError, match="neither a network under 'ema' nor statistics under 'fid'"):
         import_path(path, tmp_path / "out")
-    with pytest.raises(ValueError, match="is one file: a prefix chooses among the trainings of a folder"):
+    with pytest.raises(
+        ValueError, match="is one file: a prefix chooses one of the training runs in a folder"
+    ):
         import_path(golden_network, tmp_path, prefix="run")
     assert not (tmp_path / "out").exists()
 
@@ -328,7 +330,7 @@ def test_command(
             "no released model is called 'edm2-img64-s-fidd': did you mean",
         ),
         (["nowhere/x.pkl", "--out", out], "nowhere/x.pkl does not exist: give a file that does"),
-        (["edm2-img64-s-fid", "--out", out, "--prefix", "a"], "--prefix chooses among the trainings of one"),
+        (["edm2-img64-s-fid", "--out", out, "--prefix", "a"], "--prefix chooses one of the training runs"),
         (
             [str(golden_network), "--out", out, "--from", "x"],
             "--from and --sha256 are for files that are fetched",

@@ -111,7 +111,7 @@ def test_folders_that_hold_none_or_several_are_refused(
     (tmp_path / "stray.pkl").unlink()
     official.write(tmp_path / "other-0000008-0.050.pkl", official.network(tiny_state, official.tiny))
     with pytest.raises(
-        ValueError, match=r"holds snapshots of 2 trainings \(other, run\): choose one by prefix"
+        ValueError, match=r"holds snapshots of 2 training runs \(other, run\): choose one by prefix"
     ):
         open_snapshots(tmp_path)
     assert len(open_snapshots(tmp_path, prefix="run").manifest.snapshots) == 6
@@ -191,7 +191,7 @@ def test_commands_say_which_training_and_what_is_wrong(
         assert caught.value.code == 2
         return capsys.readouterr().err
 
-    assert "holds snapshots of 2 trainings (other, run): choose one by prefix" in fails(command)
+    assert "holds snapshots of 2 training runs (other, run): choose one by prefix" in fails(command)
     assert "holds no snapshots of 'third'; there are other, run" in fails([*command, "--prefix", "third"])
     (path / first).write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     assert f"{path / first} was not read: it holds" in fails([*command, "--prefix", "run"])

@@ -300,6 +300,6 @@ def test_a_regression_on_pairs_and_its_held_out_images(tmp_path, tiny_digits):
     train(config, tmp_path / "run", quiet=True)
     page = write_run_report([tmp_path / "run"], tmp_path / "page.html", quiet=True).read_text()
     assert "Held-out images</h2>" in page
-    assert "Not drawn for regressions and what they leave" in page
+    assert "Not drawn for regressions and residual models" in page
     assert "held-out loss" in page
     assert "objective" in page

@@ -20,9 +20,7 @@ from edm2.studio.workbench import Workbench
 from edm2.tuning.result import Knobs
 
 # The tiny run was trained with all labels.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:the model says nothing of a training with some labels missing"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:the model was not trained with missing labels")
 
 
 @pytest.fixture(scope="module")

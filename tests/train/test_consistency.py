@@ -188,9 +188,7 @@ def test_a_regression_is_no_teacher(teacher, tmp_path):
         denoiser.state_dict(),
         {**info, "objective": "mean"},
     )
-    with pytest.raises(
-        ValueError, match=r"is a regression, or models what one leaves: give a diffusion model"
-    ):
+    with pytest.raises(ValueError, match=r"is a regression or a residual model: give a diffusion model"):
         open_teacher(file)
 
 

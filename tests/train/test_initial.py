@@ -191,7 +191,7 @@ def test_another_resolution_takes_everything(tmp_path: Path) -> None:
         ({"config": "D"}, "config D there, G here"),
         ({"res_balance": 0.4}, "res_balance 0.4 there, 0.3 here"),
         ({"sigma_data": 1.0}, "sigma_data 1.0 there, 0.5 here"),
-        ({"attn_resolutions": (4,)}, "it has unet.enc.4x4_block0.*, and this network has not"),
+        ({"attn_resolutions": (4,)}, "it has unet.enc.4x4_block0.*, which this network lacks"),
     ],
 )
 def test_a_network_that_cannot_fit(changes: dict[str, Any], told: str, tmp_path: Path) -> None:

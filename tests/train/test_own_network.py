@@ -178,7 +178,7 @@ def test_augment_needs_a_network_that_is_told(tmp_path: Path) -> None:
         ("make", "'make' must be MODULE:FUNCTION, such as my_network:make"),
         ("no_such_module:make", "the function no_such_module:make was not found"),
         ("math:no_such", "the function math:no_such was not found"),
-        ("math:pi", "math:pi is a float, where a function is needed"),
+        ("math:pi", "math:pi is a float, not a function"),
     ],
 )
 def test_names_of_no_function(name: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Regressions and diffusion of what they leave: closed forms, exact resumes, samples, and what is refused."""
+"""Regressions and diffusion of their residuals: closed forms, exact resumes, samples, and what is refused."""
 
 import dataclasses
 import json
@@ -185,7 +185,9 @@ def test_a_shared_folder_takes_the_regression_along(mean: str, tmp_path: Path) -
     card = (tmp_path / "again" / "README.md").read_text()
     assert "| Conditioned on | images, 4 x 4 x 1 |" in card
     assert "| Adds its images to | those that the regression `mean.safetensors` expects |" in card
-    with pytest.raises(ValueError, match="models what one leaves, which exported samplers do not know"):
+    with pytest.raises(
+        ValueError, match="a regression or a residual model, which exported samplers do not support"
+    ):
         export_model(opened, "pt2", tmp_path / "exported")
 
 
@@ -263,7 +265,7 @@ def test_other_runs_keep_their_names() -> None:
 
 def test_no_student_is_made_of_them(mean: str) -> None:
     denoiser, info = load_model(mean)
-    with pytest.raises(ValueError, match="the teacher is a regression, or a model of what one leaves"):
+    with pytest.raises(ValueError, match="the teacher is a regression or a residual model"):
         Teacher(denoiser, info).check_data(pairs())
 
 

@@ -167,7 +167,7 @@ def test_checkpoints_that_were_taken_away(tmp_path: Path, finished: bool) -> Non
     before, lines = files_of(out), log_of(out)
     with pytest.raises(
         ValueError,
-        match=r"holds a .*run whose checkpoints are gone: put .*checkpoints back from a copy, choose",
+        match=r"holds a .*run whose checkpoints are missing: restore .*checkpoints from a copy, choose",
     ):
         train(tiny_config(), out, dataset=tiny_data(), quiet=True)
     assert files_of(out) == before

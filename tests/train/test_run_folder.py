@@ -76,7 +76,7 @@ def test_one_process_at_a_time(finished: Path) -> None:
     before = files_of(finished)
     with hold(finished):
         with pytest.raises(
-            ValueError, match=r"another process is training into .*: wait for its end, or choose"
+            ValueError, match=r"another process is training into .*: wait until it ends, or choose"
         ):
             train(tiny_config(num_images=48), finished, dataset=tiny_data(), quiet=True)
         with pytest.raises(ValueError, match="another process is training into"):

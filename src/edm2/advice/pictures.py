@@ -16,7 +16,7 @@ _CLEAR = ("LA", "RGBA")
 
 
 def check_pictures(source: str, *, labels: bool = True, device: str = "auto") -> None:
-    """Refuse pictures of different sizes or with transparent parts, naming the command that mends both.
+    """Refuse images of different sizes or with transparent parts, naming the command that fixes both.
 
     Args:
         source: Training images, as in `edm2.data.open_dataset`. Arrays and built-in sets pass.

@@ -54,10 +54,12 @@ def run(prog: str, words: Sequence[str]) -> None:
 def _import(chosen: _Import, name: str, out: Path) -> list[Imported]:
     if Path(name).exists():
         if chosen.source is not None or chosen.sha256:
-            raise ValueError(f"{name} is here: --from and --sha256 are for files that are fetched by name")
+            raise ValueError(
+                f"{name} is a local file: --from and --sha256 are for files that are fetched by name"
+            )
         return [import_path(name, out, prefix=chosen.prefix)]
     if chosen.prefix is not None:
-        raise ValueError(f"{name} is not a folder: --prefix chooses among the trainings of one")
+        raise ValueError(f"{name} is not a folder: --prefix chooses one of the training runs in a folder")
     if Path(name).suffix in (".pkl", ".npz"):
         if Path(name).name != name:
             raise ValueError(f"{name} does not exist: give a file that does, or a file's name and --from")

@@ -210,7 +210,7 @@ def _side(name: str, options: _Options, num_classes: int | None) -> Side:
 def _tell(scored: tuple[dict[str, Any] | None, bool], out: Path) -> None:
     result, is_old = scored
     if result is not None:
-        _print_result(result, f"these numbers were in {out} already" if is_old else f"written to {out}")
+        _print_result(result, f"{out} already contains these numbers" if is_old else f"written to {out}")
 
 
 def _compare_results(a: dict[str, Any], b: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ def run_for(data: str | Path) -> Path:
 
 
 def after_training(run: Path) -> None:
-    """Sample with the guide that usually helps most; then find the best one, or train what a regression leaves."""
+    """Sample with the guide that usually helps most; then find the best one, or train on a regression's residuals."""
     settings, coding = run_settings(run), read_coding(run)
     is_regression = settings.objective == "mean"
     alone = coding.condition is None and coding.vectors is None

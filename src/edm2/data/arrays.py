@@ -20,10 +20,10 @@ _HASHED_BYTES = 1 << 28
 
 
 class NpyDataset(ImageDataset):
-    """Images in one `.npy` file, read from the disk when they are asked for.
+    """Images in one `.npy` file, read from disk when they are needed.
 
     The file holds `[N, C, H, W]`, `[N, H, W, C]` with up to 4 channels, or `[N, H, W]`: bytes, or floats or 16-bit
-    values, which become float32 unchanged. Labels lie beside it, `x.labels.npy` for `x.npy`, as `[N]` integers, and
+    values, which become float32 unchanged. Labels are next to it, `x.labels.npy` for `x.npy`, as `[N]` integers, and
     vectors in `x.vectors.npy`, as `[N, D]` numbers.
 
     The fingerprint is of all values up to 256 MiB; of a larger file, of evenly spaced images that fill as much.
@@ -78,7 +78,7 @@ class NpyDataset(ImageDataset):
         self.fingerprint = digest.hexdigest()
 
     def image_name(self, index: int) -> str:
-        """What messages call an image."""
+        """Name of an image in messages."""
         return f"image {index} of {self._path.name}"
 
     def _open(self) -> np.ndarray:

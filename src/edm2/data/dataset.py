@@ -34,9 +34,9 @@ class ImageDataset(ABC):
             change of some images in a `.npy` file above 256 MiB (see `NpyDataset`). A folder and a ZIP of it have the
             same one if no file is above 64 KiB.
         skipped: Images that were left out because they cannot be read.
-        conditions: The image given with each image, such as its low resolution or the frame before: a data set of the
-            same length with a shape and type of its own. None for a set without conditions.
-        vector_dim: Numbers given with each image, such as the time of day; 0 for none.
+        conditions: The condition of each image, such as a low-resolution version or the previous frame: a data set
+            of the same length with a shape and type of its own. None for a set without conditions.
+        vector_dim: Length of each image's vector, such as the time of day; 0 for none.
         missing: Whether values of float images may be missing, which is NaN.
     """
 
@@ -124,7 +124,7 @@ class ImageDataset(ABC):
         return chosen
 
     def given(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """What a model is given with images besides their class: `conditions` and `vectors`, where there are any."""
+        """Conditions and vectors of images, if there are any."""
         given = {} if self.conditions is None else {"conditions": self.conditions.images(indices)}
         return given | ({"vectors": self.vectors(indices)} if self.vector_dim else {})
 
@@ -242,7 +242,7 @@ def checked_labels(labels: np.ndarray, size: int) -> np.ndarray:
     """
     labels = np.asarray(labels)
     if labels.shape != (size,):
-        raise ValueError(f"labels must have the shape [{size}], one an image, not {list(labels.shape)}")
+        raise ValueError(f"labels must have the shape [{size}], one per image, not {list(labels.shape)}")
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels must be integers, not {labels.dtype}")
     if labels.min() < 0:

@@ -102,7 +102,7 @@ def measure_coding(
         dataset: Images of bytes give a `PixelCoding`, float ones a `FloatCoding`.
         sample: Number of images to measure, drawn by a fixed rule; all images if there are fewer.
         sigma_data: Standard deviation of the coded data.
-        latents: Whether the channels are means, then standard deviations, of what is coded.
+        latents: Whether the channels are the means, then the standard deviations, of the coded values.
 
     Returns:
         The coding, with one mean and one standard deviation for each channel.
@@ -126,7 +126,7 @@ def measure_coding(
 def coding_warning(
     dataset: ImageDataset, coding: FloatCoding, *, sample: int = 2000, latents: bool = False
 ) -> str | None:
-    """Check that coded data has the magnitude that the network is made for.
+    """Check that coded data has the magnitude that the network expects.
 
     The measure is the root mean square, because the preconditioning assumes that the mean is zero.
 

@@ -38,7 +38,7 @@ class Catalog(NamedTuple):
     Attributes:
         storage: The files.
         names: Names of the images among them.
-        labels: `[N]` int64, one a name, or None.
+        labels: `[N]` int64, one per name, or None.
         class_names: Name of each class, if known, else empty.
         where: The source, for messages.
         name: Short name for logs and reports.
@@ -277,7 +277,7 @@ def _common_shape(headers: dict[str, Header], where: str) -> tuple[str | None, t
         shown = ", ".join(f"{n!r} is {headers[n].words()}" for n in wrong[:3])
         raise ValueError(
             f"the images of {where} have mixed sizes: {sizes[common]} are {right.words()}, but "
-            f"{shown}{' ...' if len(wrong) > 3 else ''} ({len(wrong)} in all): take them out, or bring all "
+            f"{shown}{' ...' if len(wrong) > 3 else ''} ({len(wrong)} in all): remove them, or bring all "
             f"to one size with 'edm2 data convert {where} --out NEW.zip --size N'"
         )
     if mode is not None and len(modes) > 1:

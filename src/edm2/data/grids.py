@@ -124,7 +124,7 @@ class GridDataset(ImageDataset):
         height, width = shapes[0][-2:]
         if channels * height * width > _MOST_VALUES:
             raise ValueError(
-                f"{self._where} has {channels} fields of {height}x{width} a case, more than {_MOST_VALUES:,} values: "
+                f"{self._where} has {channels} fields of {height}x{width} per case, more than {_MOST_VALUES:,} values: "
                 "cut it into smaller ones"
             )
         try:

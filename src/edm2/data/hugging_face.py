@@ -158,8 +158,8 @@ def stream_hugging_face(source: str | Path, *, split: str = "train", start: int 
     columns = _find_columns(stream.features, str(source))
     if columns.has_words:
         raise ValueError(
-            f"the labels of {source} are words (column {columns.label!r}), whose classes a stream does not tell: leave "
-            "streaming out, or cast the column to datasets.ClassLabel"
+            f"the labels of {source} are words (column {columns.label!r}), and a stream does not list their "
+            "classes: leave streaming out, or cast the column to datasets.ClassLabel"
         )
     known = (stream.info.splits or {}).get(split)
     entries = _entries(_raw(stream, columns).skip(start), columns, start, source)
@@ -194,7 +194,9 @@ def _load(source: str | Path, split: str, *, streaming: bool) -> Any:
     path = Path(source)
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
         if streaming:
-            raise ValueError(f"{path} was written by save_to_disk, which is read by row: leave streaming out")
+            raise ValueError(
+                f"{path} was written by save_to_disk and cannot be streamed: leave streaming out"
+            )
         return _pick(_asked(source, library.load_from_disk, str(path)), split, path)
     files = [path] if path.is_file() else _of_one_kind(_table_files(path), path)
     chosen = [str(file) for file in _of_split(files, split, path)]
@@ -219,7 +221,7 @@ def _asked(source: str | Path, function: Any, *args: Any, **options: Any) -> Any
 def _pick(loaded: Any, split: str, path: Path) -> Any:
     if not isinstance(loaded, dict):
         if split != "train":
-            raise ValueError(f"{path} has no split {split!r}: it is one set, 'train'")
+            raise ValueError(f"{path} has no split {split!r}: its only split is 'train'")
         return loaded
     if split not in loaded:
         raise ValueError(f"{path} has no split {split!r}: its splits are {', '.join(sorted(loaded))}")
@@ -257,8 +259,8 @@ def _of_split(files: list[Path], split: str, path: Path) -> list[Path]:
     unnamed = [file for file in files if named[file] not in known]
     if unnamed:
         _warn(
-            f"{len(unnamed)} files of {path}, such as {unnamed[0].name}, are not read, because their names begin "
-            "with no split"
+            f"{len(unnamed)} files of {path}, such as {unnamed[0].name}, are not read, because their names do not "
+            "begin with a split"
         )
     if not chosen:
         raise ValueError(f"{path} has no split {split!r}: its splits are {', '.join(splits) or 'train'}")

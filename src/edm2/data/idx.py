@@ -99,7 +99,7 @@ def open_idx(folder: Path, *, split: str, labels: bool, name: str | None = None)
         return ArrayDataset(images[:, None], name=name or folder.resolve().name)
     if "labels" not in files:
         raise ValueError(
-            f"{files['images']} has no file of labels beside it: add {split}'s labels-idx1-ubyte, "
+            f"{files['images']} has no file of labels next to it: add {split}'s labels-idx1-ubyte, "
             "or open the data set without labels"
         )
     numbers = read_idx(files["labels"])

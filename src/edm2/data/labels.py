@@ -43,13 +43,13 @@ def read_labels(
         if size > most:  # a ZIP of kilobytes can hold gigabytes
             raise ValueError(
                 f"{source / LABEL_FILE} has {size:,} bytes, more than the labels of {len(names):,} images take: "
-                "write it again with one entry an image"
+                "write it again with one entry per image"
             )
         return _from_json(storage.read(LABEL_FILE), names, where=source / LABEL_FILE)
     misplaced = [name for name in storage.names if name.endswith("/" + LABEL_FILE)]
     if misplaced:
         raise ValueError(
-            f"the label file of {source} is {misplaced[0]!r}, but must lie at the top: open "
+            f"the label file of {source} is {misplaced[0]!r}, but must be at the top: open "
             f"{source / misplaced[0].removesuffix('/' + LABEL_FILE)} instead"
         )
     return _from_folders(names, source=source)
@@ -75,7 +75,7 @@ def read_vectors(storage: Storage, names: Sequence[str], *, source: Path) -> np.
     size, most = storage.sizes[storage.names.index(VECTOR_FILE)], _LABEL_BYTES * (1000 + len(names))
     if size > most:
         raise ValueError(
-            f"{where} has {size:,} bytes, more than the vectors of {len(names):,} images take: one line an image"
+            f"{where} has {size:,} bytes, more than the vectors of {len(names):,} images take: write one line per image"
         )
     wanted = f"{where} must hold a line such as 'image,hour,lead', then one for each image: 'a.png,6,1.5'"
     try:
@@ -94,7 +94,7 @@ def read_vectors(storage: Storage, names: Sequence[str], *, source: Path) -> np.
     found = [table.get(name, table.get(name.rpartition(".")[0])) for name in names]
     missing = [name for name, row in zip(names, found, strict=True) if row is None]
     if missing:
-        raise ValueError(f"{where} has no line for {some(missing)}: add it, or take the images out")
+        raise ValueError(f"{where} has no line for {some(missing)}: add it, or remove the images")
     return checked_vectors(np.array(found), len(names))
 
 
@@ -135,11 +135,11 @@ def _from_json(
     absent = sorted(table.keys() - set(names))
     if absent:
         raise ValueError(
-            f"{where} has labels for {some(absent)}, which do not exist: add the images, or take them out"
+            f"{where} has labels for {some(absent)}, which do not exist: add the images, or remove the labels"
         )
     classes = content.get("class_names", [])
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise ValueError(f"{where}: 'class_names' must be a list of names, one a class")
+        raise ValueError(f"{where}: 'class_names' must be a list of names, one per class")
     if classes and max(table.values()) >= len(classes):
         raise ValueError(
             f"{where}: label {max(table.values())} has no name among the {len(classes)} 'class_names'"
@@ -165,7 +165,7 @@ def _from_folders(names: Sequence[str], *, source: Path) -> tuple[np.ndarray | N
         )
     if len(classes) == 1:
         warnings.warn(
-            f"all images of {source} lie in one folder, {classes[0]!r}, so there is one class: open "
+            f"all images of {source} are in one folder, {classes[0]!r}, so there is one class: open "
             f"{source / classes[0]} if its subfolders are the classes",
             stacklevel=5,
         )

@@ -137,7 +137,7 @@ class Batches:
             self.wait_seconds += time.perf_counter() - start
 
     def close(self) -> None:
-        """End the workers; the iterator is of no use afterwards."""
+        """End the workers; the iterator cannot be used afterwards."""
         self._closed = True
         self._pending.clear()
         if self._pool is not None:

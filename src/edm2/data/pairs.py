@@ -10,10 +10,10 @@ from edm2.data.views import View
 
 
 class PairedDataset(View):
-    """Images together with a condition image, a vector, or both for each of them.
+    """Images, each with a condition image, a vector, or both.
 
     Args:
-        images: What a network learns to make, with class labels if there are any.
+        images: Images that a network learns to generate, with class labels if there are any.
         conditions: The condition of each image, in the same order; labels of its own are ignored.
         vectors: `[N, D]` numbers given with each image. Default: those that the images have already.
 
@@ -63,7 +63,7 @@ def checked_vectors(vectors: np.ndarray, size: int) -> np.ndarray:
     if vectors.ndim == 1:
         vectors = vectors[:, None]
     if vectors.ndim != 2 or len(vectors) != size or 0 in vectors.shape:
-        raise ValueError(f"vectors must have the shape [{size}, D], one an image, not {list(vectors.shape)}")
+        raise ValueError(f"vectors must have the shape [{size}, D], one per image, not {list(vectors.shape)}")
     if vectors.dtype.kind not in "fiub":
         raise ValueError(f"vectors must be numbers, not {vectors.dtype}")
     vectors = vectors.astype(np.float32)
@@ -78,7 +78,7 @@ def checked_vectors(vectors: np.ndarray, size: int) -> np.ndarray:
 
 
 class Given(NamedTuple):
-    """What a model is given to make images.
+    """Conditions, vectors and labels that a model generates images from.
 
     Attributes:
         conditions: `[N, C, H, W]` uint8 or float32.

@@ -56,7 +56,7 @@ def open_dataset(
         condition: Source of the images given with these: of files matched by name, whatever their suffix; of arrays in
             the same order. Default: the conditions that the source itself holds.
         missing: Whether NaN is a missing value; otherwise it is an error.
-        max_images: Most images to take; a larger data set is thinned by a fixed rule, the same in every run.
+        max_images: Maximum number of images; a larger data set is thinned by a fixed rule, the same in every run.
         pad_to: Height and width in pixels to which images are padded with zeros.
         crop: Side in pixels of the random square that is cut out of each image at each use; see `crop_at_random`.
         verify: Whether to decode every image now, so that a damaged one is found before a run starts.
@@ -117,15 +117,15 @@ def _matched(images: ImageDataset, conditions: ImageDataset) -> ImageDataset:
             if names
         ]
         raise ValueError(
-            f"images and conditions do not match: {'; '.join(problems)}. Give both of a pair the same name in their "
-            "folders, and take out what has no partner"
+            f"images and conditions do not match: {'; '.join(problems)}. Give both files of a pair the same name, "
+            "and remove files without a partner"
         )
     order = np.array([rows[name] for name in wanted])
     return conditions if np.array_equal(order, np.arange(len(given))) else Subset(conditions, order)
 
 
 def read_given(source: str | Path, *, missing: bool = False) -> Given:
-    """Read what a model is given to make images: conditions, and the vectors and labels beside them.
+    """Read conditions, and the vectors and labels stored with them.
 
     Args:
         source: An `.npz` file with `conditions`, or the source of condition images, as in `open_dataset`.

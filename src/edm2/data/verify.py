@@ -18,7 +18,7 @@ def find_damaged(
 
     Args:
         dataset: The data set to check.
-        workers: Number of threads; default: one a processor.
+        workers: Number of threads; default: one per processor.
         quiet: Whether to show no progress; default: if there are fewer than 20,000 images.
 
     Returns:

@@ -62,7 +62,7 @@ def in_threads(
         items: One for each image.
         what: What is being done, for the progress.
         chunk: Images in a chunk.
-        workers: Number of threads; default: one a processor.
+        workers: Number of threads; default: one per processor.
         quiet: Whether to show no progress.
     """
     chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]

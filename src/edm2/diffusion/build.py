@@ -42,7 +42,7 @@ def build_denoiser(
         img_resolution: Side of square images, or (height, width).
         img_channels: Channels of the images.
         label_dim: Number of classes, or length of a label vector; 0 for an unconditional denoiser.
-        config: `A` to `G`; `edm2.train.training_rules` has what training must do for it.
+        config: `A` to `G`; `edm2.train.training_rules` has its settings for training.
         dtype: Precision of the network; in A and B, embedding and attention logits stay float32.
         sigma_data: Standard deviation of the data.
         logvar_channels: Features of the learned uncertainty, which config A lacks; 0 for none. None: 128, as in the

@@ -37,7 +37,7 @@ class Denoiser(nn.Module):
         options: Arguments that build the same denoiser again, as JSON values; `build_denoiser` fills them in.
 
     Attributes:
-        dtype: As above; may be changed at any time.
+        dtype: Precision of F; may be changed at any time.
         unet: The network, under the name that it has in the states of the released models.
         options: As above; empty if unknown.
 
@@ -167,7 +167,7 @@ class Denoiser(nn.Module):
         return (denoised, self.logvar(sigma)) if return_logvar else denoised
 
     def given(self, condition: Tensor | None = None, vectors: Tensor | None = None) -> "GivenDenoiser":
-        """Bind this denoiser to what it is given, for samplers and guidance; see `GivenDenoiser`.
+        """Bind this denoiser to a condition, vectors or both, for samplers and guidance; see `GivenDenoiser`.
 
         Args:
             condition: `[N, cond_channels, H, W]`, see `forward`.
@@ -245,13 +245,13 @@ class Denoiser(nn.Module):
 class GivenDenoiser:
     """A denoiser bound to a condition, vectors or both: an ordinary denoiser `(x, sigma, labels)`.
 
-    For a batch of k N images, what N images are given is repeated k times.
+    For a batch of k N images, the N conditions and vectors are repeated k times.
 
     Args:
         network: Called as `network(x, sigma, labels, condition=condition)`; a `Denoiser`, or a copy of one.
         condition: `[N, cond_channels, H, W]` of unit magnitude, or None.
         vectors: `[N, label_dim]` float, which take the place of labels where none are given, or None. Labels given
-            in a call replace them, and a row of zeros stands for nothing known.
+            in a call replace them, and a row of zeros means that nothing is known.
 
     Raises:
         ValueError: From a call, if the batch is not a multiple of N.

@@ -108,7 +108,7 @@ def guided(
 
 
 def clipped(denoiser: DenoiserFn, low: Tensor | float, high: Tensor | float) -> DenoiserFn:
-    """Clamp what a denoiser returns to the range that clean images have.
+    """Clamp the output of a denoiser to the range of clean images.
 
     Args:
         denoiser: Any denoiser, such as a guided one, whose output may leave the range.

@@ -190,7 +190,7 @@ def _without_values(content: Any, name: str) -> Tensor:
     if header.get_dtype() in _FLOATS:
         return torch.empty(header.get_shape(), dtype=_FLOATS[header.get_dtype()], device="meta")
     if header.get_dtype() != "U8" or header.get_shape() != []:
-        raise ValueError(f"{name} of type {header.get_dtype()}, where weights are floats")
+        raise ValueError(f"{name} of type {header.get_dtype()}, but weights must be floats")
     tensor: Tensor = content.get_tensor(name)
     return tensor
 

@@ -28,7 +28,7 @@ class UnregisteredNetworkError(ValueError):
 
 
 def register_network(function: NetworkFunction | str) -> str:
-    """Let model files that name a function be built by it, in this process.
+    """Allow this process to build networks with a function that model files name.
 
     Args:
         function: Function of (img_resolution, img_channels, label_dim) that returns a network, or its name as
@@ -128,5 +128,5 @@ def _import(name: str) -> NetworkFunction:
             "from here"
         ) from error
     if not callable(found):
-        raise ValueError(f"{name} is a {type(found).__name__}, where a function is needed")
+        raise ValueError(f"{name} is a {type(found).__name__}, not a function")
     return found

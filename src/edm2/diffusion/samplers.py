@@ -71,7 +71,7 @@ def consistency_steps(
         `[num_steps + 1]` float64.
 
     Raises:
-        ValueError: If num_steps is below 1, or the levels are not so many, or do not descend.
+        ValueError: If num_steps is below 1, or the number of levels is wrong, or they do not descend.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps {num_steps} must be at least 1")
@@ -369,7 +369,7 @@ def find_sampler(name: str) -> Callable[..., Tensor]:
     """The sampler of a name in `SAMPLERS`.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is no sampler of that name.
     """
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}: there are {', '.join(SAMPLERS)}")

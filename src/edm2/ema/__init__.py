@@ -4,9 +4,9 @@ Needs torch, numpy and safetensors, and nothing else of edm2.
 
 - `edm2.ema.maths`: profiles, targets, plans, and the solver (float64, no modules)
 - `edm2.ema.tracking`: what happens at every step (`PowerEMA`)
-- `edm2.ema.storage`: what lies on the disk
+- `edm2.ema.storage`: files on disk
 - `edm2.ema.callbacks`: inside other libraries' training loops
-- `edm2.ema.reconstruct`: averages of any width from snapshots
+- `edm2.ema.reconstruct`: averages of any length from snapshots
 - `edm2.ema.checkpoints`: averages of checkpoints that another trainer wrote
 """
 

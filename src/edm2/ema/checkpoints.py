@@ -41,7 +41,7 @@ def average_checkpoints(
     clock: str = "steps",
     warn_above: float = 0.01,
 ) -> list[Reconstruction]:
-    """Average checkpoints that lie on disk: each one counts for the time since the one before it.
+    """Average checkpoints on disk, where each one counts for the time since the one before it.
 
     Only checkpoints that count are read, tensor by tensor. Nothing in them is executed: safetensors hold no code, and
     torch files are loaded with `weights_only=True`. They do not say which tensors are buffers, so all floating-point
@@ -49,22 +49,22 @@ def average_checkpoints(
 
     Args:
         checkpoints: A folder, some checkpoints (their steps are in the names), or a mapping from checkpoint to step.
-            In a folder, what a trainer puts beside a model (the optimiser's state, random numbers) is left out. A
+            In a folder, what a trainer stores with a model (the optimiser's state, random numbers) is left out. A
             checkpoint is a file (safetensors or torch), a folder of sharded safetensors with their index, or one of
             `torch.distributed.checkpoint`.
-        targets: Widths (`sigma_rel`) or other profiles, in steps.
+        targets: EMA lengths (`sigma_rel`) or other profiles, in steps.
         t: Step at which the averages end. Default: the last checkpoint's.
         start: Step at which training began; a checkpoint of that step counts for nothing, but tells how far
             the weights moved after it.
-        key: Where in torch files the weights are, such as "model". Default: looked for.
-        copied: Says of a tensor's name whether it is copied from the last checkpoint, as `PowerEMA` does with
-            buffers, and not averaged. Default: the running_mean and running_var of batch normalisation.
-            Integers are always copied.
+        key: Where in torch files the weights are, such as "model". Default: found automatically.
+        copied: Called with a tensor's name; returns whether to copy the tensor from the last checkpoint instead of
+            averaging it, as `PowerEMA` does with buffers. Default: the running_mean and running_var of batch
+            normalisation. Integers are always copied.
         clock: Unit of steps.
         warn_above: Warn where the expected relative error is larger.
 
     Returns:
-        One average a target. `profile_misfit` is NaN: checkpoints have no profile.
+        One average per target. `profile_misfit` is NaN: checkpoints have no profile.
 
     Raises:
         ValueError: If steps are unclear, files are damaged or of different models, or t is not covered.
@@ -97,12 +97,12 @@ def merge_checkpoints(
 
     Args:
         checkpoints: See `average_checkpoints`.
-        targets: Widths or other profiles, in steps.
+        targets: EMA lengths or other profiles, in steps.
         outs: A folder for each target. It appears when it is whole; a folder that holds the same merge is kept.
         t: Step at which the averages end. Default: the last checkpoint's.
         start: Step at which training began.
         key: Where the weights are in files that hold more.
-        copied: Says of a tensor's name whether it is copied from the last checkpoint.
+        copied: Called with a tensor's name; returns whether to copy it from the last checkpoint.
         warn_above: Warn if the expected relative error is larger.
 
     Returns:

@@ -38,7 +38,7 @@ class Reconstruction:
         profile_misfit: Relative L2 distance between the profile that was made and the wanted one.
         amplification: Factor by which the combination amplifies the rounding of the stored averages.
         label: Description of the target.
-        sigma_rel: Its width, if it is a power function.
+        sigma_rel: Its EMA length, if it is a power function.
         t: Time, in the run's clock.
         coefficients: Weight of each snapshot file.
         run_id: Run that the snapshots belong to.
@@ -76,10 +76,10 @@ def reconstruct(
 
     Args:
         folder: Folder that `PowerEMA.snapshot` wrote, or a `ForeignSnapshots`.
-        sigma_rel: Wanted width as a fraction of training time, in (0, 0.2887].
+        sigma_rel: EMA length, as a fraction of training time, in (0, 0.2887].
         t: Time at which the average is wanted. Default: the last snapshot's.
         target: Any other profile, instead of `sigma_rel`.
-        tracks: Use the snapshots of these widths only. Default: all.
+        tracks: Use only the snapshots with these EMA lengths. Default: all.
         warn_above: Warn if the expected relative error is larger.
 
     Returns:
@@ -91,7 +91,7 @@ def reconstruct(
     Ref: EDM2 Sec. 3.2.
     """
     if (sigma_rel is None) == (target is None):
-        raise ValueError("give one of sigma_rel and target: which average is wanted?")
+        raise ValueError("give either sigma_rel or target: which average do you want?")
     wanted = Target.power(sigma_rel) if sigma_rel is not None else target
     assert wanted is not None
     return reconstruct_many(folder, [wanted], t, tracks=tracks, warn_above=warn_above)[0]
@@ -112,9 +112,9 @@ def reconstruct_many(
 
     Args:
         folder: Folder that `PowerEMA.snapshot` wrote. A run may be writing to it meanwhile.
-        targets: Widths or other profiles.
+        targets: EMA lengths or other profiles.
         t: Time at which they are wanted. Default: the last snapshot's.
-        tracks: Use the snapshots of these widths only. Default: all.
+        tracks: Use only the snapshots with these EMA lengths. Default: all.
         warn_above: Warn if the expected relative error is larger.
         read: False leaves `tensors` empty: coefficients and expected errors come without reading the files.
 
@@ -140,9 +140,9 @@ def reconstruct_each(
 
     Args:
         folder: Folder that `PowerEMA.snapshot` wrote.
-        targets: Widths or other profiles.
+        targets: EMA lengths or other profiles.
         t: Time at which they are wanted. Default: the last snapshot's.
-        tracks: Use the snapshots of these widths only. Default: all.
+        tracks: Use only the snapshots with these EMA lengths. Default: all.
         warn_above: Warn if the expected relative error is larger.
         memory_bytes: Memory for the averages of a pass. Default: half of what is free.
         only: Which of the targets, by their positions. Default: all.

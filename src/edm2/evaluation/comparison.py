@@ -1,4 +1,4 @@
-"""Two sets of images, or references, measured by one extractor and compared, with a record beside the images."""
+"""Two sets of images, or references, measured by one extractor and compared, with a record next to the images."""
 
 import warnings
 from dataclasses import dataclass

@@ -89,7 +89,7 @@ def seed_text(seeds: list[int]) -> str:
 
 def _samples(folder: Path) -> tuple[ImageDataset, list[int] | None, dict[str, Any]]:
     catalog = list_files(folder, labels=False)
-    # The contact sheet lies beside the images that it shows.
+    # The contact sheet is in the folder of the images that it shows.
     names = [name for name in catalog.names if name != _GRID]
     try:
         sampling = dict(read_json(folder / SETTINGS_FILE))

@@ -51,7 +51,7 @@ def image_features(
         labels: `[N]` classes or `[N, label_dim]` vectors; None for missing labels.
         cells: Each side of the image is divided into so many parts, and the block's output averaged over each cell.
         batch_size: Images per batch.
-        seed: Of the noise, which depends on an image's number, too.
+        seed: Seed of the noise, which also depends on the image's number.
 
     Returns:
         For each block, `[N, width * cells^2]` float32: its output, averaged over the pixels of each cell.

@@ -136,7 +136,7 @@ class ImageGenerator:
             )
         if not (self.info.get("label_dropout") or self.ignores_labels):
             warnings.warn(
-                "the model says nothing of a training with some labels missing (label_dropout), which a guide without "
+                "the model was not trained with missing labels (label_dropout), which a guide without "
                 "labels relies on",
                 stacklevel=2,
             )
@@ -272,7 +272,7 @@ class ImageGenerator:
         cells: int = 1,
         seed: int = 0,
     ) -> np.ndarray:
-        """What a block makes of noisy images, averaged over the pixels, `[N, width * cells^2]` float32.
+        """Output of a block for noisy images, averaged over the pixels, `[N, width * cells^2]` float32.
 
         Args:
             images: `[N, C, H, W]` stored images: uint8 for pixels, floats otherwise.
@@ -280,7 +280,7 @@ class ImageGenerator:
             block: One of `blocks`.
             labels: Classes, or vectors, to condition on; None for missing labels.
             cells: Parts of each side of the image over which the output is averaged.
-            seed: Of the noise, which depends on an image's number, too.
+            seed: Seed of the noise, which also depends on the image's number.
 
         Raises:
             ValueError: For a block or noise level that does not exist, or images or labels that do not fit.

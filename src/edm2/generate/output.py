@@ -45,7 +45,7 @@ def write_samples(
     world: World | None = None,
     **options: Any,
 ) -> Path:
-    """Sample into a folder, one file a seed, and a grid of the first ones; or into one `.zip` or `.npz`.
+    """Sample into a folder, one file per seed, and a grid of the first ones; or into one `.zip` or `.npz`.
 
     The same call continues interrupted work: whole images of the same model and settings are kept. An archive is packed
     from the folder `NAME.parts` once that is complete. Under torchrun the processes share the seeds.
@@ -56,11 +56,11 @@ def write_samples(
         seeds: One seed per image.
         labels: Class of all images, or an array whose row `seed modulo rows` is an image's class or vector;
             default: seed modulo the number of classes.
-        conditions: Images given as conditions, as in `ImageGenerator.images`, chosen like the rows of labels.
-        vectors: Vectors given with images, likewise.
+        conditions: Condition images, as in `ImageGenerator.images`, chosen like the rows of labels.
+        vectors: Vectors, chosen in the same way.
         guide: Model to guide with.
         batch_size: Images at a time.
-        grid: Largest number of images on the grid; 0 for no grid.
+        grid: Maximum number of images in the grid; 0 for no grid.
         quiet: Whether to show no progress.
         world: The processes that share the work; default: this one alone.
         **options: Fields of `SamplerOptions`.

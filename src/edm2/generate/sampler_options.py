@@ -131,7 +131,7 @@ class SamplerOptions:
             guide: Network to guide with.
             bounds: Lowest and highest value of clean images; needed with `clip_denoised`.
             randn_like: Draws unit noise of the shape of its argument.
-            callback: Called at each step, as by `edm2.diffusion.sample_heun`.
+            callback: Called at each step, as in `edm2.diffusion.sample_heun`.
 
         Returns:
             `[B, C, H, W]` float32.
@@ -157,7 +157,7 @@ class SamplerOptions:
         return run(network, noise, self.sigmas(), labels, **extra)
 
     def to_json(self) -> dict[str, Any]:
-        """What the record of samples says: the main options, and the others where they are not the defaults."""
+        """Options for the record of samples: the main ones, and the others if they differ from the defaults."""
         told = {"name": self.sampler}
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)

@@ -1,6 +1,6 @@
 """Trained networks for programs that do not know edm2: `torch.export`, ONNX, diffusers.
 
-The weights are normalised once, into the graph; batches have any size. An exported folder has a sampler beside the
+The weights are normalised once, into the graph; batches have any size. An exported folder has a sampler next to the
 network, which needs neither edm2 nor, for ONNX, torch.
 """
 
@@ -61,14 +61,14 @@ def export_model(model: Pretrained, to: Format, folder: str | Path) -> Exported:
         The folder, and how far its images are from edm2's own. A folder that holds this export already is kept.
 
     Raises:
-        ValueError: If the model is a regression, or models what one leaves.
+        ValueError: If the model is a regression or a residual model.
         FileExistsError: If the folder exists and holds anything else.
         FloatingPointError: If the images differ by more than `TOLERANCE`; nothing is written.
     """
     folder = Path(folder)
     if model.generator.residual is not None or model.generator.info.get("objective") == "mean":
         raise ValueError(
-            "the model is a regression, or models what one leaves, which exported samplers do not know: share it with "
+            "the model is a regression or a residual model, which exported samplers do not support: share it with "
             "edm2.hub.save_pretrained instead"
         )
     parts = {"model": model.generator, **({} if model.guide is None else {"guide": model.guide})}
@@ -246,7 +246,7 @@ def _about(model: Pretrained, parts: dict[str, ImageGenerator], to: Format) -> d
         "mean": list(coding.values.mean),
         "std": list(coding.values.std),
         "sigma_data": coding.values.sigma_data,
-        # The sampler beside the model is Heun's, or a student's.
+        # The sampler next to the model is Heun's, or a student's.
         "num_steps": steps if model.sampling.sampler in ("heun", STUDENT_SAMPLER) else 32,
         "consistency_levels": levels,
         "guidance": model.sampling.guidance,

@@ -223,9 +223,9 @@ def _published_parts(folder: Path, content: dict[str, Any]) -> Parts:
 
 
 def _file_name(name: object) -> str:
-    """A name in settings from elsewhere: of a file beside them, never of one somewhere else."""
+    """A name in settings from elsewhere: of a file in the same folder, never of one elsewhere."""
     if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-        raise ValueError(f"{str(name)[:60]!r} is not the name of a .safetensors file beside it")
+        raise ValueError(f"{str(name)[:60]!r} is not the name of a .safetensors file in the same folder")
     return name
 
 

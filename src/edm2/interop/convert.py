@@ -1,4 +1,4 @@
-"""From official files to safetensors, with their licence beside them."""
+"""From official files to safetensors, with their licence next to them."""
 
 import contextlib
 import glob
@@ -74,7 +74,7 @@ def import_path(path: str | Path, out: str | Path, *, prefix: str | None = None)
     if path.is_dir():
         return _import_snapshots(path, out, prefix)
     if prefix is not None:
-        raise ValueError(f"{path} is one file: a prefix chooses among the trainings of a folder")
+        raise ValueError(f"{path} is one file: a prefix chooses one of the training runs in a folder")
     target = out / _model_name(path.name)
     if target.exists():
         return _kept(target, path.name, sha256_of(path))
@@ -110,7 +110,7 @@ def import_named(
 def import_preset(
     preset: SamplingPreset, out: str | Path, *, source: str | None = None, sha256: Sequence[str] = ()
 ) -> list[Imported]:
-    """Fetch and convert the networks of a published setting, and write the setting beside them.
+    """Fetch and convert the networks of a published setting, and write the setting next to them.
 
     Args:
         preset: See `edm2.interop.released.sampling_preset`.

@@ -67,7 +67,7 @@ def open_ema_folder(
 
     Args:
         path: Folder of files such as `0.1000.pt`: number of the track, then step.
-        sigma_rels: Widths of the tracks, as given to `PostHocEMA`, in its order. For widths given as gammas, convert
+        sigma_rels: EMA lengths of the tracks, as given to `PostHocEMA`, in its order. If you gave gammas, convert
             them with `gamma_to_sigma_rel`.
         update_every: Steps between updates, as given to `PostHocEMA`. The default of ema-pytorch and nitrous-ema is
             100, that of pytorch-posthoc-ema 10.
@@ -196,7 +196,7 @@ def _check_settings(
     if tracks != list(range(len(sigma_rels))):
         raise ValueError(
             f"{folder} holds tracks {', '.join(map(str, tracks))}, but {len(sigma_rels)} sigma_rels are given: give one"
-            " width for each track, in the order of PostHocEMA"
+            " for each track, in the order of PostHocEMA"
         )
 
 
@@ -217,7 +217,7 @@ def _read(track: int, step: int, path: Path) -> _File:
     broken = next((n for n, x in values.items() if not bool(torch.isfinite(x).all())), None)
     if broken is not None:
         raise ValueError(
-            f"{path} holds values that are not finite in {broken!r}: leave files from that step on out"
+            f"{path} holds values that are not finite in {broken!r}: leave out files from that step on"
         )
     return _File(
         track=track,
@@ -261,7 +261,7 @@ def _steps_before_first_update(files: Sequence[_File]) -> int:
         if low > high:
             raise ValueError(
                 f"{file.path} counts {file.inner_step:g} steps inside, which does not fit the other files: they"
-                " belong to several runs, or the average was started anew; move the files of each run to a"
+                " belong to several runs, or the average was started again; move the files of each run to a"
                 " folder of their own"
             )
     if low <= 0:
@@ -270,7 +270,7 @@ def _steps_before_first_update(files: Sequence[_File]) -> int:
 
 
 def _check_same_run(files: Sequence[_File], names: Sequence[str]) -> None:
-    """Refuse files whose weights lie so far apart that they come from trainings of their own."""
+    """Refuse files whose weights lie so far apart that they come from different training runs."""
     sizes = [_square_of(f.values, names) for f in files]
     jumps: list[tuple[float, _File, _File]] = []
     for first in range(0, len(files), _CHECKED - 1):
@@ -286,7 +286,7 @@ def _check_same_run(files: Sequence[_File], names: Sequence[str]) -> None:
     # Weights of two trainings are about orthogonal: a jump of 1. Within one they hardly move from file to file.
     if jump > 0.5 or (len(jumps) > 4 and jump > max(0.05, 30 * usual)):
         raise ValueError(
-            f"{before.path} and {after.path} lie {math.sqrt(jump):.0%} apart, as weights of different trainings"
+            f"{before.path} and {after.path} lie {math.sqrt(jump):.0%} apart, as weights of different training runs"
             " do: move the files of each run to a folder of their own"
         )
 

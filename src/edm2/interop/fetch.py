@@ -59,7 +59,7 @@ def fetch(name: str, source: str | None, folder: str | Path, *, sha256: str | No
     else:
         path = _in_folder(name, source)
     if sha256 is not None and sha256_of(path) != sha256.lower():
-        advice = "delete it and get it again"
+        advice = "delete it and download it again"
         if Path(folder) in path.parents:
             path.unlink()
             advice = "the download was deleted; give the same command again, or check the hash"

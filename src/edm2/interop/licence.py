@@ -30,7 +30,7 @@ Files that come from a training of your own are yours; this notice does not conc
 
 
 def write_notice(folder: str | Path) -> None:
-    """Put the notice beside converted files.
+    """Put the notice next to converted files.
 
     Raises:
         FileExistsError: If a file of its name says something else.

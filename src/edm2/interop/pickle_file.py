@@ -53,7 +53,7 @@ def refusal(path: str | Path, met: Refused | str) -> ValueError:
     text = clean(str(met)[:_LONGEST_TEXT], keep="")
     return ValueError(
         f"{path} was not read: it holds {text}. Nothing in it was run. It is damaged or not a file of the official "
-        "release: get it again from where it was published; to read one of your own, save its tensors as safetensors"
+        "release: download it again from its publisher; to read one of your own, save its tensors as safetensors"
     )
 
 

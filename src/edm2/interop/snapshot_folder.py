@@ -124,7 +124,7 @@ def _named(folder: Path, prefix: str | None) -> list[SnapshotName]:
         )
     if prefix is None and len(found) > 1:
         raise ValueError(
-            f"{folder} holds snapshots of {len(found)} trainings ({', '.join(found)}): choose one by prefix"
+            f"{folder} holds snapshots of {len(found)} training runs ({', '.join(found)}): choose one by prefix"
         )
     if prefix is not None and prefix not in found:
         raise ValueError(f"{folder} holds no snapshots of {prefix!r}; there are {', '.join(found)}")

@@ -1,4 +1,4 @@
-"""The ladder as an experiment: configurations A to G trained alike, each judged at its own best EMA length.
+"""Configurations A to G trained on the same images, each scored at its own best EMA length.
 
 Ref: EDM2 Table 1, Fig. 3.
 """

@@ -1,4 +1,4 @@
-"""The table and the page about the configurations, trained and judged alike.
+"""The table and the page about the configurations, trained and scored in the same way.
 
 Ref: EDM2 Table 1, Fig. 3.
 """
@@ -24,7 +24,7 @@ PAPER_FID = {"A": 8.00, "B": 7.24, "C": 6.96, "D": 3.75, "E": 3.02, "F": 2.71, "
 def write_ladder_report(
     rungs: Sequence[Rung], settings: TrainConfig, plan: LadderPlan, out: str | Path
 ) -> Path:
-    """Write `report.html` beside the runs: table, distances, EMA lengths, magnitudes.
+    """Write `report.html` next to the runs: table, distances, EMA lengths, magnitudes.
 
     Args:
         rungs: What `run_ladder` returned.

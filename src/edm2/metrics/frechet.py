@@ -53,7 +53,7 @@ class FeatureStatistics:
         values = np.linalg.eigvalsh(cov) if len(mean) else np.zeros(1)
         if values[0] < _NEGATIVE * abs(values[-1]):
             raise ValueError(
-                f"cov has the eigenvalue {values[0]:g} beside {values[-1]:g}: a covariance has none below 0"
+                f"cov has the eigenvalue {values[0]:g} next to {values[-1]:g}: a covariance has no negative eigenvalue"
             )
         result = cls(len(mean))
         result.num_images = num_images

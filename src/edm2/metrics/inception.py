@@ -1,6 +1,6 @@
 """Inception-v3 features, from the TorchScript file that FID is computed with elsewhere.
 
-A TorchScript archive holds code beside its weights, and running it runs that code. It is therefore opened only
+A TorchScript archive holds code in addition to its weights, and running it runs that code. It is therefore opened only
 with the hash that its publisher states, or on an explicit word of trust.
 """
 

@@ -14,7 +14,7 @@ class KernelDistance(NamedTuple):
     """Squared maximum mean discrepancy over random subsets.
 
     Attributes:
-        value: Mean over the subsets; may be below 0 where the sets are alike.
+        value: Mean over the subsets; may be below 0 if the sets are similar.
         spread: Standard deviation over the subsets, of one subset's value and not of the mean; None where there is
             only one subset, or all are the whole sets.
         subset_size: Images of each set in a subset.

@@ -66,7 +66,7 @@ def uncertainty_curve(
     measured: ArrayLike | None = None,
     density: ArrayLike | None = None,
 ) -> Figure:
-    """Learned uncertainty u(sigma) against the noise level, beside what it should have learned.
+    """Learned uncertainty u(sigma) against the noise level, with what it should have learned.
 
     Args:
         sigma: Noise levels, positive and increasing.

@@ -126,7 +126,7 @@ def add_noise_errors(page: Page, run: Run) -> None:
     labels = dataset.labels(chosen) if dataset.num_classes else None
     if generator.residual or run.config.objective == "mean":
         return page.text(
-            "Not drawn for regressions and what they leave: train with --validation for their loss at each noise level."
+            "Not drawn for regressions and residual models: train with --validation for their loss at each noise level."
         )
     sigma, learned, errors = errors_by_noise(
         generator, dataset.images(chosen), labels, **dataset.given(chosen)
@@ -138,7 +138,7 @@ def add_noise_errors(page: Page, run: Run) -> None:
     page.figure(
         uncertainty_curve(sigma, learned if has_uncertainty else None, errors, density),
         f"Weighted squared error (natural logarithm) at each noise level, on {len(chosen)} training images"
-        + (", beside the uncertainty that the network learned" if has_uncertainty else ""),
+        + (", and the uncertainty that the network learned" if has_uncertainty else ""),
         "Curve of the log of the weighted error against noise level",
     )
 

@@ -139,9 +139,7 @@ def save_in_parts(
     if world.any(failed is not None):
         if failed is not None:
             raise _unwritten(final, failed) from failed
-        raise OSError(
-            f"another process could not write its part of checkpoint {final}: its own error says why"
-        )
+        raise OSError(f"another process could not write its part of checkpoint {final}: see its own error")
     world.on_first(publish)
 
 
@@ -259,7 +257,7 @@ class StoredTensors:
             rows: First row to read, and the end; None for all.
 
         Raises:
-            KeyError: If there is none of that name.
+            KeyError: If there is no sampler of that name.
         """
         files = self._parts[group][name]
         if rows is None and len(files) == 1:

@@ -151,7 +151,7 @@ class TrainConfig:
                 )
         if self.objective == "mean" and self.residual is not None:
             raise ValueError(
-                "objective mean trains a regression and residual models what one leaves: give one of the two"
+                "objective mean trains a regression, and residual a model of its residuals: give only one of them"
             )
         share = self.validation_share
         require(self, "validation", share is None or 0 < share < 1, "a share between 0 and 1, or a data set")

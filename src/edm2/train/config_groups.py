@@ -58,7 +58,7 @@ class DataConfig:
     std: tuple[float, ...] = ()
     """Standard deviation of each channel, for fixed and latents."""
     mirror: bool = False
-    """Whether each image is mirrored left to right with probability 1/2, decided anew at each use."""
+    """Whether each image is mirrored left to right with probability 1/2, decided again at each use."""
     augment: float = 0.0
     """For small data sets: probability of each random flip, scaling, rotation, stretch and shift of
     `edm2.data.Augmentation`; 0 for none. The network is told about them, so that samples show none. EDM used 0.12 to

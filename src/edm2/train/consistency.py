@@ -112,7 +112,7 @@ class Teacher:
         """Raise ValueError unless the teacher makes images, and a data set holds such images and classes."""
         if self.info.get("residual") or self.info.get("objective"):
             raise ValueError(
-                "the teacher is a regression, or a model of what one leaves, which cannot be distilled: give a "
+                "the teacher is a regression or a residual model, which cannot be distilled: give a "
                 "diffusion model of images"
             )
         shape, classes = dataset.image_shape, dataset.num_classes

@@ -84,10 +84,10 @@ def take_over(denoiser: Denoiser, path: str) -> None:
             raise _misfit(path, f"its {name} is missing or of another shape than {list(target.shape)}")
         target.copy_(value)
     if foreign := [name for name in theirs if not name.startswith(_OPTIONAL)]:
-        raise _misfit(path, f"it has {foreign[0]}, and this network has not")
+        raise _misfit(path, f"it has {foreign[0]}, which this network lacks")
     told += [f"{name} has no place in this network" for name in theirs]
     if told:
-        warnings.warn(f"{path} is not taken over as a whole: {'; '.join(told)}", stacklevel=3)
+        warnings.warn(f"{path} is only used in part: {'; '.join(told)}", stacklevel=3)
 
 
 def _differences(new: Denoiser, old: Denoiser) -> list[str]:

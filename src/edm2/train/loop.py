@@ -146,11 +146,11 @@ class Trainer:
             warnings.warn(f"{'; '.join(problems)}; the run continues without them", stacklevel=2)
 
     def logging_to(self, loggers: Sequence[Logger]) -> AbstractContextManager[None]:
-        """Tell loggers, on the first process, whatever is logged."""
+        """Send everything that is logged to loggers, on the first process."""
         return self._records.logging_to(loggers, self.run_id, self.config.to_json(), self.num_images)
 
     def run(self, *, quiet: bool = False, on_step: Callable[["Trainer"], None] | None = None) -> None:
-        """Train until `config.num_images`; save on the way and at the end.
+        """Train until `config.num_images`; save during the run and at the end.
 
         Args:
             quiet: Do not show progress.
@@ -331,7 +331,7 @@ class Trainer:
             The model's file.
 
         Raises:
-            OSError: If snapshots were lost while the run went on; the model is written all the same.
+            OSError: If snapshots were lost while the run went on; the model is written anyway.
         """
         tensors = {name: whole(value) for name, value in self.denoiser.state_dict().items()}
         tensors |= {} if self.ema is None else self.ema.average(max(self.config.ema.sigma_rels))

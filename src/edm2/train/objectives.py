@@ -21,7 +21,7 @@ from edm2.train.config import TrainConfig
 # Streams of keyed random numbers; dropout blocks count up from 0 under a seed of their own.
 SIGMA_STREAM, NOISE_STREAM, _VALIDATION = 0, 1, 64
 _LEVELS = 8
-MEAN_SIGMA = 80.0  # noise level that a regression is told
+MEAN_SIGMA = 80.0  # noise level that a regression sees
 DROPOUT_SEED_OFFSET = 1 << 62
 
 
@@ -136,7 +136,7 @@ class DenoisingObjective:
 class MeanObjective:
     """Regression: the network expects the image from its label and condition, without seeing a noisy one.
 
-    It is told a fixed, high noise level, and given zeros in place of the noisy image. The loss is that of EDM2 there.
+    It sees a fixed, high noise level, and zeros in place of the noisy image. The loss is that of EDM2 there.
 
     Args:
         config: All settings.
@@ -146,7 +146,7 @@ class MeanObjective:
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """The noise level that the network is told."""
+        """The noise level that the network sees."""
         return (MEAN_SIGMA,)
 
     def __call__(self, denoiser: TrainableDenoiser, batch: TrainingBatch, /) -> Tensor:

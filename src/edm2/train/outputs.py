@@ -1,4 +1,4 @@
-"""What a run writes beside its logs: snapshots of the averages, checkpoints, and the model at the end."""
+"""What a run writes in addition to its logs: snapshots of the averages, checkpoints, and the model at the end."""
 
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class Outputs:
         Args:
             num_images: Images seen.
             tensors: Copies that nothing else modifies; or this process's part.
-            values: JSON values of the state beside the tensors.
+            values: JSON values of the state in addition to the tensors.
             role: See `edm2.train.checkpoint.save_checkpoint`.
             parts_of: The processes, if each writes a part.
 
@@ -139,7 +139,7 @@ class Outputs:
         """Write the longest tracked average as the run's model.
 
         Raises:
-            OSError: If snapshots were lost while the run went on; the model is written all the same.
+            OSError: If snapshots were lost while the run went on; the model is written anyway.
         """
         longest = max(self._config.ema.sigma_rels)
         info = {**self._info, "sigma_rel": longest, "num_images": num_images, "run_id": self._run_id}

@@ -1,4 +1,4 @@
-"""Diffusion of what a regression leaves: the regression, the statistics of its residuals, and the way there and back.
+"""Diffusion of a regression's residuals: the regression, the statistics of its residuals, and the way there and back.
 
 A run keeps a copy of its regression, `mean.safetensors`, whose samples are the regression plus a sampled residual.
 
@@ -46,7 +46,7 @@ def regression(denoiser: Any, like: Tensor, labels: Tensor | None, **given: Any)
 
 @dataclass(frozen=True)
 class Residual:
-    """A regression, and the mean and standard deviation of what it leaves.
+    """A regression, and the mean and standard deviation of its residuals.
 
     Attributes:
         network: The regression, in eval mode.
@@ -129,7 +129,7 @@ def shared_coding(path: str | Path, coding: Coding) -> Coding:
 
 
 def keep_residual(source: str, out: Path, dataset: ImageDataset, coding: Coding, world: World) -> Residual:
-    """Copy a regression into a run's folder and measure what it leaves, or open what an earlier session kept.
+    """Copy a regression into a run's folder and measure its residuals, or open what an earlier session kept.
 
     Args:
         source: The regression; needed by the first session only.
@@ -159,10 +159,10 @@ def keep_residual(source: str, out: Path, dataset: ImageDataset, coding: Coding,
 
 
 def measure_residual(path: Path, dataset: ImageDataset, coding: Coding, device: torch.device) -> Residual:
-    """Open a regression and measure what it leaves of the training images.
+    """Open a regression and measure its residuals on the training images.
 
     Raises:
-        ValueError: If it leaves nothing of a channel.
+        ValueError: If it predicts a channel exactly.
     """
     network = load_model(path, device=device)[0]
     rows = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), _MEASURED)).astype(np.int64))
@@ -179,13 +179,13 @@ def measure_residual(path: Path, dataset: ImageDataset, coding: Coding, device: 
     std = (sums[2] / sums[0] - mean**2).clamp(min=0).sqrt()
     if float(std.min()) < 1e-6 * network.sigma_data:
         raise ValueError(
-            f"the regression {path} leaves nothing of channel {int(std.argmin())}: there is no residual to model"
+            f"the regression {path} predicts channel {int(std.argmin())} exactly: there is no residual to model"
         )
     return Residual(network, model_checksum(path), tuple(mean.tolist()), tuple(std.tolist()), path)
 
 
 def copy_regression(model: Path, folder: Path) -> None:
-    """Put the regression of a residual model beside models that are made from its run."""
+    """Put the regression of a residual model next to models that are made from its run."""
     if not (folder / MEAN_FILE).exists() and (found := _beside(model)):
         write_atomic(folder / MEAN_FILE, found.read_bytes())
 
@@ -198,7 +198,7 @@ def _beside(model: Path) -> Path | None:
 def open_residual(
     model: str | Path, info: dict[str, Any], device: torch.device | str = "cpu"
 ) -> Residual | None:
-    """The regression of a residual model, which lies beside it or in the folder of its run; None for other models.
+    """The regression of a residual model, next to it or in the folder of its run; None for other models.
 
     Args:
         model: Model file or folder, such as a run.
@@ -214,7 +214,7 @@ def open_residual(
     found = _beside(Path(model))
     if found is None:
         raise ValueError(
-            f"{model} models what a regression leaves, and {MEAN_FILE} is not beside it: copy it from the run that the "
+            f"{model} is a residual model, and {MEAN_FILE} is not next to it: copy that file from the run that the "
             "model comes from"
         )
     if model_checksum(found) != told["sha256"]:

@@ -98,7 +98,7 @@ _RULES = {rules.config: rules for rules in (_A, _B, _C, _D, _E, _F, _G)}
 
 
 def training_rules(config: str) -> TrainingRules:
-    """What training must do for a configuration.
+    """Settings that a configuration needs in training.
 
     Args:
         config: `A` to `G`.

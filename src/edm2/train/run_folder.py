@@ -34,7 +34,7 @@ def hold(out: Path) -> Iterator[None]:
             stack.enter_context(folder_lock(out, wait=False))
         except BlockingIOError:
             raise ValueError(
-                f"another process is training into {out} now: wait for its end, or choose another --out"
+                f"another process is training into {out} now: wait until it ends, or choose another --out"
             ) from None
         yield
 
@@ -84,7 +84,7 @@ def check_free(out: Path) -> None:
 
 
 def check_not_lost(out: Path) -> None:
-    """Refuse a run whose checkpoints are gone.
+    """Refuse a run whose checkpoints are missing.
 
     An empty checkpoint folder belongs to a run that was killed before its first checkpoint: it starts again.
 
@@ -94,8 +94,8 @@ def check_not_lost(out: Path) -> None:
     done = (out / MODEL_FILE).exists()
     if done or not (out / CHECKPOINTS).is_dir():
         raise ValueError(
-            f"{out} holds a {'finished ' if done else ''}run whose checkpoints are gone: put {out / CHECKPOINTS} back "
-            f"from a copy, choose another --out, or delete {out} to train from the beginning"
+            f"{out} holds a {'finished ' if done else ''}run whose checkpoints are missing: restore "
+            f"{out / CHECKPOINTS} from a copy, choose another --out, or delete {out} to train from the beginning"
         )
 
 

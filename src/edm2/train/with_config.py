@@ -43,8 +43,8 @@ def with_config(settings: TrainConfig, config: str) -> TrainConfig:
     """
     if settings.config != "G":
         raise ValueError(
-            f"these settings are of config {settings.config}: start from those of G, whose learning rate "
-            "the others are scaled from"
+            f"these settings are of config {settings.config}: start from the settings of G, from which "
+            "the learning rates of the others are scaled"
         )
     rules, published = training_rules(config), training_rules("G")
     if config == "G":

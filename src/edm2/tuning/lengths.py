@@ -124,9 +124,7 @@ def length_score(run: Path, count: int) -> ModelScore:
     dataset, config = open_run_data(run), run_settings(run)
     is_student = config.consistency is not None
     if config.objective == "mean" or config.residual is not None:
-        raise ValueError(
-            f"{run} is a regression, or trained on what one leaves: its EMA length is not scored"
-        )
+        raise ValueError(f"{run} is a regression or a residual model: its EMA length is not scored")
     if dataset.num_classes > 1 and dataset.dtype == np.uint8 and dataset.conditions is None:
         steps, sampler = (2, STUDENT_SAMPLER) if is_student else (16, "dpmpp-2m")
         return SampleDistance(dataset, count, steps, sampler)  # type: ignore[arg-type]

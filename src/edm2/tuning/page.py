@@ -43,7 +43,7 @@ def write_tuning_report(tuned: Tuned, plan: TuningPlan, out: str | Path, *, titl
     Returns:
         The file.
     """
-    page = Page(title, lead="One knob after the other, each from the best settings so far.")
+    page = Page(title, lead="One setting after the other, each starting from the best so far.")
     facts = {
         f"{tuned.metric}, tuned": f"{statistics.fmean(tuned.held_out):.3g}",
         _UNTUNED: f"{statistics.fmean(tuned.baseline):.3g}",
@@ -73,7 +73,7 @@ def write_tuning_report(tuned: Tuned, plan: TuningPlan, out: str | Path, *, titl
 
 
 def add_result(page: Page, tuned: Tuned) -> None:
-    """Add the best settings, and their scores with held-out seeds beside those without tuning."""
+    """Add the best settings, and their scores with held-out seeds next to those without tuning."""
     page.text(f"Best settings: {tuned.best.describe()}. {_capital(tuned.judged)}: {verdict(tuned)}.")
     repeats = zip(tuned.held_out, tuned.baseline, tuned.improvements, strict=True)
     rows: list[list[object]] = [

@@ -21,18 +21,18 @@ class TuningPlan:
     """How far the search goes.
 
     Attributes:
-        num_images: Moment of the run to tune, in training images; the last snapshot up to it is taken. Default: the
+        num_images: Point of the run to tune, in training images; the last snapshot up to it is used. Default: the
             newest snapshot when the search starts.
         sigma_rels: EMA lengths to try, ascending.
-        guide_moments: Moments of the guide, as fractions of the run; the nearest snapshots are taken.
+        guide_moments: Points of the run to try as guide, as fractions of its length; the nearest snapshots are used.
         guide_factors: EMA lengths of the guide, in units of the best length.
-        guide: Model file, or run with EMA lengths of its own, to try as guide beside the run's earlier moments: an
-            unconditional network, or a weaker one; or `self`, the run's own network without labels.
+        guide: Further guide to try: the file of an unconditional or weaker model, a run of one, or `self` for the
+            run's own network without labels.
         guidances: Guidance weights to try.
         highs: Upper ends of the interval to try.
         lows: Lower ends of the interval to try.
         level_factors: For a student: factors on the noise levels of its steps, first of all of them, then of each.
-        steps: Numbers of noise levels to try; more are slower, and give another spread.
+        steps: Numbers of noise levels to try; more levels are slower and change the spread of an ensemble.
         churns: Strengths of added noise to try, for the sampler heun.
         samples: Images for each choice.
         final_samples: Images for each final measurement.

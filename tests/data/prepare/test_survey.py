@@ -69,7 +69,7 @@ def test_everything_that_needs_fixing_is_said(tmp_path):
     assert [name for name, _ in found.damaged] == ["b/3.png", "b/4.png"]
     for line in (
         "cannot be read: 2 images: 'b/3.png' (",
-        f"3 different sizes: run 'edm2 data convert {tmp_path} --out NEW.zip --size N', N up to 4 enlarges nothing",
+        f"3 different sizes: run 'edm2 data convert {tmp_path} --out NEW.zip --size N', N up to 4 enlarges no image",
         "different modes: all with 3 channels",
         "turned upright as EXIF says: 1 image\n",
     ):

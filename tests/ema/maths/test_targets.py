@@ -113,5 +113,5 @@ def test_bad_targets_are_refused(tmp_path: Path) -> None:
         Target.custom(lambda u: u - 0.5, label="odd")
     with pytest.raises(ValueError, match="density of 'custom' must give one"):
         Target.custom(lambda u: np.zeros(3))
-    with pytest.raises(ValueError, match="give one of sigma_rel and target"):
+    with pytest.raises(ValueError, match="give either sigma_rel or target"):
         reconstruct(tmp_path)

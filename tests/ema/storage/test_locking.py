@@ -19,7 +19,7 @@ def test_a_file_system_without_locks_is_written_to(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     entered = False
-    told = r"file system without locks for folders \(no locks here\): make sure that no other process writes there"
+    told = r"file system without locks for folders \(no locks here\): make sure that no other process writes to it"
     with pytest.warns(UserWarning, match=told), folder_lock(tmp_path, wait=False):
         entered = True
     assert entered

@@ -165,7 +165,7 @@ def test_a_state_that_is_not_whole_changes_nothing() -> None:
 
 
 def test_bad_widths_are_refused() -> None:
-    with pytest.raises(ValueError, match="one or more different widths"):
+    with pytest.raises(ValueError, match="one or more different EMA lengths"):
         PowerEMA(nn.Linear(2, 2), (0.1, 0.1))
 
 

@@ -54,7 +54,7 @@ def test_a_folder_written_by_save_to_disk(tmp_path):
     table().save_to_disk(tmp_path / "saved")
     check(open_dataset(tmp_path / "saved"))
     assert open_dataset(tmp_path / "saved", labels=False).num_classes == 0
-    with pytest.raises(ValueError, match=r"has no split 'test': it is one set"):
+    with pytest.raises(ValueError, match=r"has no split 'test': its only split is"):
         open_dataset(tmp_path / "saved", split="test")
 
 
@@ -281,7 +281,7 @@ def test_words_are_classes_in_their_order(tmp_path):
     assert data.class_names == ("ant", "cat")
     assert data.labels(np.arange(3)).tolist() == [1, 0, 1]
     with pytest.raises(
-        ValueError, match=r"are words \(column 'label'\), whose classes a stream does not tell"
+        ValueError, match=r"are words \(column 'label'\), and a stream does not list their classes"
     ):
         stream_hugging_face(path)
 

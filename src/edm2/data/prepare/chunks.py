@@ -172,7 +172,7 @@ class ChunkFolder:
 
         Args:
             count: Number of chunks.
-            class_names: Noted beside the labels.
+            class_names: Stored with the labels.
             vectors: Vector of each file by its name, if there are any.
 
         Raises:

@@ -106,7 +106,7 @@ def convert(
         dest: New folder, or a file name that ends in `.zip`.
         conversion: What to do.
         skip_damaged: Whether to leave damaged images out; otherwise the first one is an error.
-        workers: Number of processes; default: one a processor; 1 works in this process.
+        workers: Number of processes; default: one per processor; 1 works in this process.
         quiet: Whether to show no progress.
 
     Raises:

@@ -84,7 +84,7 @@ def _problems(found: Survey) -> list[str]:
         side = min(min(size) for size in found.sizes)
         problems.append(
             f"{len(found.sizes)} different sizes: run 'edm2 data convert {found.where} --out NEW.zip --size N', "
-            f"N up to {side} enlarges nothing"
+            f"N up to {side} enlarges no image"
         )
     if len(found.kinds) > 1:
         kinds = _counted(found.kinds, lambda kind: f"{_channels(kind[0])} of {kind[1]}")

@@ -67,7 +67,7 @@ def survey(
     Args:
         catalog: The images, from `open_catalog`.
         sample: Number of images whose pixels are read, drawn by a fixed rule; default: all.
-        workers: Number of threads; default: one a processor.
+        workers: Number of threads; default: one per processor.
         quiet: Whether to show no progress.
 
     Raises:

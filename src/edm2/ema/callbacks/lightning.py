@@ -17,10 +17,10 @@ class PowerEMACallback(StepsCallback, Callback):
 
     Args:
         folder: Folder for the snapshots, for `edm2.ema.reconstruct`.
-        sigma_rels: Width of each average as a fraction of training time.
+        sigma_rels: EMA length of each average, as a fraction of training time.
         every: Steps between updates.
         snapshot_every: Steps between snapshots, a multiple of `every`. Default: one, at the end.
-        validate_with: Validate with the average of this width. Default: with the weights.
+        validate_with: Validate with the average of this EMA length. Default: with the raw weights.
         dtype: How snapshots are stored: fp32, bf16 or fp16.
         options: More arguments of `PowerEMA`, such as include, device, live or start.
 

@@ -15,7 +15,7 @@ class StepsCallback:
 
     Args:
         folder: Folder for the snapshots.
-        sigma_rels: Width of each average as a fraction of training time.
+        sigma_rels: EMA length of each average, as a fraction of training time.
         every: Steps between updates.
         dtype: How snapshots are stored: fp32, bf16 or fp16.
         options: More arguments of `PowerEMA`.

@@ -1,4 +1,4 @@
-"""Search for the tracks and times whose worst error over a range of widths is smallest."""
+"""Search for the tracks and times whose worst error over a range of EMA lengths is smallest."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -27,10 +27,10 @@ def plan(
     dtype: str = "fp32",
     mid_run: bool = False,
 ) -> Plan:
-    """Find the tracks and snapshot times whose worst error over a range of widths is smallest.
+    """Find the tracks and snapshot times whose worst error over a range of EMA lengths is smallest.
 
     Args:
-        sigma_range: Narrowest and widest width wanted, in (0, 0.2887).
+        sigma_range: Shortest and longest EMA length wanted, in (0, 0.2887).
         tracks: Number of averages to track, 1 to 12. Default: 8, or as many as the budgets allow.
         times: Number of times at which they are stored. Default: as many as `storage_bytes` allows, up to 64;
             without that budget only the end, or 8 times with `mid_run`.
@@ -39,7 +39,7 @@ def plan(
             average on top of that.
         storage_bytes: Room for all snapshots.
         dtype: How they are stored: fp32, bf16 or fp16.
-        mid_run: Whether every width is wanted at each stored time, not only at the end.
+        mid_run: Whether every length is wanted at each stored time, not only at the end.
 
     Returns:
         The plan. It depends on the arguments only, and is computed once per process.
@@ -69,7 +69,7 @@ def _checked(sigma_range: tuple[float, float], dtype: str, **numbers: int | None
     low, high = (float(s) for s in sigma_range)
     if not 0 < low < high < MAX_SIGMA_REL:
         raise ValueError(
-            f"sigma_range must be two widths with 0 < low < high < {MAX_SIGMA_REL:.4f}, got ({low:g}, {high:g})"
+            f"sigma_range must be two EMA lengths with 0 < low < high < {MAX_SIGMA_REL:.4f}, got ({low:g}, {high:g})"
         )
     if dtype not in TYPICAL_ROUNDING:
         raise ValueError(f"dtype {dtype!r} is not known: choose fp32, bf16 or fp16")
@@ -114,19 +114,19 @@ def _found(low: float, high: float, tracks: int, times: int, dtype: str, mid_run
 
 
 def best_widths(low: float, high: float, count: int) -> tuple[float, ...]:
-    """Widths whose averages at one time come closest to every width of a range.
+    """EMA lengths whose averages at one time come closest to every length of a range.
 
     The relative L2 distance of the profile `x**g` to the span of `x**g_i` is the product of
     `|h - h_i| / (h + h_i)` with `h = g + 1/2` (Muntz). Its largest value over a range of h is least
     at Zolotarev's points, those of the alternating direction method: `h_i = b dn((2i - 1) K / 2n, k)`.
 
     Args:
-        low: Narrowest width wanted.
-        high: Widest width wanted.
-        count: Number of widths.
+        low: Shortest EMA length wanted.
+        high: Longest EMA length wanted.
+        count: Number of lengths.
 
     Returns:
-        Widths in increasing order.
+        EMA lengths in increasing order.
     """
     a, b = sigma_rel_to_gamma(high) + 0.5, sigma_rel_to_gamma(low) + 0.5
     parts = (2 * np.arange(count) + 1) / (2 * count)
@@ -150,7 +150,7 @@ def _delta_amplitude(parts: FloatArray, k: float) -> FloatArray:
 def _search(
     low: float, high: float, start: tuple[float, ...], times: int, dtype: str
 ) -> tuple[tuple[float, ...], float]:
-    """Widths, and power of the spacing, for several times; this has no closed form."""
+    """EMA lengths, and power of the spacing, for several times; this has no closed form."""
     wanted = spread((low, high), 41)
 
     def cost(x: FloatArray) -> float:

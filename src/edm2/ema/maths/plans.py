@@ -27,10 +27,10 @@ class Plan:
 
     Attributes:
         name: Short name.
-        sigma_rels: Tracked widths.
+        sigma_rels: Tracked EMA lengths.
         times: Times of the snapshots, as fractions of the run; the last one is 1.
         dtype: How they are stored: fp32, bf16 or fp16.
-        sigma_range: Narrowest and widest width wanted.
+        sigma_range: Shortest and longest EMA length wanted.
     """
 
     name: str
@@ -53,10 +53,10 @@ class Plan:
         return num_params * self.num_files * (4 if self.dtype == "fp32" else 2)
 
     def errors(self, sigma_rels: npt.ArrayLike, *, at: float = 1.0) -> FloatArray:
-        """Error of each wanted width, including rounding.
+        """Error at each wanted EMA length, including rounding.
 
         Args:
-            sigma_rels: Wanted widths [n], in (0, 0.2887].
+            sigma_rels: Wanted EMA lengths [n], in (0, 0.2887].
             at: Time at which they are wanted, as a fraction of the run; at least the first stored time.
 
         Returns:
@@ -85,7 +85,7 @@ def memory_bytes(num_params: int, num_tracks: int, *, updates: int) -> int:
 
 
 def spread(sigma_range: tuple[float, float], count: int) -> FloatArray:
-    """Widths over a range, both ends included."""
+    """EMA lengths over a range, both ends included."""
     return np.geomspace(*sigma_range, count)
 
 
@@ -96,9 +96,9 @@ def best_errors(
 
     Args:
         times: When they are stored.
-        sigma_rels: Widths stored at each.
+        sigma_rels: EMA lengths stored at each.
         at: Time of the wanted ones.
-        wanted: Wanted widths [n].
+        wanted: Wanted EMA lengths [n].
         dtype: Stored type.
 
     Returns:
@@ -169,7 +169,7 @@ def times_to_keep(
 
     Args:
         times: Increasing times since the start of training.
-        sigma_rels: Widths stored at each.
+        sigma_rels: EMA lengths stored at each.
         count: Number of times to keep.
         dtype: How they are stored.
 

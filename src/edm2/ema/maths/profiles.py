@@ -15,7 +15,7 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float: ...
 @overload
 def sigma_rel_to_gamma(sigma_rel: npt.ArrayLike) -> FloatArray: ...
 def sigma_rel_to_gamma(sigma_rel: npt.ArrayLike) -> float | FloatArray:
-    """Exponent of the power profile that has a given relative width.
+    """Exponent of the power profile with a given EMA length.
 
     Args:
         sigma_rel: Standard deviation of the profile as a fraction of training time, in (0, 0.2887].
@@ -24,7 +24,7 @@ def sigma_rel_to_gamma(sigma_rel: npt.ArrayLike) -> float | FloatArray:
         gamma >= 0, a float for a float and an array for an array.
 
     Raises:
-        ValueError: If a width is outside that range.
+        ValueError: If a length is outside that range.
 
     Ref: EDM2 Sec. 3.1, App. C.2.
     """
@@ -32,7 +32,7 @@ def sigma_rel_to_gamma(sigma_rel: npt.ArrayLike) -> float | FloatArray:
     bad = widths[~((widths > 0) & (widths <= MAX_SIGMA_REL * (1 + 1e-12)))]
     if bad.size:
         raise ValueError(
-            f"sigma_rel {bad.flat[0]:g} is outside (0, {MAX_SIGMA_REL:.4f}]: a power profile is never wider"
+            f"sigma_rel {bad.flat[0]:g} is outside (0, {MAX_SIGMA_REL:.4f}]: no power profile is longer"
             " than the plain mean over all of training; try a value between 0.01 and 0.25"
         )
     gammas = np.array([_largest_root(width) for width in widths.ravel()]).reshape(widths.shape)
@@ -53,7 +53,7 @@ def gamma_to_sigma_rel(gamma: float) -> float: ...
 @overload
 def gamma_to_sigma_rel(gamma: npt.ArrayLike) -> FloatArray: ...
 def gamma_to_sigma_rel(gamma: npt.ArrayLike) -> float | FloatArray:
-    """Relative width of the power profile with a given exponent.
+    """EMA length of the power profile with a given exponent.
 
     Args:
         gamma: Exponent, at least 0.

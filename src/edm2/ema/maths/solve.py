@@ -21,9 +21,9 @@ def solve_coefficients(
 
     Args:
         times: Time of each snapshot, > 0 [in].
-        sigma_rels: Width of each snapshot's profile [in].
+        sigma_rels: EMA length of each snapshot's profile [in].
         target_time: Time of the target; later snapshots are not used.
-        target_sigma_rels: Wanted widths [out].
+        target_sigma_rels: Wanted EMA lengths [out].
 
     Returns:
         Coefficients, float64 [in, out]; each column sums to 1.
@@ -49,7 +49,7 @@ def solve_coefficients(
     used = np.flatnonzero((t > 0) & (t <= target_time))
     if not used.size:
         raise ValueError(
-            f"no snapshot lies in (0, {target_time:g}], the time of the target; times given: {t.tolist()}"
+            f"no snapshot is in (0, {target_time:g}], the time of the target; times given: {t.tolist()}"
         )
     gammas, target_gammas = sigma_rel_to_gamma(widths[used]), sigma_rel_to_gamma(targets)
     ts, gs = t[used, None], gammas[:, None]
@@ -131,11 +131,11 @@ def solve_motion(
 
 
 def solve_live(sigma_rels: Sequence[float], sigma_rel: float) -> FloatArray:
-    """Combine averages of one moment, in float32, into another width, without knowing how the weights move.
+    """Combine averages of one time, in float32, into one of another length, without knowing how the weights move.
 
     Args:
-        sigma_rels: Tracked widths [in].
-        sigma_rel: Wanted width.
+        sigma_rels: Tracked EMA lengths [in].
+        sigma_rel: Wanted EMA length.
 
     Returns:
         Coefficients [in].

@@ -110,7 +110,7 @@ class Target:
     Attributes:
         label: Short description.
         at: Returns the profile that ends at a given time.
-        sigma_rel: Width relative to training time, if it is a power function.
+        sigma_rel: EMA length, if it is a power function.
     """
 
     label: str
@@ -119,7 +119,7 @@ class Target:
 
     @classmethod
     def power(cls, sigma_rel: float) -> "Target":
-        """Power function by its relative width, in (0, 0.2887]."""
+        """Power function by its EMA length, in (0, 0.2887]."""
         gamma = sigma_rel_to_gamma(sigma_rel)
         return cls(label=f"sigma_rel {sigma_rel:g}", at=lambda t: PowerProfile(t, gamma), sigma_rel=sigma_rel)
 

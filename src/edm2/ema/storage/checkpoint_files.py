@@ -18,7 +18,7 @@ _STEP = re.compile(r"(?:step|iter|iteration|checkpoint|ckpt)[-_=.]*(\d+)", re.IG
 _EPOCH = re.compile(r"epoch[-_=.]*(\d+)", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+")
 _PART = re.compile(r"-\d+-of-\d+$")
-# What trainers (Transformers, Accelerate, ours) put beside a model.
+# What trainers (Transformers, Accelerate, ours) store with a model.
 _NO_MODEL = re.compile(
     r"\.|(lr_)?(optim|sched)|scaler|sampler|rng_state|random_states|training_args|trainer_state|power_ema",
     re.IGNORECASE,
@@ -93,7 +93,7 @@ def is_sharded(folder: Path) -> bool:
 def _told_step(path: Path) -> int:
     if _PART.search(path.stem):
         raise ValueError(
-            f"{path} is one part of a model in several files, and no index ({INDEX_SUFFIX[1:]}) lies beside it:"
+            f"{path} is one part of a model in several files, and its index ({INDEX_SUFFIX[1:]}) is not next to it:"
             " give the folder of a whole model"
         )
     step = _step(path)
@@ -224,7 +224,7 @@ def _state(content: Any, path: Path, key: str | None) -> Mapping[str, Any]:
             return content[nested[0]]  # type: ignore[no-any-return]
         if content and not nested and all(isinstance(v, Tensor) for v in content.values()):
             return content
-    raise ValueError(f"{path}: where the weights are is unclear; give key, one of {_keys(content)}")
+    raise ValueError(f"{path}: it is unclear where the weights are; give key, one of {_keys(content)}")
 
 
 def _keys(content: Any) -> str:

@@ -34,7 +34,7 @@ class Track:
     """One average, ready to be stored.
 
     Attributes:
-        sigma_rel: Width of its profile.
+        sigma_rel: EMA length of its profile.
         averaged: The averaged tensors by name, whole, on the CPU.
         copied: The other tensors by name.
         distance: L2 distance of the average to the weights at that time.

@@ -51,7 +51,7 @@ class Snapshot:
     Attributes:
         file: File name in the folder.
         t: Time, in the clock's unit.
-        sigma_rel: Width of the profile.
+        sigma_rel: EMA length of the profile.
         gamma: Its exponent.
         dtype: Stored type: fp32, bf16 or fp16.
         num_bytes: Size of the file.

@@ -23,7 +23,7 @@ def replacing(
 ) -> Iterator[BinaryIO]:
     """Write a file so that a kill at any moment leaves the old content or the new, never a part.
 
-    The content goes to `.NAME.tmp` beside the file, which is created exclusively, so that it never goes through a
+    The content goes to `.NAME.tmp` next to the file, which is created exclusively, so that it never goes through a
     link, and locked while it is written: a second writer takes another name, and what a killed writer left is removed
     by the next one. The last of several writers wins. `file.name` is the temporary path, for libraries that open files
     by name; they must write into that file, not replace it.
@@ -132,7 +132,7 @@ def reason(error: OSError) -> str:
 
 
 def remedy(error: OSError) -> str:
-    """What to do about a failed write: make room if the disk is full, else mend what the system names."""
+    """What to do about a failed write: make room if the disk is full, else fix what the system names."""
     return "make room" if error.errno in _FULL else "put that right"
 
 
@@ -301,8 +301,8 @@ def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
             if error.errno not in _NO_LOCKS:
                 raise
             warnings.warn(
-                f"{folder} lies on a file system without locks for folders ({error.strerror}): make sure that no other "
-                "process writes there",
+                f"{folder} is on a file system without locks for folders ({error.strerror}): make sure that no other "
+                "process writes to it",
                 stacklevel=3,
             )
         # The holder may have removed the folder before it let go.

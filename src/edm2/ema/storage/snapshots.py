@@ -166,8 +166,8 @@ def _later(
             return None  # thinned out before the restart; the next time that was kept tells whether the run is the same
         raise ValueError(
             f"{folder} holds {len(lost)} snapshots of run {run.run_id!r} from t {lost[0].t:g} to {lost[-1].t:g},"
-            f" which this one of t {t:g}, from other weights or at another time, would delete: to go on with that run,"
-            " load its state with load_state_dict; to begin anew, choose another folder"
+            f" which this one of t {t:g}, from other weights or at another time, would delete: to continue that run,"
+            " load its state with load_state_dict; to start over, choose another folder"
         )
     if later:
         warnings.warn(
@@ -182,14 +182,14 @@ def _same_run(folder: Path, old: Manifest, run: RunInfo, layout: str) -> RunInfo
     if old.run.run_id != run.run_id:
         raise ValueError(
             f"{folder} holds snapshots of run {old.run.run_id!r}, this is run {run.run_id!r}: choose an empty"
-            " folder, or call load_state_dict to go on with that run; if several processes train one model, call"
+            " folder, or call load_state_dict to continue that run; if several processes train one model, call"
             " snapshot in the first one only"
         )
     for name in ("clock", "start", "aliases"):
         if getattr(old.run, name) != getattr(run, name):
             raise ValueError(
                 f"{folder} was written with {name} {getattr(old.run, name)!r}, now it is"
-                f" {getattr(run, name)!r}: go on with the same settings, or choose an empty folder"
+                f" {getattr(run, name)!r}: continue with the same settings, or choose an empty folder"
             )
     if old.layout != layout:
         raise ValueError(

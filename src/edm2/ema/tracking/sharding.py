@@ -127,6 +127,6 @@ def write_from_first(
             error = caught
     for _ in tracks:
         pass
-    other = RuntimeError("the first process could not write the snapshot: its own error says why")
+    other = RuntimeError("the first process could not write the snapshot: see its own error")
     _raise_with_the_others(error, other, sharded)
     return paths

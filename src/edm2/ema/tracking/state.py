@@ -106,7 +106,7 @@ def stored_tracks(
 
     Args:
         folder: Folder that `PowerEMA.snapshot` wrote.
-        sigma_rels: Widths of the tracks.
+        sigma_rels: EMA lengths of the tracks.
         t: Time of the snapshot. Default: the last one.
 
     Raises:
@@ -119,7 +119,7 @@ def stored_tracks(
     missing = [s for s in sigma_rels if s not in stored]
     if missing:
         raise ValueError(
-            f"{folder} has no snapshot of sigma_rel {missing[0]:g} at t {t}: it has widths {stored} then, and"
-            f" times {times}"
+            f"{folder} has no snapshot of sigma_rel {missing[0]:g} at t {t}: at that time it has EMA lengths"
+            f" {stored}, and times {times}"
         )
     return manifest.run, reconstruct_many(folder, sigma_rels, t)

@@ -29,11 +29,11 @@ from edm2.ema.tracking.tensors import (
 
 @dataclass(frozen=True, kw_only=True)
 class LiveEMA:
-    """An exponential average with constant decay after a warm-up; it is at hand at every moment.
+    """An exponential average with constant decay after a warm-up; it is available at any time.
 
     The decay of step k, counted from `update_after_step`, is `1 - (1 + k / inv_gamma)**-power`, kept between
-    `min_value` and `beta`. Until `update_after_step` the average is a copy of the weights. Where an update comes
-    every n steps, it applies the decay of n steps.
+    `min_value` and `beta`. Until `update_after_step` the average is a copy of the weights. An update that comes
+    after n steps applies the decay of n steps.
 
     Attributes:
         beta: Largest decay per unit of the clock, in [0, 1).
@@ -75,7 +75,7 @@ class LiveEMA:
 
 
 Width = float | Literal["live"]
-"""An average by its relative width, or the live one."""
+"""An average by its EMA length, or the live one."""
 
 
 class TrackedAverages:
@@ -98,12 +98,12 @@ class TrackedAverages:
         device: str | None = None,
     ) -> None:
         if plan is not None and sigma_rels is not None:
-            raise ValueError("give one of sigma_rels and plan: a plan says which widths are tracked")
+            raise ValueError("give one of sigma_rels and plan: a plan says which EMA lengths are tracked")
         if sigma_rels is None:
             sigma_rels = (plan if isinstance(plan, Plan) else named_plan(plan or "paper")).sigma_rels
         self.sigma_rels = tuple(float(s) for s in sigma_rels)
         if not self.sigma_rels or len(set(self.sigma_rels)) < len(self.sigma_rels):
-            raise ValueError(f"sigma_rels needs one or more different widths, got {self.sigma_rels}")
+            raise ValueError(f"sigma_rels needs one or more different EMA lengths, got {self.sigma_rels}")
         self.gammas = tuple(sigma_rel_to_gamma(s) for s in self.sigma_rels)
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -112,7 +112,7 @@ class TrackedAverages:
             )
         if device not in (None, "cpu"):
             raise ValueError(
-                f"device {device!r} is not known: None keeps averages beside the weights, 'cpu' in host memory"
+                f"device {device!r} is not known: None keeps averages on the weights' device, 'cpu' in host memory"
             )
         self.clock, self.start, self.live = clock, start, live
         self.run_id = secrets.token_hex(8) if run_id is None else run_id

@@ -24,26 +24,26 @@ from edm2.ema.tracking.wrappers import is_other_replica, unwrapped
 class PowerEMA(TrackedAverages):
     """Running averages of a model's parameters with power-function profiles.
 
-    Each average weighs the weights at training time tau by `tau**gamma`. Time is what the caller says it is
-    (images, steps, tokens), so updates may come at any interval.
+    Each average weighs the weights at training time tau by `tau**gamma`. You choose the unit of time
+    (images, steps, tokens), and updates may come at any interval.
 
     Args:
         model: Module to follow, or dicts and lists of tensors. Wrappers (DDP, FSDP2, torch.compile) leave no trace in
-            the names. A module with lazy parameters is taken up at the first update.
-        sigma_rels: Width of each average as a fraction of training time, in (0, 0.2887]. Default: the paper's
+            the names. A module with lazy parameters is followed from the first update on.
+        sigma_rels: EMA length of each average, as a fraction of training time, in (0, 0.2887]. Default: the paper's
             pair, 0.05 and 0.10.
         plan: A plan or the name of one, such as "compact", instead of `sigma_rels`.
-        include: Called with each name and tensor; says which take part. Default: all.
+        include: Called with each name and tensor; returns whether to average it. Default: all.
         average_buffers: Average floating-point buffers too, such as the statistics of batch normalisation. Default:
             buffers are copied.
         copied: Names of tensors that are copied instead of averaged, or a function that says so like `include`.
         live: An ordinary EMA to track as well, for use during training: `average("live")`. Snapshots do not hold it.
-        clock: Unit of time, a word for the reader of the snapshots.
+        clock: Name of the unit of time, stored with the snapshots.
         start: Time at which training starts: 0, or the clock's value where fine-tuning begins.
         run_id: Name of the training run. Snapshots of two runs never share a folder. Default: random, and taken
             over from the state that is loaded.
         dtype: Element type of the averages: float32 (accurate to 1e-6 in runs of any length), or float64.
-        device: "cpu" keeps the averages in host memory. Default: beside the weights.
+        device: "cpu" keeps the averages in host memory. Default: the device of the weights.
 
     Attributes:
         t: Time of the last update.
@@ -65,9 +65,9 @@ class PowerEMA(TrackedAverages):
         clock: Callable[[], float] | None = None,
         **options: Any,
     ) -> OptimizerHook:
-        """Update after the optimiser's steps, without a change to the training loop.
+        """Update after each step of the optimiser, without changing the training loop.
 
-        Steps are counted in `steps`, which `state_dict` holds, so a resumed run goes on counting. Load the state of
+        Steps are counted in `steps`, which `state_dict` holds, so a resumed run continues the count. Load the state of
         this object and of the optimiser in any order, before or after attaching.
 
         Args:
@@ -92,7 +92,7 @@ class PowerEMA(TrackedAverages):
         return hook
 
     def snapshot_every(self, interval: float, folder: str | Path, **options: Any) -> None:
-        """Write a snapshot by itself at the first update at or after each multiple of an interval.
+        """Write a snapshot automatically at the first update at or after each multiple of an interval.
 
         Args:
             interval: Time between snapshots, in the clock's unit, counted from `start`.
@@ -132,10 +132,10 @@ class PowerEMA(TrackedAverages):
             metadata: Anything JSON can hold that describes the run, such as the model's arguments; the same
                 at every call.
             dtype: How tensors are stored: fp32, bf16, or fp16 with a scale for each tensor.
-            keep: Most snapshots (files) that the folder holds; the least useful times are deleted. Default: all.
+            keep: Maximum number of snapshots (files) in the folder; the least useful times are deleted. Default: all.
 
         Returns:
-            The files of this time, one a track; none on processes that do not write.
+            The files of this time, one per track; none on processes that do not write.
 
         Raises:
             ValueError: If there was no update yet, the model is no longer the one that is averaged, the folder
@@ -205,13 +205,13 @@ class PowerEMA(TrackedAverages):
         """An average as it is now, by name; whole tensors where the model is sharded.
 
         Args:
-            sigma_rel: A tracked width, another one that the tracks together can express, or "live".
+            sigma_rel: A tracked EMA length, another one that the tracks together can express, or "live".
 
         Returns:
             Name -> new tensor.
 
         Raises:
-            ValueError: If the tracks cannot express that width.
+            ValueError: If the tracks cannot express that length.
             FloatingPointError: If an average is not finite.
         """
         values = self._local_average(sigma_rel)
@@ -233,17 +233,17 @@ class PowerEMA(TrackedAverages):
 
     @contextmanager
     def applied(self, model: nn.Module | Tensors, sigma_rel: Width) -> Iterator[nn.Module | Tensors]:
-        """Run a block with an average as the weights, which come back bit for bit, also after an error.
+        """Run a block with an average in place of the weights, which are restored bit for bit, even after an error.
 
         Args:
             model: The tracked model, or one with the same tensors.
-            sigma_rel: Width of the average, or "live".
+            sigma_rel: EMA length of the average, or "live".
 
         Yields:
             The model.
 
         Raises:
-            ValueError: If the model has other tensors, or the tracks cannot express that width.
+            ValueError: If the model has other tensors, or the tracks cannot express that length.
         """
         weights = self._model_tensors().weights_of(model)
         values = self._local_average(sigma_rel)
@@ -258,17 +258,17 @@ class PowerEMA(TrackedAverages):
     def module(self, sigma_rel: Width, *, refresh: bool = True) -> nn.Module:
         """A copy of the model with an average as its weights, in evaluation mode, to call like the model.
 
-        The copy is made once for each width and kept.
+        The copy is made once for each EMA length and kept.
 
         Args:
-            sigma_rel: Width of the average, or "live".
+            sigma_rel: EMA length of the average, or "live".
             refresh: Bring the copy up to date; False returns it as it was last.
 
         Returns:
             The copy, without wrappers; its parameters need no gradients.
 
         Raises:
-            ValueError: If the model is sharded or is not a module, or the tracks cannot express that width.
+            ValueError: If the model is sharded or is not a module, or the tracks cannot express that length.
         """
         model = self._model_tensors().model
         if not isinstance(model, nn.Module) or self._followed.is_sharded:
@@ -290,18 +290,18 @@ class PowerEMA(TrackedAverages):
 
     @torch.no_grad()
     def write_to(self, model: nn.Module | Tensors, sigma_rel: Width, keep: float = 0.0) -> None:
-        """Load an average into a model; with the tracked model, training goes on from it.
+        """Load an average into a model; if it is the tracked model, training continues from it.
 
         Later snapshots and states record it (`Reconstruction.write_backs`): averages stay exact, but the weights made
         a jump at that time.
 
         Args:
             model: The tracked model, or one with the same tensors.
-            sigma_rel: Width of the average, or "live".
+            sigma_rel: EMA length of the average, or "live".
             keep: Share of the model's own weights that stays, in [0, 1).
 
         Raises:
-            ValueError: If `keep` is out of range, the model has other tensors, or the tracks cannot express that width.
+            ValueError: If `keep` is out of range, the model has other tensors, or the tracks cannot express the length.
         """
         if not 0 <= keep < 1:
             raise ValueError(
