@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import edm2.ema
+from edm2.data import open_dataset
 from edm2.ema.maths import planning
 from edm2.ema.storage.manifest import read_manifest
 
@@ -209,3 +211,45 @@ def test_own_sampler(names: dict[str, Any]) -> None:
 def test_generator(page: str, names: dict[str, Any]) -> None:
     exec(block(page, "ImageGenerator.load").replace("runs/photos", "runs/digits"), names)
     assert len(names["images"]) == 16
+
+
+@pytest.mark.filterwarnings(
+    "ignore::edm2.ema.AccuracyWarning"
+)  # of a walk that the two snapshots hardly know
+def test_coming_from_another_library(names: dict[str, Any]) -> None:
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(1000):
+            optimizer.step()
+
+    optimizer = torch.optim.SGD(names["model"].parameters(), 0.1)
+    names |= {"optimizer": optimizer, "train": train, "inputs": torch.zeros(1, 4)}
+    for code in blocks("docs/coming_from.md"):
+        exec(code, names)
+    assert {s.t for s in read_manifest("snapshots").snapshots} == {500, 1000}
+    assert names["average"].sigma_rel == 0.15
+
+
+def test_data_in_your_own_loop(names: dict[str, Any]) -> None:
+    names |= {"x": torch.zeros(2, 3, 8, 8), "position": torch.arange(2), "seed": 0}
+    exec(block("docs/data.md", "Augmentation"), names)
+    assert names["label"].shape == (2, names["AUGMENT_DIM"])
+    names |= {"num_images": 512, "rank": 1, "world_size": 2}
+    exec(block("docs/data.md", "Batches").replace("pets64.zip", "digits").replace("...\n", "break\n"), names)
+    assert names["position"] == 512 + 128
+    assert names["images"].shape == (128, 1, 8, 8)
+
+
+def test_pairs(names: dict[str, Any]) -> None:
+    np.save("coarse.npy", np.zeros((120, 3, 4, 4), np.float32))
+    np.save("fine.npy", np.random.default_rng(0).normal(size=(120, 1, 8, 8)).astype(np.float32))
+    exec(block("docs/pairs.md", "np.savez"), names)
+    pairs, held_out = open_dataset("pairs.npz"), open_dataset("held_out.npz")
+    assert (len(pairs), len(held_out)) == (20, 100)
+    assert pairs.conditions is not None
+    assert pairs.conditions.image_shape == (3, 4, 4)
+
+
+@pytest.mark.slow
+def test_a_configuration_by_letter(names: dict[str, Any]) -> None:
+    exec(block("docs/ladder.md", "training_rules"), names)
+    assert names["denoiser"].title.startswith("config C")

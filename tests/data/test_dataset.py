@@ -66,7 +66,7 @@ def test_errors_of_arrays():
         ArrayDataset(IMAGES.astype(np.int64))
     with pytest.raises(ValueError, match="values that are not finite"):
         ArrayDataset(np.full((1, 1, 2, 2), np.nan))
-    with pytest.raises(ValueError, match=r"shape \[6\], one an image, not \[5\]"):
+    with pytest.raises(ValueError, match=r"shape \[6\], one per image, not \[5\]"):
         ArrayDataset(IMAGES, LABELS[:5])
     with pytest.raises(ValueError, match="labels must be integers, not float64"):
         ArrayDataset(IMAGES, LABELS / 2)

@@ -581,6 +581,6 @@ def test_a_label_file_inside_a_folder_of_a_zip(folder, tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted(folder.rglob("*.*")):
             archive.write(file, f"inner/{file.relative_to(folder).as_posix()}")
-    with pytest.raises(ValueError, match=r"must lie at the top: open .*a.zip/inner instead"):
+    with pytest.raises(ValueError, match=r"must be at the top: open .*a.zip/inner instead"):
         open_dataset(path)
     assert open_dataset(path / "inner").num_classes == 4

@@ -108,7 +108,7 @@ def test_a_mask_and_nan_mark_missing_values(tmp_path: Path) -> None:
             "6 images of 'x' and 4 conditions of 'conditions of x': give one condition",
         ),
         ({"conditions": CONDITIONS.astype(np.int64)}, "the conditions of .*x.npz cannot be used .*int64"),
-        ({"vectors": VECTORS[:4]}, r"vectors must have the shape \[6, D\], one an image, not \[4, 2\]"),
+        ({"vectors": VECTORS[:4]}, r"vectors must have the shape \[6, D\], one per image, not \[4, 2\]"),
         ({"vectors": np.full((6, 2), np.nan)}, "vectors must be finite: entry 0 of image 0 is nan"),
         ({"vectors": np.full((6, 2), "a")}, "vectors must be numbers, not <U1"),
         (

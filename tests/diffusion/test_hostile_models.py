@@ -213,7 +213,7 @@ def test_settings_name_files_beside_them_only(shared: Path, name: object) -> Non
     settings = shared / "edm2-img64-s-fid.json"
     settings.write_text(json.dumps({"format": "edm2.sampling/1", "guide": None, "model": name}))
     with pytest.raises(
-        ValueError, match=r"is damaged \(.* is not the name of a \.safetensors file beside it\)"
+        ValueError, match=r"is damaged \(.* is not the name of a \.safetensors file in the same folder\)"
     ):
         open_pretrained(settings)
     settings.unlink()

@@ -62,7 +62,7 @@ def test_images_do_not_depend_on_the_batch(run: Path) -> None:
 
 def test_a_model_that_never_missed_its_labels_is_warned_about(tmp_path: Path) -> None:
     plain = trained(tmp_path / "plain")
-    with pytest.warns(UserWarning, match="nothing of a training with some labels missing"):
+    with pytest.warns(UserWarning, match="not trained with missing labels"):
         ImageGenerator.load(plain).without_labels()
     free = trained(tmp_path / "free", dataset=DataConfig(labels=False))
     with pytest.raises(ValueError, match="an unconditional model cannot guide itself"):

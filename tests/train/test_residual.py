@@ -242,7 +242,7 @@ def test_mistakes(mean: str, tmp_path: Path) -> None:
         run(tmp_path / "run", residual=mean, data=tiny_data())
     with pytest.raises(ValueError, match="objective mean needs something to expect the image from"):
         run(tmp_path / "run", objective="mean", data=ArrayDataset(TARGETS))
-    with pytest.raises(ValueError, match="give one of the two"):
+    with pytest.raises(ValueError, match="give only one of them"):
         TrainConfig(objective="mean", residual="x")
     assert not (tmp_path / "run").exists()
     guide = ImageGenerator.load(mean)

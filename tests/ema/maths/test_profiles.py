@@ -92,5 +92,5 @@ def test_other_bad_input_is_refused() -> None:
         solve_coefficients([1, 2], [0.1], 2, [0.1])
     with pytest.raises(ValueError, match="given twice"):
         solve_coefficients([1, 1], [0.1, 0.1], 2, [0.1])
-    with pytest.raises(ValueError, match="no snapshot lies in"):
+    with pytest.raises(ValueError, match="no snapshot is in"):
         solve_coefficients([5], [0.1], 2, [0.1])

@@ -152,7 +152,7 @@ def test_a_stream_gives_the_same_images_and_starts_anywhere(tmp_path):
 
 def test_a_saved_folder_is_no_stream(tmp_path):
     table().save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match="read by row: leave streaming out"):
+    with pytest.raises(ValueError, match="cannot be streamed: leave streaming out"):
         stream_hugging_face(tmp_path / "saved")
 
 
