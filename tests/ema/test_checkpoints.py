@@ -216,7 +216,7 @@ def test_a_trainers_folder_is_read_for_its_models(tmp_path: Path) -> None:
     torch.testing.assert_close(result.tensors["layer.weight"], mean)
     save_file(weights(500), tmp_path / "checkpoint-500" / "model-00001-of-00002.safetensors")
     with pytest.raises(
-        ValueError, match=r"00001-of-00002.safetensors is one part of a model in several files, and no index"
+        ValueError, match=r"00001-of-00002.safetensors is one part of a model in several files, and its index"
     ):
         average_checkpoints(tmp_path, [0.1])
 

@@ -198,7 +198,12 @@ def test_errors_of_statistics():
         (np.zeros(2), np.eye(2), 1, "num_images 1 must be at least 2"),
         (np.zeros(2), np.full((2, 2), np.inf), 5, "must be finite"),
         (np.zeros(2), np.array([[1.0, 2.0], [0.0, 1.0]]), 5, "cov must be symmetric"),
-        (np.zeros(2), np.array([[1.0, 2.0], [2.0, 1.0]]), 5, "eigenvalue -1 next to 3: a covariance has no negative"),
+        (
+            np.zeros(2),
+            np.array([[1.0, 2.0], [2.0, 1.0]]),
+            5,
+            "eigenvalue -1 next to 3: a covariance has no negative",
+        ),
         (np.zeros(2), -np.eye(2), 5, "eigenvalue -1 next to -1: a covariance has no negative"),
         (np.full(2, 1e200), np.eye(2), 5, r"finite, of at most 1e\+40"),
     ],

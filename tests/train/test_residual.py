@@ -165,7 +165,7 @@ def test_models_made_from_the_run_take_the_regression_along(
     assert ImageGenerator.load(made).residual is not None
     assert ImageGenerator.load(tmp_path / "run", 0.07).residual is not None
     (tmp_path / "made" / MEAN_FILE).unlink()
-    with pytest.raises(ValueError, match=r"mean.safetensors is not beside it: copy it from the run"):
+    with pytest.raises(ValueError, match=r"mean.safetensors is not next to it: copy that file from the run"):
         ImageGenerator.load(made)
     run(tmp_path / "other", objective="mean", num_images=8)
     (tmp_path / "other" / "model.safetensors").rename(tmp_path / "made" / MEAN_FILE)

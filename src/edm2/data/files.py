@@ -192,7 +192,7 @@ def list_files(source: Path, *, split: str = "train", labels: bool = True) -> Ca
 def no_splits(source: Path, split: str) -> ValueError:
     """The error for a split of a source that has none."""
     return ValueError(
-        f"{source} has no split {split!r}: an image folder, ZIP or array is one set, 'train'; "
+        f"{source} has no split {split!r}: an image folder, ZIP or array has only the split 'train'; "
         "open the other by its own path"
     )
 
