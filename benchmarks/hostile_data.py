@@ -151,7 +151,7 @@ def fields(folder: Path) -> Iterator[Target]:
     for name, array in arrays.items():
         plain.create_array(name, data=array, chunks=(2, *array.shape[1:]))
     for group in ("named.zarr", "second.zarr", "plain.zarr"):
-        for path in sorted(p for p in (folder / group).rglob("*") if p.is_file()):
+        for path in _parts(folder / group):
             yield Target("fields", path, ways(len(path.relative_to(folder / group).parts)))
     named.to_netcdf(folder / "third.nc", engine="scipy")
     named.to_netcdf(folder / "fourth.nc", engine="h5netcdf")
@@ -159,6 +159,13 @@ def fields(folder: Path) -> Iterator[Target]:
     for name in ("third.nc", "fourth.nc", "pairs.npz"):
         yield Target("fields", folder / name, ways())
     yield from _cifar(folder)
+
+
+def _parts(group: Path) -> list[Path]:
+    """The metadata of a zarr group, and a chunk of each of its arrays."""
+    files = sorted(path for path in group.rglob("*") if path.is_file())
+    chunks = {path.relative_to(group).parts[0]: path for path in files if path.name[0].isdigit()}
+    return [path for path in files if not path.name[0].isdigit()] + list(chunks.values())
 
 
 def _cifar(folder: Path) -> Iterator[Target]:
@@ -197,8 +204,7 @@ def forecasts(folder: Path) -> Iterator[Target]:
     )
     for name in ("made.npz", "made.nc", "made.zarr"):
         path = write_forecast(folder / name, made)
-        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        for file in inside:
+        for file in _parts(path) if path.is_dir() else [path]:
             up = len(file.relative_to(folder).parts) - 1
             yield Target("fields", file, {
                 "read": lambda p, up=up: read_forecast(p.parents[up - 1] if up else p),

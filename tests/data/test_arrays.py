@@ -117,7 +117,7 @@ def test_files_with_the_suffix_of_the_other_kind(tmp_path):
         open_dataset(tmp_path / "y.npy")
     np.save(tmp_path / "x.npy", IMAGES)
     (tmp_path / "x.npy").rename(tmp_path / "y.npz")
-    with pytest.raises(ValueError, match=r"y.npz is not a data set \(it is not a whole .npz file\): make it"):
+    with pytest.raises(ValueError, match=r"y.npz is not a data set \(it is not a whole .npz file"):
         open_dataset(tmp_path / "y.npz")
 
 

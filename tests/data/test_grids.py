@@ -166,3 +166,14 @@ def test_a_header_that_promises_far_more_than_is_stored(tmp_path: Path) -> None:
         ValueError, match=r"a.zarr:labels .*promises 8,000,000,000,000 bytes of values and stores"
     ):
         open_dataset(str(path))
+
+
+def test_an_array_of_nothing_but_its_shape_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    zarr.open_group(str(path), mode="w").create_array(
+        "images", shape=(10**9, 1, 8, 8), dtype="uint8", chunks=(1, 1, 8, 8)
+    )
+    with pytest.raises(
+        ValueError, match=r"a.zarr:images .*promises 64,000,000,000 bytes of values and stores"
+    ):
+        open_dataset(str(path))

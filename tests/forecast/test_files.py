@@ -165,3 +165,22 @@ def test_damaged_and_forged_zarr_groups_are_refused(tmp_path: Path, read: Any) -
     about.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"f\.zarr "):
         read(path)
+
+
+def test_archives_whose_arrays_cannot_be_parsed_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f.npz"
+    np.savez(path, members=np.zeros((2, 2, 1, 1, 2, 2)))
+    whole = path.read_bytes()
+    for old, new in ((b"members.npy", b"members    "), (b"'shape': (2", b"'shape': ((")):
+        path.write_bytes(whole.replace(old, new))
+        with pytest.raises(ValueError, match=r"f\.npz is not a forecast"):
+            read_forecast(path)
+    npy = tmp_path / "a.npy"
+    np.save(npy, np.zeros(3))
+    npy.write_bytes(npy.read_bytes().replace(b"'shape': (3", b"'shape': (("))
+    for command in (
+        ["sample", "run", "--labels", str(npy)],
+        ["metrics", "ensemble", str(path), "--truth", str(npy)],
+    ):
+        with pytest.raises((ValueError, SystemExit)):
+            main(command)

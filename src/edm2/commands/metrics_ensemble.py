@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from edm2.data.npy import open_array
 from edm2.files import read_json, write_json
 from edm2.forecast import Forecast, read_forecast
 from edm2.forecast.page import write_forecast_page
@@ -198,8 +199,8 @@ def read_array(path: Path) -> np.ndarray:
         ValueError: If it cannot be read, or holds something else.
     """
     try:
-        array = np.load(path, allow_pickle=False)
-        if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.number):
+        array = open_array(path)
+        if not np.issubdtype(array.dtype, np.number):
             raise ValueError("it holds no numbers")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a .npy file of numbers ({error})") from error

@@ -14,6 +14,7 @@ from edm2.commands.next_step import tell_next
 from edm2.commands.sampling import Sampling, chosen_path, open_guide, sampler_options, with_saved
 from edm2.data import LatentDecoder, read_given
 from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
+from edm2.data.npy import open_array, read_arrays
 from edm2.forecast import make_ensemble
 from edm2.generate import ImageGenerator, parse_seeds, read_coding, write_samples
 from edm2.generate.checks import class_index
@@ -140,8 +141,7 @@ def _truth(chosen: _Sample) -> np.ndarray | None:
     path = Path(chosen.conditions or "")
     if path.suffix != ".npz":
         return None
-    with np.load(path, allow_pickle=False) as archive:
-        images = archive["images"] if "images" in archive.files else None
+    images = read_arrays(path, ["images"]).get("images")
     return images[:, None] if images is not None and images.ndim == 3 else images
 
 
@@ -194,10 +194,10 @@ def _given(chosen: _Sample, generator: ImageGenerator) -> dict[str, Any]:
 
 def _read_array(path: Path) -> np.ndarray:
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.array(open_array(path))
         torch.as_tensor(array[:1])
-    except Exception as error:  # NumPy parses the header as Python and passes on all errors of the parser
+    except (OSError, ValueError, TypeError, IndexError) as error:
         raise ValueError(f"{path} cannot be read as a .npy file of numbers ({error})") from error
-    if not isinstance(array, np.ndarray) or not len(array):
+    if not len(array):
         raise ValueError(f"{path} holds no rows of numbers: write it with numpy.save")
     return array

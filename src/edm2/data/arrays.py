@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from edm2.data.dataset import ArrayDataset, ImageDataset
-from edm2.data.npy import as_image, as_stored, channels_last, image_layout, stored_kind
+from edm2.data.npy import (
+    as_image,
+    as_stored,
+    channels_last,
+    image_layout,
+    open_array,
+    read_arrays,
+    stored_kind,
+)
 from edm2.data.pairs import Given, PairedDataset, checked_vectors
 from edm2.data.pictures import refusing
 
@@ -53,11 +61,11 @@ class NpyDataset(ImageDataset):
         values = None
         if labels and beside.exists():
             with _refusing(f"{beside} does not hold labels", "make it with numpy.save, [N] integers"):
-                values = np.array(_mapped(beside))
+                values = np.array(open_array(beside))
         beside, vectors = path.with_suffix(".vectors.npy"), None
         if beside.exists():
             with _refusing(f"{beside} does not hold vectors", "make it with numpy.save, [N, D] numbers"):
-                vectors = checked_vectors(_mapped(beside), len(array))
+                vectors = checked_vectors(open_array(beside), len(array))
         super().__init__(
             name=path.stem,
             image_shape=shape,
@@ -83,7 +91,7 @@ class NpyDataset(ImageDataset):
 
     def _open(self) -> np.ndarray:
         if self._array is None:
-            self._array = _mapped(self._path)
+            self._array = open_array(self._path)
         array: np.ndarray = self._array
         return array
 
@@ -173,16 +181,16 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     Raises:
         ValueError: If the file is damaged, has neither images nor conditions, or an array holds Python objects.
     """
-    if not zipfile.is_zipfile(path):
-        raise ValueError("it is not a whole .npz file")
-    with np.load(path, allow_pickle=False) as archive:
-        found = {}
-        for name, other in (("images", "arr_0"), ("labels", "arr_1"), *((n, n) for n in _GIVEN)):
-            key = name if name in archive.files else other
-            if key in archive.files:
-                found[name] = archive[key]
-        if not found.keys() & {"images", "conditions"}:
-            raise ValueError(f"it holds {', '.join(archive.files) or 'nothing'}, but no 'images'")
+    names = ("images", "labels", *_GIVEN)
+    content = read_arrays(path, [*names, "arr_0", "arr_1"])
+    for name, other in (("images", "arr_0"), ("labels", "arr_1")):
+        if name not in content and other in content:
+            content[name] = content[other]
+    found = {name: content[name] for name in names if name in content}
+    if not found.keys() & {"images", "conditions"}:
+        with zipfile.ZipFile(path) as archive:
+            held = [name.removesuffix(".npy") for name in archive.namelist()]
+        raise ValueError(f"it holds {', '.join(held) or 'nothing'}, but no 'images'")
     return found
 
 
@@ -206,15 +214,6 @@ def _masked(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
         )
     masked: np.ndarray = np.where(known, images, np.nan).astype(np.float32)
     return masked
-
-
-def _mapped(path: Path) -> np.ndarray:
-    # Mapping refuses a header that promises more than there is.
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(array, np.ndarray):
-        array.close()
-        raise ValueError("it is an .npz file by another name")
-    return array
 
 
 @contextmanager

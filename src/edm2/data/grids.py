@@ -17,7 +17,7 @@ import numpy as np
 
 from edm2.data.arrays import hashed_rows
 from edm2.data.dataset import ImageDataset, not_finite
-from edm2.data.npy import as_stored, stored_kind
+from edm2.data.npy import as_stored, check_promise, stored_kind
 from edm2.data.pairs import PairedDataset
 from edm2.extras import MissingExtra, needed
 from edm2.files import read_json
@@ -25,8 +25,6 @@ from edm2.files import read_json
 _SOURCE = re.compile(r"(.+\.(?:zarr|nc|nc4|netcdf))(?::([^/\\]+))?", re.IGNORECASE)
 _IMAGES, _CONDITIONS = ("output_images", "images"), ("input_images", "conditions")
 _MOST_VALUES = 1 << 28  # in the fields of one case: a forged header could promise more than fits into memory
-_ALWAYS_READ = 64 << 20
-_MOST_PACKED = 1000
 _METADATA = (".zarray", ".zgroup", ".zattrs", ".zmetadata", "zarr.json")
 
 
@@ -169,22 +167,22 @@ class _Array:
     """An array on the disk: a zarr array, or a variable of xarray."""
 
     def __init__(self, path: Path, name: str, source: Any) -> None:
-        self._where, self._path, self._source = f"{path}:{name}", path, source
+        self._where, self._source = f"{path}:{name}", source
         self.shape: tuple[int, ...] = tuple(source.shape)
         self.dtype = np.dtype(source.dtype)
+        chunk = getattr(source, "chunks", None) or getattr(source, "encoding", {}).get("chunks") or ()
+        with reading_fields(self._where):
+            check_promise(path, max(math.prod(self.shape), math.prod(chunk)) * self.dtype.itemsize)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Rows of the first axis."""
         with reading_fields(self._where):
-            check_promise(self._path, math.prod((len(indices), *self.shape[1:])) * self.dtype.itemsize)
             if hasattr(self._source, "isel"):
                 return np.asarray(self._source.isel({self._source.dims[0]: indices}).to_numpy())
             return np.asarray(self._source.oindex[indices])
 
     def all(self) -> np.ndarray:
         """All values, of small arrays."""
-        with reading_fields(self._where):
-            check_promise(self._path, math.prod(self.shape) * self.dtype.itemsize)
         return self.rows(np.arange(self.shape[0]))
 
 
@@ -200,16 +198,6 @@ def reading_fields(where: object) -> Iterator[None]:
         raise ValueError(
             f"{where} cannot be read ({reason}): restore it from a copy, or give another path"
         ) from error
-
-
-def check_promise(path: Path, num_bytes: int) -> None:
-    """Raise ValueError if a header promises far more bytes of values than the file stores, however well packed."""
-    if num_bytes <= _ALWAYS_READ:
-        return
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    stored = sum(p.stat().st_size for p in files)
-    if num_bytes > _MOST_PACKED * stored:
-        raise ValueError(f"it promises {num_bytes:,} bytes of values and stores {stored:,}")
 
 
 def _open(path: Path) -> dict[str, _Array]:

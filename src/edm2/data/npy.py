@@ -2,8 +2,13 @@
 
 import io
 import math
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
+
+_ALWAYS_READ = 128 << 20
+_MOST_PACKED = 1000
 
 
 def read_array_header(data: bytes, size: int | None) -> tuple[tuple[int, ...], np.dtype]:
@@ -43,6 +48,66 @@ def read_array(data: bytes) -> np.ndarray:
     """
     read_array_header(data, len(data))
     return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+
+
+def check_promise(path: Path, num_bytes: int) -> None:
+    """Raise ValueError if a header promises far more bytes of values than the file stores, however well packed."""
+    if num_bytes <= _ALWAYS_READ:
+        return
+    stored = 0
+    for file in [path] if path.is_file() else path.rglob("*"):
+        stored += file.stat().st_size
+        if num_bytes <= _MOST_PACKED * stored:  # a large store has many files
+            return
+    raise ValueError(f"it promises {num_bytes:,} bytes of values and stores {stored:,}")
+
+
+def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Read those of the named arrays that a `.npz` file holds; never runs what is in it.
+
+    Raises:
+        ValueError: If it is damaged, or holds something else under these names.
+        OSError: If it cannot be read.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            wanted = [name for name in names if name in archive.files]
+            sizes = {
+                member.filename.removesuffix(".npy"): member.file_size for member in archive.zip.infolist()
+            }
+            check_promise(path, sum(sizes[name] for name in wanted))
+            found = {name: archive[name] for name in wanted}
+    except OSError:
+        raise
+    except Exception as error:  # NumPy parses headers as Python, and passes on what zipfile and zlib raise
+        raise ValueError(
+            f"it is not a whole .npz file: {str(error)[:200] or type(error).__name__}"
+        ) from error
+    for name, array in found.items():
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{name} is not an array")
+    return found
+
+
+def open_array(path: Path) -> np.ndarray:
+    """Map the array of a `.npy` file; never runs what is in it.
+
+    Raises:
+        ValueError: If it is damaged, promises more values than there are, or is another file.
+        OSError: If it cannot be read.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # NumPy parses headers as Python
+        raise ValueError(
+            f"it is not a whole .npy file: {str(error)[:200] or type(error).__name__}"
+        ) from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise ValueError("it is an .npz file by another name")
+    return array
 
 
 def as_image(array: np.ndarray, *, missing: bool = False) -> np.ndarray:

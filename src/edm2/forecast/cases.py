@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from edm2.data.grids import check_promise, reading_fields, refuse_pickles
+from edm2.data.grids import reading_fields, refuse_pickles
+from edm2.data.npy import check_promise, open_array, read_arrays
 from edm2.extras import needed
 
 _NAMES = ("frames", "start", "conditions", "truth", "images", "vectors", "labels")
@@ -65,11 +66,10 @@ def read_cases(path: Path, *, frames: int, channels: int) -> Cases:
 def _read(path: Path) -> dict[str, np.ndarray]:
     suffix = path.suffix.lower()
     if suffix == ".npy":
-        array = np.load(path, allow_pickle=False, mmap_mode="r")
+        array = open_array(path)
         return {"frames" if array.ndim == 5 else "conditions": array}
     if suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in _NAMES if name in archive.files}
+        return read_arrays(path, _NAMES)
     with needed(f"reading {path.name}"):
         import xarray
     with reading_fields(path):

@@ -1,6 +1,7 @@
 """Forecasts on the disk: one `.npz`, NetCDF or zarr, with the same arrays under the same names."""
 
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from edm2.data.grids import check_promise, reading_fields, refuse_pickles
+from edm2.data.grids import reading_fields, refuse_pickles
+from edm2.data.npy import check_promise, read_arrays
 from edm2.extras import needed
 from edm2.files import read_json, replacing, replacing_folder
 from edm2.generate.archive import array_header, writing
 
 FORMATS = (".npz", ".nc", ".zarr")
 _SETTINGS = "settings.json"  # in an archive; an attribute elsewhere
+_MOST_SETTINGS = 32 << 20
 _MOST_NETCDF = (1 << 32) - 4  # bytes of an array in NetCDF 3, which every program reads
 _DIMENSIONS = {
     "members": ("case", "member", "lead", "channel", "y", "x"),
@@ -133,10 +136,10 @@ def read_forecast(path: Path) -> Forecast:
 
 
 def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], Any]:
-    with np.load(path, allow_pickle=False) as archive:
-        names = archive.files
-        settings = read_json(archive.zip.read(_SETTINGS)) if _SETTINGS in archive.zip.namelist() else {}
-        return {name: archive[name] for name in _DIMENSIONS if name in names}, settings
+    arrays = read_arrays(path, _DIMENSIONS)
+    with zipfile.ZipFile(path) as archive:
+        held = _SETTINGS in archive.namelist() and archive.getinfo(_SETTINGS).file_size < _MOST_SETTINGS
+        return arrays, read_json(archive.read(_SETTINGS)) if held else {}
 
 
 def _read_xarray(path: Path) -> tuple[dict[str, np.ndarray], Any]:
