@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="animated WebP")
     parser.add_argument("--changes", type=int, default=12, help="lengths to time")
     chosen = parser.parse_args()
-    page = build(Workbench(chosen.run), told="This page is seen from this machine only.")
+    page = build(Workbench(chosen.run), told="This page is visible only from this machine.")
     address = serve(page, wait=False)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])

@@ -287,7 +287,8 @@ def _add_settings(
     ]
     by_command = config == get_preset(_PRESET)
     page.section(
-        "The same by hand", "" if by_command else "After training with the settings below, from Python."
+        "The same on the command line",
+        "" if by_command else "After training with the settings below, from Python.",
     )
     page.code("\n".join(commands if by_command else commands[1:]))
     page.section(

@@ -226,7 +226,7 @@ def test_large_pictures_are_told_about(at_speed: Callable[[float], None]) -> Non
     assert advice.sigma_max > 80
     told = "\n".join(advice.remarks())
     assert f"--sigma-max {advice.sigma_max:g}" in told
-    assert "or smaller pictures (edm2 data convert --size 32)" in told
+    assert "or use smaller images (edm2 data convert --size 32)" in told
     assert advice.is_too_large
 
 

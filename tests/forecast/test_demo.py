@@ -37,7 +37,7 @@ def test_writes_what_it_measured(done: tuple[Path, MeasuredForecast]) -> None:
     with np.load(out / "films.npz") as films:
         np.testing.assert_array_equal(made.truth, films["frames"][:, 2:])
     page = (out / "report.html").read_text()
-    for heading in ("Forecast", "Scores", "Training", "The same by hand"):
+    for heading in ("Forecast", "Scores", "Training", "The same on the command line"):
         assert f">{heading}</h2>" in page
     assert "CRPS above the exact law" in page
 

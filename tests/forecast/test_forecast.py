@@ -185,7 +185,7 @@ FILMS = np.zeros((4, 3, 1, 6, 8), np.float32)
         ({"frames": FILMS, "start": FILMS}, "it holds frames and start: give one of them"),
         ({"conditions": FILMS[:, :, 0]}, r"conditions of shape \[4, 3, 6, 8\] must be \[N, 2, H, W\]: 2 frames of 1"),
         ({"frames": FILMS[:, :1]}, r"starts of shape \[4, 1, 1, 6, 8\] must be \[N, 2, 1, H, W\]"),
-        ({"start": FILMS[:, :2], "truth": FILMS[:3]}, "truth of shape .* beside starts of shape .* does not fit"),
+        ({"start": FILMS[:, :2], "truth": FILMS[:3]}, "truth of shape .* does not fit starts of shape"),
         ({"start": FILMS[:, :2], "vectors": np.zeros((3, 2, 1))}, "3 vectors for 4 starts: give one each"),
     ],
 )  # fmt: skip

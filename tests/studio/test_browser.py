@@ -31,7 +31,7 @@ def served(run):
     from edm2.studio.page import build, serve
     from edm2.studio.workbench import Workbench
 
-    page = build(Workbench(run), told="This page is seen from this machine only.")
+    page = build(Workbench(run), told="This page is visible only from this machine.")
     return serve(page, wait=False), page.close
 
 

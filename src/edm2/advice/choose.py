@@ -186,7 +186,7 @@ class _Work:
             needed = size_text(step_bytes(config, *self.sizes(shape), images=1))
             raise ValueError(
                 f"the smallest network needs {needed} for one image of {self.dataset.image_shape}, above the memory of "
-                f"{size_text(self.memory or 0)}: bring the images to a smaller size"
+                f"{size_text(self.memory or 0)}: use smaller images"
             )
         return config if images == config.batch_size else dataclasses.replace(config, microbatch=images)
 

@@ -40,7 +40,7 @@ def check_pictures(source: str, *, labels: bool = True, device: str = "auto") ->
         found.append(f"transparency in {clear:,} of {len(headers):,} pictures")
     if found:
         raise ValueError(
-            f"{source} has {' and '.join(found)}. This brings the pictures to one size"
+            f"{source} has {' and '.join(found)}. This command brings the images to one size"
             + (" and lays them on a colour (any name, or #rrggbb)" if clear else "")
             + f":\n  edm2 {mending_words(source, sizes, clear=clear > 0, device=device)}"
         )

@@ -171,9 +171,9 @@ class Advice:
         config, remarks = self.config, []
         _, height, width = self.dataset.image_shape
         if config.num_steps < _FEW_STEPS:
-            smaller = ", or smaller pictures (edm2 data convert --size 32)" if self.is_too_large else ""
+            smaller = ", or use smaller images (edm2 data convert --size 32)" if self.is_too_large else ""
             remarks.append(
-                f"{config.num_steps:,} steps are few for pictures of {height}x{width}, and samples will be rough: give "
+                f"{config.num_steps:,} steps are few for images of {height}x{width}, so samples will be rough: give "
                 f"more --hours{smaller}"
             )
         if len(self.dataset) < _FEW_IMAGES:

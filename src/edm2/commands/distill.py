@@ -30,9 +30,9 @@ class _Distill:
     out: Path
     """Folder of the student's run."""
     ema: float | None = None
-    """EMA length of the teacher, reconstructed from its run's snapshots and not guided. Default: the tuned one."""
+    """EMA length of the teacher, reconstructed from its run's snapshots, without a guide. Default: the tuned one."""
     guided: bool = True
-    """Whether to follow the guide of tuned or published settings."""
+    """Whether to use the guide of tuned or published settings."""
     log_to: tuple[str, ...] = ()
     """Also log to tensorboard, wandb or trackio; several may be given."""
     consistency: ConsistencyConfig

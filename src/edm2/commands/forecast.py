@@ -21,21 +21,21 @@ class _Forecast(Sampling):
     """Continue films step by step with a model of the next frame, as an ensemble, and write a page that plays it.
 
     The model was trained with past frames as the condition, the channels of the earliest first, and the next frame as
-    the image. Member m of case i depends on --seed, i and m alone; under torchrun the processes share the work. Run the
-    same command again to continue after a stop.
+    the image. Member m of case i depends only on --seed, i and m; under torchrun the processes share the work. Run the
+    same command again to continue after an interruption.
     """
 
     start: Annotated[Path, tyro.conf.arg(aliases=["--from"])]
     """Where to start (under torchrun, which has an option of that name, write --from): .npz, NetCDF or zarr with
     `frames` [N, time, C, H, W], whose later frames are the truth, or with `conditions` as in training, or with `start`
-    [N, frames, C, H, W]; possibly `truth` [N, steps, C, H, W], `vectors` [N, steps, V] for a model that is told
+    [N, frames, C, H, W]; optionally `truth` [N, steps, C, H, W], `vectors` [N, steps, V] for a model that is told
     something at each step, and `labels`. Or .npy with frames or conditions."""
     steps: int = 12
     """Frames to forecast."""
     members: int = 16
     """Members of each case."""
     out: Path
-    """Forecast to write: .npz, .nc or .zarr. The page, and the scores where the truth is known, are written beside."""
+    """Forecast to write: .npz, .nc or .zarr. The page, and the scores if the truth is known, are written next to it."""
     truth: Path | None = None
     """.npy file with what followed, [N, steps, C, H, W], missing values NaN. Default: that of --start."""
     cases: str | None = None

@@ -38,11 +38,11 @@ class _Ensemble:
     quantiles: tuple[float, ...] = (0.5, 0.9)
     """Further thresholds, as quantiles of each channel's truth."""
     resamples: int = 1000
-    """Draws of the cases for the intervals."""
+    """Number of times the cases are resampled for the intervals."""
     seed: int = 0
     """Seed of these draws, and of ranks between equal values."""
     out: Path | None = None
-    """JSON file for all numbers. Default: beside the forecast."""
+    """JSON file for all numbers. Default: next to the forecast."""
 
 
 def ensemble(prog: str, words: Sequence[str]) -> None:
@@ -138,7 +138,7 @@ def report(made: Forecast, out: Path, *, title: str, page: bool = True) -> None:
 
     Args:
         made: The forecast.
-        out: Where it lies; scores and page are written beside.
+        out: Its file; scores and page are written next to it.
         title: Title of the page.
         page: Whether to write the page.
     """

@@ -21,9 +21,9 @@ _TEST_SHARE = 0.25
 
 @dataclass(kw_only=True)
 class _Probe:
-    """Read classes from the network's features with a linear classifier, at every block and several noise levels.
+    """Classify images from the network's features with a linear classifier, at every block and several noise levels.
 
-    Block and noise level are chosen on a part of the training images; the accuracy told is that on test images. A run
+    Block and noise level are chosen on a part of the training images; the final accuracy is that on test images. A run
     that was trained without labels can be probed, if its data has classes.
     """
 
@@ -38,20 +38,22 @@ class _Probe:
     sigmas: tuple[float, ...] = NOISE_LEVELS
     """Noise levels, in network units."""
     cells: int = 2
-    """Parts of each side of the image over which a block's output is averaged; 1 is one average over all pixels."""
+    """Number of parts of each side of the image over which a block's output is averaged; 1 averages over all pixels."""
     samples: int = 10_000
-    """Most training images, and most test images, to use."""
+    """Maximum number of training images, and of test images, to use."""
     seed: int = 0
-    """Of the noise, and of the choice of images."""
+    """Seed of the noise and of the choice of images."""
     out: Path | None = None
-    """JSON file for the numbers; older ones there are replaced. Default: probe.json in the run's folder."""
+    """JSON file for the numbers; an existing one is replaced. Default: probe.json in the run's folder."""
 
 
 def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 probe`."""
     chosen = tyro.cli(_Probe, prog=prog, args=list(words))
     if chosen.raw and chosen.ema is not None:
-        raise ValueError(f"--raw and --ema {chosen.ema:g} exclude each other: raw weights are not averaged")
+        raise ValueError(
+            f"--raw and --ema {chosen.ema:g} exclude each other, because raw weights are not averaged"
+        )
     out = chosen.out or chosen.run / "probe.json"
     _check_out(out)
     train, test, how = _split(chosen)

@@ -16,7 +16,7 @@ from edm2.tuning.lengths import LengthStudy, length_score
 
 @dataclass(kw_only=True)
 class _Report:
-    """Draw what happened in one run, or in several side by side, as one HTML file that opens offline.
+    """Write a page about one run, or about several side by side: one HTML file that opens offline.
 
     With --lengths the page shows how the score depends on the EMA length. That takes minutes, and continues after a
     stop; later pages show it without the option.
@@ -25,7 +25,7 @@ class _Report:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folders of runs, finished or under way."""
     out: Path | None = None
-    """The file; default: report.html in the first run's folder. An older report there is replaced."""
+    """File for the page; an existing report is replaced. Default: report.html in the first run's folder."""
     samples: bool = True
     """Run the networks: samples over time and errors by noise level."""
     lengths: bool = False

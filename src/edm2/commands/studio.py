@@ -19,23 +19,23 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class _Studio:
     """Open a page in the browser on which a run's images change with EMA length, guide, weight, interval and sampler.
 
-    The page is seen from this machine only, unless another --host is given. Nothing outside the run is served, and
+    The page is visible only from this machine, unless you give another --host. Nothing outside the run is served, and
     nothing is sent anywhere. Stop it with Ctrl-C.
     """
 
     run: Annotated[Path | None, tyro.conf.Positional] = None
     """Folder of a run, finished or under way. Default: that of the demo, runs/demo/run."""
     guide: Path | None = None
-    """Another model that may guide: a file or a run."""
+    """Another model to offer as guide: a file or a run."""
     vae: str | None = None
     """AutoencoderKL that decodes a latent model's latents: a name on the hub, or a folder.
     Default: stabilityai/sd-vae-ft-mse."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets everyone see the page who can reach this machine."""
+    """Address to listen on; 0.0.0.0 shows the page to everyone who can reach this machine."""
     port: int | None = None
-    """Port; default: the first free one from 7860."""
+    """Port. Default: the first free one from 7860."""
 
 
 def run(prog: str, words: Sequence[str]) -> None:
@@ -50,12 +50,14 @@ def run(prog: str, words: Sequence[str]) -> None:
     bench = Workbench(chosen.run or _DEMO, chosen.guide, vae=chosen.vae, device=pick_device(chosen.device))
     alone = chosen.host in _LOOPBACK
     told = (
-        "This page is seen from this machine only."
+        "This page is visible only from this machine."
         if alone
-        else "Everyone who reaches this machine sees this page."
+        else "Everyone who can reach this machine sees this page."
     )
     page = build(bench, may_save=alone, told=told)
     address = serve(page, host=chosen.host, port=chosen.port, wait=False)
     show(f"{bench.run}, {bench.status}: {address}")
-    tell("edm2: seen from this machine only; stop with Ctrl-C" if alone else f"edm2: {told} Saving is off.")
+    tell(
+        "edm2: visible only from this machine; stop with Ctrl-C" if alone else f"edm2: {told} Saving is off."
+    )
     page.block_thread()

@@ -115,9 +115,7 @@ def _check(cases: Cases, frames: int, channels: int) -> None:
         )
     truth = cases.truth
     if truth is not None and (truth.ndim != 5 or (len(truth), *truth.shape[2:]) != (shape[0], *shape[2:])):
-        raise ValueError(
-            f"truth of shape {list(truth.shape)} beside starts of shape {list(shape)} does not fit"
-        )
+        raise ValueError(f"truth of shape {list(truth.shape)} does not fit starts of shape {list(shape)}")
     for name, array in (("vectors", cases.vectors), ("labels", cases.labels)):
         if array is not None and len(array) != len(cases):
             raise ValueError(f"{len(array)} {name} for {len(cases)} starts: give one each")

@@ -188,7 +188,7 @@ def run_forecast_demo(
         made,
         out / "report.html",
         scores=scores,
-        title="A forecast beside the exact law",
+        title="A forecast compared with the exact law",
         lead="Fields that drift and diffuse on a torus. A network saw pairs, two frames and the next; the law that it "
         "should have learned is known exactly.",
         lines={"exact": law.tolist()},

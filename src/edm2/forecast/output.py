@@ -218,7 +218,7 @@ def _warn_of_strange(generator: ImageGenerator, conditions: np.ndarray, vectors:
     if far[row, entry] > _FAR:
         warnings.warn(
             f"entry {entry} of the vectors reaches {entries[row, entry]:.4g}, and in training it was {mean[entry]:.4g} "
-            f"with a standard deviation of {std[entry]:.4g}: the model was not trained for that",
+            f"with a standard deviation of {std[entry]:.4g}: the model was not trained on such values",
             stacklevel=3,
         )
 

@@ -69,7 +69,7 @@ def write_forecast_page(
     for picture, caption, alt in figures:
         page.figure(picture, caption, alt)
     if commands:
-        page.section("The same by hand")
+        page.section("The same on the command line")
         page.code(commands)
     if settings:
         page.section("Settings")
@@ -205,25 +205,25 @@ def _add_scores(page: Page, scores: EnsembleScores, lines: Mapping[str, Sequence
             if scores.num_members > 1:
                 page.figure(
                     spread_figure(scores, channel),
-                    f"Spread over error of the mean{of}: below 1 the ensemble is too sure of itself",
+                    f"Spread over error of the mean{of}: below 1 the ensemble is overconfident",
                     "Spread-skill ratio by lead time",
                 )
                 page.figure(
                     ranks_figure(scores, channel, ends),
-                    f"Rank of the truth{of}: flat for an honest ensemble",
+                    f"Rank of the truth{of}: flat for a calibrated ensemble",
                     "Rank histogram",
                 )
             if scores.reliability and scores.num_members > 1:
                 page.figure(
                     reliability_figure(scores, channel, leads - 1),
-                    f"Reliability{of} at step {leads}: on the diagonal for an honest ensemble of many members, "
+                    f"Reliability{of} at step {leads}: on the diagonal for a calibrated ensemble of many members, "
                     "flatter for few",
                     "Observed frequency against forecast probability",
                 )
             if scores.spectrum is not None:
                 page.figure(
                     spectrum_figure(scores, channel, leads - 1),
-                    f"Power{of} at step {leads}: members should have that of the truth",
+                    f"Power{of} at step {leads}: members should match the truth",
                     "Power by wave number",
                 )
     page.table(*_table(scores))

@@ -23,7 +23,7 @@ class OwnGuide:
         run: Folder of the run.
         num_images: Moment of the average, in training images.
         sigma_rel: EMA length of both.
-        guide_images: Moment of the guide, in training images; None for no guidance.
+        guide_images: Point of the guide's run, in training images; None for no guidance.
         guidance: Guidance weight.
     """
 

@@ -118,14 +118,14 @@ def add_averages(page: Page, run: Run) -> None:
     with page.columns():
         page.figure(
             tracked_figure(run.manifest, run.moments()),
-            "Weight that the tracked averages give to each moment, at some of the stored times",
+            "Weight that the tracked averages give to each point of the training, at some of the stored times",
             "Curves of the power-function profiles of the tracked averages against training time",
         )
         if results:
             page.figure(
                 reconstruction_figure(run.manifest, results),
-                "Averages reconstructed from all snapshots, and the power functions that were wanted",
-                "Curves of wanted and made profiles against training time, and their difference",
+                "Averages reconstructed from all snapshots, and the wanted power functions",
+                "Curves of wanted and reconstructed profiles against training time, and their difference",
             )
     rows = [[f"{r.sigma_rel:g}", f"{r.expected_error:.1e}"] for r in results] + refused
     page.table(["EMA length", "expected error"], rows, caption="Relative error of the reconstructed weights")

@@ -109,7 +109,7 @@ def add_samples_over_time(page: Page, run: Run) -> None:
         image_grid(images, columns=_SEEDS_SHOWN, scale=scale),
         f"Seeds 0 to {_SEEDS_SHOWN - 1}, one column each, after {times} images (top to bottom); "
         f"EMA length {run.sigma_rel:g}, {run.num_steps} steps{classes}",
-        "Grid of samples from the same seeds at several moments of the training",
+        "Grid of samples from the same seeds at several points of the training",
     )
 
 

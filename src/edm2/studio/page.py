@@ -43,7 +43,7 @@ def build(bench: Workbench, *, may_save: bool = True, told: str = "") -> Any:
         status = gr.Markdown(_status(bench, told))
         with gr.Row():
             shared = _shared_controls(bench)
-        compare = gr.Checkbox(label="A second setting beside the first", elem_id="compare")
+        compare = gr.Checkbox(label="Compare with a second setting", elem_id="compare")
         with gr.Row():
             with gr.Column(min_width=320):
                 first, shown = _side(bench, "A", shared, may_save=may_save)
@@ -138,7 +138,7 @@ def _controls(bench: Workbench, side: str) -> list[Any]:
         return f"{name}-{side}"
 
     length = gr.Slider(0.01, 0.3, start.sigma_rel, step=0.005, label="EMA length", elem_id=place("ema"))
-    moment = gr.Dropdown(times, value=start.num_images, label="Moment of the run", elem_id=place("moment"))
+    moment = gr.Dropdown(times, value=start.num_images, label="Point of the run", elem_id=place("moment"))
     guide = gr.Radio(kinds, value=start.guide, label="Guide", elem_id=place("guide"))
     with gr.Group(visible=start.guide != "none") as guided:
         weight = gr.Slider(0, 5, start.guidance, step=0.05, label="Guidance weight", elem_id=place("weight"))
@@ -153,7 +153,10 @@ def _controls(bench: Workbench, side: str) -> list[Any]:
         )
         with gr.Group(visible=start.guide == "earlier") as earlier:
             guide_moment = gr.Dropdown(
-                times, value=start.guide_images, label="Moment of the guide", elem_id=place("guide-moment")
+                times,
+                value=start.guide_images,
+                label="Point of the guide's run",
+                elem_id=place("guide-moment"),
             )
             guide_length = gr.Slider(
                 0.01,
@@ -224,7 +227,7 @@ def _side(
 
 def _more(bench: Workbench, inputs: list[Any], shown: Any, may_save: bool) -> None:
     """What lies under the pictures, about the first setting."""
-    with gr.Accordion("How the first image comes about, step by step", open=True):
+    with gr.Accordion("The first image, step by step", open=True):
         path = gr.HTML(elem_id="path")
     with gr.Accordion("Curves", open=True):
         curves = gr.HTML(elem_id="curves")
@@ -282,7 +285,7 @@ def draw_path(bench: Workbench, choice: Choice) -> str:
 def draw_curves(bench: Workbench, choice: Choice) -> str:
     """The curves of the run, with the chosen setting marked."""
     drawn = [
-        (f"Weight of each moment of the training; EMA length {choice.sigma_rel:g}", bench.profile(choice))
+        (f"Weight of each point of the training; EMA length {choice.sigma_rel:g}", bench.profile(choice))
     ]
     noise = bench.noise(choice)
     if noise is not None:

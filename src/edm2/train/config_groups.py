@@ -175,14 +175,14 @@ class ConsistencyConfig:
     """Consistency tuning of a teacher; see `edm2.train.consistency`."""
 
     teacher: Annotated[str, tyro.conf.Suppress] = ""
-    """What tells this teacher, its guide and its coding from others."""
+    """Identifies this teacher, its guide and its coding."""
     path: Literal["data", "teacher"] = "data"
-    """How a point moves to the lower noise level. data: towards the training image that it was made from. teacher: by a
+    """Path to the lower noise level. data: towards the training image that the point was made from. teacher: by a
     step of the teacher's ODE, which a guided teacher needs; costs a third more time, with a guide two thirds."""
     halvings: int = 6
     """Number of times that the gap between the noise levels of a pair is halved."""
     halving_images: int | None = None
-    """Images for each halving; the gap then stays. Default: it is smallest at the end of the run."""
+    """Images for each halving; afterwards the gap stays constant. Default: it is smallest at the end of the run."""
     huber: float = 0.0005
     """Scale of errors, relative to the image's norm, below which the loss is quadratic and above which it is linear."""
     guidance: Annotated[float, tyro.conf.Suppress] = 1.0

@@ -34,7 +34,7 @@ class Evaluations:
         Args:
             facts: Everything that the score depends on, as JSON values.
             compute: Gives the score.
-            num_images: Moment of the run, for the log.
+            num_images: Point of the run, for the log.
             **told: What else a reader of the log wants to know.
         """
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]

@@ -123,8 +123,8 @@ def add_lengths(page: Page, found: Lengths) -> None:
     with page.columns():
         page.figure(
             lengths_figure(dict(zip(moments, found.by_moment, strict=True)), label=found.metric),
-            "At several moments of the training; rings mark the lowest points",
-            f"Curves of {found.metric} against EMA length, one for each moment of the training",
+            "At several points of the training; rings mark the lowest values",
+            f"Curves of {found.metric} against EMA length, one for each point of the training",
         )
         if found.groups:
             page.figure(

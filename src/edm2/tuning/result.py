@@ -129,7 +129,7 @@ class Tuned:
         baseline: Scores of EMA length 0.10 without guidance, with the same seeds.
         metric: What a score is, in words.
         features: What it is measured in, in words.
-        num_images: Moment of the run that was tuned, in training images; None if a file does not say it.
+        num_images: Point of the run that was tuned, in training images; None if a file does not say it.
         range: Ends of the schedule, sigma_min and sigma_max, where they were not the usual ones.
     """
 
