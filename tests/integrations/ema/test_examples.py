@@ -68,3 +68,38 @@ def test_language_model_example_compares_merges_with_real_decays(
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
     assert [line[0] for line in lines] == ["5%", "10%", "20%", "40%"]
     assert all(0 < float(loss) < 6 for line in lines for loss in line[1:])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_lightning_example_resumes_exactly(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    lines = (EXAMPLES / "lightning_denoiser.py").read_text().splitlines()
+    assert sum(bool(line) for line in lines) <= 80
+    script = load("lightning_denoiser")
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    script.main(tmp_path / "run", 12, val_check_interval=6, **quiet)
+    assert (tmp_path / "run" / "digits.png").exists()
+    assert (tmp_path / "run" / "snapshots" / "manifest.json").exists()
+
+    def fit(steps: int, checkpoint: Path | None = None) -> tuple[torch.nn.Module, object]:
+        torch.manual_seed(0)
+        data = script.Digits()
+        module = script.DenoiserModule(script.measure_coding(data.images))
+        average = script.PowerEMACallback(tmp_path / f"{steps} {checkpoint is None}")
+        options = {**quiet, "enable_checkpointing": False, "limit_val_batches": 0}
+        trainer = script.Trainer(max_steps=steps, callbacks=[average], **options)
+        trainer.fit(module, data, ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module, average.ema
+
+    whole, halves = fit(8), fit(4)
+    resumed = fit(8, tmp_path / "4.ckpt")
+    assert halves[0].state_dict().keys() == resumed[0].state_dict().keys()
+    for one, other in zip(whole[0].state_dict().values(), resumed[0].state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert whole[1].average(0.1).keys() == resumed[1].average(0.1).keys()
