@@ -174,6 +174,7 @@ def test_a_mean_that_depends_on_what_is_given_is_learned(tmp_path: Path) -> None
     assert np.abs(error).mean() < 6
 
 
+@pytest.mark.filterwarnings("default:entry 1 of the vectors")
 def test_the_command_line_trains_and_samples_pairs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +201,29 @@ def test_the_command_line_trains_and_samples_pairs(
         assert a["arr_0"].mean() > 200
         assert np.allclose(a["arr_0"], b["arr_0"])
         assert a["arr_1"].tolist() == LABELS[:6].tolist()
+    np.savez(tmp_path / "late.npz", conditions=CONDITIONS, vectors=VECTORS + np.array([0, 9]))
+    sample = f"sample {tmp_path}/run --seeds 0 --num-steps 2 --out {tmp_path}/late"
+    main(f"{sample} --conditions {tmp_path}/late.npz".split())
+    assert "entry 1 of the vectors reaches 10.42, and in training it was -0.2245" in capsys.readouterr().err
+    np.savez(
+        tmp_path / "bad.npz", conditions=CONDITIONS, vectors=np.where(VECTORS > 2, np.nan, VECTORS)[::-1]
+    )
+    with pytest.raises(SystemExit):
+        main(f"sample {tmp_path}/run --out {tmp_path}/bad --conditions {tmp_path}/bad.npz".split())
+    assert "vectors must be finite: entry 0 of image 0 is nan" in capsys.readouterr().err
+    np.save(tmp_path / "nan.npy", VECTORS * np.nan)
+    np.save(tmp_path / "conditions.npy", CONDITIONS)
+    for labels, told in (
+        ("nan.npy", "vectors hold values that are not finite"),
+        ("late.npz", "cannot be read as a .npy file of numbers"),
+    ):
+        with pytest.raises(SystemExit):
+            main(
+                f"sample {tmp_path}/run --out {tmp_path}/bad --conditions {tmp_path}/conditions.npy "
+                f"--labels {tmp_path}/{labels}".split()
+            )
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
     np.save(tmp_path / "wrong.npy", CONDITIONS + 273.15)
     np.save(tmp_path / "vectors.npy", VECTORS)
     with pytest.raises(SystemExit):

@@ -238,8 +238,29 @@ def test_mistakes(mean: str, tmp_path: Path) -> None:
     run(tmp_path / "diffusion", num_images=8)
     with pytest.raises(ValueError, match=r"is not a regression: train one with --objective mean"):
         run(tmp_path / "run", residual=str(tmp_path / "diffusion"))
-    with pytest.raises(ValueError, match="was trained on other data"):
-        run(tmp_path / "run", residual=mean, data=tiny_data())
+    small = ArrayDataset(CONDITIONS[..., :2, :2])
+    for data, told in (
+        (tiny_data(), r"channels 2 there, 1 here; .*label size 0 there, 3 here"),
+        (
+            PairedDataset(ArrayDataset(TARGETS), small),
+            r"conditions floats \[1, 4, 4\] there, floats \[1, 2, 2\] here",
+        ),
+        (
+            PairedDataset(ArrayDataset(TARGETS, np.arange(COUNT) % 5), pairs().conditions),
+            "label size 0 there, 5 here",
+        ),
+        (
+            PairedDataset(pairs(), ArrayDataset(np.where(CONDITIONS > 6, np.nan, CONDITIONS), missing=True)),
+            "missing values of conditions False there, True here",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"was trained on other data .{told}"):
+            run(
+                tmp_path / "run",
+                residual=mean,
+                data=data,
+                dataset=DataConfig(resample="nearest", missing="mask"),
+            )
     with pytest.raises(ValueError, match="objective mean needs something to expect the image from"):
         run(tmp_path / "run", objective="mean", data=ArrayDataset(TARGETS))
     with pytest.raises(ValueError, match="give only one of them"):

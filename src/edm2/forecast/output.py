@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from edm2.forecast.cases import Cases
 from edm2.forecast.files import Forecast, check_format, read_forecast, write_forecast
 from edm2.forecast.rollout import past_frames, roll_out
 from edm2.generate import ImageGenerator, SamplerOptions
-from edm2.generate.checks import check_inputs
+from edm2.generate.checks import check_inputs, warn_of_strange
 from edm2.generate.members import member_seeds
 from edm2.generate.output import check_same, digest
 from edm2.progress import Progress
@@ -27,7 +26,6 @@ from edm2.train.world import World
 
 _SETTINGS = "settings.json"
 _MEMBERS = "members.npy"
-_FAR = 4.0  # standard deviations in training beyond which a vector's entry is strange, such as a longer lead time
 
 
 def make_forecast(
@@ -78,7 +76,7 @@ def make_forecast(
             "model"
         )
     _check_vectors(generator, cases.vectors, steps)
-    _warn_of_strange(generator, cases.start.reshape(len(cases), -1, *shape[1:]), cases.vectors)
+    warn_of_strange(generator, cases.start.reshape(len(cases), -1, *shape[1:]), cases.vectors)
 
     def make(rows: np.ndarray, numbers: np.ndarray, on_step: Callable[[], None]) -> np.ndarray:
         some = cases.take(rows)
@@ -158,7 +156,7 @@ def make_ensemble(
     shape = (count, *generator.denoiser.img_shape)
     if truth is not None and truth.shape != shape:
         raise ValueError(f"truth of shape {list(truth.shape)} must be {list(shape)}, one for each condition")
-    _warn_of_strange(generator, conditions, vectors)
+    warn_of_strange(generator, conditions, vectors)
 
     def make(rows: np.ndarray, numbers: np.ndarray, on_step: Callable[[], None]) -> np.ndarray:
         made = generator.images(
@@ -198,29 +196,6 @@ def _check_vectors(generator: ImageGenerator, given: np.ndarray | None, steps: i
     ):
         asked = f"[N, {steps}, {wanted}] with the starts" if wanted else "none: this model takes no vectors"
         raise ValueError(f"vectors for each step must be {asked}; {got}")
-
-
-def _warn_of_strange(generator: ImageGenerator, conditions: np.ndarray, vectors: np.ndarray | None) -> None:
-    """Warn of what the model was not trained for.
-
-    Raises:
-        ValueError: If the units of conditions must be others.
-    """
-    coding = generator.coding
-    if coding.condition is not None and (remark := coding.condition.check(conditions)):
-        warnings.warn(remark, stacklevel=3)
-    if vectors is None or coding.vectors is None:
-        return
-    mean, std = np.asarray(coding.vectors.mean), np.asarray(coding.vectors.std)
-    entries = vectors.reshape(-1, len(mean))
-    far = np.abs(entries - mean) / std
-    row, entry = np.unravel_index(int(far.argmax()), far.shape)
-    if far[row, entry] > _FAR:
-        warnings.warn(
-            f"entry {entry} of the vectors reaches {entries[row, entry]:.4g}, and in training it was {mean[entry]:.4g} "
-            f"with a standard deviation of {std[entry]:.4g}: the model was not trained on such values",
-            stacklevel=3,
-        )
 
 
 def _settings(

@@ -1,6 +1,7 @@
 """Checks, before anything is sampled, that what is given with a model fits it."""
 
 import difflib
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,6 +14,10 @@ from edm2.train.coding import Coding
 
 if TYPE_CHECKING:
     from edm2.generate.generator import ImageGenerator
+
+
+# Standard deviations in training beyond which an entry of a vector is strange, such as a longer lead time.
+_FAR = 4.0
 
 
 def check_inputs(
@@ -29,6 +34,7 @@ def check_inputs(
         if vectors is None or vectors.shape != wanted:
             got = "none were given" if vectors is None else f"not of shape {list(vectors.shape)}"
             raise ValueError(f"this model is conditioned on vectors: give vectors {list(wanted)}, {got}")
+        _check_finite(vectors)
         size = model.num_classes
     elif vectors is not None:
         raise ValueError("vectors were given to a model that was not trained with any: leave them out")
@@ -48,6 +54,46 @@ def check_inputs(
     if conditions is not None and tuple(conditions.shape) != wanted:
         what = list(wanted) if channels else "none"
         raise ValueError(f"conditions of shape {list(conditions.shape)}: this model takes {what}")
+
+
+def warn_of_strange(
+    model: "ImageGenerator", conditions: np.ndarray | None, vectors: np.ndarray | None
+) -> None:
+    """Warn of conditions and vectors that the model was not trained for.
+
+    Args:
+        model: The model.
+        conditions: `[N, C, H, W]` as stored.
+        vectors: `[..., V]` in the data's own units.
+
+    Raises:
+        ValueError: If conditions are of another kind, or must have other units, or vectors are not finite.
+    """
+    coding = model.coding
+    if (
+        conditions is not None
+        and coding.condition is not None
+        and (remark := coding.condition.check(conditions))
+    ):
+        warnings.warn(remark, stacklevel=3)
+    if vectors is None or coding.vectors is None:
+        return
+    _check_finite(vectors)
+    mean, std = np.asarray(coding.vectors.mean), np.asarray(coding.vectors.std)
+    entries = vectors.reshape(-1, len(mean))
+    far = np.abs(entries - mean) / std
+    row, entry = np.unravel_index(int(far.argmax()), far.shape)
+    if far[row, entry] > _FAR:
+        warnings.warn(
+            f"entry {entry} of the vectors reaches {entries[row, entry]:.4g}, and in training it was {mean[entry]:.4g} "
+            f"with a standard deviation of {std[entry]:.4g}: the model was not trained on such values",
+            stacklevel=3,
+        )
+
+
+def _check_finite(vectors: np.ndarray) -> None:
+    if not np.isfinite(vectors).all():
+        raise ValueError("vectors hold values that are not finite: fill them, or leave these cases out")
 
 
 def _check_classes(labels: np.ndarray, size: int) -> None:

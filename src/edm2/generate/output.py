@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ import edm2
 from edm2.diffusion import guided
 from edm2.files import claimed, read_json, write_json
 from edm2.generate.archive import ARCHIVES, SETTINGS_FILE, read_settings, write_npz, write_zip
-from edm2.generate.checks import check_guide, check_inputs
+from edm2.generate.checks import check_guide, check_inputs, warn_of_strange
 from edm2.generate.generator import ImageGenerator
 from edm2.generate.image_files import PNG_CHANNELS, missing_files, read_image, read_images, write_image
 from edm2.generate.sampler_options import SamplerOptions
@@ -87,9 +86,7 @@ def write_samples(
         for name, array in given.items()
     }
     check_inputs(generator, len(seeds), rows, **first)
-    coding = generator.coding.condition
-    if conditions is not None and coding is not None and (warning := coding.check(conditions)):
-        warnings.warn(warning, stacklevel=2)
+    warn_of_strange(generator, conditions, vectors)
     if guide is not None:
         check_guide(generator, guide)
     world = World(rank=0, size=1, device=torch.device("cpu")) if world is None else world

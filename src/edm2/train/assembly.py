@@ -66,7 +66,7 @@ def assemble(
     coding = make_coding(config, dataset) if teacher is None else teacher.coding
     if config.residual is not None:
         kept = out / MEAN_FILE
-        coding = shared_coding(kept if kept.exists() else config.residual, coding)
+        coding = shared_coding(kept if kept.exists() else config.residual, coding, dataset)
     models = identify_models(config, out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

@@ -22,6 +22,7 @@ from edm2.files import read_sealed, write_atomic, write_sealed
 from edm2.train.coding import Coding
 from edm2.train.inputs import code_batch
 from edm2.train.objectives import MEAN_SIGMA, TrainingBatch
+from edm2.train.run_folder import difference
 from edm2.train.world import World
 
 MEAN_FILE = "mean.safetensors"
@@ -99,33 +100,49 @@ class Residual:
         return shift, scale
 
 
-def shared_coding(path: str | Path, coding: Coding) -> Coding:
+def shared_coding(path: str | Path, coding: Coding, dataset: ImageDataset) -> Coding:
     """The coding that a regression was trained with, for the model of its residuals.
 
     Args:
         path: The regression.
         coding: What the data alone would get.
+        dataset: The data.
 
     Raises:
         ValueError: If there is no such model, it is not a regression, or it was trained on other kinds of data.
     """
-    info = read_model_header(path)[1]["info"]
-    if info.get("objective") != "mean":
+    header = read_model_header(path)[1]
+    if header["info"].get("objective") != "mean":
         raise ValueError(
             f"{path} is not a regression: train one with --objective mean on the same data, and give it as --residual"
         )
-    shared = Coding.from_json(info["coding"])
-
-    def kind(c: Coding) -> tuple[Any, ...]:
-        given = None if c.condition is None else (c.condition.shape, c.condition.size, c.condition.kind)
-        return c.kind, c.num_channels, given, c.vectors is None, c.values.sigma_data
-
-    if kind(shared) != kind(coding):
+    shared, network = Coding.from_json(header["info"]["coding"]), header["network"]
+    height, width = dataset.image_shape[1:]
+    size = height if height == width else [height, width]
+    ours = _facts(coding, size, coding.label_dim or dataset.num_classes)
+    theirs = _facts(shared, network.get("img_resolution", size), network.get("label_dim") or 0)
+    for name in ("missing values", "missing values of conditions"):
+        ours[name] = ours[name] or theirs[name]  # what was trained with some also takes data without any
+    if ours != theirs:
         raise ValueError(
-            f"the regression {path} was trained on other data ({kind(shared)} there, {kind(coding)} here): train one "
-            "on this data"
+            f"the regression {path} was trained on other data ({difference(theirs, ours)}): train one on this data"
         )
     return shared
+
+
+def _facts(coding: Coding, size: Any, label_dim: int) -> dict[str, Any]:
+    """What a regression and the data of its residuals must agree on."""
+    given = coding.condition
+    return {
+        "kind": coding.kind,
+        "channels": coding.num_channels,
+        "size": size,
+        "label size": label_dim,
+        "sigma_data": coding.values.sigma_data,
+        "missing values": coding.missing,
+        "conditions": None if given is None else f"{given.kind} {list(given.shape)}",
+        "missing values of conditions": given is not None and given.missing,
+    }
 
 
 def keep_residual(source: str, out: Path, dataset: ImageDataset, coding: Coding, world: World) -> Residual:
