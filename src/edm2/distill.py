@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edm2.data import ImageDataset
+from edm2.diffusion import Denoiser
 from edm2.hub import Pretrained, open_pretrained
 from edm2.train import (
     ConsistencyConfig,
@@ -15,14 +16,16 @@ from edm2.train import (
     NetworkConfig,
     TrainConfig,
     Trainer,
+    learning_rate,
     train,
 )
-from edm2.train.consistency import SIGMA_MAX, Teacher
+from edm2.train.consistency import Teacher
 from edm2.train.loggers import Logger
 from edm2.train.run_folder import CHECKPOINTS, CONFIG_FILE
 from edm2.train.settings_file import run_settings
 
-_BATCH = 128
+_BATCH = 128  # for a model file, which says nothing about its training
+_HIGHEST = 80.0  # noise level from which diffusion models make images
 
 
 def open_teacher(path: str | Path, sigma_rel: float | None = None, *, guided: bool = True) -> Pretrained:
@@ -65,20 +68,23 @@ def student_settings(teacher: Pretrained, path: str | Path, *, num_images: int |
     is_run = (path / CONFIG_FILE).is_file() and (path / CHECKPOINTS).is_dir()
     base = run_settings(path) if is_run else _settings_of_file(teacher)
     seen = num_images or int(teacher.generator.info.get("num_images") or base.num_images)
-    images = max(seen - seen % _BATCH, _BATCH)
+    batch = base.batch_size
+    images = max(seen - seen % batch, batch)
+    rate = learning_rate(
+        base.num_images,
+        batch_size=batch,
+        ref_lr=base.optimizer.ref_lr,
+        ref_batches=base.optimizer.ref_batches,
+        rampup_mimg=0,
+    )
     return dataclasses.replace(
         base,
         num_images=images,
-        batch_size=_BATCH,
-        microbatch=None,
         snapshot_images=None,
-        checkpoint_images=max(images // 8, _BATCH),
-        log_images=max(images // 64, _BATCH),
+        checkpoint_images=max(images // 8, batch),
+        log_images=max(images // 64, batch),
         optimizer=dataclasses.replace(
-            base.optimizer,
-            ref_lr=base.optimizer.ref_lr / 3,
-            decay="cosine",
-            rampup_mimg=_BATCH * 16 / 1e6,
+            base.optimizer, ref_lr=rate / 2, decay="cosine", rampup_mimg=batch * 16 / 1e6
         ),
         loss=dataclasses.replace(base.loss, p_mean=-0.4, p_std=1.4),
         ema=EMAConfig(),
@@ -89,6 +95,16 @@ def student_settings(teacher: Pretrained, path: str | Path, *, num_images: int |
         stop_when_flat=0,
         consistency=ConsistencyConfig(path="data" if teacher.guide is None else "teacher"),
     )
+
+
+def first_level(denoiser: Denoiser) -> float:
+    """The noise level from which a student makes images: 2.5 times the norm of an image, but 10 to 80.
+
+    Noise of 80 hides images of any size, but training hardly ever draws levels that high, and between them and those
+    that hide a small image there is nothing to learn.
+    """
+    norm = denoiser.sigma_data * math.sqrt(math.prod(denoiser.img_shape))
+    return float(f"{min(max(2.5 * norm, 10.0), _HIGHEST):.3g}")
 
 
 def describe_teacher(teacher: Pretrained) -> str:
@@ -146,7 +162,8 @@ def distill(
             teacher=describe_teacher(teacher),
             halving_images=halving,
             guidance=teacher.sampling.guidance,
-            interval=(low, min(high, SIGMA_MAX)),
+            interval=(low, min(high, _HIGHEST)),
+            sigma_max=options.sigma_max or first_level(teacher.generator.denoiser),
         ),
     )
     return train(
@@ -174,6 +191,7 @@ def _settings_of_file(teacher: Pretrained) -> TrainConfig:
         if name in names
     }
     return TrainConfig(
+        batch_size=_BATCH,
         config=options["config"],
         network=NetworkConfig(**given),
         network_from=options.get("network_from"),

@@ -119,7 +119,8 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 def test_a_student_takes_its_own_sampler_and_no_other() -> None:
     student, plain = small_generator(), small_generator()
-    student.info = {**student.info, "consistency": {"teacher": "t", "sigma_max": 80.0}}
+    student.info = {**student.info, "consistency": {"teacher": "t", "sigma_max": 20.0}}
+    assert student.sampler_options().sigmas()[0] == 20
     default = student.images(range(4))
     assert np.array_equal(default, student.images(range(4), sampler="consistency", num_steps=2))
     assert not np.array_equal(default, student.images(range(4), num_steps=4))
@@ -127,7 +128,7 @@ def test_a_student_takes_its_own_sampler_and_no_other() -> None:
     assert np.array_equal(default[2:], student.images([2, 3]))
     for generator, options, told in (
         (student, {"sampler": "heun"}, "the model is a student, which the sampler heun does not suit"),
-        (student, {"sigma_max": 40.0}, "trained to start at noise level 80, not at 40: leave sigma_max out"),
+        (student, {"sigma_max": 40.0}, "trained to start at noise level 20, not at 40: leave sigma_max out"),
         (plain, {"sampler": "consistency"}, "is for a student, and this model is not one: make one with"),
         (plain, {"levels": (1.0,)}, r"levels \(1.0,\) are for the sampler consistency, not dpmpp-3m"),
     ):

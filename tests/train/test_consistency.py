@@ -13,8 +13,8 @@ from tiny_run import files_of, log_of, tiny_config, tiny_data
 
 from edm2.cli import main
 from edm2.data import ArrayDataset
-from edm2.diffusion import load_model, read_model_header, save_model
-from edm2.distill import distill, open_teacher, student_settings
+from edm2.diffusion import build_denoiser, load_model, read_model_header, save_model
+from edm2.distill import distill, first_level, open_teacher, student_settings
 from edm2.hub import Pretrained
 from edm2.hub.pretrained import Sampling
 from edm2.train import ConsistencyConfig, OptimizerConfig, Stopped, TrainConfig, train
@@ -23,18 +23,21 @@ from edm2.train.objectives import TrainingBatch
 from edm2.train.run_folder import read_config
 from edm2.train.settings_file import run_settings
 
-OPTIONS = ConsistencyConfig(halvings=4, halving_images=100)
+NETWORK: dict[str, Any] = dict(
+    model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), channels_per_head=8
+)
+OPTIONS = ConsistencyConfig(halvings=4, halving_images=100, sigma_max=80.0)
 
 
 def test_the_gap_is_halved_until_the_schedule_ends():
     sigma = torch.tensor([20.0, 80.0])
-    for images, gap in ((0, 1 / 2), (100, 1 / 4), (150, 2**-2.5), (400, 1 / 32), (10_000, 1 / 32)):
+    for images, gap in ((0, 1 / 4), (100, 1 / 8), (150, 2**-3.5), (400, 1 / 64), (10_000, 1 / 64)):
         assert torch.allclose(1 - lower_levels(sigma, images, OPTIONS) / sigma, torch.tensor(gap))
 
 
 def test_low_levels_meet_clean_images_first_and_never_cross():
     sigma = torch.logspace(-2.7, 1.9, 200)
-    assert lower_levels(torch.tensor([0.1, 1.0]), 0, OPTIONS).tolist() == [0, 0]
+    assert lower_levels(torch.tensor([0.1, 0.5]), 0, OPTIONS).tolist() == [0, 0]
     for images in range(0, 600, 100):
         lower = lower_levels(sigma, images, OPTIONS)
         assert ((lower == 0) | (lower >= 0.002)).all()
@@ -86,6 +89,31 @@ def test_paths_of_the_teacher_follow_its_guidance_in_the_interval_alone():
     assert found.flatten().tolist() == [1.0, 1.5, 1.5, 1.0]
 
 
+class Gaussian:
+    """The denoiser of images whose pixels are normal with standard deviation 0.5; its paths are known."""
+
+    def __call__(self, x, sigma, labels=None, **given):
+        return x * 0.25 / (0.25 + sigma**2)
+
+
+def test_a_step_of_the_teacher_follows_its_path_to_second_order():
+    objective = ConsistencyObjective(TrainConfig(consistency=OPTIONS), Teacher(Gaussian(), {}))
+    t = torch.tensor([0.2, 1.0, 5.0]).reshape(-1, 1, 1, 1)
+    errors = []
+    for share in (0.8, 0.9):
+        exact = ((0.25 + (share * t) ** 2) / (0.25 + t**2)).sqrt()
+        errors.append((objective._step(torch.ones(3, 1, 1, 1), t, share * t, None, {}) - exact).abs())
+    assert (errors[1] < errors[0] / 6).all()
+    # To level 0 there is one evaluation, which gives the denoised image.
+    ends = objective._step(torch.ones(3, 1, 1, 1), t, 0 * t, None, {})
+    assert torch.allclose(ends, Gaussian()(torch.ones(3, 1, 1, 1), t))
+
+
+def test_students_start_from_noise_that_hides_their_images():
+    for size, level in ((4, 10.0), (8, 10.0), (16, 20.0), (32, 40.0), (128, 80.0)):
+        assert first_level(build_denoiser(size, 1, **NETWORK)) == level
+
+
 def test_guidance_needs_the_teachers_path():
     with pytest.raises(
         ValueError, match=r"path 'data' cannot follow .* guidance 2: choose --consistency.path"
@@ -95,6 +123,7 @@ def test_guidance_needs_the_teachers_path():
         ("halvings", 21, "between 0 and 20"),
         ("halving_images", 0, "at least 1"),
         ("huber", 0.0, "above 0"),
+        ("sigma_max", 4.0, "at least 5"),
     ):
         with pytest.raises(ValueError, match=f"{name} {value} must be {rule}"):
             ConsistencyConfig(**{name: value})
@@ -128,7 +157,7 @@ def test_a_student_starts_from_its_teacher_and_says_what_it_is(teacher, tmp_path
     model = distill(opened, tmp_path / "student", config, dataset=tiny_data(), quiet=True, on_step=look)
     assert torch.allclose(seen[0], opened.generator.denoiser(noisy, sigma, labels), atol=1e-5)
     found = read_model_header(model)[1]["info"]
-    assert found["consistency"] == {"teacher": found["consistency"]["teacher"], "sigma_max": 80.0}
+    assert found["consistency"] == {"teacher": found["consistency"]["teacher"], "sigma_max": 10.0}
     assert "with EMA 0.1" in found["consistency"]["teacher"]
     with pytest.raises(ValueError, match=r"is a student already: give its teacher"):
         open_teacher(tmp_path / "student")

@@ -22,6 +22,7 @@ from edm2.train.objectives import TrainingBatch
 
 MEANS = torch.tensor([[-0.55, -0.3], [0.55, -0.3], [0.0, 0.6]])
 STD = 0.2
+_FIRST = 10.0
 
 
 def exact_denoiser(x, sigma, labels=None, **_):
@@ -61,7 +62,7 @@ class Plane(nn.Module):
 def tuned_student(path: str, steps: int = 3000, batch: int = 512) -> Denoiser:
     torch.manual_seed(0)
     student = Denoiser(Plane(), uncertainty=LearnedUncertainty(16))
-    options = ConsistencyConfig(path=path, halvings=8, halving_images=steps * batch // 10)
+    options = ConsistencyConfig(path=path, halving_images=steps * batch // 4, huber=0.03, sigma_max=_FIRST)
     config = TrainConfig(consistency=options, loss=LossConfig(p_mean=-0.4, p_std=1.6))
     objective = ConsistencyObjective(config, Teacher(exact_denoiser, {}))
     optimizer, ema = torch.optim.Adam(student.parameters(), betas=(0.9, 0.99)), PowerEMA(student, (0.05,))
@@ -73,7 +74,7 @@ def tuned_student(path: str, steps: int = 3000, batch: int = 512) -> Denoiser:
             student, TrainingBatch(images=points.reshape(-1, 2, 1, 1), index=index, num_images=index[0])
         )
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * (1 + math.cos(math.pi * step / steps)) / 2
+            group["lr"] = 6e-3 * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
@@ -94,7 +95,7 @@ def errors(student) -> dict[int, float]:
             draws = iter(range(1, 10))
             made.append(
                 sample_consistency(
-                    denoiser, noise, consistency_steps(num_steps),
+                    denoiser, noise, consistency_steps(num_steps, sigma_max=_FIRST),
                     randn_like=lambda x, draws=draws: keyed_normal(index, (2, 1, 1), seed=9, stream=next(draws)),
                 )
             )  # fmt: skip
@@ -105,6 +106,4 @@ def errors(student) -> dict[int, float]:
 @pytest.mark.slow
 def test_the_student_finds_the_map_of_the_ode():
     found = errors(tuned_student("teacher"))
-    assert found[4] < 0.06  # 0.038 when this was written
-    assert found[2] < 0.12  # 0.085
-    assert found[4] < found[2] < found[1]
+    assert max(found.values()) < 0.02, found

@@ -137,6 +137,23 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     assert done.stderr.count("is not empty and holds no run") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_processes_distill_what_one_does(tmp_path: Path, sharding: str) -> None:
+    teacher = ["-m", "edm2", "train", "--data", "digits", "--images", "16", *TINY]
+    assert run([sys.executable, *teacher, "--out", str(tmp_path / "teacher")]).returncode == 0
+    words = ["-m", "edm2", "distill", str(tmp_path / "teacher"), "--consistency.path", "teacher",
+             "--images", "32", "--batch", "4", "--log-images", "8", "--device", "cpu"]  # fmt: skip
+    for name, start in (("one", [sys.executable]), ("two", [*TORCHRUN, "--max-restarts", "0"])):
+        done = run([*start, *words, "--sharding", sharding, "--out", str(tmp_path / name)])
+        assert done.returncode == 0, done.stderr
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    for key in ("loss", "grad_norm", "weight_norm"):
+        assert [r[key] for r in two] == pytest.approx([r[key] for r in one], rel=1e-4)
+    kept = [(tmp_path / name / "teacher/model.safetensors").read_bytes() for name in ("one", "two")]
+    assert kept[0] == kept[1]
+
+
 def processes_of(parent: int) -> list[int]:
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     return [int(child) for child in children if b"edm2" in Path(f"/proc/{child}/cmdline").read_bytes()]

@@ -189,9 +189,11 @@ def options_for(info: Mapping[str, Any], **options: Any) -> SamplerOptions:
             f"the model is a student, which the sampler {chosen.sampler} does not suit: use consistency, or give the "
             "teacher"
         )
-    if student is not None and chosen.sigma_max != student["sigma_max"]:
+    if student is None or chosen.sigma_max == student["sigma_max"]:
+        return chosen
+    if chosen.sigma_max != SamplerOptions.sigma_max:
         raise ValueError(
             f"the student was trained to start at noise level {student['sigma_max']:g}, not at {chosen.sigma_max:g}: "
             "leave sigma_max out"
         )
-    return chosen
+    return dataclasses.replace(chosen, sigma_max=student["sigma_max"])

@@ -158,7 +158,8 @@ def _settings(model: Pretrained) -> str:
     sampling, guide = model.sampling, model.guide
     rows: list[tuple[str, object]] = [("Sampler", sampling.sampler), ("Steps", sampling.num_steps)]
     if model.generator.is_student:
-        levels = consistency_steps(sampling.num_steps, sampling.levels)[:-1]
+        first = model.generator.info["consistency"]["sigma_max"]
+        levels = consistency_steps(sampling.num_steps, sampling.levels, first)[:-1]
         rows.append(("Noise levels", " ".join(f"{level:.3g}" for level in levels)))
     if guide is None:
         rows.append(("Guidance", "none"))

@@ -12,7 +12,7 @@ from edm2.train.build import check_given, make_denoiser
 from edm2.train.checkpoint import newest
 from edm2.train.coding import Coding, make_coding
 from edm2.train.config import TrainConfig
-from edm2.train.consistency import SIGMA_MAX, ConsistencyObjective, Teacher
+from edm2.train.consistency import ConsistencyObjective, Teacher
 from edm2.train.initial import carried_licence, identify_models, take_over
 from edm2.train.objectives import Objective, make_objective
 from edm2.train.residual import MEAN_FILE, shared_coding
@@ -86,7 +86,7 @@ def assemble(
         **carried_licence(models),
     }
     if teacher is not None and config.consistency is not None:
-        info["consistency"] = {"teacher": config.consistency.teacher, "sigma_max": SIGMA_MAX}
+        info["consistency"] = {"teacher": config.consistency.teacher, "sigma_max": config.consistency.sigma_max}
         info |= teacher.licence
     return Assembly(
         dataset=dataset,

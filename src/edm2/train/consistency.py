@@ -28,7 +28,7 @@ from edm2.train.run_folder import TEACHER, check_free
 
 GUIDE_FILE = "guide.safetensors"
 IGNORES_LABELS = "ignores_labels"  # in the info of a guide
-SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
+SIGMA_MIN = 0.002
 # How much wider the gap is at low noise, and how fast that fades: k and b of the paper.
 _WIDER, _FADING = 8.0, 1.0
 
@@ -69,6 +69,8 @@ class Teacher:
     def student(self, dtype: str) -> Denoiser:
         """A trainable copy of the model, which computes in a precision."""
         student = copy.deepcopy(self.model).requires_grad_(True)
+        for parameter in student.parameters():  # the trainer chooses their layout, and shards contiguous ones only
+            parameter.data = parameter.data.contiguous()
         student.dtype = getattr(torch, dtype)
         return student
 
@@ -129,7 +131,7 @@ class Teacher:
 def lower_levels(sigma: Tensor, num_images: int, options: ConsistencyConfig) -> Tensor:
     """The lower noise level r of each pair, a fraction of t that rises towards 1 as the gap is halved.
 
-    After h halvings `r = t (1 - 2^-(1 + h) (1 + 8 sigmoid(-t)))`, and 0 where that is below 0.002. The gap is wider at
+    After h halvings `r = t (1 - 2^-(2 + h) (1 + 8 sigmoid(-t)))`, and 0 where that is below 0.002. The gap is wider at
     low noise.
 
     Args:
@@ -144,7 +146,7 @@ def lower_levels(sigma: Tensor, num_images: int, options: ConsistencyConfig) -> 
     """
     assert options.halving_images is not None
     halvings = min(num_images / options.halving_images, options.halvings)
-    gap = 2.0 ** -(1 + halvings) * (1 + _WIDER * torch.sigmoid(-_FADING * sigma))
+    gap = 2.0 ** -(2 + halvings) * (1 + _WIDER * torch.sigmoid(-_FADING * sigma))
     lower = sigma * (1 - gap)
     return torch.where(lower < SIGMA_MIN, torch.zeros_like(lower), lower)
 
@@ -169,7 +171,8 @@ class ConsistencyObjective:
         """Compute the loss of each image, `[B, 1, 1, 1]`; see `edm2.train.objectives.Objective`."""
         loss, seed, given = self.config.loss, self.config.seed, batch.network_arguments(self.config.seed)
         drawn = draw_sigma(batch.index, p_mean=loss.p_mean, p_std=loss.p_std, seed=seed, stream=SIGMA_STREAM)
-        t = drawn.clamp(SIGMA_MIN, SIGMA_MAX).reshape(-1, 1, 1, 1)
+        assert self.options.sigma_max is not None
+        t = drawn.clamp(SIGMA_MIN, self.options.sigma_max).reshape(-1, 1, 1, 1)
         r = lower_levels(t, batch.num_images, self.options)
         noise = keyed_normal(batch.index, batch.images.shape[1:], seed=seed, stream=NOISE_STREAM)
         noisy = batch.images + t * noise
@@ -191,8 +194,12 @@ class ConsistencyObjective:
         return balanced
 
     def _step(self, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None, given: dict[str, Any]) -> Tensor:
-        """Euler's step of the teacher's ODE from t to r."""
-        return r / t * x + (1 - r / t) * self._denoise(x, t, labels, given)
+        """Heun's step of the teacher's ODE from t to r, or Euler's where r is 0."""
+        slope = (x - self._denoise(x, t, labels, given)) / t
+        nearer = x + (r - t) * slope
+        lower = r.clamp_min(SIGMA_MIN)
+        end = (nearer - self._denoise(nearer, lower, labels, given)) / lower
+        return x + (r - t) * torch.where(r > 0, (slope + end) / 2, slope)
 
     def _denoise(self, x: Tensor, sigma: Tensor, labels: Tensor | None, given: dict[str, Any]) -> Tensor:
         """The teacher's images, guided at the levels of the interval."""
