@@ -4,8 +4,12 @@ import argparse
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -72,6 +76,20 @@ def in_turns(
         for name, function in functions.items():
             times[name].append(timed(function, device, clock))
     return times
+
+
+def commands_in_turns(commands: dict[str, list[str]], rounds: int) -> dict[str, list[float]]:
+    """Time `edm2 sample WORDS --out FILE`, start-up included, every command once a round."""
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(rounds):
+            for number, (name, words) in enumerate(commands.items()):
+                out = str(Path(folder) / f"{turn}-{number}.npz")
+                command = [sys.executable, "-m", "edm2", "sample", *words, "--out", out]
+                start = time.perf_counter()
+                subprocess.run(command, check=True, capture_output=True)
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def convolution_peak(device: torch.device, dtype: torch.dtype = torch.float32) -> Callable[[], object]:

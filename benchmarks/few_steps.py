@@ -1,6 +1,7 @@
 """Quality against evaluations: a student of `edm2 distill` beside its teacher with Heun, DPM-Solver++ 2M and Euler.
 
     python benchmarks/few_steps.py --student runs/student
+    python benchmarks/few_steps.py --student runs/student --commands 3 --images 3000    # whole commands, in turns
 
 Prints the Frechet distance in the features of a classifier trained on the run's own images (mean and range over sets
 of images with seeds of their own), the share of images in which an independent classifier sees the intended class, and
@@ -15,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import in_turns, machine, options
+from common import commands_in_turns, in_turns, machine, options
 
 from edm2.evaluation.judge import Judge
 from edm2.generate import ImageGenerator
 from edm2.metrics import label_agreement
 from edm2.train.build import open_run_data
 from edm2.train.consistency import Teacher
-from edm2.train.run_folder import SNAPSHOTS
+from edm2.train.run_folder import SNAPSHOTS, TEACHER
 from edm2.train.settings_file import run_settings
 from edm2.tuning.result import read_tuned
 
@@ -33,9 +34,11 @@ Images = Callable[[range], np.ndarray]
 def main() -> None:
     arguments = options(
         __doc__, student="runs/student", images=1000, sets=3, length=0.0, evaluations=(1, 2, 3, 4), steps=(8, 16, 32),
-        speed=True,
+        seed=_SEED, speed=True, commands=0,
     )  # fmt: skip
     run = Path(arguments.student)
+    if arguments.commands:
+        return whole_commands(run, arguments.images, arguments.commands)
     ways = teacher_ways(run, arguments.steps) | student_ways(run, arguments.length, arguments.evaluations)
     data = open_run_data(run)
     rows = np.arange(len(data))
@@ -43,7 +46,7 @@ def main() -> None:
     print(f"{arguments.sets} sets of {arguments.images} images; {machine(torch.device('cpu'))}")
     speeds = dict.fromkeys(ways, 0.0)
     if arguments.speed:
-        few = range(_SEED, _SEED + 250)
+        few = range(arguments.seed, arguments.seed + 250)
         seconds = in_turns(
             {name: lambda make=make: make(few) for name, (_, make) in ways.items()}, torch.device("cpu"), 3
         )
@@ -52,13 +55,28 @@ def main() -> None:
     for name, (evaluations, make) in ways.items():
         distances, seen = [], []
         for k in range(arguments.sets):
-            seeds = range(_SEED + k * arguments.images, _SEED + (k + 1) * arguments.images)
+            seeds = range(arguments.seed + k * arguments.images, arguments.seed + (k + 1) * arguments.images)
             made = make(seeds)
             distances.append(judge.distance(made))
             seen.append(label_agreement(real, labels, made, np.asarray(seeds) % data.num_classes))
         quality = f"{statistics.fmean(distances):.3f} ({min(distances):.3f} to {max(distances):.3f})"
         recognised = f"{100 * statistics.fmean(seen):.1f}%"
         print(f"| {name} | {evaluations} | {quality} | {recognised} | {speeds[name]:.0f} |", flush=True)
+
+
+def whole_commands(run: Path, images: int, rounds: int) -> None:
+    """Print the seconds of `edm2 sample` with the teacher's published sampler and with two evaluations."""
+    seeds = ["--seeds", f"0-{images - 1}"]
+    seconds = commands_in_turns(
+        {
+            "teacher": [str(run / TEACHER), "--sampler", "heun", *seeds],
+            "student": [str(run), "--num-steps", "2", *seeds],
+        },
+        rounds,
+    )
+    for name, values in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds["teacher"], values, strict=True))
+        print(f"{name}: {images / statistics.median(values):.0f} images/s, {ratio:.1f}x")
 
 
 def teacher_ways(run: Path, steps: tuple[int, ...]) -> dict[str, tuple[int, Images]]:
@@ -74,7 +92,7 @@ def teacher_ways(run: Path, steps: tuple[int, ...]) -> dict[str, tuple[int, Imag
         }
     model = ImageGenerator(teacher.model, teacher.coding, teacher.info, fix_weights=True)
     found: dict[str, tuple[int, Images]] = {}
-    for sampler in ("heun", "dpmpp-2m", "euler"):
+    for sampler in ("heun", "dpmpp-2m", "dpmpp-3m", "euler"):
         for count in steps:
             asked = {"sampler": sampler, "num_steps": count, **guided}
             evaluations = 2 * count - 1 if sampler == "heun" else count

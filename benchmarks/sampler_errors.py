@@ -11,14 +11,10 @@ Paths take turns; speeds are medians of ratios to Heun with 32 levels, the publi
 import argparse
 import functools
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 import torch
-from common import in_turns, machine
+from common import commands_in_turns, in_turns, machine
 
 from edm2.diffusion import sample_heun
 from edm2.generate import ImageGenerator
@@ -105,17 +101,11 @@ def rms(x: torch.Tensor) -> float:
 
 def whole_commands(arguments: argparse.Namespace) -> None:
     """Print the seconds of `edm2 sample` with the published sampler and with the default one."""
-    seconds: dict[str, list[float]] = {name: [] for name in DEFAULTS}
-    with tempfile.TemporaryDirectory() as folder:
-        for turn in range(arguments.commands):
-            for name, options in DEFAULTS.items():
-                out = Path(folder) / f"{turn}-{len(seconds[name])}-{len(options)}-{options[-1:]}.npz"
-                ema = [] if arguments.ema is None else ["--ema", str(arguments.ema)]
-                words = [sys.executable, "-m", "edm2", "sample", str(arguments.model), *ema, *options,
-                         "--seeds", f"0-{arguments.images - 1}", "--out", str(out)]  # fmt: skip
-                start = time.perf_counter()
-                subprocess.run(words, check=True, capture_output=True)
-                seconds[name].append(time.perf_counter() - start)
+    ema = [] if arguments.ema is None else ["--ema", str(arguments.ema)]
+    common = [str(arguments.model), *ema, "--seeds", f"0-{arguments.images - 1}"]
+    seconds = commands_in_turns(
+        {name: [*common, *options] for name, options in DEFAULTS.items()}, arguments.commands
+    )
     for name, values in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(seconds["heun"], values, strict=True))
         print(f"{name:<16} {statistics.median(values):>6.1f} s for {arguments.images} images, {ratio:.2f}x")

@@ -86,7 +86,10 @@ def assemble(
         **carried_licence(models),
     }
     if teacher is not None and config.consistency is not None:
-        info["consistency"] = {"teacher": config.consistency.teacher, "sigma_max": config.consistency.sigma_max}
+        info["consistency"] = {
+            "teacher": config.consistency.teacher,
+            "sigma_max": config.consistency.sigma_max,
+        }
         info |= teacher.licence
     return Assembly(
         dataset=dataset,

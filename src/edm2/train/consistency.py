@@ -69,7 +69,9 @@ class Teacher:
     def student(self, dtype: str) -> Denoiser:
         """A trainable copy of the model, which computes in a precision."""
         student = copy.deepcopy(self.model).requires_grad_(True)
-        for parameter in student.parameters():  # the trainer chooses their layout, and shards contiguous ones only
+        for (
+            parameter
+        ) in student.parameters():  # the trainer chooses their layout, and shards contiguous ones only
             parameter.data = parameter.data.contiguous()
         student.dtype = getattr(torch, dtype)
         return student
