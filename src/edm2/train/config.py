@@ -87,8 +87,9 @@ class TrainConfig:
     """Number of measurements on held-out images without a lower loss after which the run ends; 0 for never."""
     max_hours: float | None = None
     """Hours after which the run saves and stops with exit code 75 (0 under torchrun); the same command continues it."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the network; weights, loss and averages stay float32."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Precision of the network; weights, loss and averages stay float32. auto: the faster of float32 and bfloat16 in
+    a few steps, measured when the run begins."""
     workers: int = 2
     """Threads that read images in advance; 0 reads them when they are needed."""
     verify_data: bool = True

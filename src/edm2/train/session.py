@@ -1,15 +1,19 @@
 """A training run from its settings to its model: joins the processes, opens the data, holds the folder, trains."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from edm2.data import ImageDataset
 from edm2.diffusion import NetworkFunction
+from edm2.progress import tell
 from edm2.train import run_folder
 from edm2.train.build import open_training_data
 from edm2.train.config import TrainConfig
 from edm2.train.consistency import Teacher
+from edm2.train.dry_run import faster_dtype
 from edm2.train.loggers import Logger
 from edm2.train.loop import Trainer
 from edm2.train.world import World, join_world
@@ -72,6 +76,8 @@ def _train(
         if teacher is not None:
             world.on_first(lambda: teacher.save(out))
         dataset = open_training_data(config) if dataset is None else dataset
+        if config.dtype == "auto":
+            config = dataclasses.replace(config, dtype=_measured_dtype(config, out, dataset, world))
         trainer = Trainer(config, dataset, out, network=network, preset=preset, world=world)
         trainer.resume()
         with trainer.logging_to(loggers):
@@ -80,3 +86,15 @@ def _train(
             finally:
                 trainer.close()
         return trainer.finish()
+
+
+def _measured_dtype(config: TrainConfig, out: Path, dataset: ImageDataset, world: World) -> Any:
+    """The precision of the run in the folder; of a new run, the faster one."""
+    if (out / run_folder.CONFIG_FILE).exists():
+        return run_folder.read_config(out)["settings"]["dtype"]
+    if world.size > 1 or config.consistency is not None:
+        what = "several processes" if world.size > 1 else "a student"
+        raise ValueError(f"dtype auto is not measured for {what}: choose float32 or bfloat16")
+    dtype = faster_dtype(config, dataset)
+    tell(f"edm2: the network computes in {dtype}, the faster precision in a few steps")
+    return dtype
