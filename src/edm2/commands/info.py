@@ -5,14 +5,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import tyro
 
 from edm2.diffusion import Denoiser, build_denoiser, read_model
 from edm2.ema.storage.manifest import read_manifest
-from edm2.hub import Parts, find_parts
 from edm2.interop.released import SAMPLING_PRESETS, sampling_preset
 from edm2.nn import count_flops
 from edm2.presets import PRESETS, get_preset, image_shape
@@ -20,6 +19,11 @@ from edm2.progress import clean, show
 from edm2.train.logs import is_progress, read_log
 from edm2.train.run_folder import CONFIG_FILE, SNAPSHOTS, read_config
 from edm2.train.settings_file import run_settings
+
+if TYPE_CHECKING:
+    from edm2.hub import Parts
+
+_SMALL = 64  # base width of a network that is built in an instant
 
 
 @dataclass(kw_only=True)
@@ -53,9 +57,11 @@ def describe_preset(name: str) -> str:
     config = get_preset(name)
     channels, height, width, classes = image_shape(name)
     assert height == width
-    with torch.device("meta"):
+    # On the meta device nothing takes memory, but the first operation loads torch's compilers for seconds.
+    device = "cpu" if config.network.model_channels <= _SMALL else "meta"
+    with torch.device(device):
         denoiser = build_denoiser(height, channels, classes, **vars(config.network)).eval()
-    lines = [f"preset {name}", *_network_lines(denoiser)]
+    lines = [f"preset {name}", *_network_lines(denoiser, device)]
     lines.append(
         f"training    {config.num_images:,} images in {config.num_steps:,} steps of {config.batch_size}"
     )
@@ -79,6 +85,8 @@ def describe_released(name: str) -> str:
 
 def describe_path(path: Path) -> str:
     """Describe a model file, a run, or settings with the models that they name."""
+    from edm2.hub import find_parts  # loads evaluation, which a preset does not need
+
     parts = find_parts(path)
     if parts is not None:
         return "\n".join([*_parts_lines(path, parts), describe_path(parts.model)])
@@ -103,7 +111,7 @@ def describe_path(path: Path) -> str:
     return "\n".join(lines) + "\n\nstate\n" + _state(denoiser)
 
 
-def _parts_lines(path: Path, parts: Parts) -> list[str]:
+def _parts_lines(path: Path, parts: "Parts") -> list[str]:
     sampling = parts.sampling
     lines = [f"settings    {path}, {sampling.sampler}, {sampling.num_steps} steps"]
     if parts.guide is not None:
@@ -118,9 +126,9 @@ def _one_line(text: object) -> str:
     return clean(" ".join(str(text).split()), keep="")
 
 
-def _network_lines(denoiser: Denoiser) -> list[str]:
-    denoiser = denoiser.to("meta")  # a network of the user's own may have tensors elsewhere
-    with torch.device("meta"):
+def _network_lines(denoiser: Denoiser, device: str = "meta") -> list[str]:
+    denoiser = denoiser.to(device)  # a network of the user's own may have tensors elsewhere
+    with torch.device(device):
         channels, height, width = denoiser.img_shape
         image = torch.zeros(1, channels, height, width)
         labels = torch.zeros(1, denoiser.label_dim) if denoiser.label_dim else None

@@ -63,6 +63,11 @@ class _Counter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.total: int = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # True, torch's default, loads its compilers for seconds to keep them from compiling this class.
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,
