@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 # Far beyond float32, yet their sixth power, in a kernel distance, stays within float64.
 _LARGEST = 1e40
+_FOLDED = 1024  # features that are added to the moments at a time
 _NEGATIVE = -1e-5  # eigenvalue over the largest: rounding of a covariance that was stored in float32
 
 
@@ -25,6 +26,8 @@ class FeatureStatistics:
         self._mean = np.zeros(size)
         # Sum of the outer products of deviations from the mean: (N - 1) times the covariance.
         self._scatter = np.zeros((size, size))
+        # Features that are counted in num_images and not yet in the moments.
+        self._waiting: list[np.ndarray] = []
 
     @classmethod
     def from_moments(cls, mean: np.ndarray, cov: np.ndarray, *, num_images: int) -> "FeatureStatistics":
@@ -78,12 +81,25 @@ class FeatureStatistics:
         check_features(batch)
         if len(batch) == 0:
             return
-        part = FeatureStatistics(batch.shape[1])
-        part.num_images = len(batch)
-        part._mean = batch.mean(axis=0)
-        deviation = batch - part._mean
-        part._scatter = deviation.T @ deviation
-        self.merge(part)
+        self._adopt(batch.shape[1])
+        self._waiting.append(np.array(batch))  # the caller may reuse its array
+        self.num_images += len(batch)
+        if sum(map(len, self._waiting)) >= _FOLDED:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Add the batches that wait, with a single pass over the large matrix."""
+        if not self._waiting:
+            return
+        batch = np.concatenate(self._waiting)
+        self._waiting = []
+        before = self.num_images - len(batch)
+        mean = batch.mean(axis=0)
+        shift = mean - self._mean
+        # As in `merge`, with the means' own deviation as one more row.
+        rows = np.vstack([batch - mean, shift * np.sqrt(before * (len(batch) / self.num_images))])
+        self._scatter += rows.T @ rows
+        self._mean = self._mean + shift * (len(batch) / self.num_images)
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Add all of another's images, as if they had come here.
@@ -96,12 +112,9 @@ class FeatureStatistics:
         """
         if other.num_images == 0:
             return
-        if self.num_images == 0 and len(self._mean) == 0:
-            self._mean, self._scatter = np.zeros_like(other._mean), np.zeros_like(other._scatter)
-        if len(self._mean) != len(other._mean):
-            raise ValueError(
-                f"cannot mix {len(self._mean)} and {len(other._mean)} features: use one extractor throughout"
-            )
+        self._adopt(len(other._mean))
+        self._fold()
+        other._fold()
         total = self.num_images + other.num_images
         shift = other._mean - self._mean
         # The pairwise update of Chan, Golub and LeVeque: sums of squares would cancel.
@@ -109,6 +122,15 @@ class FeatureStatistics:
         self._scatter += np.outer(shift, shift) * (self.num_images * (other.num_images / total))
         self._mean = self._mean + shift * (other.num_images / total)
         self.num_images = total
+
+    def _adopt(self, num_features: int) -> None:
+        """Take the number of features from the first images, and insist on it afterwards."""
+        if self.num_images == 0 and len(self._mean) == 0:
+            self._mean, self._scatter = np.zeros(num_features), np.zeros((num_features, num_features))
+        if len(self._mean) != num_features:
+            raise ValueError(
+                f"cannot mix {len(self._mean)} and {num_features} features: use one extractor throughout"
+            )
 
     def all_reduce(self) -> None:
         """Merge the statistics of all processes of `torch.distributed`, in place.
@@ -119,6 +141,7 @@ class FeatureStatistics:
         Raises:
             ValueError: Where processes saw different numbers of features.
         """
+        self._fold()
         total = FeatureStatistics()
         # One process at a time, so that memory does not grow with their number.
         for rank in range(dist.get_world_size()):
@@ -132,6 +155,7 @@ class FeatureStatistics:
         """`[D]` float64."""
         if self.num_images < 1:
             raise ValueError("a mean needs at least 1 image: update the statistics first")
+        self._fold()
         return np.array(self._mean)
 
     @property
@@ -139,6 +163,7 @@ class FeatureStatistics:
         """`[D, D]` float64, unbiased."""
         if self.num_images < 2:
             raise ValueError(f"a covariance needs at least 2 images, and there are {self.num_images}")
+        self._fold()
         return self._scatter / (self.num_images - 1)
 
 

@@ -93,10 +93,15 @@ def _kernel_sums(a: np.ndarray, b: np.ndarray, block: int) -> tuple[float, float
     # Over all pairs, and over the pairs of equal index.
     total = diagonal = 0.0
     for rows, columns in tiles(len(a), len(b), block):
-        kernel = (a[rows].astype(np.float64) @ b[columns].astype(np.float64).T / a.shape[1] + 1) ** 3
-        total += float(kernel.sum())
+        x = a[rows].astype(np.float64)
+        # One array twice, which NumPy multiplies in half the time.
+        y = x if a is b and rows == columns else b[columns].astype(np.float64)
+        kernel = x @ y.T
+        kernel /= a.shape[1]
+        kernel += 1
+        total += float(np.vdot(kernel * kernel, kernel))
         if rows == columns:
-            diagonal += float(np.trace(kernel))
+            diagonal += float((kernel.diagonal() ** 3).sum())
     return total, diagonal
 
 
