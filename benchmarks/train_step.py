@@ -20,6 +20,8 @@ from common import convolution_peak, in_turns, machine, make_denoiser, options, 
 from edm2.diffusion import edm2_loss
 from edm2.memory import keep_freed_memory
 from edm2.nn import ForcedWeightNorm, count_flops, fast, use_channels_last
+from edm2.train.build import compile_blocks
+from edm2.train.parallel import blocks_of
 
 
 class Step:
@@ -35,7 +37,8 @@ class Step:
             use_channels_last(self.denoiser)
             self.force = ForcedWeightNorm(self.denoiser)
             self.images = self.images.contiguous(memory_format=torch.channels_last)
-        self.forward = torch.compile(self.denoiser) if compiled else self.denoiser
+        if compiled:
+            compile_blocks(blocks_of(self.denoiser))
         kind = {"fused": True} if quick else {}
         self.optimizer = torch.optim.Adam(self.denoiser.parameters(), lr=1e-3, betas=(0.9, 0.99), **kind)
         self.losses = []
@@ -45,7 +48,7 @@ class Step:
             self.force()
         self.optimizer.zero_grad(set_to_none=True)
         with self.forms():
-            loss = edm2_loss(self.forward, self.images, self.labels, self.sigma, self.noise)
+            loss = edm2_loss(self.denoiser, self.images, self.labels, self.sigma, self.noise)
         (loss.sum() / len(self.images)).backward()
         self.optimizer.step()
         self.losses.append(loss.detach().mean())

@@ -44,11 +44,11 @@ def plain_forms() -> Iterator[None]:
 def applies(block: "Block") -> bool:
     """Whether a block's forward pass can take the fast form now."""
     return (
-        block.training
+        not torch.compiler.is_compiling()
+        and block.training
         and block.features.name == "G"
         and torch.is_grad_enabled()
         and _wanted.get()
-        and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()

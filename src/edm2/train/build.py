@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -185,6 +186,27 @@ def checkpoint_activations(blocks: Sequence[nn.Module], *, keyed_dropout: bool) 
         block.forward = functools.partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=not keyed_dropout
         )
+
+
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Compile each module's forward pass by itself, for training; without gradients it stays as it is.
+
+    Hooks stay outside, and shapes are fixed. A block at a time takes less than half the time of a whole network.
+
+    Args:
+        blocks: Modules to change, in place.
+    """
+    import torch._dynamo.config as limits  # loads slowly
+
+    # Blocks of one class share their compiled forms, of which there may be one for each block.
+    limits.recompile_limit = max(limits.recompile_limit, 2 * len(blocks))
+    for block in blocks:
+        compiled = torch.compile(block.forward, dynamic=False)
+        block.forward = functools.partial(_forward, compiled, block.forward)
+
+
+def _forward(compiled: Callable[..., Any], plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
 
 
 def versions() -> dict[str, str]:

@@ -108,7 +108,8 @@ class TrainConfig:
     loss_scaling: float = 1.0
     """Factor on the loss, removed from the gradients again; it keeps small float16 gradients above 0."""
     compile: bool = False
-    """Whether to use torch.compile, which takes minutes to start and pays off in long runs."""
+    """Whether to compile the network's blocks with torch.compile, which takes a minute or more to start. On a CPU, the
+    step is no faster for it."""
     record_magnitudes: bool = True
     """Whether to record the magnitudes of one step with each line of the log, for `edm2 report`; off with sharding."""
     stop_after_nonfinite: int = 8

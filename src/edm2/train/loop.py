@@ -226,8 +226,7 @@ class Trainer:
         self._stepper.prepare(self.num_images)
         recorder = self._recorder if record else None
         with nullcontext() if recorder is None else recorder.step():
-            eager = record and self.config.record_magnitudes
-            loss, norm = self._stepper.update(self.num_images, eager=eager, measure=record)
+            loss, norm = self._stepper.update(self.num_images, measure=record)
         self.num_images += self.config.batch_size
         if self.ema is not None:
             self.ema.update(self.num_images)

@@ -15,7 +15,7 @@ from edm2.data import Augmentation, Batch, Batches, ImageDataset, mirror
 from edm2.diffusion import Denoiser
 from edm2.ema.tracking.sharding import is_sharded
 from edm2.nn import ForcedWeightNorm, faster_channels_last, use_channels_last
-from edm2.train.build import checkpoint_activations
+from edm2.train.build import checkpoint_activations, compile_blocks
 from edm2.train.coding import Coding
 from edm2.train.config import TrainConfig
 from edm2.train.gradients import clean_gradients, clip_gradients
@@ -71,6 +71,8 @@ class Stepper:
         self._batches: Batches | None = None
         self._next_step = -1
         self.denoiser = denoiser.train().to(world.device)
+        if config.compile:
+            compile_blocks(blocks_of(self.denoiser) or [self.denoiser.unet])
         if config.checkpoint_activations:
             checkpoint_activations(blocks_of(self.denoiser), keyed_dropout=self.denoiser.has_keyed_dropout)
         sharded = config.sharding == "full" and world.size > 1
@@ -83,8 +85,7 @@ class Stepper:
         self._force_norm = ForcedWeightNorm(self.denoiser)
         self.optimizer = make_optimizer(self.denoiser, config.optimizer)
         copies = world.size > 1 and not sharded
-        self._eager: Any = replicate(self.denoiser, world) if copies else self.denoiser
-        self._forward: Any = torch.compile(self._eager) if config.compile else self._eager
+        self._forward: Any = replicate(self.denoiser, world) if copies else self.denoiser
 
     @property
     def learning_rate(self) -> float:
@@ -111,28 +112,26 @@ class Stepper:
             group["lr"] = lr
         self._force_norm()
 
-    def update(self, num_images: int, *, eager: bool = False, measure: bool = False) -> tuple[Tensor, Tensor]:
+    def update(self, num_images: int, *, measure: bool = False) -> tuple[Tensor, Tensor]:
         """Compute gradients on the batch that starts at `num_images`, and update the weights.
 
         Args:
             num_images: Images seen before.
-            eager: Whether to run the modules themselves even if a compiled graph exists.
             measure: Whether to record the norms of weights and update.
 
         Returns:
             Mean loss of the whole batch, float64, and the norm of the gradients before non-finite ones were zeroed.
         """
         config, world = self._config, self._world
-        forward = self._eager if eager else self._forward
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         batches = self._batches_from(num_images)
         for start in range(0, self._share, self._size):
-            with exchange_gradients(self._eager, wanted=start + self._size == self._share):
+            with exchange_gradients(self._forward, wanted=start + self._size == self._share):
                 batch = next(batches)
                 with self._seeded(batch.position):
                     inputs = self._inputs(batch, num_images)
-                    loss = self.objective(forward, inputs)
+                    loss = self.objective(self._forward, inputs)
                 if inputs.mask is not None:
                     loss = torch.where(inputs.mask, loss, 0.0)
                 # Processes average their gradients, but the loss is a sum over the batch.
