@@ -223,9 +223,11 @@ def test_memory_splits_the_batch_and_then_shrinks_the_network(at_speed: Callable
 def test_large_pictures_are_told_about(at_speed: Callable[[float], None]) -> None:
     at_speed(1e11)
     advice = advise(ArrayDataset(coloured_noise(256, 1.5, count=8)), 0.25)
-    assert advice.sigma_max > 80
+    assert advice.config.sigma_max > 80
+    assert (
+        f"--sigma-max {advice.config.sigma_max:g}\n    samples start where noise hides" in advice.describe()
+    )
     told = "\n".join(advice.remarks())
-    assert f"--sigma-max {advice.sigma_max:g}" in told
     assert "or use smaller images (edm2 data convert --size 32)" in told
     assert advice.is_too_large
 

@@ -1,7 +1,9 @@
 """From a folder of pictures to a run without a preset, and back to the run from its folder."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from edm2.advice import SUGGESTED
 from edm2.cli import main
 from edm2.generate.archive import SETTINGS_FILE
 from edm2.generate.own_guide import OwnGuide
+from edm2.train import TrainConfig, train
 from edm2.train.run_folder import read_config
 from edm2.train.settings_file import read_settings
+from edm2.tuning import TuningPlan
 
 RNG = np.random.default_rng(0)
 
@@ -129,3 +133,23 @@ def test_info_and_convert_name_the_next_command(
     words = ["data", "convert", str(photos), "--out", str(out), "--size", "8", "--workers", "1"]
     main([*words, "--background", "#f00"])
     assert capsys.readouterr().err.endswith(f"next: edm2 train --data {out} --out runs/small\n")
+
+
+def test_sampling_starts_at_the_noise_level_that_the_run_stores(
+    tmp_path: Path, tiny_digits: Callable[..., TrainConfig]
+) -> None:
+    run = tmp_path / "run"
+    train(tiny_digits(num_images=16, sigma_max=200.0), run, quiet=True)
+    options = ["--seeds", "0-2", "--num-steps", "3", "--sampler", "heun", "--grid", "0"]
+    for name, more in {"plain": [], "told": ["--sigma-max", "200"], "ema": ["--ema", "0.1"]}.items():
+        main(["sample", str(run), *options, *more, "--out", str(tmp_path / f"{name}.npz")])
+    made: dict[str, tuple[np.ndarray, dict[str, Any]]] = {}
+    for name in ("plain", "told", "ema"):
+        with np.load(tmp_path / f"{name}.npz") as archive:
+            made[name] = archive["arr_0"], json.loads(archive["samples.json"])
+    assert np.array_equal(made["plain"][0], made["told"][0])
+    assert all(record["sampler"]["sigma_max"] == 200 for _, record in made.values())
+    assert TuningPlan.for_run(run).range == {"sigma_max": 200.0}
+    with pytest.raises(ValueError, match=r"sigma_max 0 must be above 0.002 and finite: change --sigma-max"):
+        TrainConfig(sigma_max=0)
+    assert "sigma_max" not in TrainConfig().identity()

@@ -117,6 +117,17 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         SamplerOptions(**options)
 
 
+def test_the_highest_noise_level_is_that_of_the_run() -> None:
+    chosen, plain = small_generator(), small_generator()
+    chosen.info = {**chosen.info, "sigma_max": 200.0}
+    images = chosen.images(range(3), num_steps=4)
+    assert np.array_equal(images, plain.images(range(3), num_steps=4, sigma_max=200.0))
+    assert not np.array_equal(images, plain.images(range(3), num_steps=4))
+    assert np.array_equal(
+        chosen.images(range(3), num_steps=4, sigma_max=80.0), plain.images(range(3), num_steps=4)
+    )
+
+
 def test_a_student_takes_its_own_sampler_and_no_other() -> None:
     student, plain = small_generator(), small_generator()
     student.info = {**student.info, "consistency": {"teacher": "t", "sigma_max": 20.0}}

@@ -2,11 +2,10 @@
 
 from edm2.advice.choose import DEFAULT_HOURS, suggest
 from edm2.advice.pictures import check_pictures, mending_words, words_for
-from edm2.advice.reasons import DEFAULT_SIGMA_MAX, SUGGESTED, Advice
+from edm2.advice.reasons import SUGGESTED, Advice
 
 __all__ = [
     "DEFAULT_HOURS",
-    "DEFAULT_SIGMA_MAX",
     "SUGGESTED",
     "Advice",
     "check_pictures",

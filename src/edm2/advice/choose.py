@@ -9,7 +9,7 @@ import torch
 
 from edm2.advice import scaling
 from edm2.advice.memory import activation_bytes, fitting_images, step_bytes
-from edm2.advice.reasons import DEFAULT_SIGMA_MAX, Advice
+from edm2.advice.reasons import Advice
 from edm2.advice.structure import measure_structure
 from edm2.data import ImageDataset, PaddedDataset, measure_coding
 from edm2.diffusion import Denoiser, build_denoiser
@@ -222,6 +222,7 @@ class _Work:
                     ref_batches=float(max(1, round(scaling.DECAY_START * images / batch))),
                     rampup_mimg=float(f"{scaling.rampup_images(images) / 1e6:.2g}"),
                 ),
+                sigma_max=max(TrainConfig.sigma_max, float(f"{_ABOVE_STRONGEST * structure.strongest:.2g}")),
                 loss=LossConfig(
                     p_mean=round(structure.center - _BELOW_LINEAR, 1),
                     p_std=round(min(max(structure.width, low), high), 1),
@@ -229,7 +230,6 @@ class _Work:
             ),
             shape,
         )
-        sigma_max = max(DEFAULT_SIGMA_MAX, float(f"{_ABOVE_STRONGEST * structure.strongest:.2g}"))
         known = {
             name: getattr(cost, name) for name in ("num_params", "flops", "peak_bytes", "images_per_second")
         }
@@ -237,7 +237,6 @@ class _Work:
             config=config,
             cost=costs(config, **known),
             structure=structure,
-            sigma_max=sigma_max,
             dataset=self.dataset,
             memory=self.memory,
         )

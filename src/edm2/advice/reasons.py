@@ -14,7 +14,6 @@ from edm2.train.config_groups import OPTION_NAMES
 from edm2.train.dry_run import DryRun
 from edm2.train.memory import size_text
 
-DEFAULT_SIGMA_MAX = 80.0
 SUGGESTED = "suggested"
 """What a run with settings from here stores in place of a preset's name."""
 _FEW_STEPS = 1000  # the preset `digits` takes 1,375
@@ -42,7 +41,6 @@ class Advice:
         config: All settings.
         cost: Measured cost of the run.
         structure: What the spectrum of the data says.
-        sigma_max: Highest noise level to sample from.
         dataset: The images.
         memory: Bytes that a step may take; None for no limit.
     """
@@ -50,7 +48,6 @@ class Advice:
     config: TrainConfig
     cost: DryRun
     structure: Structure
-    sigma_max: float
     dataset: ImageDataset
     memory: float | None
 
@@ -136,6 +133,13 @@ class Advice:
             f"{found.width:.2f}; shapes are finer, so 0.3 lower (EDM2: -0.8 +- 1.6 at 64x64)",
         )
 
+        if self.config.sigma_max != TrainConfig.sigma_max:
+            yield Reason(
+                ("sigma_max",),
+                f"samples start where noise hides the strongest pattern, of standard deviation {found.strongest:.0f}; "
+                "EDM's 80 is 4.5 times that of photographs of 64x64",
+            )
+
     def _rest(self) -> Iterator[Reason]:
         config = self.config
         regularised = ("dataset.augment",) * bool(config.dataset.augment) + ("network.dropout",) * bool(
@@ -178,12 +182,6 @@ class Advice:
             )
         if len(self.dataset) < _FEW_IMAGES:
             remarks.append(f"{len(self.dataset):,} images are few: the network may copy some of them")
-        if self.sigma_max > DEFAULT_SIGMA_MAX:
-            remarks.append(
-                f"sample with --sigma-max {self.sigma_max:g}, so that noise hides the strongest pattern, whose "
-                f"standard deviation is {self.structure.strongest:.0f}; EDM's {DEFAULT_SIGMA_MAX:g} is 4.5 times that "
-                "of photographs of 64x64"
-            )
         return remarks
 
 

@@ -53,8 +53,8 @@ class Sampling:
     """Noise levels of a student's steps after the first. Default: the tuned ones, or a standard choice."""
     sigma_min: float = 0.002
     """Lowest noise level."""
-    sigma_max: float = 80.0
-    """Highest noise level."""
+    sigma_max: float | None = None
+    """Highest noise level. Default: the one that the run was tuned or trained with, else 80."""
     rho: float | None = None
     """Exponent of the schedule. Default: 10 for dpmpp-3m, 7 for the others."""
     s_churn: float = 0.0

@@ -1,6 +1,7 @@
 """`edm2 suggest`."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ class _Suggest:
     memory: float | None = None
     """Memory for training, in GB. Default: the free memory of a GPU; no limit on a CPU."""
     out: Path | None = None
-    """File to write for `edm2 train --settings`: .toml (with the reasons) or .json. Default: none."""
+    """File to write for `edm2 train --settings`: .toml (with the reasons; Python 3.11 or newer) or .json.
+    Default: none."""
     labels: bool = True
     """Whether to condition on the data's classes, if it has any."""
     as_they_are: bool = False
@@ -47,6 +49,8 @@ def run(prog: str, words: Sequence[str]) -> None:
     if chosen.out is not None:
         if chosen.out.suffix not in (".toml", ".json"):
             raise ValueError(f"--out {chosen.out} must end in .toml or .json")
+        if chosen.out.suffix == ".toml" and sys.version_info < (3, 11):
+            raise ValueError(f"--out {chosen.out}: TOML needs Python 3.11 or newer: choose .json")
         if chosen.out.exists():
             raise ValueError(f"{chosen.out} exists already: choose another --out, or delete it")
     if not chosen.as_they_are:

@@ -103,7 +103,7 @@ def build_from(
 def check_info(info: Mapping[str, Any]) -> None:
     """Raise ValueError unless what a model says about itself, apart from its network, is of edm2's kinds."""
     rules: dict[str, Callable[[Any], bool]] = {
-        "sigma_rel": _is_positive,
+        **dict.fromkeys(("sigma_rel", "sigma_max"), _is_positive),
         "num_images": lambda x: _is_count(x) or (type(x) is float and _is_positive(x)),
         "expected_error": lambda x: type(x) in (int, float) and 0 <= x < math.inf,
         **dict.fromkeys(("data", "run_id", "license", "license_notice"), lambda x: isinstance(x, str)),

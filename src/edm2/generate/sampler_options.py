@@ -167,7 +167,9 @@ class SamplerOptions:
 
 
 def options_for(info: Mapping[str, Any], **options: Any) -> SamplerOptions:
-    """Options of the sampler, with the defaults that suit a model: for a student, two steps of `consistency`.
+    """Options of the sampler, with the defaults that suit a model.
+
+    These are the highest noise level that its run chose, and for a student two steps of `consistency`.
 
     Args:
         info: What the model's file says about it.
@@ -177,7 +179,9 @@ def options_for(info: Mapping[str, Any], **options: Any) -> SamplerOptions:
         ValueError: As in `SamplerOptions`, or if the sampler does not suit the model.
     """
     student = info.get("consistency")
-    defaults: dict[str, Any] = {} if student is None else {"sampler": STUDENT_SAMPLER, "num_steps": 2}
+    defaults: dict[str, Any] = {"sampler": STUDENT_SAMPLER, "num_steps": 2}
+    if student is None:
+        defaults = {"sigma_max": info.get("sigma_max", SamplerOptions.sigma_max)}
     chosen = SamplerOptions(**(defaults | options))
     if isinstance(chosen.sampler, str) and (student is None) == (chosen.sampler == STUDENT_SAMPLER):
         if student is None:

@@ -52,10 +52,10 @@ class EDM2Model(ModelMixin, ConfigMixin):
         model.denoiser.load_state_dict(denoiser.state_dict())
         return model
 
-    def scheduler(self) -> EDMEulerScheduler:
+    def scheduler(self, sigma_max: float = 80.0) -> EDMEulerScheduler:
         """A scheduler that fits, with EDM's noise levels; start it from unit noise times `sigma_max`."""
         return EDMEulerScheduler(
-            sigma_min=0.002, sigma_max=80.0, sigma_data=self.denoiser.sigma_data, rho=7.0
+            sigma_min=0.002, sigma_max=sigma_max, sigma_data=self.denoiser.sigma_data, rho=7.0
         )
 
     def forward(

@@ -183,7 +183,7 @@ def _write_diffusers(generator: ImageGenerator, path: Path) -> Callable[[], _Cal
 
     model = EDM2Model.from_denoiser(generator.denoiser)
     model.save_pretrained(path)
-    model.scheduler().save_pretrained(path.with_name("scheduler"))
+    model.scheduler(generator.sampler_options().sigma_max).save_pretrained(path.with_name("scheduler"))
 
     def load() -> _Call:
         read = EDM2Model.from_pretrained(path)
@@ -249,6 +249,7 @@ def _about(model: Pretrained, parts: dict[str, ImageGenerator], to: Format) -> d
         # The sampler next to the model is Heun's, or a student's.
         "num_steps": steps if model.sampling.sampler in ("heun", STUDENT_SAMPLER) else 32,
         "consistency_levels": levels,
+        "sigma_max": info.get("sigma_max", SamplerOptions.sigma_max),
         "guidance": model.sampling.guidance,
         "interval": [low, high],
     }

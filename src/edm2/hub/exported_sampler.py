@@ -50,7 +50,7 @@ def sample(
             x = denoise(networks, x + level * noise, level, given)
             noise = rng.standard_normal(x.shape).astype(np.float32)
         return np.asarray(x)
-    ends = 80 ** (1 / 7), 0.002 ** (1 / 7)
+    ends = ABOUT.get("sigma_max", 80) ** (1 / 7), 0.002 ** (1 / 7)
     levels = [*((ends[0] + np.arange(steps) / max(steps - 1, 1) * (ends[1] - ends[0])) ** 7).tolist(), 0.0]
     x = noise * np.float32(levels[0])
     for now, after in itertools.pairwise(levels):

@@ -82,6 +82,7 @@ def assemble(
         "class_names": list(dataset.class_names),
         "data": dataset.name,
         **({"label_dropout": config.label_dropout} if config.label_dropout else {}),
+        **({"sigma_max": config.sigma_max} if config.sigma_max != TrainConfig.sigma_max else {}),
         **({"objective": config.objective} if config.objective != "denoise" else {}),
         **carried_licence(models),
     }

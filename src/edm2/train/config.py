@@ -65,6 +65,8 @@ class TrainConfig:
     label_dropout: float = 0.0
     """Probability that an image is shown without its label, so that the network can later guide itself (`edm2 sample
     --guide self`)."""
+    sigma_max: float = 80.0
+    """Highest noise level, from which the model is sampled unless told otherwise; it does not change the training."""
     seed: int = 0
     """Seed of the weights, the order of images, noise and dropout."""
     snapshot_images: Amount | None = None
@@ -158,6 +160,7 @@ class TrainConfig:
         share = self.validation_share
         require(self, "validation", share is None or 0 < share < 1, "a share between 0 and 1, or a data set")
         require(self, "label_dropout", 0 <= self.label_dropout < 1, "a probability, in [0, 1)")
+        require(self, "sigma_max", 0.002 < self.sigma_max < math.inf, "above 0.002 and finite")
         require(self, "seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
         if self.microbatch is not None:
             divides = 1 <= self.microbatch <= self.batch_size and self.batch_size % self.microbatch == 0
@@ -227,7 +230,7 @@ class TrainConfig:
 
 # Settings that are younger than the first runs, by group.
 _ADDED = {
-    "": ("network_from", "condition", "label_dropout", "objective"),
+    "": ("network_from", "condition", "label_dropout", "objective", "sigma_max"),
     "dataset": ("crop", "augment", "max_images", "missing", "resample"),
     "optimizer": ("decay", "weight_decay", "clip"),
     "loss": ("uncertainty",),

@@ -110,15 +110,15 @@ class TuningPlan:
 
     @classmethod
     def for_run(cls, run: Path) -> "TuningPlan":
-        """The default plan for a run: for a student's, two steps and their noise level, without a guide.
+        """The default plan for a run, from its highest noise level; for a student's, two steps and their noise level.
 
         Raises:
             ValueError: If the run has no snapshots.
         """
-        metadata = read_manifest(snapshots_of(run)).run.metadata or {}
-        return (
-            cls(num_steps=2, sampler=STUDENT_SAMPLER) if "consistency" in metadata.get("info", {}) else cls()
-        )
+        info = (read_manifest(snapshots_of(run)).run.metadata or {}).get("info", {})
+        if "consistency" in info:
+            return cls(num_steps=2, sampler=STUDENT_SAMPLER)
+        return cls(sigma_max=info.get("sigma_max", cls.sigma_max))
 
     @property
     def is_for_student(self) -> bool:
