@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,7 @@ from edm2.cli import main
 from edm2.commands import metrics
 from edm2.evaluation import find_cautions
 from edm2.evaluation.images import open_images, seed_text
+from edm2.hub.results import read_results
 from edm2.metrics import FeatureStatistics, InceptionFeatures, Reference, fit_classifier, frechet_distance
 
 SHAPE = (1, 8, 8)
@@ -455,3 +457,51 @@ def test_copies_are_found_and_told(digits_ref, tmp_path, capsys):
     assert "nearer than held out                    1" in capsys.readouterr().out
     err = fails(capsys, *score, "--held-out", "digits")
     assert "--held-out digits is for the check for copies: give --training, too" in err
+
+
+def test_a_random_subset(digits_ref, samples, tmp_path, capsys):
+    words = ("metrics", "score", samples, "--ref", digits_ref, "--num", 20)
+    results = {}
+    for name, more in {"a": (), "same": (), "other": ("--seed", 5)}.items():
+        run(*words, *more, "--out", tmp_path / f"{name}.json")
+        results[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    images = results["a"]["images"]
+    assert (images["num_images"], images["chosen_from"], images["choice_seed"]) == (20, 40, 0)
+    assert sum(images["class_counts"]) == 20
+    assert results["a"]["scores"] == results["same"]["scores"]
+    assert results["a"]["scores"]["frechet_distance"] != results["other"]["scores"]["frechet_distance"]
+    chosen = open_images(str(samples), count=20, seed=0)
+    picked = write_images(tmp_path / "again", 40)[chosen.dataset.rows]
+    assert np.array_equal(chosen.dataset.images(np.arange(20)), picked)
+    for count in (5, 41):
+        assert f"--num {count} must be from 6 to 40, the number of images of" in fails(
+            capsys, *words[:-1], count
+        )
+
+
+def test_a_model_is_measured_without_saving_its_images(digits_run, digits_ref, tmp_path, capsys):
+    """The numbers are those of the images that `edm2 sample` writes."""
+    run_folder = shutil.copytree(digits_run, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")}
+    run("metrics", "score", run_folder, "--ref", digits_ref, "--num", 12)
+    assert before == {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")}
+    run("sample", run_folder, "--seeds", "0-11", "--out", tmp_path / "saved")
+    run("metrics", "score", tmp_path / "saved", "--ref", digits_ref)
+    straight, saved = (
+        json.loads((tmp_path / f"{name}.metrics.json").read_text()) for name in ("run", "saved")
+    )
+    assert straight["scores"] == saved["scores"]
+    for key in ("seeds", "class_counts", "shape", "num_images"):
+        assert straight["images"][key] == saved["images"][key]
+    made_with = {"made_with": saved["images"]["sampling"]["made_with"]}
+    assert straight["images"]["sampling"] | made_with == saved["images"]["sampling"]
+    assert read_results(tmp_path / "run.metrics.json")[0].digest is not None
+    (run_folder / "model.safetensors").unlink()
+    words = ("metrics", "score", run_folder, "--ref", digits_ref, "--num", 12, "--out", tmp_path / "ema.json")
+    assert "is an unfinished run" in fails(capsys, *words)
+    run(*words, "--ema", 0.07)
+    assert json.loads((tmp_path / "ema.json").read_text())["images"]["sampling"]["model"]["sigma_rel"] == 0.07
+    assert "--num 3 must be at least 6" in fails(capsys, *words[:6], 3, "--ema", 0.07)
+    assert "--ema 0.07 is for a run, and" in fails(
+        capsys, "metrics", "score", tmp_path / "saved", "--ref", digits_ref, "--ema", 0.07
+    )

@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from edm2.evaluation.generated import GeneratedImages
 from edm2.evaluation.images import open_images
 
 
@@ -12,3 +15,9 @@ def test_settings_of_samples_that_are_damaged(tmp_path, settings):
     (tmp_path / "samples.json").write_text(settings)
     with pytest.raises(ValueError, match=r"samples.json is damaged \(.*: sample again"):
         open_images(str(tmp_path))
+
+
+def test_only_pictures_are_measured_without_saving_them():
+    generator = SimpleNamespace(pixel_channels=0, coding=SimpleNamespace(kind="latents"))
+    with pytest.raises(ValueError, match="the model makes latents, and extractors see pictures: sample with"):
+        GeneratedImages(generator, range(8))

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from edm2.commands.metrics_ensemble import ensemble as ensemble
+from edm2.diffusion import MODEL_FILE
 from edm2.evaluation.comparison import (
     CopySources,
     Measuring,
@@ -18,7 +19,8 @@ from edm2.evaluation.comparison import (
     try_extractor,
 )
 from edm2.evaluation.extractors import EXTRACTORS, open_extractor
-from edm2.evaluation.images import MIN_IMAGES, open_images
+from edm2.evaluation.generated import GeneratedImages, generated_set
+from edm2.evaluation.images import MIN_IMAGES, ImageSet, open_images
 from edm2.evaluation.references import is_reference, read_reference
 from edm2.evaluation.results import (
     COPY_NAMES,
@@ -28,6 +30,7 @@ from edm2.evaluation.results import (
     read_result,
     without_numbers,
 )
+from edm2.hub import open_pretrained
 from edm2.metrics import (
     ClassifierFeatures,
     FeatureExtractor,
@@ -36,8 +39,10 @@ from edm2.metrics import (
 )
 from edm2.metrics.measure import KEPT_FEATURES
 from edm2.progress import show
+from edm2.train.run_folder import CONFIG_FILE
 from edm2.train.world import World, join_world
 
+_GENERATED = 1000  # images of a model, unless told
 # Where two results differ in one of these, their numbers cannot be compared.
 _MUST_AGREE = (
     "extractor",
@@ -61,10 +66,12 @@ class _Options:
     """Open a TorchScript file without checking its hash."""
     split: str = "train"
     """Split to measure, if the source has several."""
+    num: int | None = None
+    """Number of images to measure, chosen at random. Default: all; of a model, 1,000 from the first seeds."""
     keep: int = KEPT_FEATURES
     """Number of random images whose features are kept, for all numbers but the Frechet distance; 0 for none."""
     seed: int = 0
-    """Seed of that choice, of subsets, and of a classifier's training."""
+    """Seed of these choices, of subsets, and of a classifier's training."""
     batch: int = 100
     """Images at a time."""
     device: str = "auto"
@@ -73,6 +80,10 @@ class _Options:
     def how(self, world: World) -> Measuring:
         """Return what measuring needs of the options."""
         return Measuring(keep=self.keep, seed=self.seed, batch=self.batch, world=world)
+
+    def open(self, source: str, num_classes: int | None = None) -> ImageSet:
+        """Open images to measure."""
+        return open_images(source, split=self.split, num_classes=num_classes, count=self.num, seed=self.seed)
 
 
 _Shared = Annotated[_Options, tyro.conf.arg(name="")]
@@ -94,7 +105,8 @@ class _Score:
     """Score images against a reference."""
 
     images: Annotated[str, tyro.conf.Positional]
-    """A folder of samples, or anything that `edm2 metrics ref` takes."""
+    """A folder of samples, or anything that `edm2 metrics ref` takes. A run or model file is measured without saving
+    its images, with the settings that `edm2 sample` has for it."""
     ref: Path
     """Reference: a file of `edm2 metrics ref`, an official .pkl (nothing in it is run), an .npz with mu and sigma, or
     the file that `edm2 import` made from one of these."""
@@ -106,6 +118,8 @@ class _Score:
     held_out: str | None = None
     """For the check for copies: images of the same kind that the model has not seen (their split test, if there is
     one). Default: training images, each compared with the others."""
+    ema: float | None = None
+    """EMA length to reconstruct, if a run is measured. Default: the tuned model, or the one that the run saved."""
     out: Path | None = None
     """JSON file for the numbers. Default: next to the images."""
     options: _Shared = field(default_factory=_Options)
@@ -132,7 +146,7 @@ def ref(prog: str, words: Sequence[str]) -> None:
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out} must end in .safetensors, which marks a reference")
     with join_world(options.device) as world:
-        images = open_images(chosen.data, split=options.split)
+        images = options.open(chosen.data)
         beside = _classifier_beside(out)
         fits = options.extractor in (None, "classifier") and options.weights is None
         extractor: FeatureExtractor
@@ -171,7 +185,9 @@ def score(prog: str, words: Sequence[str]) -> None:
         raise ValueError(f"the numbers cannot be written next to {chosen.images}: give --out with a file")
     with join_world(options.device) as world:
         real = Side(found=read_reference(chosen.ref, metric=chosen.metric), where=str(chosen.ref))
-        found = open_images(chosen.images, split=options.split, num_classes=real.num_classes)
+        found = _samples(chosen, world)
+        if found is None:
+            found = options.open(chosen.images, real.num_classes)
         made = Side(found=found, where=chosen.images)
         out = chosen.out or Path(f"{chosen.images.rstrip('/')}.metrics.json")
         copies = None if chosen.training is None else CopySources.open(chosen.training, chosen.held_out)
@@ -180,6 +196,19 @@ def score(prog: str, words: Sequence[str]) -> None:
                 f"--held-out {chosen.held_out} is for the check for copies: give --training, too"
             )
         _tell(score_sides(real, made, _open(options, real, world), out, options.how(world), copies), out)
+
+
+def _samples(chosen: _Score, world: World) -> ImageSet | None:
+    """The images of a run or model, made when they are measured; None for anything else."""
+    path = Path(chosen.images)
+    is_folder = (path / MODEL_FILE).is_file() or (path / CONFIG_FILE).is_file()
+    if not is_folder and not (path.is_file() and path.suffix == ".safetensors"):
+        if chosen.ema is not None:
+            raise ValueError(f"--ema {chosen.ema:g} is for a run, and {path} is none: leave it out")
+        return None
+    model = open_pretrained(path, chosen.ema, device=world.device)
+    seeds = range(_GENERATED if chosen.options.num is None else chosen.options.num)
+    return generated_set(GeneratedImages(model.generator, seeds, **model.settings()), chosen.images, seeds)
 
 
 def compare(prog: str, words: Sequence[str]) -> None:
@@ -204,7 +233,7 @@ def compare(prog: str, words: Sequence[str]) -> None:
 def _side(name: str, options: _Options, num_classes: int | None) -> Side:
     if is_reference(name):
         return Side(found=read_reference(name), where=name)
-    return Side(found=open_images(name, split=options.split, num_classes=num_classes), where=name)
+    return Side(found=options.open(name, num_classes), where=name)
 
 
 def _tell(scored: tuple[dict[str, Any] | None, bool], out: Path) -> None:

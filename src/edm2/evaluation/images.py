@@ -9,6 +9,7 @@ import numpy as np
 
 from edm2.data import FileDataset, ImageDataset, open_dataset
 from edm2.data.files import list_files
+from edm2.data.views import Subset
 from edm2.files import read_json
 from edm2.generate.archive import SETTINGS_FILE
 from edm2.progress import Progress
@@ -39,16 +40,25 @@ class ImageSet:
                 progress.advance(len(indices))
 
 
-def open_images(source: str, *, split: str = "train", num_classes: int | None = None) -> ImageSet:
+def open_images(
+    source: str,
+    *,
+    split: str = "train",
+    num_classes: int | None = None,
+    count: int | None = None,
+    seed: int = 0,
+) -> ImageSet:
     """Open images to measure.
 
     Args:
         source: A folder that `edm2 sample` wrote, or anything that `edm2.data.open_dataset` takes.
         split: Of a data set.
         num_classes: Of the reference, to count classes of samples whose class is their seed modulo that number.
+        count: Number of images to choose at random; None: all.
+        seed: Of that choice.
 
     Raises:
-        ValueError: As in `open_dataset`, or for too few images, or images that are not uint8.
+        ValueError: As in `open_dataset`, or for too few or too many images, or images that are not uint8.
     """
     folder = Path(source).expanduser()
     seeds: list[int] | None = None
@@ -63,7 +73,15 @@ def open_images(source: str, *, split: str = "train", num_classes: int | None = 
         )
     if len(dataset) < MIN_IMAGES:
         raise ValueError(f"{source} holds {len(dataset)} images: at least {MIN_IMAGES} are needed")
-    labels = None
+    total, labels = len(dataset), None
+    if count is not None and not MIN_IMAGES <= count <= total:
+        raise ValueError(
+            f"--num {count} must be from {MIN_IMAGES} to {total}, the number of images of {source}"
+        )
+    if count is not None:
+        rows = np.sort(np.random.default_rng(seed).permutation(total)[:count])
+        dataset = Subset(dataset, rows)
+        seeds = None if seeds is None else [seeds[row] for row in rows]
     if seeds is not None and num_classes and sampling and sampling.get("labels") == "seed modulo classes":
         labels = np.array(seeds) % num_classes
     elif dataset.num_classes:
@@ -76,6 +94,7 @@ def open_images(source: str, *, split: str = "train", num_classes: int | None = 
         "class_counts": None if labels is None else np.bincount(labels, minlength=num_classes or 0).tolist(),
         "seeds": None if seeds is None else seed_text(seeds),
         "sampling": sampling,
+        **({} if count is None else {"chosen_from": total, "choice_seed": seed}),
     }
     return ImageSet(dataset=dataset, provenance=provenance)
 

@@ -92,7 +92,7 @@ def write_samples(
     world = World(rank=0, size=1, device=torch.device("cpu")) if world is None else world
     chosen_options = generator.sampler_options(**options)
     guided(generator.denoiser, None if guide is None else guide.denoiser, chosen_options.guidance)
-    settings = _settings(generator, guide, labels, given, chosen_options)
+    settings = sampling_record(generator, guide, chosen_options, labels, given)
     packed = out.suffix.lower() in ARCHIVES
     folder = out.with_name(f"{out.name}.parts") if packed else out
     suffix = "png" if generator.pixel_channels in PNG_CHANNELS else "npy"
@@ -170,22 +170,24 @@ def _rows_of(
     return generator.labels_for(seeds) if generator.num_classes else None
 
 
-def _settings(
+def sampling_record(
     generator: ImageGenerator,
     guide: ImageGenerator | None,
-    labels: int | np.ndarray | None,
-    given: dict[str, np.ndarray | None],
     options: SamplerOptions,
+    labels: int | np.ndarray | None = None,
+    given: dict[str, np.ndarray | None] | None = None,
 ) -> dict[str, Any]:
+    """Everything but the seeds that images depend on, as JSON values; arguments as of `write_samples`."""
+    conditions, vectors = ((given or {}).get(name) for name in ("conditions", "vectors"))
     settings = {
         "model": generator.identity(),
         "guide": None if guide is None else guide.identity(),
         "labels": "seed modulo classes" if labels is None else _named(labels),
-        "conditions": None if given["conditions"] is None else digest(given["conditions"]),
+        "conditions": None if conditions is None else digest(conditions),
         "sampler": options.to_json(),
     }
-    if given["vectors"] is not None:
-        settings["vectors"] = digest(given["vectors"])
+    if vectors is not None:
+        settings["vectors"] = digest(vectors)
     made_with = {"edm2": edm2.__version__, "torch": torch.__version__}
     record: dict[str, Any] = json.loads(json.dumps({**settings, _MADE_WITH: made_with}))
     return record

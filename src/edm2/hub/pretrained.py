@@ -130,6 +130,10 @@ class Pretrained:
         self, seeds: Sequence[int], labels: Sequence[int] | np.ndarray | None = None, **options: Any
     ) -> np.ndarray:
         """Sample as `ImageGenerator.images` does, with the model's own settings as defaults."""
+        return self.generator.images(seeds, labels, **self.settings(**options))
+
+    def settings(self, **options: Any) -> dict[str, Any]:
+        """Guide and options of the sampler, as arguments of `ImageGenerator.images`: the model's own unless given."""
         settings: dict[str, Any] = {"sampler": self.sampling.sampler, "num_steps": self.sampling.num_steps}
         if self.sampling.levels is not None and {"sampler", "num_steps", "levels"}.isdisjoint(options):
             settings["levels"] = self.sampling.levels
@@ -137,7 +141,7 @@ class Pretrained:
             settings |= {"guide": self.guide, "guidance": self.sampling.guidance}
             if self.sampling.interval is not None:
                 settings["interval"] = self.sampling.interval
-        return self.generator.images(seeds, labels, **{**settings, **options})
+        return {**settings, **options}
 
     def _carried(self, key: str) -> str | None:
         infos = [part.info for part in (self.generator, self.guide) if part is not None]
