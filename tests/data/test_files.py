@@ -399,7 +399,7 @@ def test_arrays_with_objects_are_never_unpickled(tmp_path):
 def test_values_that_are_not_finite_are_named(tmp_path):
     np.save(tmp_path / "a.npy", np.full((1, 2, 2), np.inf, np.float32))
     data = open_dataset(tmp_path)
-    with pytest.raises(ValueError, match=r"image 'a.npy' .*not finite"):
+    with pytest.raises(ValueError, match=r"'a.npy' of .*not finite"):
         data.images(np.array([0]))
 
 

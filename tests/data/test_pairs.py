@@ -188,3 +188,31 @@ def test_vectors_that_do_not_fit_are_refused(text: str, message: str, tmp_path: 
     (targets / "vectors.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         open_dataset(targets)
+
+
+@pytest.mark.parametrize("part", ["images", "conditions"])
+@pytest.mark.parametrize("kind", ["npz", "npy", "folder"])
+def test_missing_values_are_errors_that_name_part_and_remedy(kind: str, part: str, tmp_path: Path) -> None:
+    arrays = {"images": IMAGES.copy(), "conditions": IMAGES.copy()}
+    arrays[part][3, 0, 1, 2] = np.nan
+    paths = {name: tmp_path / name for name in arrays}
+    if kind == "npz":
+        np.savez(tmp_path / "x.npz", **arrays)
+        data: dict[str, Any] = {"source": tmp_path / "x.npz"}
+    elif kind == "npy":
+        paths = {name: path.with_suffix(".npy") for name, path in paths.items()}
+        for name, values in arrays.items():
+            np.save(paths[name], values)
+    else:
+        for name, values in arrays.items():
+            paths[name].mkdir()
+            for i, image in enumerate(values):
+                np.save(paths[name] / f"{i}.npy", image)
+    if kind != "npz":
+        data = {"source": paths["images"], "condition": paths["conditions"]}
+    with pytest.raises(ValueError, match=r"values that are not finite \(.*--dataset.missing mask") as raised:
+        open_dataset(**data, verify=True)
+    assert ("condition" in str(raised.value).partition("not finite")[0].replace(str(tmp_path), "")) is (
+        part == "conditions"
+    )
+    assert len(open_dataset(**data, verify=True, missing=True)) == 6

@@ -12,6 +12,9 @@ MAX_CLASSES = 1_000_000
 TOO_MANY_CLASSES = f"labels count classes from 0 and stay below {MAX_CLASSES:,}: renumber the classes"
 
 
+NOT_FINITE = "values that are not finite"
+
+
 class Skipped(NamedTuple):
     """An image that was left out, and why."""
 
@@ -230,7 +233,7 @@ def not_finite(images: np.ndarray, *, missing: bool) -> str | None:
             else "if NaN marks missing values, say so with --dataset.missing mask (missing=True in Python); otherwise "
             "fill them first"
         )
-        return f"values that are not finite ({1 - np.isfinite(images).mean():.2%}): {remedy}"
+        return f"{NOT_FINITE} ({1 - np.isfinite(images).mean():.2%}): {remedy}"
     return None
 
 

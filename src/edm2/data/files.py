@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edm2.data.dataset import ImageDataset, Skipped
+from edm2.data.dataset import NOT_FINITE, ImageDataset, Skipped
 from edm2.data.labels import LABEL_FILE, VECTOR_FILE, read_labels, read_vectors
 from edm2.data.pictures import (
     ARRAY,
@@ -234,6 +234,8 @@ def damage_message(damaged: Sequence[Skipped], where: str) -> str:
     """Text of an error: which image cannot be read, why, and what to do."""
     name, reason = damaged[0]
     others = "" if len(damaged) == 1 else f", and {len(damaged) - 1} more"
+    if NOT_FINITE in reason:  # which says what to do
+        return f"{name!r} of {where} cannot be used{others}: {reason}"
     return (
         f"image {name!r} in {where} cannot be read ({reason}){others}: "
         f"replace it, remove it (and its line in {LABEL_FILE}), or leave it out with {SKIP}"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from edm2.data.dataset import not_finite
+
 _ALWAYS_READ = 128 << 20
 _MOST_PACKED = 1000
 
@@ -123,8 +125,8 @@ def as_image(array: np.ndarray, *, missing: bool = False) -> np.ndarray:
     shape, last = image_layout(array.shape)
     array = array.transpose(2, 0, 1) if last else array.reshape(shape)
     image = as_stored(array)
-    if image.dtype == np.float32 and (np.isinf(image).any() if missing else not np.isfinite(image).all()):
-        raise ValueError("it holds values that are not finite")
+    if image.dtype == np.float32 and (bad := not_finite(image, missing=missing)):
+        raise ValueError(f"it holds {bad}")
     return image
 
 

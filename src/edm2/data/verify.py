@@ -37,10 +37,10 @@ def find_damaged(
 
 def _damaged(dataset: ImageDataset, rows: Sequence[int]) -> Iterator[tuple[int, Skipped]]:
     for row in rows:
-        try:
-            dataset.images(np.array([row]))
-            if dataset.conditions is not None:
-                dataset.conditions.images(np.array([row]))
-        except ValueError as error:
-            cause = error.__cause__ or error
-            yield row, Skipped(dataset.image_name(row), str(cause))
+        for what, part in (("", dataset), ("condition of ", dataset.conditions)):
+            try:
+                if part is not None:
+                    part.images(np.array([row]))
+            except ValueError as error:
+                yield row, Skipped(f"{what}{dataset.image_name(row)}", str(error.__cause__ or error))
+                break
