@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from edm2.commands.train import run
+from edm2.data import open_dataset
 from edm2.generate.live_samples import LiveSamples
 from edm2.presets import get_preset
 from edm2.report.grids import _NAME_SIZE
@@ -26,8 +27,17 @@ def test_grids_come_when_due_and_change_nothing(tmp_path):
     found = sorted(p.name for p in (tmp_path / "a" / "progress").iterdir())
     assert found == ["000000000016.png", "000000000032.png", "000000000040.png"]
     with PIL.Image.open(LiveSamples.path(tmp_path / "a", 40)) as grid:
-        # Ten classes, two rows, 8 pixels and a gap of one, each eight times as large; above them the classes.
-        assert grid.size == (8 * (10 * 9 - 1), _NAME_SIZE + 6 + 8 * (2 * 9 - 1))
+        # Ten classes, two rows, 8 pixels and a gap of one, each eight times as large; above them the classes, below
+        # them as many real images.
+        height = 8 * (2 * 9 - 1)
+        assert grid.size == (8 * (10 * 9 - 1), _NAME_SIZE + 6 + 2 * height + 16)
+        shown = np.asarray(grid.convert("L"))[-height::8, ::8]
+    digits = open_dataset("digits")
+    for column in range(10):
+        real = digits.images(np.flatnonzero(digits.labels(np.arange(len(digits))) == column))[:, 0]
+        first, second = shown[:8, 9 * column : 9 * column + 8], shown[9:17, 9 * column : 9 * column + 8]
+        assert np.array_equal(first, real[0])
+        assert np.array_equal(second, real[len(real) // 2])
 
 
 def test_the_grid_is_of_the_chosen_average(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from edm2.data import ArrayDataset, FloatCoding
+from edm2.data.views import rows_like
 from edm2.distill import distill, open_teacher, student_settings
 from edm2.ema.storage.manifest import read_manifest
 from edm2.evaluation.noise_errors import errors_by_noise
@@ -256,11 +257,11 @@ def test_samples_are_those_of_the_tuned_settings(run, monkeypatch):
 def test_real_images_are_of_the_classes_beside_them() -> None:
     images = np.arange(12, dtype=np.uint8).reshape(12, 1, 1, 1)
     labelled = ArrayDataset(images, np.arange(12) % 3, num_classes=4)
-    rows = pictures._like(labelled, [0, 1, 2, 0, 1, 2])
+    rows = rows_like(labelled, [0, 1, 2, 0, 1, 2])
     assert (rows % 3).tolist() == [0, 1, 2, 0, 1, 2]
     assert len(set(rows.tolist())) == 6
-    assert pictures._like(labelled, [3])[0] in range(12)  # a class without images
-    assert len(set(pictures._like(ArrayDataset(images), [0, 0, 0]).tolist())) == 3
+    assert rows_like(labelled, [3])[0] in range(12)  # a class without images
+    assert len(set(rows_like(ArrayDataset(images), [0, 0, 0]).tolist())) == 3
 
 
 def test_bad_input_writes_nothing(run, tmp_path):

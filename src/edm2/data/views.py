@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -295,3 +296,19 @@ def crop_at_random(dataset: ImageDataset, size: int) -> TransformedDataset:
         return cut(image, corner), None if condition is None else cut(condition, corner)
 
     return TransformedDataset(dataset, crop, tag=f"crop {size}")
+
+
+def rows_like(dataset: ImageDataset, classes: list[int]) -> np.ndarray:
+    """Images of these classes in turn, spread over the data set; without classes, spread over all of it."""
+    everything = np.arange(len(dataset))
+    if not dataset.num_classes:
+        return everything[np.linspace(0, len(dataset) - 1, len(classes)).astype(np.int64)]
+    labels = dataset.labels(everything)
+    members = {c: np.flatnonzero(labels == c) for c in set(classes)}
+    shown = Counter[int]()
+    rows = []
+    for c in classes:
+        own = members[c] if len(members[c]) else everything
+        rows.append(own[shown[c] * len(own) // max(1, classes.count(c)) % len(own)])
+        shown[c] += 1
+    return np.array(rows)

@@ -7,22 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 
-from edm2.data import LatentDecoder
+from edm2.data import ImageDataset, LatentDecoder
+from edm2.data.views import rows_like
 from edm2.ema import sigma_rel_to_gamma
 from edm2.ema.maths.solve import solve_live
 from edm2.generate import ImageGenerator
 from edm2.report import case_grid, class_grid, save_png
+from edm2.report.grids import stacked
 from edm2.train import Trainer
 
 FOLDER = "progress"
 _MOST_CASES = 12
+_GAP = 16  # pixels between generated and real images
 
 
 @dataclass(frozen=True, kw_only=True)
 class LiveSamples:
     """A callback that writes `progress/000000012800.png` into the run's folder: `train(..., on_step=LiveSamples(...))`.
+
+    Below the generated images are as many training images, of the same classes.
 
     Attributes:
         every: Training images between grids; the end of the run gets one, too.
@@ -85,9 +91,7 @@ class LiveSamples:
         if not trainer.world.is_first:
             return
         if truth is None:
-            # Latents and floats have no colours: each channel is stretched to its range.
-            pixels = images if images.dtype == np.uint8 else _stretched(images)
-            grid = class_grid(pixels, generator.num_classes, generator.class_names)
+            grid = self._above_real(images, generator, trainer.dataset)
         else:
             truth = self._decoded(truth)
             conditions = [self._decoded(given["conditions"])] if "conditions" in given else []
@@ -95,6 +99,15 @@ class LiveSamples:
             grid = case_grid([*rows, (images, truth), (truth, truth)])
         save_png(grid, self.path(trainer.out, trainer.num_images))
         trainer.log_image("samples", np.asarray(grid.convert("RGB")))
+
+    def _above_real(
+        self, images: np.ndarray, generator: ImageGenerator, dataset: ImageDataset
+    ) -> PIL.Image.Image:
+        classes = generator.num_classes
+        rows = rows_like(dataset, [int(label) for label in generator.labels_for(range(len(images)))])
+        real = self._decoded(dataset.images(rows)[:, : generator.coding.num_channels])
+        above = class_grid(_shown(images), classes, generator.class_names)
+        return stacked([above, class_grid(_shown(real), classes)], gap=_GAP)
 
     def _decoded(self, images: np.ndarray) -> np.ndarray:
         """Pictures of latents, of their means where standard deviations follow; other images as they are."""
@@ -120,6 +133,11 @@ def _examples(trainer: Trainer, count: int) -> tuple[dict[str, Any], np.ndarray 
     if dataset.num_classes:
         given["labels"] = dataset.labels(rows)
     return given, dataset.images(rows)[:, : trainer.coding.num_channels]
+
+
+def _shown(images: np.ndarray) -> np.ndarray:
+    """Pictures as they are; latents and floats have no colours, so that each channel is stretched to its range."""
+    return images if images.dtype == np.uint8 else _stretched(images)
 
 
 def _stretched(images: np.ndarray) -> np.ndarray:

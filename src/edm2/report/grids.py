@@ -72,14 +72,18 @@ def case_grid(rows: Sequence[tuple[np.ndarray, np.ndarray]], *, tile: int = 64) 
     drawn = []
     for images, like in rows:
         scale = max(1, -(-tile // max(images.shape[-2:])))
-        drawn.append(image_grid(coloured(images, like), columns=len(images), scale=scale).convert("RGBA"))
-    gap = 4
-    size = (max(d.width for d in drawn), sum(d.height + gap for d in drawn) - gap)
-    grid, top = PIL.Image.new("RGBA", size), 0
-    for picture in drawn:
-        grid.paste(picture, (0, top))
+        drawn.append(image_grid(coloured(images, like), columns=len(images), scale=scale))
+    return stacked(drawn, gap=4)
+
+
+def stacked(pictures: Sequence[PIL.Image.Image], *, gap: int) -> PIL.Image.Image:
+    """Pictures under each other, with transparent gaps in pixels, as one of mode RGBA."""
+    size = (max(p.width for p in pictures), sum(p.height + gap for p in pictures) - gap)
+    whole, top = PIL.Image.new("RGBA", size), 0
+    for picture in pictures:
+        whole.paste(picture.convert("RGBA"), (0, top))
         top += picture.height + gap
-    return grid
+    return whole
 
 
 def coloured(images: np.ndarray, like: np.ndarray) -> np.ndarray:

@@ -1,11 +1,10 @@
 """Parts of a run's page for which its networks are run."""
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
 
-from edm2.data import ImageDataset
+from edm2.data.views import rows_like
 from edm2.evaluation.copies import add_copies, held_out_images, training_images
 from edm2.evaluation.noise_errors import errors_by_noise, noise_density
 from edm2.generate import ImageGenerator
@@ -58,7 +57,7 @@ def add_best(page: Page, run: Run) -> None:
             dataset = open_run_data(run.folder)
         except (ValueError, OSError) as error:
             return page.text(f"The training data can no longer be opened: {error}")
-        rows = _like(dataset, [int(c) for c in model.labels_for(seeds)])
+        rows = rows_like(dataset, [int(c) for c in model.labels_for(seeds)])
         page.image(
             class_grid(dataset.images(rows), classes, model.class_names),
             "Training images",
@@ -72,22 +71,6 @@ def _tuned_models(run: Run, settings: dict[str, Any]) -> tuple[ImageGenerator, I
         return model, None
     source, length = settings.get("guide", run.folder), settings.get("guide_ema")
     return model, ImageGenerator.load(source, length, num_images=settings.get("guide_images"))
-
-
-def _like(dataset: ImageDataset, classes: list[int]) -> np.ndarray:
-    """Training images of the same classes, spread over the data set; without classes, spread over all of it."""
-    everything = np.arange(len(dataset))
-    if not dataset.num_classes:
-        return everything[np.linspace(0, len(dataset) - 1, len(classes)).astype(np.int64)]
-    labels = dataset.labels(everything)
-    members = {c: np.flatnonzero(labels == c) for c in set(classes)}
-    shown = Counter[int]()
-    rows = []
-    for c in classes:
-        own = members[c] if len(members[c]) else everything
-        rows.append(own[shown[c] * len(own) // max(1, classes.count(c)) % len(own)])
-        shown[c] += 1
-    return np.array(rows)
 
 
 def add_samples_over_time(page: Page, run: Run) -> None:
