@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 from edm2.extras import advice
@@ -125,15 +126,17 @@ def _run(words: list[str]) -> None:
     _, command, *rest = name.split()
     # A module cannot be named after a Python keyword, as the command `import` is.
     module = importlib.import_module(f"edm2.commands.{command}{'_' * keyword.iskeyword(command)}")
-    from edm2.commands.common import HELP, take_common
+    from edm2.commands.common import HELP, take_common, tidy_help
     from edm2.train.signals import Stopped
     from edm2.train.world import FirstFailed
 
     words = take_common(name, words)
+    wants_help = not {"-h", "--help"}.isdisjoint(words)
     try:
-        getattr(module, rest[0] if rest else "run")(name, words)
+        with tidy_help(vars(module).values()) if wants_help else nullcontext():
+            getattr(module, rest[0] if rest else "run")(name, words)
     except SystemExit:
-        if not {"-h", "--help"}.isdisjoint(words):
+        if wants_help:
             show(HELP)
         raise
     except Stopped as stop:

@@ -5,6 +5,7 @@ import torch
 
 from edm2.cli import main
 from edm2.commands.common import take_common, take_option
+from edm2.commands.sampling import Sampling
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +40,20 @@ def test_help_names_them(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["report", "--help"])
     assert "--threads N" in capsys.readouterr().out
+
+
+def test_help_wraps_descriptions_and_leaves_defaults_to_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    before = dict(Sampling.__annotations__)
+    for _ in range(2):  # the second time as the first: the classes are as they were
+        with pytest.raises(SystemExit):
+            main(["sample", "--help"])
+        told = capsys.readouterr().out
+        assert "(default: None)" not in told
+        assert "(default: 250)" in told
+        lines = [line.strip("│ ") for line in told.splitlines()]
+        guide = lines.index(next(line for line in lines if line.startswith("--guide {None}")))
+        assert all(len(line) > 60 for line in lines[guide : guide + 2])
+        assert Sampling.__annotations__ == before

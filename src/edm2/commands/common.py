@@ -1,6 +1,14 @@
 """Options that every command takes, and reading single options before the others."""
 
+import dataclasses
+import typing
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import docstring_parser
 import torch
+import tyro
 
 from edm2.diffusion import register_network
 
@@ -55,3 +63,41 @@ def take_option(option: str, words: list[str]) -> tuple[str | None, list[str]]:
     if len(found) > 1:
         raise ValueError(f"{option} is given {len(found)} times ({', '.join(found)}): give it once")
     return (found[0] if found else None), rest
+
+
+@contextmanager
+def tidy_help(found: Iterable[object]) -> Iterator[None]:
+    """Let tyro wrap the descriptions of options, and leave out "(default: None)", which they say in words.
+
+    Tyro would keep the line breaks of docstrings whose lines are indented.
+
+    Args:
+        found: Anything; only dataclasses, and those that are types of their fields, are changed.
+    """
+    classes = list(dict.fromkeys(base for cls in _with_parts(found) for base in reversed(cls.__mro__)))
+    classes = [cls for cls in classes if dataclasses.is_dataclass(cls)]
+    before = [dict(cls.__annotations__) for cls in classes]
+    for cls in classes:
+        for param in docstring_parser.parse_from_object(cls).params:
+            if param.arg_name in cls.__annotations__ and param.description:
+                text = " ".join(param.description.split())
+                described = tyro.conf.arg(help=text, help_behavior_hint=_default_hint)
+                cls.__annotations__[param.arg_name] = Annotated[
+                    cls.__annotations__[param.arg_name], described
+                ]
+    try:
+        yield
+    finally:
+        for cls, annotations in zip(classes, before, strict=True):
+            cls.__annotations__ = annotations
+
+
+def _with_parts(found: Iterable[object]) -> Iterator[type]:
+    for cls in found:
+        if isinstance(cls, type) and dataclasses.is_dataclass(cls):
+            yield cls
+            yield from _with_parts(typing.get_type_hints(cls).values())
+
+
+def _default_hint(value: str) -> str:
+    return f"(default: {value})" if value not in ("", "None") else ""
