@@ -61,7 +61,7 @@ def test_the_splits_and_their_classes(how: str, tmp_path: Path) -> None:
     assert (len(test), test.num_classes) == (4, 0)
     with pytest.raises(ValueError, match="published without labels: take the split val"):
         open_dataset(path, split="test")
-    with pytest.raises(ValueError, match="has no split 'valid': its splits are train, val, test"):
+    with pytest.raises(ValueError, match="has no split 'valid': its splits are test, train, val"):
         open_dataset(path, split="valid")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edm2.data.dataset import ArrayDataset, ImageDataset
+from edm2.data.dataset import ArrayDataset, ImageDataset, not_finite
 from edm2.data.npy import (
     as_stored,
     channels_last,
@@ -99,13 +99,10 @@ class NpyDataset(ImageDataset):
         chosen = np.take(self._open(), indices, axis=0)
         _, last = image_layout(chosen.shape[1:])
         batch = as_stored(np.moveaxis(chosen, -1, 1) if last else chosen.reshape(-1, *self.image_shape))
-        if batch.dtype == np.float32:
-            good = ~np.isinf(batch) if self.missing else np.isfinite(batch)
-            if not good.all():
-                index = indices[int(np.argmin(good.all(axis=(1, 2, 3))))]
-                raise ValueError(
-                    f"image {index} of {self._path} is damaged (it holds values that are not finite): replace it"
-                )
+        if batch.dtype == np.float32 and not_finite(batch, missing=self.missing):
+            bad = (not_finite(image, missing=self.missing) for image in batch)
+            index, reason = next((i, words) for i, words in zip(indices, bad, strict=True) if words)
+            raise ValueError(f"image {index} of {self._path} holds {reason}")
         return np.ascontiguousarray(batch)
 
     def __getstate__(self) -> dict[str, Any]:

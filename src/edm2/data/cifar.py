@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edm2.data.dataset import ArrayDataset
+from edm2.data.dataset import ArrayDataset, check_split
 
 _PIXELS = 3 * 32 * 32
 _MOST_BYTES = 1 << 28  # of a file; the largest that was published has 154 MB
@@ -68,8 +68,7 @@ def open_cifar(path: Path, *, split: str = "train", labels: bool = True) -> Arra
     version = next((v for v in _VERSIONS if {v.class_names, v.files["train"][0]} <= names), None)
     if version is None:
         return None
-    if split not in version.files:
-        raise ValueError(f"{path} has no split {split!r}: its splits are test, train")
+    check_split(split, version.files, path)
     images, classes = [], []
     for name in version.files[split]:
         if name not in names:

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -221,6 +221,13 @@ class ArrayDataset(ImageDataset):
     def _read(self, indices: np.ndarray) -> np.ndarray:
         chosen: np.ndarray = self._images[indices]
         return chosen
+
+
+def check_split(split: str, known: Iterable[str], where: object) -> None:
+    """Raise ValueError unless a source has a split."""
+    splits = sorted(known)
+    if split not in splits:
+        raise ValueError(f"{where} has no split {split!r}: its splits are {', '.join(splits)}")
 
 
 def not_finite(images: np.ndarray, *, missing: bool) -> str | None:

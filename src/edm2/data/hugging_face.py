@@ -1,6 +1,5 @@
 """Data sets of the Hugging Face library `datasets`: saved folders, Arrow and Parquet files, the hub, streams."""
 
-import io
 import os
 import warnings
 import zlib
@@ -10,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edm2.data.dataset import checked_labels
+from edm2.data.dataset import check_split, checked_labels
 from edm2.data.files import Catalog
+from edm2.data.pictures import encoded
 from edm2.data.storage import file_checksum
 from edm2.extras import need
 
@@ -220,11 +220,9 @@ def _asked(source: str | Path, function: Any, *args: Any, **options: Any) -> Any
 
 def _pick(loaded: Any, split: str, path: Path) -> Any:
     if not isinstance(loaded, dict):
-        if split != "train":
-            raise ValueError(f"{path} has no split {split!r}: its only split is 'train'")
+        check_split(split, ["train"], path)
         return loaded
-    if split not in loaded:
-        raise ValueError(f"{path} has no split {split!r}: its splits are {', '.join(sorted(loaded))}")
+    check_split(split, loaded, path)
     return loaded[split]
 
 
@@ -263,7 +261,7 @@ def _of_split(files: list[Path], split: str, path: Path) -> list[Path]:
             "begin with a split"
         )
     if not chosen:
-        raise ValueError(f"{path} has no split {split!r}: its splits are {', '.join(splits) or 'train'}")
+        check_split(split, splits or ["train"], path)
     return chosen
 
 
@@ -322,9 +320,7 @@ def _raw(table: Any, columns: _Columns) -> Any:
 
 def _encoded(value: Any, is_array: bool) -> bytes:
     if is_array:
-        file = io.BytesIO()
-        np.save(file, np.asarray(value))
-        return file.getvalue()
+        return encoded(np.asarray(value), ".npy")
     if isinstance(value, dict) and value["bytes"] is None and value["path"] is not None:
         return Path(value["path"]).read_bytes()
     data: bytes | None = value["bytes"] if isinstance(value, dict) else value

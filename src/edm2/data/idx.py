@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edm2.data.dataset import ArrayDataset
+from edm2.data.dataset import ArrayDataset, check_split
 
 _TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 _SPLITS = {"train": "train", "t10k": "test", "test": "test"}
@@ -87,8 +87,7 @@ def open_idx(folder: Path, *, split: str, labels: bool, name: str | None = None)
         ValueError: If the split or a file is missing, damaged, or of other content.
     """
     splits = idx_splits(folder)
-    if split not in splits:
-        raise ValueError(f"{folder} has no split {split!r}: its splits are {', '.join(sorted(splits))}")
+    check_split(split, splits, folder)
     files = splits[split]
     images = read_idx(files["images"])
     if images.ndim != 3 or images.dtype != np.uint8:

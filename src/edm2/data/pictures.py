@@ -77,6 +77,17 @@ def is_image(name: str) -> bool:
     return name.lower().endswith((*PICTURES, ".npy"))
 
 
+def encoded(image: np.ndarray, suffix: str) -> bytes:
+    """An image, `[C, H, W]`, as the content of a file: `.png` of bytes, or `.npy`."""
+    file = io.BytesIO()
+    if suffix == ".png":
+        pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+        Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
+    else:
+        np.save(file, np.ascontiguousarray(image), allow_pickle=False)
+    return file.getvalue()
+
+
 def common_mode(modes: Iterable[str]) -> str:
     """The mode in which pictures of several modes are read.
 

@@ -1,7 +1,6 @@
 """Data sets by name or path."""
 
 import difflib
-import io
 import math
 import warnings
 import zipfile
@@ -11,7 +10,7 @@ import numpy as np
 
 from edm2.data.arrays import NpyDataset, given_in_npz, open_npz
 from edm2.data.cifar import open_cifar
-from edm2.data.dataset import ArrayDataset, ImageDataset
+from edm2.data.dataset import ArrayDataset, ImageDataset, check_split
 from edm2.data.files import Catalog, FileDataset, damage_message, list_files, no_splits
 from edm2.data.grids import open_grids, split_source
 from edm2.data.hugging_face import PREFIX, is_hugging_face, list_hugging_face
@@ -19,6 +18,7 @@ from edm2.data.idx import idx_splits, open_idx
 from edm2.data.labels import some
 from edm2.data.order import indices
 from edm2.data.pairs import Given, PairedDataset
+from edm2.data.pictures import encoded
 from edm2.data.storage import zip_of
 from edm2.data.verify import find_damaged
 from edm2.data.views import PaddedDataset, Subset, crop_at_random
@@ -200,9 +200,7 @@ class DatasetStorage:
 
     def read(self, name: str, limit: int | None = None) -> bytes:
         """The file's bytes, or the first `limit` of them."""
-        file = io.BytesIO()
-        np.save(file, self._dataset.images(np.array([int(name[4:13])]))[0])
-        return file.getvalue()[:limit]
+        return encoded(self._dataset.images(np.array([int(name[4:13])]))[0], ".npy")[:limit]
 
     def checksum(self, name: str) -> int:
         """Checksum of the whole data set: the beginning of its fingerprint."""
@@ -211,8 +209,7 @@ class DatasetStorage:
 
 def _find(source: str | Path, split: str, labels: bool, missing: bool = False) -> Catalog | ImageDataset:
     if isinstance(source, str) and source in BUILT_IN:
-        if split not in ("train", "test"):
-            raise ValueError(f"{source} has no split {split!r}: its splits are test, train")
+        check_split(split, ("train", "test"), source)
         return BUILT_IN[source](split, labels)
     if str(source).startswith(PREFIX):
         return list_hugging_face(str(source), split=split, labels=labels)

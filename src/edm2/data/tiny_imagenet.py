@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from edm2.data.dataset import check_split
 from edm2.data.pictures import is_image
 from edm2.data.storage import Storage
 
@@ -45,8 +46,7 @@ def find_tiny_imagenet(storage: Storage, *, split: str, labels: bool, where: str
     top = next((top for top in ("", _FOLDER) if {f"{top}wnids.txt", f"{top}words.txt"} <= known), None)
     if top is None:
         return None
-    if split not in _SPLITS:
-        raise ValueError(f"{where} has no split {split!r}: its splits are {', '.join(_SPLITS)}")
+    check_split(split, _SPLITS, where)
     folder = f"{top}{split}/"
     names = [name for name in storage.names if name.startswith(folder) and is_image(name)]
     if not names:

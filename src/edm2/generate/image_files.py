@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from edm2.data.npy import read_array
+from edm2.data.pictures import encoded
 from edm2.files import write_atomic
 
 PNG_CHANNELS = (1, 3, 4)
@@ -54,13 +54,7 @@ def _is_whole(path: Path) -> bool:
 
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write an image `[C, H, W]` to a file whose suffix says how."""
-    content = BytesIO()
-    if path.suffix == ".png":
-        array = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-        Image.fromarray(np.ascontiguousarray(array)).save(content, format="PNG")
-    else:
-        np.save(content, image, allow_pickle=False)
-    write_atomic(path, content.getvalue())
+    write_atomic(path, encoded(image, path.suffix))
 
 
 def read_image(path: Path) -> np.ndarray:

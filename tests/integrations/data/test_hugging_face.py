@@ -54,7 +54,7 @@ def test_a_folder_written_by_save_to_disk(tmp_path):
     table().save_to_disk(tmp_path / "saved")
     check(open_dataset(tmp_path / "saved"))
     assert open_dataset(tmp_path / "saved", labels=False).num_classes == 0
-    with pytest.raises(ValueError, match=r"has no split 'test': its only split is"):
+    with pytest.raises(ValueError, match=r"has no split 'test': its splits are train"):
         open_dataset(tmp_path / "saved", split="test")
 
 

@@ -1,6 +1,5 @@
 """Conversion of any source to a data set of one size in the official layout."""
 
-import io
 import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import ImageColor
 
 from edm2.data.dataset import Skipped
 from edm2.data.files import Catalog, damage_message, read_headers, warn_passed_over
 from edm2.data.hugging_face import Entry, stream_hugging_face
-from edm2.data.pictures import ARRAY, UNREADABLE, common_mode, decode
+from edm2.data.pictures import ARRAY, UNREADABLE, common_mode, decode, encoded
 from edm2.data.prepare.chunks import Chunk, ChunkFolder, Made, begin, chunk_bytes, image_name, write_chunk
 from edm2.data.prepare.resize import crop_centre, crop_wide, stretch
 from edm2.data.workers import process_pool, result_of
@@ -331,14 +330,10 @@ def _fitted(image: np.ndarray, conversion: Conversion, *, alpha: bool) -> tuple[
 
 
 def _encoded(image: np.ndarray, is_array: bool) -> tuple[str, bytes]:
-    file = io.BytesIO()
     # In a PNG, the last of two or four channels would be opacity, which it need not be in an array.
-    if image.dtype == np.uint8 and len(image) in ((1, 3) if is_array else (1, 2, 3, 4)):
-        pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-        Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
-        return ".png", file.getvalue()
-    np.save(file, np.ascontiguousarray(image))
-    return ".npy", file.getvalue()
+    is_picture = image.dtype == np.uint8 and len(image) in ((1, 3) if is_array else (1, 2, 3, 4))
+    suffix = ".png" if is_picture else ".npy"
+    return suffix, encoded(image, suffix)
 
 
 def _checked(

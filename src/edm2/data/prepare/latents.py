@@ -3,7 +3,6 @@
 Ref: docs/data.md.
 """
 
-import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +19,9 @@ from edm2.data.autoencoder import (
     encode_images,
 )
 from edm2.data.dataset import ImageDataset
+from edm2.data.pictures import encoded
 from edm2.data.prepare.chunks import Chunk, Made, added_up, begin, image_name, write_chunk
-from edm2.extras import needed
 from edm2.progress import Progress
-
-with needed("edm2.data"):
-    from PIL import Image
 
 _CHUNK_IMAGES = 256
 
@@ -92,7 +88,7 @@ def encode_latents(
             "square": square.sum((0, 2, 3)).tolist(),
         }
         kept = values[:, : mean.shape[1]] if means else values
-        return (_npy(image) for image in kept.numpy()), sums
+        return (encoded(image, ".npy") for image in kept.numpy()), sums
 
     made = _make(
         dataset, dest, autoencoder, files, settings, batch_size, suffix=".npy", what="encoding", quiet=quiet
@@ -134,7 +130,7 @@ def decode_latents(
         )
 
     def files(latents: Tensor) -> tuple[Iterator[bytes], dict[str, Any]]:
-        return (_png(image) for image in decoder(latents[:, :channels]).numpy()), {}
+        return (encoded(image, ".png") for image in decoder(latents[:, :channels]).numpy()), {}
 
     settings = {"pixel_range": pixel_range, "batch_size": batch_size, "decoded": True}
     return _make(
@@ -189,18 +185,6 @@ def _make(
             rows = np.arange(len(dataset))
             vectors = {image_name(row, suffix): v for row, v in enumerate(dataset.vectors(rows))}
         return folder.pack(len(starts), dataset.class_names, vectors)
-
-
-def _npy(values: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, values)
-    return file.getvalue()
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0).squeeze())).save(file, "PNG")
-    return file.getvalue()
 
 
 def check_encodable(
