@@ -18,7 +18,12 @@ from edm2.extras import EXTRAS, MissingExtra, advice, need, needed
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+PACKAGES = {
+    "PIL": "pillow",
+    "docstring_parser": "docstring-parser",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 
 
 def names(requirements: list[str]) -> set[str]:

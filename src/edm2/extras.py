@@ -12,6 +12,7 @@ from typing import Any
 # Module as it is imported -> the extra that installs it.
 EXTRAS = {
     "PIL": "cli",
+    "docstring_parser": "cli",
     "jinja2": "cli",
     "matplotlib": "cli",
     "rich": "cli",
@@ -39,7 +40,12 @@ EXTRAS = {
     "lightning": "integrations",
     "peft": "integrations",
 }
-_CALLED = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+_CALLED = {
+    "PIL": "pillow",
+    "docstring_parser": "docstring-parser",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 
 
 class MissingExtra(ModuleNotFoundError):
