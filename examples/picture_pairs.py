@@ -6,7 +6,7 @@ python examples/picture_pairs.py moving runs/moving      # a digit that bounces 
 python examples/picture_pairs.py draw ENSEMBLE.npz PICTURE.png
 
 The first three write `pairs.npz` to train on and `test.npz` with pairs, or films, of other images. The last draws what
-`edm2 sample --members` or `edm2 forecast` made of them.
+`edm2 sample --members` or `edm2 forecast` made of them. docs/picture_pairs.md shows all commands.
 """
 
 import argparse
@@ -58,18 +58,18 @@ def films(digits: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def _velocity(rng: np.random.Generator) -> np.ndarray:
-    while not (velocity := rng.integers(-2, 3, 2)).any():
+    while not (velocity := rng.integers(-1, 2, 2)).any():
         pass
     return velocity
 
 
-def write_sizes(name: str, out: Path) -> None:
+def write_sizes(name: str, tests: int, out: Path) -> None:
     """Pairs of images at half and at full size."""
     for split, file in (("train", "pairs.npz"), ("test", "test.npz")):
         dataset = open_dataset(
             name, split=split, labels=False, pad_to=32 if name == "fashion-mnist" else None
         )
-        images = dataset.images(np.arange(len(dataset) if split == "train" else 200))
+        images = dataset.images(np.arange(len(dataset) if split == "train" else tests))
         np.savez(out / file, images=images, conditions=halved(images))
 
 
@@ -129,7 +129,7 @@ if __name__ == "__main__":
     parser.add_argument("path", type=Path, help="folder to write, or the ensemble to draw")
     parser.add_argument("picture", type=Path, nargs="?", help="the picture to draw")
     parser.add_argument("--films", type=int, default=2000, help="films of `moving` to train on")
-    parser.add_argument("--tests", type=int, default=48, help="films of `moving` to forecast")
+    parser.add_argument("--tests", type=int, default=200, help="pairs or films to judge")
     args = parser.parse_args()
     if args.what == "draw":
         draw(args.path, args.picture)
@@ -138,4 +138,4 @@ if __name__ == "__main__":
         if args.what == "moving":
             write_films(args.films, args.tests, args.path)
         else:
-            write_sizes("fashion-mnist" if args.what == "fashion" else "digits", args.path)
+            write_sizes("fashion-mnist" if args.what == "fashion" else "digits", args.tests, args.path)

@@ -58,7 +58,7 @@ def test_emoji_of_a_package_become_folders_of_classes(tmp_path: Path) -> None:
 
 def test_pairs_of_pictures(tmp_path: Path) -> None:
     script = runpy.run_path(str(NOTEBOOK.parent / "picture_pairs.py"))
-    script["write_sizes"]("digits", tmp_path)
+    script["write_sizes"]("digits", 5, tmp_path)
     with np.load(tmp_path / "pairs.npz") as pairs:
         images, small = pairs["images"], pairs["conditions"]
     assert (images.shape[1:], small.shape[1:]) == ((1, 8, 8), (1, 4, 4))
