@@ -95,7 +95,7 @@ def test_a_mask_and_nan_mark_missing_values(tmp_path: Path) -> None:
     data = open_dataset(tmp_path / "nan.npz", missing=True)
     assert (data.missing, data.conditions is not None and data.conditions.missing) == (False, True)
     np.save(tmp_path / "nan.npy", np.where(mask, IMAGES, np.nan))
-    with pytest.raises(ValueError, match=r"image 4 of .*nan\.npy is damaged"):
+    with pytest.raises(ValueError, match=r"image 4 of .*nan\.npy holds values that are not finite"):
         open_dataset(tmp_path / "nan.npy").images(CHOSEN)
     assert open_dataset(tmp_path / "nan.npy", missing=True, verify=True).missing
 
