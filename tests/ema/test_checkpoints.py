@@ -225,11 +225,11 @@ def test_unclear_steps_are_refused(tmp_path: Path) -> None:
     for names, message in [
         (
             ["final.pt"],
-            "step of .*final.pt cannot be told from its name: give a mapping .*, without the files to leave",
+            "step of .*final.pt cannot be read from its name: give a mapping .*, without the files to leave",
         ),
         (["step-3-iter-4.pt"], "cannot be told"),
         (["checkpoint-500/step-20.pt"], "cannot be told"),
-        (["a-1-2.pt"], "cannot be told from its name"),
+        (["a-1-2.pt"], "cannot be read from its name"),
         (["a1.pt", "b1.pt"], "both seem to be of step 1"),
     ]:
         with pytest.raises(ValueError, match=message):

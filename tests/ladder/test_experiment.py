@@ -227,7 +227,7 @@ def test_report(done, settings):
             "ln σ of B to G has mean -0.4 and standard deviation 1; dropout: each configuration&#39;s own"
             in page
         )
-        assert f"{rung.config}: the best rate factor, 1, lies at an end of those tried." in page
+        assert f"{rung.config}: the best rate factor, 1, is at an end of the range tried." in page
         assert f"{rung.config}: a best EMA length, " in page
     headers, rows = table(rungs)
     assert all(len(row) == len(headers) for row in rows)

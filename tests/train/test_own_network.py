@@ -167,7 +167,7 @@ def test_command_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_augment_needs_a_network_that_is_told(tmp_path: Path) -> None:
     config = tiny_config(**CONFIG, dataset=DataConfig(augment=0.2))
     with pytest.raises(
-        ValueError, match=r"dataset.augment 0.2 needs a network that is told about .* augment_dim = "
+        ValueError, match=r"dataset.augment 0.2 needs a network that takes augmentation .* augment_dim = "
     ):
         Trainer(config, tiny_data(), tmp_path / "run", network=make)
 

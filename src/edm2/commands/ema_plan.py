@@ -82,7 +82,7 @@ def plan(prog: str, words: Sequence[str]) -> None:
     widths = spread((ends[0], ends[1]), 121)
     show(_plan_text(found, num_params, widths, mid_run=chosen.mid_run))
     show(
-        "beside it       "
+        "compared with   "
         + "\n                ".join(
             _comparison(x, num_params, widths) for x in others if x.name != found.name
         )

@@ -204,7 +204,7 @@ def _samples(chosen: _Score, world: World) -> ImageSet | None:
     is_folder = (path / MODEL_FILE).is_file() or (path / CONFIG_FILE).is_file()
     if not is_folder and not (path.is_file() and path.suffix == ".safetensors"):
         if chosen.ema is not None:
-            raise ValueError(f"--ema {chosen.ema:g} is for a run, and {path} is none: leave it out")
+            raise ValueError(f"--ema {chosen.ema:g} is for a run, and {path} is not one: leave it out")
         return None
     model = open_pretrained(path, chosen.ema, device=world.device)
     seeds = range(_GENERATED if chosen.options.num is None else chosen.options.num)

@@ -208,7 +208,7 @@ class TransformedDataset(View):
                 if (found := _kind_of(values, "image")) != wanted:
                     raise ValueError(
                         f"the function made {self.image_name(row)} {found['dtype']} {list(found['image_shape'])}, and "
-                        f"the first image {kind.dtype} {list(kind.image_shape)}: all must be alike"
+                        f"the first image {kind.dtype} {list(kind.image_shape)}: all must have the same shape and type"
                     )
                 result[i] = values
                 if kind.dtype != np.uint8 and (bad := not_finite(result[i], missing=kind.missing)):

@@ -112,12 +112,12 @@ def _at_the_edge(rungs: Sequence[Rung], plan: LadderPlan) -> list[str]:
         factors, lengths = plan.rate_factors, plan.sigma_rels
         if len(factors) > 1 and rung.rate_factor in (min(factors), max(factors)):
             found.append(
-                f"{rung.config}: the best rate factor, {rung.rate_factor:g}, lies at an end of those tried."
+                f"{rung.config}: the best rate factor, {rung.rate_factor:g}, is at an end of the range tried."
             )
         ends = sorted({s for s in rung.sigma_rel if s in (min(lengths), max(lengths))})
         if len(lengths) > 1 and ends:
             text = " and ".join(f"{s:g}" for s in ends)
-            found.append(f"{rung.config}: a best EMA length, {text}, lies at an end of those tried.")
+            found.append(f"{rung.config}: a best EMA length, {text}, is at an end of the range tried.")
     return found
 
 

@@ -105,7 +105,7 @@ def make_denoiser(config: TrainConfig, dataset: ImageDataset, coding: Coding) ->
         )
         if config.dataset.augment and denoiser.augment_dim != AUGMENT_DIM:
             raise ValueError(
-                f"dataset.augment {config.dataset.augment} needs a network that is told about the augmentation: give "
+                f"dataset.augment {config.dataset.augment} needs a network that takes augmentation labels: give "
                 f"it an attribute augment_dim = {AUGMENT_DIM} and its forward an argument augment_labels, or leave "
                 "augment out"
             )

@@ -66,7 +66,7 @@ class TrainConfig:
     """Probability that an image is shown without its label, so that the network can later guide itself (`edm2 sample
     --guide self`)."""
     sigma_max: float = 80.0
-    """Highest noise level, from which the model is sampled unless told otherwise; it does not change the training."""
+    """Highest noise level that the model is sampled from by default; it does not change the training."""
     seed: int = 0
     """Seed of the weights, the order of images, noise and dropout."""
     snapshot_images: Amount | None = None
@@ -111,7 +111,7 @@ class TrainConfig:
     """Factor on the loss, removed from the gradients again; it keeps small float16 gradients above 0."""
     compile: bool = False
     """Whether to compile the network's blocks with torch.compile, which takes a minute or more to start. On a CPU, the
-    step is no faster for it."""
+    step does not become faster."""
     record_magnitudes: bool = True
     """Whether to record the magnitudes of one step with each line of the log, for `edm2 report`; off with sharding."""
     stop_after_nonfinite: int = 8

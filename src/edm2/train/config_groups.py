@@ -61,15 +61,15 @@ class DataConfig:
     """Whether each image is mirrored left to right with probability 1/2, decided again at each use."""
     augment: float = 0.0
     """For small data sets: probability of each random flip, scaling, rotation, stretch and shift of
-    `edm2.data.Augmentation`; 0 for none. The network is told about them, so that samples show none. EDM used 0.12 to
-    0.15."""
+    `edm2.data.Augmentation`; 0 for none. The network sees which were applied, so that samples show none. EDM used 0.12
+    to 0.15."""
     skip_damaged: bool = False
     """Whether to skip damaged images, with a warning that counts them, instead of stopping before the run starts."""
     max_images: int | None = None
     """Maximum number of images to train on; a larger data set is thinned by a fixed rule. Default: all."""
     missing: Literal["refuse", "mask"] = "refuse"
     """What NaN in float data means. refuse: an error. mask: a missing value, which is left out of the loss; in
-    conditions it becomes 0, and the network is told where values are known."""
+    conditions it becomes 0, and the network sees where values are known."""
     resample: Resampling | None = None
     """How to resample conditions whose size differs from that of the images: bicubic, bilinear or nearest."""
 

@@ -99,7 +99,7 @@ def _told_step(path: Path) -> int:
     step = _step(path)
     if step is None:
         raise ValueError(
-            f"the step of {path} cannot be told from its name: give a mapping from each file to its step, without"
+            f"the step of {path} cannot be read from its name: give a mapping from each file to its step, without"
             " the files to leave out"
         )
     return step
