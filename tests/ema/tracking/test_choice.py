@@ -1,6 +1,8 @@
 """What is averaged and what is copied: buffers, names, complex and lazy parameters, dicts of tensors."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -109,7 +111,7 @@ def test_dicts_and_lists_of_tensors_are_averaged(tmp_path: Path) -> None:
     assert torch.equal(tree["a"], torch.zeros(3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"module\(\) copies a whole module"):
         ema.module(0.1)
-    with pytest.raises(ValueError, match=r"holds a str at 'b': give a module, or dicts and lists of tensors"):
+    with pytest.raises(ValueError, match=r"holds a str at 'b': give a module, or dicts, lists, tuples"):
         PowerEMA({"a": torch.ones(1), "b": "text"})
 
 
@@ -141,6 +143,50 @@ def test_a_nested_tree_of_parameters_is_averaged_like_the_module_it_is_for(tmp_p
     resumed.load_state_dict(of_tree.state_dict())
     resumed.write_to(tree, 0.1)
     assert torch.equal(layers[0]["weight"], wanted["0.weight"])
+
+
+class Pair(NamedTuple):
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+
+@dataclasses.dataclass
+class Head:
+    weights: tuple[torch.Tensor, ...]
+    unused: None = None
+
+
+def test_trees_of_tuples_dataclasses_and_modules_that_are_made_anew_at_every_step(tmp_path: Path) -> None:
+    def made(t: int) -> dict[str, Any]:
+        value = torch.full((3,), float(t))
+        return {"pair": Pair(value, 2 * value), "heads": [Head((3 * value, 4 * value)), (5 * value,)]}
+
+    module = nn.Linear(2, 1)
+    tree = {"net": made(0), "module": module}
+    ema, twin = PowerEMA(tree, run_id="tree"), PowerEMA({"x": (x := torch.zeros(3))})
+    assert ema.names == [
+        "net.pair.scale", "net.pair.shift", "net.heads.0.weights.0", "net.heads.0.weights.1", "net.heads.1.0",
+        "module.weight", "module.bias",
+    ]  # fmt: skip
+    for t in range(1, 30):
+        tree["net"] = made(t)  # what functional code does
+        x.fill_(t)
+        ema.update(t)
+        twin.update(t)
+    ema.snapshot(tmp_path)
+    wanted = twin.average(0.1)["x"]
+    for factor, name in enumerate(ema.names[:5], start=1):
+        torch.testing.assert_close(ema.average(0.1)[name], factor * wanted)
+        torch.testing.assert_close(reconstruct(tmp_path, sigma_rel=0.1).tensors[name], factor * wanted)
+    with ema.applied(tree, 0.1):
+        torch.testing.assert_close(tree["net"]["pair"].shift, 2 * wanted)
+    assert torch.equal(tree["net"]["pair"].shift, torch.full((3,), 58.0))
+    tree["net"] = {"pair": Pair(x, "text")}  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"'net.pair.shift' is a str now"):
+        ema.update(30)
+    tree["net"] = 3
+    with pytest.raises(ValueError, match=r"tensor 'net.pair.scale' is no longer in the model"):
+        ema.update(30)
 
 
 def test_averages_follow_a_model_to_another_type() -> None:

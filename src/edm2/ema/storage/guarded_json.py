@@ -18,6 +18,8 @@ _MAX_BYTES = 32 << 20
 _MAX_DEPTH = 100
 _MAX_ITEMS = 2_000_000
 _MAX_INTEGER = 1 << 64
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
@@ -143,13 +145,14 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _check_structure(data: bytes) -> None:
     """Bound depth and size before the parser, which recurses and allocates, sees the text."""
-    text = np.frombuffer(_STRING.sub(b"", data), np.uint8)
-    opening, closing, commas = (np.isin(text, [ord(c) for c in kind]) for kind in ("[{", "]}", ","))
-    if np.count_nonzero(opening | commas) > _MAX_ITEMS:
+    text = _STRING.sub(b"", data)
+    opening = text.count(b"[") + text.count(b"{")
+    if opening + text.count(b",") > _MAX_ITEMS:
         raise ValueError(f"JSON with more than {_MAX_ITEMS:,} values")
-    steps = np.where(opening[opening | closing], 1, -1)
-    if np.cumsum(steps).max(initial=0) > _MAX_DEPTH:
-        raise ValueError(f"JSON nested deeper than {_MAX_DEPTH} levels")
+    if opening > _MAX_DEPTH:
+        steps = np.frombuffer(text.translate(_STEPS, _NO_BRACKETS), np.int8)
+        if np.cumsum(steps, dtype=np.int64).max(initial=0) > _MAX_DEPTH:
+            raise ValueError(f"JSON nested deeper than {_MAX_DEPTH} levels")
 
 
 def _integer(text: str) -> int:

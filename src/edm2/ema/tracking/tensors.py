@@ -1,16 +1,8 @@
 """Which tensors of a model are averaged, which are copied, and under what names."""
 
-from collections.abc import (
-    Callable,
-    Collection,
-    Iterable,
-    Iterator,
-    MutableMapping,
-    MutableSequence,
-    Sequence,
-)
-from dataclasses import dataclass
-from operator import attrgetter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -22,17 +14,19 @@ from edm2.ema.tracking.sharding import is_sharded, local
 from edm2.ema.tracking.wrappers import modules_by_clean_name, refuse_empty_shard
 
 Include = Callable[[str, Tensor], bool]
-Tensors = MutableMapping[str, Any]
-"""Tensors by name, nested in dicts and lists at will."""
+Tensors = Mapping[str, Any] | Sequence[Any]
+"""Tensors in dicts, lists, tuples, named tuples, dataclasses and modules, nested at will."""
+Path = tuple[Callable[[Any], Any], ...]
+"""What leads from the outermost object to a tensor, one step after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """Place in a model where a tensor is found anew each time, also after it was replaced."""
+    """Place in a model where a tensor is found anew each time, also after it or what holds it was replaced."""
 
     name: str
     owner: Any
-    key: Any
+    path: Path
 
     def get(self) -> Tensor:
         """The tensor that is there now.
@@ -40,16 +34,22 @@ class Slot:
         Raises:
             ValueError: If there is none any more.
         """
+        tensor = self.owner
         try:
-            tensor = self.owner[self.key]
-        except (KeyError, IndexError):
+            for step in self.path:
+                tensor = step(tensor)
+        except (KeyError, IndexError, AttributeError, TypeError):
             tensor = None
         if tensor is None:
             raise ValueError(
                 f"tensor {self.name!r} is no longer in the model: the averages need the tensors they were"
                 " made for; build a new PowerEMA after changing a model"
             )
-        assert isinstance(tensor, Tensor)
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{self.name!r} is a {type(tensor).__name__} now: the averages need a tensor where there was one when"
+                " PowerEMA was made"
+            )
         return tensor
 
 
@@ -119,9 +119,8 @@ def collect(model: nn.Module | Tensors, choice: Choice) -> ModelTensors:
     aliases: dict[str, str] = {}
     first_name: dict[int, str] = {}
     found: dict[str, Tensor] = {}
-    for name, owner, key, is_buffer in _all_places(model):
-        tensor = owner[key]
-        if tensor is None or not choice.takes(name, tensor) or found.get(name) is tensor:
+    for name, owner, path, tensor, is_buffer in _all_places(model):
+        if not choice.takes(name, tensor) or found.get(name) is tensor:
             continue
         if name in found:
             raise ValueError(
@@ -134,7 +133,7 @@ def collect(model: nn.Module | Tensors, choice: Choice) -> ModelTensors:
         is_averaged = choice.averages(name, tensor, is_buffer=is_buffer)
         _refuse_unfit(name, tensor, is_averaged=is_averaged)
         first_name[id(tensor)] = name
-        (averaged if is_averaged else copied).append(Slot(name=name, owner=owner, key=key))
+        (averaged if is_averaged else copied).append(Slot(name=name, owner=owner, path=path))
     if not averaged:
         raise ValueError(
             "no floating-point parameter was chosen: check include= and that the model has parameters"
@@ -195,35 +194,50 @@ def _listed(names: Sequence[str]) -> str:
     return (", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")) or "none"
 
 
-def _all_places(model: nn.Module | Tensors) -> Iterator[tuple[str, Any, Any, bool]]:
-    """Name, container, key and whether it is a buffer, of each place for a tensor."""
-    if not isinstance(model, nn.Module):
-        yield from _leaves("", model)
-        return
+_Place = tuple[str, Any, Path, Tensor, bool]
+
+
+def _all_places(model: nn.Module | Tensors) -> Iterator[_Place]:
+    """Name, outermost object, path from it, tensor, and whether it is a buffer, of each tensor."""
+    if isinstance(model, nn.Module):
+        yield from _of_module("", model)
+    else:
+        yield from _of_tree("", model, (), model)
+
+
+def _of_module(before: str, model: nn.Module) -> Iterator[_Place]:
     for prefix, module in modules_by_clean_name(model):
-        dot = f"{prefix}." if prefix else ""
-        for key in module._parameters:
-            yield dot + key, module._parameters, key, False
-        for key in module._buffers:
-            if key not in module._non_persistent_buffers_set:
-                yield dot + key, module._buffers, key, True
+        dot = f"{before}{prefix}." if prefix else before
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield dot + key, module._parameters, (itemgetter(key),), parameter, False
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                yield dot + key, module._buffers, (itemgetter(key),), buffer, True
 
 
-def _leaves(prefix: str, tree: Any) -> Iterator[tuple[str, Any, Any, bool]]:
-    if isinstance(tree, MutableMapping):
-        items: Iterable[tuple[Any, Any]] = tree.items()
-    elif isinstance(tree, MutableSequence):
-        items = enumerate(tree)
+def _of_tree(before: str, root: Any, path: Path, tree: Any) -> Iterator[_Place]:
+    if isinstance(tree, Mapping):
+        steps: list[tuple[Any, Callable[[Any], Any]]] = [(key, itemgetter(key)) for key in tree]
+    elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        steps = [(name, attrgetter(name)) for name in tree._fields]
+    elif isinstance(tree, Sequence) and not isinstance(tree, str | bytes):
+        steps = [(i, itemgetter(i)) for i in range(len(tree))]
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        steps = [(field.name, attrgetter(field.name)) for field in fields(tree)]
     else:
         raise ValueError(
-            f"the model holds a {type(tree).__name__} at {prefix.rstrip('.') or 'its top'!r}: give a module, or dicts"
-            " and lists of tensors"
+            f"the model holds a {type(tree).__name__} at {before.rstrip('.') or 'its top'!r}: give a module, or dicts,"
+            " lists, tuples and dataclasses of tensors and modules"
         )
-    for key, value in items:
-        if value is None or isinstance(value, Tensor):
-            yield f"{prefix}{key}", tree, key, False
-        else:
-            yield from _leaves(f"{prefix}{key}.", value)
+    for key, step in steps:
+        value = step(tree)
+        if isinstance(value, Tensor):
+            yield f"{before}{key}", root, (*path, step), value, False
+        elif isinstance(value, nn.Module):
+            yield from _of_module(f"{before}{key}.", value)
+        elif value is not None:
+            yield from _of_tree(f"{before}{key}.", root, (*path, step), value)
 
 
 def real(tensor: Tensor) -> Tensor:
