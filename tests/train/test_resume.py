@@ -258,7 +258,17 @@ def test_a_checkpoint_with_right_checksums_and_other_content_is_named(tmp_path: 
     tensors = load_file(checkpoint / "model.safetensors")
     name = next(iter(tensors))
     for file, content, told in (
-        ("state.json", json.dumps({**state, "tally": None}).encode(), "'NoneType' object"),
+        (
+            "state.json",
+            json.dumps({**state, "tally": None}).encode(),
+            "a NoneType where an object is expected",
+        ),
+        (
+            "state.json",
+            json.dumps({**state, "tally": {"sums": [0.0], "bad_in_a_row": 0}}).encode(),
+            "1 sums in place",
+        ),
+        ("state.json", json.dumps({**state, "snapshots": 1}).encode(), "snapshots, which is a int"),
         ("state.json", json.dumps({**state, "ema": []}).encode(), ""),
         ("model.safetensors", b"\xff" * 50, "model.safetensors is damaged"),
         ("model.safetensors", save({**tensors, name: torch.zeros(1, 2, 3)}), r"has the shape \[1, 2, 3\]"),

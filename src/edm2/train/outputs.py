@@ -1,13 +1,15 @@
 """What a run writes in addition to its logs: snapshots of the averages, checkpoints, and the model at the end."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from edm2.diffusion import MODEL_FILE, Denoiser, save_model
 from edm2.ema import PowerEMA
 from edm2.ema.storage.manifest import MANIFEST
+from edm2.files import Range, from_json
 from edm2.train import run_folder
 from edm2.train.build import git_state, versions
 from edm2.train.checkpoint import (
@@ -24,6 +26,11 @@ from edm2.train.records import Records
 from edm2.train.saver import Saver
 from edm2.train.validation import best_moments
 from edm2.train.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    snapshots: list[Annotated[int, Range(low=0, high=1 << 62)]]
 
 
 class Outputs:
@@ -132,7 +139,7 @@ class Outputs:
     def read_checkpoint(self, num_images: int) -> tuple[StoredTensors, dict[str, Any]]:
         """Open the tensors and read the state of a checkpoint that `find_checkpoint` found."""
         tensors, state = read_checkpoint(self.checkpoints / f"{num_images:012d}")
-        self.snapshot_times = state["snapshots"]
+        self.snapshot_times = from_json(_Stored, {"snapshots": state["snapshots"]}).snapshots
         return tensors, state
 
     def write_model(self, denoiser: Denoiser, tensors: dict[str, Tensor], num_images: int) -> None:

@@ -1,10 +1,19 @@
 """Sums between two lines of the log, and a count of non-finite steps."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+
+from edm2.files import Range, from_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    sums: list[Annotated[float, Range(low=-1e300, high=1e300)]]
+    bad_in_a_row: Annotated[int, Range(low=0, high=1 << 40)]
 
 
 class Tally:
@@ -53,9 +62,17 @@ class Tally:
         return {"sums": self._sums.tolist(), "bad_in_a_row": self.bad_in_a_row}
 
     def load_json(self, content: dict[str, Any]) -> None:
-        """Load the result of `to_json`."""
-        self._sums.copy_(torch.tensor(content["sums"], dtype=torch.float64))
-        self._bad_in_a_row.fill_(content["bad_in_a_row"])
+        """Load the result of `to_json`.
+
+        Raises:
+            TypeError: If it is something else.
+            ValueError: If there are more or fewer sums.
+        """
+        stored = from_json(_Stored, content)
+        if len(stored.sums) != len(self._sums):
+            raise ValueError(f"{len(stored.sums)} sums in place of {len(self._sums)}")
+        self._sums.copy_(torch.tensor(stored.sums, dtype=torch.float64))
+        self._bad_in_a_row.fill_(stored.bad_in_a_row)
 
 
 def nonfinite_error(
