@@ -227,8 +227,8 @@ def test_unclear_steps_are_refused(tmp_path: Path) -> None:
             ["final.pt"],
             "step of .*final.pt cannot be read from its name: give a mapping .*, without the files to leave",
         ),
-        (["step-3-iter-4.pt"], "cannot be told"),
-        (["checkpoint-500/step-20.pt"], "cannot be told"),
+        (["step-3-iter-4.pt"], "cannot be read"),
+        (["checkpoint-500/step-20.pt"], "cannot be read"),
         (["a-1-2.pt"], "cannot be read from its name"),
         (["a1.pt", "b1.pt"], "both seem to be of step 1"),
     ]:
