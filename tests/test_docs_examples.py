@@ -14,6 +14,7 @@ import edm2.ema
 from edm2.data import open_dataset
 from edm2.ema.maths import planning
 from edm2.ema.storage.manifest import read_manifest
+from edm2.train import NetworkConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -237,6 +238,17 @@ def test_data_in_your_own_loop(names: dict[str, Any]) -> None:
     exec(block("docs/data.md", "Batches").replace("pets64.zip", "digits").replace("...\n", "break\n"), names)
     assert names["position"] == 512 + 128
     assert names["images"].shape == (128, 1, 8, 8)
+
+
+def test_a_transformation_of_your_own(names: dict[str, Any]) -> None:
+    network = NetworkConfig(model_channels=8, channel_mult=(1,), num_blocks=1, channels_per_head=8)
+    names["config"] = TrainConfig(num_images=16, batch_size=8, network=network, device="cpu")
+    code = block("docs/data.md", "TransformedDataset")
+    exec(code.replace("pets64.zip", "digits"), names)
+    assert Path("runs/pets/model.safetensors").is_file()
+    changed, same = names["dataset"], open_dataset("digits")
+    assert changed.image_shape == same.image_shape
+    assert not np.array_equal(changed.images(np.arange(4)), same.images(np.arange(4)))
 
 
 def test_pairs(names: dict[str, Any]) -> None:

@@ -203,6 +203,25 @@ def test_another_data_set(tmp_path: Path) -> None:
         run(tmp_path / "other", validation=str(path))
 
 
+def test_held_out_pairs_in_two_files(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    paths = {name: str(tmp_path / f"{name}.npy") for name in ("data", "condition", "held", "given")}
+    for name, path in paths.items():
+        np.save(path, rng.normal(3, 1, (24 if name in ("data", "condition") else 8, 1, 4, 4)))
+    options = ValidateConfig(every=16, condition=paths["given"])
+    config = tiny_config(
+        num_images=16,
+        data=paths["data"],
+        condition=paths["condition"],
+        validation=paths["held"],
+        validate=options,
+    )
+    train(config, tmp_path / "run", quiet=True)
+    assert len(read_log(tmp_path / "run", VALIDATION_FILE)) == 1
+    with pytest.raises(ValueError, match="the conditions of the validation data 'held' are None"):
+        train(dataclasses.replace(config, validate=ValidateConfig()), tmp_path / "other", quiet=True)
+
+
 def test_mistakes() -> None:
     for changes, told in (
         ({"validation": "1.5"}, "validation 1.5 must be a share between 0 and 1, or a data set"),
