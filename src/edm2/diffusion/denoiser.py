@@ -39,7 +39,7 @@ class Denoiser(nn.Module):
     Attributes:
         dtype: Precision of F; may be changed at any time.
         unet: The network, under the name that it has in the states of the released models.
-        options: As above; empty if unknown.
+        options: Arguments that build the same denoiser again; empty if unknown.
 
     Raises:
         ValueError: If dtype is not one of the three.

@@ -12,7 +12,7 @@ _CLASS_DIFFERENCE = 0.1
 
 
 def find_cautions(images: dict[str, Any], reference: dict[str, Any], extractor: dict[str, Any]) -> list[str]:
-    """Find reasons why numbers about images against a reference may mean little, one sentence each."""
+    """Find reasons why scores against a reference may mean little, one sentence each."""
     found = []
     width, general = extractor["num_features"], extractor["name"] in OFFICIAL.values()
     enough = _CONVENTION if general else 10 * width

@@ -36,7 +36,7 @@ class Measuring:
 
     Attributes:
         keep: Images whose features are kept, at random; 0 for none.
-        seed: Of that choice, of subsets, and of a classifier's training.
+        seed: Seed of that choice, of subsets, and of a classifier's training.
         batch: Images at a time.
         world: Processes that share the work.
     """

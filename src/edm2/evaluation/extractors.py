@@ -39,7 +39,7 @@ def open_extractor(
         device: Where to compute.
 
     Raises:
-        ValueError: For weights that are missing, others than expected, or not to be opened without their hash.
+        ValueError: If weights are missing or not the expected ones, or must not be opened without their hash.
     """
     if name == "dinov2":
         return DinoV2Features(weights or DINOV2, sha256=sha256, device=device)

@@ -52,10 +52,10 @@ def open_images(
 
     Args:
         source: A folder that `edm2 sample` wrote, or anything that `edm2.data.open_dataset` takes.
-        split: Of a data set.
-        num_classes: Of the reference, to count classes of samples whose class is their seed modulo that number.
+        split: Split to open, if the source has several.
+        num_classes: The reference's, to count classes of samples whose class is their seed modulo that number.
         count: Number of images to choose at random; None: all.
-        seed: Of that choice.
+        seed: Seed of that choice.
 
     Raises:
         ValueError: As in `open_dataset`, or for too few or too many images, or images that are not uint8.

@@ -32,16 +32,16 @@ class Judge:
     Args:
         dataset: Real images.
         metric: frechet: distance of two Gaussians, too large for few images. kernel: KID over all pairs of images,
-            right on average for any number and so at times below 0; against at most 10,000 real ones.
-        extractor: What makes features; default: a classifier trained on the images, which need classes.
+            unbiased for any number, and therefore sometimes below 0; against at most 10,000 real ones.
+        extractor: Feature extractor. Default: a classifier trained on the images, which need classes.
 
     Attributes:
-        fingerprint: Of the images and of the way they are judged.
-        metric: In words.
-        features: In words.
+        fingerprint: Identifies the images and how they are scored.
+        metric: Name of the metric, in words.
+        features: Features that it is measured in, in words.
 
     Raises:
-        ValueError: For another metric, and for images without classes to train a classifier on.
+        ValueError: If the metric is unknown, or the images have no classes to train a classifier on.
     """
 
     def __init__(

@@ -74,7 +74,7 @@ def run_probe(
         test: The same, of other images.
         sigmas: Noise levels, in network units.
         cells: Parts of each side of the image over which features are averaged; more of them keep places.
-        seed: Of the noise and of the choice of the fifth.
+        seed: Seed of the noise and of the choice of the fifth.
         quiet: Whether to show no progress.
 
     Raises:

@@ -37,9 +37,9 @@ def provenance_of(
 
     Args:
         images: Provenance of the images.
-        extractor: As of `edm2.metrics.describe_extractor`.
+        extractor: Result of `edm2.metrics.describe_extractor`.
         keep: Number of images whose features are kept.
-        seed: Of that choice and of subsets.
+        seed: Seed of that choice and of subsets.
     """
     settings = {
         "keep": keep,
@@ -83,7 +83,7 @@ def write_result(
     warnings: list[str],
     copies: CopyCheck | None = None,
 ) -> dict[str, Any]:
-    """Write numbers, with those of a check for copies if there was one, and provenance; returns them as JSON."""
+    """Write numbers, those of a check for copies if there was one, and provenance; return them as JSON."""
     values = flat_scores(scores)
     if copies is not None:
         values |= dict(zip(COPY_NAMES, (copies.suspects, copies.authentic, copies.c_t), strict=True))

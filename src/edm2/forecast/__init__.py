@@ -4,7 +4,7 @@ Modules:
     cases: `Cases`, what forecasts start from.
     rollout: `roll_out`, step by step, each new frame joining the condition of the next.
     output: `make_forecast`, `make_ensemble`: many cases and members into one file, continued after a kill.
-    files: `Forecast`, members with truth and start, on the disk.
+    files: `Forecast`, members with truth and start, on disk.
     page: The page that plays it.
     torus: `Torus`, drifting and diffusing fields whose law is known exactly.
 """

@@ -24,7 +24,7 @@ class Cases:
     Attributes:
         start: `[N, frames, C, H, W]`, the latest frame last.
         truth: `[N, leads, C, H, W]` what followed; None if it is not known.
-        vectors: `[N, leads, V]` what the model is told at each step.
+        vectors: `[N, leads, V]` that the model takes at each step.
         labels: `[N]` class of each case.
     """
 

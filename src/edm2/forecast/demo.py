@@ -97,8 +97,8 @@ class MeasuredForecast:
         ranks_p: Chi-square test of the rank histogram.
         below_persistence: Share by which the CRPS is lower than persistence's.
         ema: EMA length that was chosen.
-        training_seconds: Of this session.
-        seconds: Of the whole, in this session.
+        training_seconds: Seconds of training in this session.
+        seconds: Seconds of the whole demo in this session.
     """
 
     crps: list[float]

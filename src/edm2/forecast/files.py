@@ -28,7 +28,7 @@ _DIMENSIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Members of a forecast, and what is known beside them, in the data's own units.
+    """Members of a forecast, with truth and start if they are known, in the data's own units.
 
     Attributes:
         members: `[cases, members, leads, channels, height, width]`.
@@ -62,7 +62,7 @@ def check_format(path: Path) -> None:
 
 
 def write_forecast(path: Path, forecast: Forecast) -> Path:
-    """Write a forecast in the format that the name's ending says; it appears when it is whole.
+    """Write a forecast in the format of the name's ending; the file appears when it is complete.
 
     Equal forecasts are equal bytes as `.npz`, and equal values in all formats.
 

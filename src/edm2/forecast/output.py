@@ -46,7 +46,7 @@ def make_forecast(
     """Forecast all cases into one file; the same call continues interrupted work.
 
     The work is cut into units of `batch_size` roll-outs, always the same, so that the result does not depend on
-    interruptions or on the number of processes that share them. Units lie in `NAME.parts` until the file is written.
+    interruptions or on the number of processes that share them. Units are in `NAME.parts` until the file is written.
 
     Args:
         generator: Model of the next frame given the last ones.

@@ -56,7 +56,7 @@ def roll_out(
         steps: Frames to add.
         seed: Member m of case i depends on (seed, i, m) and its start alone.
         common: See `edm2.generate.members.member_seeds`.
-        vectors: `[B, steps, V]` what the model is told at each step, in its own units.
+        vectors: `[B, steps, V]` that the model takes at each step, in their own units.
         labels: `[B]` classes of the rows.
         on_step: Called after each step.
         **options: Guide and fields of `edm2.generate.SamplerOptions`.

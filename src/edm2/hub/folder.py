@@ -76,7 +76,7 @@ def open_pretrained(
     license: str | None = None,
     **options: Any,
 ) -> Pretrained:
-    """Open whatever edm2 keeps models in.
+    """Open a model in any form that edm2 stores.
 
     Args:
         path: A folder that `write_pretrained` made; a run (with the settings that `edm2 tune` found, if it was

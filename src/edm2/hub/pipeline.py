@@ -194,13 +194,13 @@ class EDM2Pipeline(ModelHubMixin):
             pretrained_model_name_or_path: `owner/name`; or a folder of `save_pretrained` or of a run.
             vae: As for the class.
             pixel_range: As for the class.
-            device: See `ImageGenerator.load`; so are dtype and compile.
+            device: This, dtype and compile are those of `ImageGenerator.load`.
             dtype: Precision of the network.
             compile: Use torch.compile.
-            revision: Of the repository: branch, tag or commit.
-            cache_dir: See huggingface_hub's `snapshot_download`; so are the options that follow.
+            revision: Branch, tag or commit of the repository.
+            cache_dir: This and the following options are those of huggingface_hub's `snapshot_download`.
             force_download: Download although the cache has it.
-            local_files_only: Use the cache alone.
+            local_files_only: Use only the cache.
             token: For a private repository.
 
         Raises:
@@ -249,7 +249,7 @@ class EDM2Pipeline(ModelHubMixin):
         """Upload as one commit.
 
         Args:
-            repo_id: `owner/name`; made where missing.
+            repo_id: `owner/name`; created if it does not exist.
             **options: The mixin's: private, token, branch, commit_message and so on.
 
         Returns:

@@ -24,12 +24,12 @@ class Sampling:
     Attributes:
         sampler: Name in `edm2.diffusion.SAMPLERS`.
         num_steps: Noise levels.
-        guidance: weight; 1 for none.
+        guidance: Guidance weight; 1 for none.
         interval: Noise levels (low, high] where guidance acts; None: everywhere.
         levels: Noise levels of a student's steps after the first; None: the standard ones.
 
     Raises:
-        ValueError: For values out of range.
+        ValueError: If values are out of range.
     """
 
     sampler: str = "heun"
@@ -78,12 +78,12 @@ class Pretrained:
         guide: Model that guides it, if any.
         sampling: Settings of `images`.
         results: Measurements, for the model card.
-        license: Identifier as the hub lists them, such as `apache-2.0`; default: that of the weights, where
+        license: Identifier as the hub lists them, such as `apache-2.0`. Default: that of the weights, if
             they carry one.
 
     Raises:
-        ValueError: For a guide that does not fit, guidance without one, results of another model, or a licence
-            other than that which the weights carry.
+        ValueError: If the guide does not fit, guidance lacks a guide, results are of another model, or the licence is
+            not the one that the weights carry.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Pretrained:
 
     @property
     def license_notice(self) -> str | None:
-        """Words of the weights of the model, or of its guide, about their licence."""
+        """Licence notice of the weights of the model or of its guide."""
         return self._carried("license_notice")
 
     def images(

@@ -62,7 +62,7 @@ def open_ema_folder(
 ) -> ForeignSnapshots:
     """Open a checkpoint folder of ema-pytorch, nitrous-ema or pytorch-posthoc-ema for `edm2.ema.reconstruct`.
 
-    The files stay as they are and nothing in them is executed (`weights_only=True`). The profile of each average
+    The files are not changed, and nothing in them is executed (`weights_only=True`). The profile of each average
     follows from the library's update rule, its settings and the step in the file's name.
 
     Args:

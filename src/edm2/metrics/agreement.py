@@ -29,7 +29,7 @@ def label_agreement(
         In [0, 1].
 
     Raises:
-        ValueError: For images that are not uint8, shapes or numbers that differ, or a single class.
+        ValueError: If images are not uint8, shapes or numbers differ, or there is a single class.
     """
     with needed("this measure"):
         from sklearn.svm import SVC

@@ -94,7 +94,7 @@ class ClassifierFeatures:
             `[N, D]` float32 on the CPU.
 
         Raises:
-            ValueError: For another type or shape.
+            ValueError: If the type or shape is wrong.
         """
         return self._run(images)[0]
 
@@ -125,22 +125,22 @@ def fit_classifier(
 ) -> ClassifierFeatures:
     """Train a small convolutional classifier on the CPU.
 
-    One convolution a resolution, halved until 4 pixels or fewer are left on a side, then two linear layers.
-    It trains in one thread: layers this small gain little from a second one, and lose tenfold where another process has
-    its core. The same arguments give the same network on the same machine.
+    One convolution per resolution, halved until 4 pixels or fewer are left on a side, then two linear layers.
+    It trains in one thread: layers this small gain little from a second one, and become ten times slower if another
+    process uses its core. The same arguments give the same network on the same machine.
 
     Args:
         images: `[N, C, H, W]` uint8, real.
         labels: `[N]` integers in [0, num_classes).
         num_classes: At least 2.
-        seed: Of initial weights and order.
+        seed: Seed of initial weights and order.
         num_steps: Training steps.
 
     Returns:
         The trained network's features.
 
     Raises:
-        ValueError: For images or labels of another type, shape or range.
+        ValueError: If images or labels have the wrong type, shape or range.
     """
     images, labels = check_images(images), torch.as_tensor(labels).long()
     if labels.shape != images.shape[:1] or len(labels) == 0:

@@ -18,7 +18,7 @@ _MOST_LEFT_OUT = 5000
 
 @dataclass(frozen=True, kw_only=True)
 class CopyCheck:
-    """What the nearest training images say about samples.
+    """Whether samples are copies, judged by their nearest training images.
 
     Attributes:
         nearest: Nearest training image of each sample.
@@ -27,10 +27,10 @@ class CopyCheck:
         authentic: Share of the samples that are further from their nearest training image than that one is from its
             own nearest (AuthPct); 0 for copies, about a half for new images of the same kind.
         c_t: Data-copying test C_T, with one cell: the z-score of a Mann-Whitney test that samples are as far from the
-            training images as held-out images are. Below -3 they are nearer than chance explains.
+            training images as held-out images are. Below -3 they are nearer than chance can explain.
         median: Median distance of the samples to the training images, RMS of pixels scaled to [0, 1].
         median_held_out: The same for held-out images.
-        left_out: Whether no images were held out, and each training image stood for one: its distance is to the
+        left_out: Whether training images stood in for held-out ones: each distance is to the
             nearest other one.
     """
 
@@ -72,7 +72,7 @@ def check_copies(
         training: `[M, ...]` uint8, at least 2.
         held_out: `[K, ...]` uint8. None: training images stand for them, up to 5000 drawn at random, each without
             itself. Duplicates in the training set then hide copies.
-        seed: Of that draw.
+        seed: Seed of that draw.
 
     Raises:
         ValueError: For fewer than 1 sample, 2 training images or 1 held-out image, or images that do not fit.

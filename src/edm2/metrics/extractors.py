@@ -40,7 +40,7 @@ class CallableFeatures:
         function: `[N, C, H, W]` uint8 tensor on the CPU -> `[N, D]` floating-point tensor.
         name: Short, for the provenance of numbers.
         num_features: D.
-        sha256: Of the function's weights, if it has any.
+        sha256: Hash of the function's weights, if it has any.
         resize: How it prepares images, in words.
     """
 
@@ -67,7 +67,7 @@ class CallableFeatures:
             `[N, D]`.
 
         Raises:
-            ValueError: For other images, or where the function gives something else than it should.
+            ValueError: If images do not fit, or the function returns something of the wrong shape or type.
         """
         images = check_images(images)
         found = self._function(images)

@@ -17,7 +17,7 @@ class FeatureStatistics:
     """Mean and unbiased covariance of features that arrive in batches, in any sizes and order.
 
     Args:
-        num_features: D; taken from the first batch where left out.
+        num_features: D. Default: that of the first batch.
     """
 
     def __init__(self, num_features: int | None = None) -> None:
@@ -71,7 +71,7 @@ class FeatureStatistics:
             features: `[N, D]`.
 
         Raises:
-            ValueError: For another shape or values that are not finite.
+            ValueError: If the shape is wrong or values are not finite.
         """
         if isinstance(features, torch.Tensor):
             # Through float32, because NumPy has no bfloat16; float64 stays.
@@ -108,7 +108,7 @@ class FeatureStatistics:
             other: Statistics of the same features; unchanged.
 
         Raises:
-            ValueError: For another number of features.
+            ValueError: If the number of features differs.
         """
         if other.num_images == 0:
             return
@@ -176,13 +176,13 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     Args:
         a: Statistics of at least 2 images.
-        b: Likewise, of the same features.
+        b: Statistics of the same features, also of at least 2 images.
 
     Returns:
         The distance, in squared units of the features; at least 0.
 
     Raises:
-        ValueError: For too few images or numbers of features that differ.
+        ValueError: If there are too few images, or numbers of features differ.
 
     Ref: Heusel et al. 2017 (arXiv 1706.08500), Eq. 6.
     """

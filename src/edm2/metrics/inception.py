@@ -29,7 +29,7 @@ class InceptionFeatures:
     Args:
         path: The TorchScript file.
         sha256: Its hash, as its publisher states it; 64 hexadecimal digits.
-        trust_code: Open it whatever its hash is. The code in it then runs, so only for files of your own.
+        trust_code: Open it whatever its hash is. Its code then runs, so use this only for your own files.
         device: Where to compute.
 
     Raises:

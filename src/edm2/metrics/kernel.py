@@ -37,13 +37,13 @@ def kernel_distance(
         b: `[M, D]` features by the same extractor.
         subset_size: Images drawn from each set without replacement, from 2 to the smaller set's number.
         num_subsets: At least 1.
-        seed: Of the subsets.
+        seed: Seed of the subsets.
 
     Returns:
-        Mean and spread over the subsets; of whole sets one is enough.
+        Mean and spread over the subsets; if subsets are whole sets, there is only one.
 
     Raises:
-        ValueError: For features that do not fit, or too few for a subset.
+        ValueError: If features do not fit, or are too few for a subset.
 
     Ref: Binkowski et al. 2018 (arXiv 1801.01401).
     """
@@ -76,7 +76,7 @@ def squared_mmd(a: np.ndarray, b: np.ndarray, *, block: int = 2048) -> float:
         The distance; zero in expectation for two samples of one distribution.
 
     Raises:
-        ValueError: For features that do not fit, or fewer than 2.
+        ValueError: If features do not fit, or are fewer than 2.
     """
     check_features(a, b)
     if min(len(a), len(b)) < 2:

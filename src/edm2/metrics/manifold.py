@@ -12,8 +12,8 @@ class PrecisionRecall(NamedTuple):
     """Shares in [0, 1].
 
     Attributes:
-        precision: Of generated images that lie in a ball around a real one: fidelity.
-        recall: Of real images that lie in a ball around a generated one: variety.
+        precision: Share of generated images inside a ball around a real one: fidelity.
+        recall: Share of real images inside a ball around a generated one: variety.
     """
 
     precision: float
@@ -51,7 +51,7 @@ def precision_recall(
         Both shares.
 
     Raises:
-        ValueError: For features that do not fit, or too few for k.
+        ValueError: If features do not fit, or are too few for k.
 
     Ref: Kynkaanniemi et al. 2019 (arXiv 1904.06991).
     """
@@ -80,7 +80,7 @@ def density_coverage(
         Both.
 
     Raises:
-        ValueError: For features that do not fit, or too few for k.
+        ValueError: If features do not fit, or are too few for k.
 
     Ref: Naeem et al. 2020 (arXiv 2002.09797).
     """

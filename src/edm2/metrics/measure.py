@@ -22,7 +22,7 @@ class FeatureSet:
     """The features of a set of images.
 
     Attributes:
-        statistics: Of all images.
+        statistics: Mean and covariance over all images.
         features: `[K, D]` float32, of some or all images, for measures that need more than moments; None for none.
     """
 
@@ -72,7 +72,7 @@ def measure(
         Statistics of all and features of some.
 
     Raises:
-        ValueError: As the extractor, or for features that are not finite.
+        ValueError: As in the extractor, or if features are not finite.
     """
     statistics, kept = FeatureStatistics(extractor.num_features), [np.empty((0, extractor.num_features))]
     for indices, images in batches:
@@ -94,13 +94,13 @@ def score(generated: FeatureSet, reference: FeatureSet, *, seed: int = 0) -> Sco
     Args:
         generated: The images to judge.
         reference: What they should be like.
-        seed: Of the kernel distance's subsets.
+        seed: Seed of the kernel distance's subsets.
 
     Returns:
         The scores. Subsets of the kernel distance have 1000 images, or, with a warning, those of the smaller set.
 
     Raises:
-        ValueError: For too few images, or features of different extractors.
+        ValueError: If there are too few images, or features are from different extractors.
     """
     frechet = frechet_distance(generated.statistics, reference.statistics)
     made, real = generated.features, reference.features

@@ -32,7 +32,7 @@ def nearest_distances(
         Distances, exactly 0 for a copy, and indices.
 
     Raises:
-        ValueError: For another type, shapes that differ, or no references.
+        ValueError: If the type is wrong, shapes differ, or there are no references.
     """
     for name, images in (("queries", queries), ("references", references)):
         if images.dtype != np.uint8:

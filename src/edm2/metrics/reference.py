@@ -32,7 +32,7 @@ class Reference(FeatureSet):
         """Write one safetensors file: `mu`, `sigma`, `features` and the provenance; the same gives the same bytes.
 
         Raises:
-            ValueError: For statistics of fewer than 2 images.
+            ValueError: If the statistics are of fewer than 2 images.
         """
         arrays = {"mu": self.statistics.mean, "sigma": self.statistics.cov}
         if self.features is not None:

@@ -57,7 +57,7 @@ def read_log(
     Args:
         run: Folder of the run.
         name: File name of the log.
-        is_wanted: Tells of a record whether it is of the kind that the caller can use; others are left out likewise.
+        is_wanted: Called with a record; returns whether the caller can use it. Others are left out.
 
     Returns:
         The records; none where there is no such file.

@@ -195,7 +195,7 @@ def is_flat(losses: Sequence[float], *, patience: int, change: float, window: in
     """Whether a loss has stopped falling.
 
     Args:
-        losses: Of all measurements so far.
+        losses: Losses of all measurements so far.
         patience: Number of last measurements among which none may bring a new lowest value.
         change: Share by which a value must lie below the lowest one before it to count as new.
         window: Measurements in the running mean that is looked at.

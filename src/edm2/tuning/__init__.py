@@ -2,7 +2,7 @@
 
 Modules:
     plan: `TuningPlan`, how far the search goes.
-    search: `tune`, one knob after the other.
+    search: `tune`, one setting after the other.
     bench: Images and scores of settings, each evaluated once.
     result: `Tuned`, what a search found, and the files that keep it.
     page: The page about a search.

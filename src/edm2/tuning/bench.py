@@ -27,7 +27,7 @@ class Score(Protocol):
     """A number about images, lower being better.
 
     Attributes:
-        fingerprint: Tells this number from any other.
+        fingerprint: Identifies what is measured.
         metric: What it is, in words, such as "Frechet distance".
         features: What it is measured in, in words.
     """

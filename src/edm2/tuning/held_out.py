@@ -30,8 +30,8 @@ class EnsembleJudge:
         members: Members of each case, at least 2.
 
     Attributes:
-        fingerprint: Of the cases and of the way they are judged.
-        metric: In words.
+        fingerprint: Identifies the cases and how they are scored.
+        metric: Name of the metric, in words.
         features: The cases, in words.
 
     Raises:

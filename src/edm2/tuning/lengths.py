@@ -44,7 +44,7 @@ class ModelScore(Protocol):
     Attributes:
         metric: What it is, in words.
         features: What it is measured in or on, in words.
-        fingerprint: Tells this number from any other.
+        fingerprint: Identifies what is measured.
         work: What one measurement takes, in words.
         count: Number of images.
     """

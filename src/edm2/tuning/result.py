@@ -34,11 +34,11 @@ class Knobs:
 
     Attributes:
         sigma_rel: EMA length.
-        guide_images: Training images that the guide has seen, where it comes from the snapshots of a run.
-        guide_sigma_rel: EMA length of the guide, likewise.
+        guide_images: Training images that the guide has seen, if it comes from the snapshots of a run.
+        guide_sigma_rel: EMA length of the guide, if it comes from the snapshots of a run.
         guidance: Guidance weight; 1 for none.
         interval: Noise levels (low, high] at which guidance acts.
-        guide: Model file or run that guides, where it is not an earlier moment of the same run; `self` for the run's
+        guide: Model file or run that guides, if it is not an earlier point of the same run; `self` for the run's
             own network without labels.
         levels: Noise levels of a student's steps after the first; None: the standard ones.
         num_steps: Noise levels of the sampler; None for those of the plan.

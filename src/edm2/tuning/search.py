@@ -23,19 +23,19 @@ def tune(
     device: torch.device | str = "cpu",
     on_tried: Callable[[Tried, Tried], None] | None = None,
 ) -> Tuned:
-    """Search one knob after the other; what was evaluated before is not evaluated again.
+    """Search one setting after the other; earlier evaluations are reused.
 
     The order is: EMA length; the guide (the plan's, or an earlier moment of the run) and its EMA length; guidance
     weight; the EMA length once more, with the guide; upper end of the interval; lower end of the interval; number of
     steps; strength of added noise. For a student it is: EMA length; noise levels, first
     all, then each; EMA length once more.
 
-    A guide that does harm at the weight of its search is tried at the lower weights; if it helps at none, the rest of
+    A guide that makes scores worse at the weight of its search is tried at lower weights; if none helps, the rest of
     the search is skipped. Settings that give the same images as others are skipped, such as an interval that holds the
     same noise levels. A warning names settings that are skipped because the snapshots cannot give an average, such as
-    a long one at an early moment, or because the images are not finite.
+    a long one early in the run, or because the images are not finite.
 
-    The moment is fixed at the start: snapshots that training adds during the search are not read.
+    The point of the run is fixed at the start: snapshots that training adds during the search are not read.
 
     Args:
         run: Folder of a training run, finished or under way.

@@ -55,8 +55,8 @@ class Snapshot:
         gamma: Its exponent.
         dtype: Stored type: fp32, bf16 or fp16.
         num_bytes: Size of the file.
-        sha256: Of the whole file.
-        header_sha256: Of the file's header.
+        sha256: Hash of the whole file.
+        header_sha256: Hash of the file's header.
         data_sum: Checksum of the tensors' data (`DataSum`), verified whenever the data is read.
         norm: L2 norm of the averaged tensors.
         rounding: Relative L2 error of the stored type's rounding, at most 1.

@@ -30,7 +30,7 @@ def replacing(
 
     Args:
         path: File to write or replace; its folder is made if missing.
-        durable: Also survive a power cut; costs milliseconds a file.
+        durable: Whether the file must survive a power cut, which costs milliseconds per file.
         name: Called once everything is written; gives the final name, in the same folder, where it depends on the
             content.
 

@@ -73,7 +73,7 @@ class Choice:
     """What the user wants of a model's tensors.
 
     Attributes:
-        include: Says which take part, by name and tensor; None for all.
+        include: Called with each name and tensor; returns whether to average it. None: all.
         copied: Names of tensors that are copied instead of averaged, or a function that says so.
         average_buffers: Floating-point buffers are averaged too.
     """
