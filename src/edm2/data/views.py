@@ -51,10 +51,17 @@ class View(ImageDataset):
 
     def drawn(self, indices: np.ndarray, *, seed: int, position: int) -> tuple[np.ndarray, np.ndarray | None]:
         """See `ImageDataset.drawn`."""
-        return self._dataset.drawn(self.rows[indices], seed=seed, position=position)
+        parts = self._dataset.drawn(self.rows[indices], seed=seed, position=position)
+        images, given = (None if part is None else self._view(part, indices) for part in parts)
+        assert images is not None
+        return images, given
 
     def _read(self, indices: np.ndarray) -> np.ndarray:
-        return self._dataset.images(self.rows[indices])
+        return self._view(self._dataset.images(self.rows[indices]), indices)
+
+    def _view(self, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """What becomes of images of the other data set, or of their conditions."""
+        return images
 
 
 class Subset(View):
@@ -111,13 +118,8 @@ class PaddedDataset(View):
             conditions=None if conditions is None else PaddedDataset(conditions, size),
         )
 
-    def drawn(self, indices: np.ndarray, *, seed: int, position: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """See `ImageDataset.drawn`."""
-        images, given = self._dataset.drawn(indices, seed=seed, position=position)
-        return np.pad(images, self._margins), None if given is None else np.pad(given, self._margins)
-
-    def _read(self, indices: np.ndarray) -> np.ndarray:
-        return np.pad(self._dataset.images(indices), self._margins)
+    def _view(self, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        return np.pad(images, self._margins)
 
 
 class MirroredDataset(View):
@@ -136,15 +138,7 @@ class MirroredDataset(View):
             conditions=None if dataset.conditions is None else MirroredDataset(dataset.conditions),
         )
 
-    def drawn(self, indices: np.ndarray, *, seed: int, position: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """See `ImageDataset.drawn`."""
-        images, given = super().drawn(indices, seed=seed, position=position)
-        return self._turned(images, indices), None if given is None else self._turned(given, indices)
-
-    def _read(self, indices: np.ndarray) -> np.ndarray:
-        return self._turned(super()._read(indices), indices)
-
-    def _turned(self, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    def _view(self, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
         return np.where((indices >= self._count)[:, None, None, None], images[..., ::-1], images)
 
 
