@@ -16,6 +16,7 @@ import edm2.advice.choose as choosing
 from edm2.advice import Advice, check_pictures, scaling, suggest
 from edm2.advice.memory import activation_bytes, fitting_images, step_bytes
 from edm2.advice.structure import helpful_levels, measure_structure
+from edm2.cli import main
 from edm2.data import ArrayDataset, open_dataset
 from edm2.diffusion import build_denoiser
 from edm2.nn import count_flops
@@ -277,3 +278,9 @@ def test_pictures_that_need_mending_are_refused_with_the_command(tmp_path: Path)
 
 def test_arrays_pass() -> None:
     check_pictures("digits")
+
+
+def test_a_memory_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["suggest", "digits", "--memory", "-1"])
+    assert "--memory -1 must be above 0, in GB" in capsys.readouterr().err

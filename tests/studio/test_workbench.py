@@ -162,6 +162,22 @@ def test_command_without_a_run_or_a_demo(tmp_path, monkeypatch, capsys):
     )
 
 
+def test_a_port_that_cannot_be_listened_on(digits_run, monkeypatch, capsys):
+    def serve(*_, **__):
+        raise OSError("in use")
+
+    pytest.importorskip("gradio")
+    monkeypatch.setattr("edm2.studio.page.build", lambda *_, **__: None)
+    monkeypatch.setattr("edm2.studio.page.serve", serve)
+    for port, told in (
+        (99999, "must be from 1 to 65535"),
+        (80, "cannot be listened on (in use): choose another"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["studio", str(digits_run), "--port", str(port)])
+        assert f"--port {port} {told}" in capsys.readouterr().err
+
+
 def test_pictures_are_inside_the_page(bench):
     images = bench.images(choice(bench))
     text = pictures.tiles(images, ["a", "<b>", "c"])

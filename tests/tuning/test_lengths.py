@@ -100,7 +100,7 @@ def test_the_score_that_suits_a_run(run, tmp_path, tiny_digits):
 
 
 def test_lengths_must_be_given_by_the_snapshots(run):
-    with pytest.raises(ValueError, match=r"give none of the EMA lengths \(0.9,\)"):
+    with pytest.raises(ValueError, match=r"sigma_rel 0.9"):
         LengthStudy(run, Encoder(), sigma_rels=(0.9,))
 
 

@@ -41,6 +41,8 @@ class _Studio:
 def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 studio`."""
     chosen = tyro.cli(_Studio, prog=prog, args=list(words))
+    if chosen.port is not None and not 1 <= chosen.port <= 65535:
+        raise ValueError(f"--port {chosen.port} must be from 1 to 65535")
     if chosen.run is None and not _DEMO.is_dir():
         raise ValueError(
             f"which run? there is no demo in {_DEMO}: name a run's folder, or run `edm2 demo` first"
@@ -55,7 +57,13 @@ def run(prog: str, words: Sequence[str]) -> None:
         else "Everyone who can reach this machine sees this page."
     )
     page = build(bench, may_save=alone, told=told)
-    address = serve(page, host=chosen.host, port=chosen.port, wait=False)
+    try:
+        address = serve(page, host=chosen.host, port=chosen.port, wait=False)
+    except OSError as error:
+        wanted = "no --port" if chosen.port is None else f"--port {chosen.port}"
+        raise ValueError(
+            f"--host {chosen.host} and {wanted} cannot be listened on ({error}): choose another port or host"
+        ) from error
     show(f"{bench.run}, {bench.status}: {address}")
     tell(
         "edm2: visible only from this machine; stop with Ctrl-C" if alone else f"edm2: {told} Saving is off."

@@ -46,6 +46,8 @@ class _Suggest:
 def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 suggest`."""
     chosen = tyro.cli(_Suggest, prog=prog, args=list(words))
+    if chosen.memory is not None and not chosen.memory > 0:
+        raise ValueError(f"--memory {chosen.memory:g} must be above 0, in GB")
     if chosen.out is not None:
         if chosen.out.suffix not in (".toml", ".json"):
             raise ValueError(f"--out {chosen.out} must end in .toml or .json")

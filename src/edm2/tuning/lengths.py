@@ -15,6 +15,7 @@ import torch
 
 from edm2.data import ImageDataset
 from edm2.diffusion import SamplerName
+from edm2.ema import reconstruct_many
 from edm2.ema.reconstruct import reconstruct_each
 from edm2.ema.storage.manifest import Time, Width, read_manifest
 from edm2.evaluation.judge import FRECHET, OWN_CLASSIFIER, Judge
@@ -205,7 +206,7 @@ class LengthStudy:
         self._given = {t: lengths for t, lengths in self._given.items() if lengths}
         self._last = stored[-1]
         if self._last not in self._given:
-            raise ValueError(f"the snapshots of {run} give none of the EMA lengths {sigma_rels}")
+            reconstruct_many(self._folder, sigma_rels, self._last, read=False)  # says why
         model = next(generators(self._folder, self._given[self._last][:1], self._last, device=device))
         self._groups = layer_groups(model)
         self._trial = model
