@@ -100,19 +100,23 @@ def write_math(writer: HTML5Translator, node: nodes.math | nodes.math_block) -> 
     raise nodes.SkipNode
 
 
-def show_defaults(
+def show_signature(
     app: Sphinx, kind: str, name: str, thing: object, options: object, signature: str, result: str
 ) -> object:
-    """Functions as defaults of dataclasses by their names."""
-    if signature is None or "<built-in method" not in signature:
+    """Functions as defaults of dataclasses by their names, and types without what files and options check of them."""
+    if signature is None:
         return None
-    signature = re.sub(r"<built-in method (\w+) of type object[^>]*>", r"\1", signature)
-    return re.sub(r"~(?:\w+\.)+", "", signature), result
+    if "<built-in method" in signature:
+        signature = re.sub(r"<built-in method (\w+) of type object[^>]*>", r"\1", signature)
+        signature = re.sub(r"~(?:\w+\.)+", "", signature)
+    signature = re.sub(r"~(?:\w+\.)+(Annotated|Range|Suppress)\b", r"\1", signature)
+    checks = r"(?:Range\([^()]*\)|Suppress)"
+    return re.sub(rf"Annotated\[((?:[^\[\]]|\[[^\[\]]*\])*?)(?:, {checks})+\]", r"\1", signature), result
 
 
 def setup(app: Sphinx) -> None:
     """Register the role of single backticks, the directive for help texts, and formulas."""
-    app.connect("autodoc-process-signature", show_defaults)
+    app.connect("autodoc-process-signature", show_signature)
     app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))  # type: ignore[arg-type]
     app.add_role("mention", Mention())
     app.add_directive("command-help", CommandHelp)
