@@ -79,17 +79,25 @@ def in_turns(
 
 
 def commands_in_turns(commands: dict[str, list[str]], rounds: int) -> dict[str, list[float]]:
-    """Time `edm2 sample WORDS --out FILE`, start-up included, every command once a round."""
+    """Processor seconds of `edm2 sample WORDS --out FILE`, start-up included, every command once a round.
+
+    Other work on the machine changes them less than the time on the clock.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(rounds):
             for number, (name, words) in enumerate(commands.items()):
                 out = str(Path(folder) / f"{turn}-{number}.npz")
                 command = [sys.executable, "-m", "edm2", "sample", *words, "--out", out]
-                start = time.perf_counter()
+                before = _used_by_children()
                 subprocess.run(command, check=True, capture_output=True)
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(_used_by_children() - before)
     return seconds
+
+
+def _used_by_children() -> float:
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def convolution_peak(device: torch.device, dtype: torch.dtype = torch.float32) -> Callable[[], object]:

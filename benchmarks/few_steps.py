@@ -34,12 +34,14 @@ Images = Callable[[range], np.ndarray]
 def main() -> None:
     arguments = options(
         __doc__, student="runs/student", images=1000, sets=3, length=0.0, evaluations=(1, 2, 3, 4), steps=(8, 16, 32),
-        seed=_SEED, speed=True, commands=0,
+        seed=_SEED, speed=True, commands=0, teacher=True,
     )  # fmt: skip
     run = Path(arguments.student)
     if arguments.commands:
         return whole_commands(run, arguments.images, arguments.commands)
-    ways = teacher_ways(run, arguments.steps) | student_ways(run, arguments.length, arguments.evaluations)
+    ways = (teacher_ways(run, arguments.steps) if arguments.teacher else {}) | student_ways(
+        run, arguments.length, arguments.evaluations
+    )
     data = open_run_data(run)
     rows = np.arange(len(data))
     real, labels, judge = data.images(rows), data.labels(rows), Judge(data)
@@ -65,7 +67,7 @@ def main() -> None:
 
 
 def whole_commands(run: Path, images: int, rounds: int) -> None:
-    """Print the seconds of `edm2 sample` with the teacher's published sampler and with two evaluations."""
+    """Print images per processor second of `edm2 sample`: the teacher, published sampler, and two evaluations."""
     seeds = ["--seeds", f"0-{images - 1}"]
     seconds = commands_in_turns(
         {

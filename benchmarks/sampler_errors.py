@@ -100,7 +100,7 @@ def rms(x: torch.Tensor) -> float:
 
 
 def whole_commands(arguments: argparse.Namespace) -> None:
-    """Print the seconds of `edm2 sample` with the published sampler and with the default one."""
+    """Print the processor seconds of `edm2 sample` with the published sampler and with the default one."""
     ema = [] if arguments.ema is None else ["--ema", str(arguments.ema)]
     common = [str(arguments.model), *ema, "--seeds", f"0-{arguments.images - 1}"]
     seconds = commands_in_turns(
