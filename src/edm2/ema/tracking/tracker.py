@@ -28,8 +28,9 @@ class PowerEMA(TrackedAverages):
     (images, steps, tokens), and updates may come at any interval.
 
     Args:
-        model: Module to follow, or dicts and lists of tensors. Wrappers (DDP, FSDP2, torch.compile) leave no trace in
-            the names. A module with lazy parameters is followed from the first update on.
+        model: Module to follow, or dicts, lists, tuples and dataclasses of tensors and modules. What lies inside the
+            outermost one may be made anew at every step. Wrappers (DDP, FSDP2, torch.compile) leave no trace in the
+            names. A module with lazy parameters is followed from the first update on.
         sigma_rels: EMA length of each average, as a fraction of training time, in (0, 0.2887]. Default: the paper's
             pair, 0.05 and 0.10.
         plan: A plan or the name of one, such as "compact", instead of `sigma_rels`.
