@@ -25,6 +25,7 @@ from edm2.train.inputs import code_batch
 from edm2.train.logs import VALIDATION_FILE, read_log
 from edm2.train.objectives import MEAN_SIGMA, MeanObjective, TrainingBatch
 from edm2.train.residual import MEAN_FILE, open_residual
+from edm2.tuning import TuningPlan
 
 COUNT = 64
 RNG = np.random.default_rng(0)
@@ -152,6 +153,7 @@ def test_samples_are_the_regression_plus_a_residual(mean: str, tmp_path: Path) -
         std = np.asarray(generator.coding.values.std) / 0.5
         shift = np.asarray(residual.mean) * std
         assert np.allclose(zero, expected + shift[:, None, None], atol=1e-2)
+        assert generator.identity()["regression"] == residual.sha256[:16]
 
 
 def test_models_made_from_the_run_take_the_regression_along(
@@ -288,6 +290,13 @@ def test_no_student_is_made_of_them(mean: str) -> None:
     denoiser, info = load_model(mean)
     with pytest.raises(ValueError, match="the teacher is a regression or a residual model"):
         Teacher(denoiser, info).check_data(pairs())
+
+
+def test_a_regression_is_not_tuned(mean: str) -> None:
+    with pytest.raises(
+        ValueError, match="is a regression, which has no samples to tune: train the diffusion"
+    ):
+        TuningPlan.for_run(Path(mean))
 
 
 def test_damaged_facts_of_a_residual_are_named(tmp_path: Path, mean: str) -> None:

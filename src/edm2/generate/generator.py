@@ -171,6 +171,8 @@ class ImageGenerator:
         decoding: dict[str, Any] = {} if self.decoder is None else {"decoder": self.decoder.identity()}
         if self.ignores_labels:
             decoding[IGNORES_LABELS] = True
+        if self.residual is not None:
+            decoding["regression"] = self.residual.sha256[:16]
         return {**facts, "digest": digest.hexdigest()[:16], "dtype": precision, **decoding}
 
     def decode(self, x: Tensor) -> Tensor:

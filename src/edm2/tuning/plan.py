@@ -113,9 +113,14 @@ class TuningPlan:
         """The default plan for a run, from its highest noise level; for a student's, two steps and their noise level.
 
         Raises:
-            ValueError: If the run has no snapshots.
+            ValueError: If the run has no snapshots, or is a regression.
         """
         info = (read_manifest(snapshots_of(run)).run.metadata or {}).get("info", {})
+        if info.get("objective") == "mean":
+            raise ValueError(
+                f"{run} is a regression, which has no samples to tune: train the diffusion of its residuals with "
+                f"--residual {run}, and tune that"
+            )
         if "consistency" in info:
             return cls(num_steps=2, sampler=STUDENT_SAMPLER)
         return cls(sigma_max=info.get("sigma_max", cls.sigma_max))
