@@ -12,7 +12,7 @@ INSTALLED := build/installed
 .PHONY: help demo demo-forecast test test-all test-installed lint type docs dist bench clean
 
 help:
-	@echo 'make demo    train on digits, tune, sample, write $(OUT)/report.html (about four minutes)'
+	@echo 'make demo    train on digits, tune, sample, write $(OUT)/report.html (about two minutes)'
 	@echo 'make demo-forecast    train on drifting fields, forecast them as an ensemble, write its page (about four minutes)'
 	@echo 'make test    run the tests (about two minutes on two cores; JOBS=8 uses eight)'
 	@echo 'make test-all         every test: the slow ones, and those that need other libraries; installs them into .venv'

@@ -177,3 +177,12 @@ def test_an_array_of_nothing_but_its_shape_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"a.zarr:images .*promises 64,000,000,000 bytes of values and stores"
     ):
         open_dataset(str(path))
+
+
+def test_far_more_chunks_than_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    zarr.open_group(str(path), mode="w").create_array(
+        "images", shape=(4000, 1, 2, 2), dtype="uint8", chunks=(1, 1, 1, 1)
+    )
+    with pytest.raises(ValueError, match=r"a.zarr:images .*promises 16,000 chunks and has \d files"):
+        open_dataset(str(path))

@@ -184,3 +184,15 @@ def test_archives_whose_arrays_cannot_be_parsed_are_refused(tmp_path: Path) -> N
     ):
         with pytest.raises((ValueError, SystemExit)):
             main(command)
+
+
+def test_settings_of_a_forecast_are_an_object(tmp_path: Path) -> None:
+    pytest.importorskip("xarray")
+    pytest.importorskip("zarr")
+    path = write_forecast(tmp_path / "f.zarr", forecast())
+    about = path / "zarr.json"
+    content = json.loads(about.read_text())
+    content["attributes"]["settings"] = "7"
+    about.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"is not a forecast .its settings must be an object, not int"):
+        read_forecast(path)

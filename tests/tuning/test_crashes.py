@@ -9,7 +9,7 @@ import torch
 from crashes import check_every_interruption
 
 from edm2.report import Page
-from edm2.tuning import Knobs, TuningPlan, bench, read_tuned, result, save_tuned, tune
+from edm2.tuning import Knobs, TuningPlan, bench, evaluations, read_tuned, result, save_tuned, tune
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PLAN = TuningPlan(
@@ -38,7 +38,7 @@ def test_tune_goes_on_after_any_interruption(
     def work(root: Path) -> None:
         torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
         with pytest.MonkeyPatch.context() as patch:
-            for module in (bench, result):
+            for module in (evaluations, result):
                 patch.setattr(module, "FOLDER", str(root / "tuning"))
             save_tuned(digits_run, tune(digits_run, Preferring(), PLAN))
             found = read_tuned(digits_run)

@@ -172,7 +172,8 @@ class _Array:
         self.dtype = np.dtype(source.dtype)
         chunk = getattr(source, "chunks", None) or getattr(source, "encoding", {}).get("chunks") or ()
         with reading_fields(self._where):
-            check_promise(path, max(math.prod(self.shape), math.prod(chunk)) * self.dtype.itemsize)
+            size = max(math.prod(self.shape), math.prod(chunk)) * self.dtype.itemsize
+            check_promise(path, size, chunk_files(source))
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Rows of the first axis."""
@@ -184,6 +185,14 @@ class _Array:
     def all(self) -> np.ndarray:
         """All values, of small arrays."""
         return self.rows(np.arange(self.shape[0]))
+
+
+def chunk_files(array: Any) -> int:
+    """Number of files of a zarr array, or of one that xarray opened, if none is left out; 1 for other formats."""
+    encoding = getattr(array, "encoding", {})
+    chunk = getattr(array, "shards", None) or getattr(array, "chunks", None)
+    chunk = chunk or encoding.get("shards") or encoding.get("chunks") or array.shape
+    return math.prod(-(-side // max(part, 1)) for side, part in zip(array.shape, chunk, strict=False))
 
 
 @contextlib.contextmanager

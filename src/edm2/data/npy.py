@@ -11,6 +11,7 @@ from edm2.data.dataset import not_finite
 
 _ALWAYS_READ = 128 << 20
 _MOST_PACKED = 1000
+_FEW_CHUNKS = 10_000
 
 
 def read_array_header(data: bytes, size: int | None) -> tuple[tuple[int, ...], np.dtype]:
@@ -52,16 +53,25 @@ def read_array(data: bytes) -> np.ndarray:
     return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
 
 
-def check_promise(path: Path, num_bytes: int) -> None:
-    """Raise ValueError if a header promises far more bytes of values than the file stores, however well packed."""
-    if num_bytes <= _ALWAYS_READ:
+def check_promise(path: Path, num_bytes: int, num_chunks: int = 0) -> None:
+    """Raise ValueError if a header promises far more bytes of values, or chunks, than there are, however well packed.
+
+    Args:
+        path: File, or folder of a zarr group.
+        num_bytes: Bytes of the promised values.
+        num_chunks: Files that a zarr array has if none is left out; see `edm2.data.grids.chunk_files`.
+    """
+    if num_bytes <= _ALWAYS_READ and num_chunks <= _FEW_CHUNKS:
         return
-    stored = 0
-    for file in [path] if path.is_file() else path.rglob("*"):
+    stored = count = 0
+    for count, file in enumerate([path] if path.is_file() else path.rglob("*"), start=1):
         stored += file.stat().st_size
-        if num_bytes <= _MOST_PACKED * stored:  # a large store has many files
+        # A large store has many files.
+        if num_bytes <= _MOST_PACKED * stored and num_chunks <= max(_FEW_CHUNKS, _MOST_PACKED * count):
             return
-    raise ValueError(f"it promises {num_bytes:,} bytes of values and stores {stored:,}")
+    if num_bytes > _MOST_PACKED * stored:
+        raise ValueError(f"it promises {num_bytes:,} bytes of values and stores {stored:,}")
+    raise ValueError(f"it promises {num_chunks:,} chunks and has {count:,} files")
 
 
 def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:

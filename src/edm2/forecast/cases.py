@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from edm2.data.grids import reading_fields, refuse_pickles
+from edm2.data.grids import chunk_files, reading_fields, refuse_pickles
 from edm2.data.npy import check_promise, open_array, read_arrays
 from edm2.extras import needed
 
@@ -76,7 +76,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         refuse_pickles(path)
         with xarray.open_dataset(path) as content:
             found = {name: content[name] for name in _NAMES if name in content}
-            check_promise(path, sum(array.nbytes for array in found.values()))
+            files = sum(map(chunk_files, found.values()))
+            check_promise(path, sum(array.nbytes for array in found.values()), files)
             return {name: array.values for name, array in found.items()}
 
 

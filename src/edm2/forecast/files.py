@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edm2.data.grids import reading_fields, refuse_pickles
+from edm2.data.grids import chunk_files, reading_fields, refuse_pickles
 from edm2.data.npy import check_promise, read_arrays
 from edm2.extras import needed
 from edm2.files import read_json, replacing, replacing_folder
@@ -121,6 +121,8 @@ def read_forecast(path: Path) -> Forecast:
         arrays, settings = _read_npz(path) if path.suffix.lower() == ".npz" else _read_xarray(path)
         if "members" not in arrays:
             raise ValueError(f"it holds {', '.join(arrays) or 'nothing'}, but no 'members'")
+        if not isinstance(settings, dict):
+            raise ValueError(f"its settings must be an object, not {type(settings).__name__}")
         for name, array in arrays.items():
             dimensions = _DIMENSIONS[name]
             if array.ndim != len(dimensions) or not np.issubdtype(array.dtype, np.number):
@@ -151,7 +153,8 @@ def _read_xarray(path: Path) -> tuple[dict[str, np.ndarray], Any]:
         refuse_pickles(path)
         with xarray.open_dataset(path, **extra) as content:
             found = [(name, content[name]) for name in _DIMENSIONS if name in content]
-            check_promise(path, sum(array.nbytes for _, array in found))
+            files = sum(chunk_files(array) for _, array in found)
+            check_promise(path, sum(array.nbytes for _, array in found), files)
             arrays = {name: array.values for name, array in found}
             settings = read_json(str(content.attrs.get("settings", "{}")))
     return {n: a.astype(a.dtype.newbyteorder("="), copy=False) for n, a in arrays.items()}, settings
