@@ -11,7 +11,7 @@ import numpy as np
 
 from edm2.data.grids import chunk_files, reading_fields, refuse_pickles
 from edm2.data.npy import check_promise, read_arrays
-from edm2.extras import needed
+from edm2.extras import MissingExtra, needed
 from edm2.files import read_json, replacing, replacing_folder
 from edm2.generate.archive import array_header, writing
 
@@ -129,7 +129,9 @@ def read_forecast(path: Path) -> Forecast:
                 raise ValueError(
                     f"{name} of {array.dtype} {list(array.shape)} must be numbers [{', '.join(dimensions)}]"
                 )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except MissingExtra:
+        raise
+    except Exception as error:  # zipfile and zlib raise errors of many types for damaged files
         raise ValueError(
             f"{path} is not a forecast ({error}): make it with `edm2 forecast` or `edm2 sample --members`, or write "
             "members [case, member, lead, channel, y, x] and truth, the same without members"

@@ -29,7 +29,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         if isinstance(settings, dict):
             return settings
         raise ValueError("not a table")
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+    except Exception:  # zipfile raises errors of many types for other and damaged files
         raise ValueError(
             f"{path} exists and does not hold samples of edm2: choose another --out or move it away"
         ) from None

@@ -125,7 +125,7 @@ class ChunkFolder:
             made = Made(
                 self.dest, noted["images"], [Skipped(*pair) for pair in noted["skipped"]], noted["sums"]
             )
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile):
+        except Exception:  # zipfile and json raise errors of many types for other and damaged files
             with suppress(OSError):  # as `begin` made it when another process had just finished
                 self.folder.rmdir()
             raise ValueError(f"{self.dest} exists already: choose another --out, or delete it") from None
