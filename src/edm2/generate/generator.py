@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from edm2.generate.features import block_names, image_features
 from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.generate.reconstructed import read_info, reconstruct_denoiser
 from edm2.generate.sampler_options import SamplerOptions, options_for
+from edm2.generate.seeds import batches
 from edm2.nn import faster_channels_last, keyed_normal, use_channels_last
 from edm2.train.coding import Coding
 from edm2.train.consistency import IGNORES_LABELS
@@ -251,7 +252,7 @@ class ImageGenerator:
         if conditions is not None and self.coding.condition is not None:
             self.coding.condition.check(np.asarray(conditions))
         parts = []
-        for part in _slices(len(seeds), batch_size):
+        for part in batches(len(seeds), batch_size):
             given = {"labels": labels, "conditions": conditions, "vectors": vectors}
             chosen: Any = {name: rows[part] for name, rows in given.items() if rows is not None}
             latents = self.latents(seeds[part], **chosen, **options)
@@ -394,9 +395,3 @@ def read_coding(path: str | Path, sigma_rel: float | None = None) -> Coding:
         return Coding.from_json(info["coding"])
     except ValueError as error:
         raise ValueError(f"{path} describes {error}: restore it from a copy") from error
-
-
-def _slices(count: int, size: int) -> Iterator[slice]:
-    if count < 1 or size < 1:
-        raise ValueError(f"{count} seeds in batches of {size}: both must be at least 1")
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))

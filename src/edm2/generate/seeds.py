@@ -1,6 +1,7 @@
-"""Seeds as text; each seed is one image."""
+"""Seeds as text, and in batches; each seed is one image."""
 
 import re
+from collections.abc import Iterator
 
 _MOST = 10_000_000
 
@@ -32,3 +33,14 @@ def parse_seeds(text: str) -> list[int]:
         twice = next(seed for seed in seeds if seed in seen or seen.add(seed))  # type: ignore[func-returns-value]
         raise ValueError(f"seeds {text!r}: seed {twice} is given twice; each seed is one image")
     return seeds
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    """Slices that divide `count` seeds into batches of at most `size`.
+
+    Raises:
+        ValueError: If one of them is below 1.
+    """
+    if count < 1 or size < 1:
+        raise ValueError(f"{count} seeds in batches of {size}: both must be at least 1")
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
