@@ -106,6 +106,16 @@ def test_post_hoc_ema_comes_alone() -> None:
     assert more - set(sys.stdlib_module_names) == {"edm2"}
 
 
+def test_a_network_without_values_is_built_without_the_compiler() -> None:
+    """Random numbers on the meta device, and products with them, would take a second to import it."""
+    options = "8, 1, 3, model_channels=8, channel_mult=(1,), num_blocks=1, channels_per_head=8"
+    build = f"[build_denoiser({options}, config=name) for name in 'ABCDEFG']"
+    loaded = loaded_after(
+        f"import torch\nfrom edm2.diffusion import build_denoiser\nwith torch.device('meta'): {build}"
+    )
+    assert not loaded & {"torch._dynamo", "sympy"}
+
+
 def test_the_overview_comes_without_torch() -> None:
     assert "torch" not in loaded_after("from edm2.cli import main\nmain(['--help'])")
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edm2.nn.functional import mp_add, mp_cat, mp_silu, mp_sum, normalize, rms_norm
-from edm2.nn.layers import Fourier, MPConv, MPFourier, NormalizedConv
+from edm2.nn.layers import Fourier, MPConv, MPFourier, NormalizedConv, normal
 from edm2.nn.plain_layers import GroupNorm, PlainConv, RMSGroupNorm
 
 
@@ -124,7 +124,7 @@ class Features:
         """The map from labels to the embedding."""
         layer = self.augment_layer(label_dim, out_channels)
         if not self.unit_labels:
-            nn.init.normal_(layer.weight)
+            layer.weight = nn.Parameter(normal(*layer.weight.shape))
         return layer
 
     def augment_layer(self, augment_dim: int, out_channels: int) -> PlainConv | NormalizedConv:

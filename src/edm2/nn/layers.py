@@ -16,6 +16,18 @@ from edm2.nn.functional import normalize, rms
 EPS = 1e-4  # added to the RMS of weights, as in the released networks
 
 
+def normal(*shape: int, scale: float = 1.0) -> Tensor:
+    """`scale * torch.randn(shape)`; on the meta device, without a second of imports that serve to draw nothing."""
+    x = torch.empty(shape)
+    return x if x.is_meta else scale * x.normal_()
+
+
+def uniform(*shape: int, low: float = 0.0, high: float = 1.0, scale: float = 1.0) -> Tensor:
+    """`scale` times uniform random numbers in [low, high); see `normal`."""
+    x = torch.empty(shape)
+    return x if x.is_meta else scale * x.uniform_(low, high)
+
+
 class Fourier(nn.Module):
     """Random Fourier features of a scalar: `cos(f x + p)`.
 
@@ -34,8 +46,8 @@ class Fourier(nn.Module):
 
     def __init__(self, num_channels: int, bandwidth: float = 1.0) -> None:
         super().__init__()
-        self.register_buffer("freqs", 2 * math.pi * bandwidth * torch.randn(num_channels))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
+        self.register_buffer("freqs", normal(num_channels, scale=2 * math.pi * bandwidth))
+        self.register_buffer("phases", uniform(num_channels, scale=2 * math.pi))
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B]` -> `[B, num_channels]`, computed in float32, returned in x's dtype."""
@@ -79,7 +91,7 @@ class NormalizedConv(nn.Module):
             raise ValueError(
                 f"kernel {tuple(kernel)} must be () for a linear map, or two odd sizes such as (3, 3)"
             )
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+        self.weight = nn.Parameter(normal(out_channels, in_channels, *kernel))
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         """Apply the layer.

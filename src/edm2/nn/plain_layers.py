@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edm2.nn.functional import rms
-from edm2.nn.layers import apply_weight
+from edm2.nn.layers import apply_weight, uniform
 
 MAX_GROUPS = 32
 EPS = 1e-4
@@ -43,8 +43,8 @@ class PlainConv(nn.Module):
     ) -> None:
         super().__init__()
         bound = 0.0 if zero_init else 1 / math.sqrt(in_channels * math.prod(kernel))
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *kernel).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound)) if bias else None
+        self.weight = nn.Parameter(uniform(out_channels, in_channels, *kernel, low=-bound, high=bound))
+        self.bias = nn.Parameter(uniform(out_channels, low=-bound, high=bound)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_channels, ...]` -> `[B, out_channels, ...]` in x's dtype."""
