@@ -155,7 +155,7 @@ def test_two_processes_never_write_one_output(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.npz"])
-@pytest.mark.parametrize("left", [[], ["samples.json"], ["000001.png", "samples.json"]])
+@pytest.mark.parametrize("left", [[], ["samples.json"], ["000001.zip", "samples.json"]])
 def test_a_kill_after_the_archive_was_whole_leaves_nothing(
     tmp_path: Path, name: str, left: list[str]
 ) -> None:
@@ -253,18 +253,52 @@ def test_archive_of_another_kind(tmp_path: Path) -> None:
         write(tmp_path / "t.zip")
 
 
-def test_an_archive_continues_from_its_parts(tmp_path: Path) -> None:
-    write(tmp_path / "s.zip.parts", "0-2")
-    kept = (tmp_path / "s.zip.parts" / "000001.png").read_bytes()
-    out = write(tmp_path / "s.zip", "0-4")
-    assert kept == out.read_bytes()[out.read_bytes().index(kept) :][: len(kept)]
+class Stopped(Exception):
+    """The stop that `interrupted` makes."""
 
 
-def test_other_seeds_stay_in_the_parts(tmp_path: Path) -> None:
-    write(tmp_path / "s.npz.parts", "0-4")
+def interrupted(out: Path, seeds: str, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Stop before an archive is packed from its parts, which are returned: two seeds each."""
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr("edm2.generate.output._pack", stop)
+        with pytest.raises(Stopped):
+            write(out, seeds, batch_size=2)
+    return sorted(out.with_name(f"{out.name}.parts").glob("*.zip"))
+
+
+@pytest.mark.parametrize("name", ["s.zip", "s.npz"])
+def test_an_archive_continues_from_its_parts(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, damaged, rest = interrupted(tmp_path / name, "0-4", monkeypatch)
+    assert kept.name == "000000.zip"
+    whole = damaged.read_bytes()
+    end = whole.index(b"PK\3\4", 1)  # of the first image
+    for content in (whole[:-40], b"", whole[: end - 1] + bytes([whole[end - 1] ^ 1]) + whole[end:]):
+        damaged.write_bytes(content)
+        with pytest.warns(
+            UserWarning, match=r"1 files are damaged and will be made again, such as .*000002\.zip"
+        ):
+            interrupted(tmp_path / name, "0-5", monkeypatch)
+        assert damaged.read_bytes() == whole
+    before = kept.stat().st_mtime_ns, rest.stat().st_mtime_ns
+    interrupted(tmp_path / name, "0-5", monkeypatch)
+    assert before == (kept.stat().st_mtime_ns, rest.stat().st_mtime_ns)
+    made = write(tmp_path / name, "0-5").read_bytes()
+    assert made == write(tmp_path / "whole" / name, "0-5", batch_size=2).read_bytes()
+    assert not (tmp_path / f"{name}.parts").exists()
+
+
+def test_other_seeds_stay_in_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = interrupted(tmp_path / "s.npz", "0-5", monkeypatch)
     write(tmp_path / "s.npz", "0-2")
-    assert content_of(tmp_path / "s.npz.parts").keys() >= {"samples.json", "000003.png", "000004.png"}
-    assert not (tmp_path / "s.npz.parts" / "000002.png").exists()
+    assert [part.exists() for part in parts] == [False, True, True]
+    write(tmp_path / "s.npz", "0-2")
+    assert [part.exists() for part in parts] == [False, True, True]
 
 
 def test_data_that_is_no_picture(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Samples in one file: a ZIP in the layout of data sets, or an NPZ."""
 
+import itertools
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from edm2.data.npy import read_array
 from edm2.files import read_json, replacing
 
 SETTINGS_FILE = "samples.json"
@@ -38,21 +40,20 @@ def read_settings(path: Path) -> dict[str, Any]:
 def write_zip(
     path: Path,
     settings: dict[str, Any],
-    files: Sequence[Path],
+    files: Iterator[bytes],
+    suffix: str,
     seeds: Sequence[int],
     labels: np.ndarray | None,
 ) -> None:
-    """Pack files as `00012/img00012345.png`, numbered by seed, with `dataset.json`."""
-    names = [
-        f"{seed // 1000:05d}/img{seed:08d}{file.suffix}" for seed, file in zip(seeds, files, strict=True)
-    ]
+    """Pack encoded images as `00012/img00012345.png`, numbered by seed, with `dataset.json`."""
+    names = [f"{seed // 1000:05d}/img{seed:08d}{suffix}" for seed in seeds]
     classes = labels is not None and labels.ndim == 1
     pairs = (
         [[n, int(c)] for n, c in zip(names, labels, strict=True)] if labels is not None and classes else None
     )
     with writing(path) as put:
-        for name, file in zip(names, files, strict=True):
-            put(name, [file.read_bytes()])
+        for name, content in zip(names, files, strict=True):
+            put(name, [content])
         put("dataset.json", [json.dumps({"labels": pairs}).encode()])
         put(SETTINGS_FILE, [json.dumps(settings, indent=1, sort_keys=True).encode()])
 
@@ -60,21 +61,24 @@ def write_zip(
 def write_npz(
     path: Path,
     settings: dict[str, Any],
-    images: Iterator[np.ndarray],
+    files: Iterator[bytes],
     seeds: Sequence[int],
     labels: np.ndarray | None,
 ) -> None:
-    """Pack images as `arr_0`, labels as `arr_1`, and `seeds`; one image at a time is in memory.
+    """Pack images, each a `.npy` file, as `arr_0`, labels as `arr_1`, and `seeds`; one image at a time is in memory.
 
     Pictures are `[N, H, W, C]`, as the field's evaluators expect; other data is `[N, C, H, W]`.
     """
-    first = next(images)
-    shape = (len(seeds), *_stored(first).shape)
+    start = next(files)
+    first = read_array(start)
+    head = start[: len(start) - first.nbytes]
 
     def rows() -> Iterator[bytes]:
-        yield array_header(first.dtype, shape)
-        yield _stored(first).tobytes()
-        for image in images:
+        yield array_header(first.dtype, (len(seeds), *_stored(first).shape))
+        for content in itertools.chain([start], files):
+            # All have the same header, and reading it would take most of the time.
+            assert content.startswith(head)
+            image = np.frombuffer(content, first.dtype, offset=len(head)).reshape(first.shape)
             yield _stored(image).tobytes()
 
     with writing(path) as put:

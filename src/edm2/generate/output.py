@@ -12,12 +12,14 @@ import numpy as np
 import torch
 
 import edm2
+from edm2.data.pictures import encoded
 from edm2.diffusion import guided
 from edm2.files import claimed, read_json, write_json
 from edm2.generate.archive import ARCHIVES, SETTINGS_FILE, read_settings, write_npz, write_zip
 from edm2.generate.checks import check_guide, check_inputs, warn_of_strange
 from edm2.generate.generator import ImageGenerator
-from edm2.generate.image_files import PNG_CHANNELS, missing_files, read_image, read_images, write_image
+from edm2.generate.image_files import PNG_CHANNELS, missing_files, read_images, write_image
+from edm2.generate.parts import Parts
 from edm2.generate.sampler_options import SamplerOptions
 from edm2.progress import Progress
 from edm2.report import class_grid, save_png
@@ -47,7 +49,7 @@ def write_samples(
     """Sample into a folder, one file per seed, and a grid of the first ones; or into one `.zip` or `.npz`.
 
     The same call continues interrupted work: whole images of the same model and settings are kept. An archive is packed
-    from the folder `NAME.parts` once that is complete. Under torchrun the processes share the seeds.
+    from the batches in the folder `NAME.parts` once all are there. Under torchrun the processes share the seeds.
 
     Args:
         generator: The model to sample from.
@@ -95,13 +97,14 @@ def write_samples(
     settings = sampling_record(generator, guide, chosen_options, labels, given)
     packed = out.suffix.lower() in ARCHIVES
     folder = out.with_name(f"{out.name}.parts") if packed else out
-    suffix = "png" if generator.pixel_channels in PNG_CHANNELS else "npy"
-    files = [folder / f"{seed:06d}.{suffix}" for seed in seeds]
-    work = _Work(generator, guide, seeds, rows, given, options, files)
+    suffix = ".png" if generator.pixel_channels in PNG_CHANNELS else ".npy"
+    files = [folder / f"{seed:06d}{suffix}" for seed in seeds]
+    parts = Parts(folder, ".npy" if out.suffix.lower() == ".npz" else suffix) if packed else None
+    work = _Work(generator, guide, seeds, rows, given, options, files, parts)
     if packed and out.exists():
         check_same(out, read_settings(out), {**settings, "seeds": digest(np.asarray(seeds))})
         if folder.exists():  # left by a kill after the archive was written
-            world.on_first(lambda: _remove_parts(out, files))
+            world.on_first(lambda: _remove_parts(work, out))
         return out
     with ExitStack() as stack:
         world.on_first(lambda: _claim(stack, folder, out, settings))
@@ -109,7 +112,7 @@ def write_samples(
         world.any(False)
         if packed:
             world.on_first(lambda: _pack(work, out, settings))
-        elif grid and suffix == "png":
+        elif grid and suffix == ".png":
             # Only images of classes in turn stand in columns of one class.
             turn = labels is None and seeds == [*range(seeds[0], seeds[0] + len(seeds))]
             turn = turn and not seeds[0] % max(generator.num_classes, 1)
@@ -127,11 +130,28 @@ class _Work(NamedTuple):
     given: dict[str, np.ndarray | None]
     options: dict[str, Any]
     files: list[Path]
+    parts: Parts | None
+
+    def missing(self, *, warn: bool) -> list[int]:
+        """Which images are missing or damaged."""
+        if self.parts is None:
+            return missing_files(self.files, warn=warn)
+        found = self.parts.find(warn=warn)
+        return [i for i, seed in enumerate(self.seeds) if seed not in found]
+
+    def store(self, pool: ThreadPoolExecutor, part: list[int], images: np.ndarray) -> None:
+        """Write some of the images."""
+        if self.parts is None:
+            list(pool.map(write_image, [self.files[i] for i in part], images))
+        else:
+            suffix = self.parts.suffix
+            contents = list(pool.map(lambda image: encoded(image, suffix), images))
+            self.parts.add([self.seeds[i] for i in part], contents)
 
 
 def _sample(work: _Work, world: World, batch_size: int, quiet: bool) -> None:
-    """Write this process's share of the files that are missing or damaged."""
-    todo = missing_files(work.files, warn=world.is_first)
+    """Write this process's share of the images that are missing or damaged."""
+    todo = work.missing(warn=world.is_first)
     world.any(False)  # all processes have looked before the first file is added
     todo = todo[world.rank :: world.size]
     total = len(work.seeds) if world.size == 1 else len(todo)
@@ -156,7 +176,7 @@ def _sample(work: _Work, world: World, batch_size: int, quiet: bool) -> None:
                 guide=work.guide,
                 **work.options,
             )
-            list(pool.map(write_image, [work.files[i] for i in part], images))
+            work.store(pool, part, images)
             progress.advance(len(part))
 
 
@@ -233,23 +253,28 @@ def check_same(where: Path, old: dict[str, Any], new: dict[str, Any], *, what: s
 
 
 def _pack(work: _Work, out: Path, settings: dict[str, Any]) -> None:
+    parts = work.parts
+    assert parts is not None
+    parts.find()
     settings = {**settings, "seeds": digest(np.asarray(work.seeds))}
+    contents = map(parts.read, work.seeds)
     if out.suffix.lower() == ".zip":
-        write_zip(out, settings, work.files, work.seeds, work.rows)
+        write_zip(out, settings, contents, parts.suffix, work.seeds, work.rows)
     else:
-        write_npz(out, settings, (read_image(file) for file in work.files), work.seeds, work.rows)
-    _remove_files(work.files)
+        write_npz(out, settings, contents, work.seeds, work.rows)
+    _clear(work)
 
 
-def _remove_parts(out: Path, files: list[Path]) -> None:
-    with claimed(files[0].parent, out):
-        _remove_files(files)
+def _remove_parts(work: _Work, out: Path) -> None:
+    assert work.parts is not None
+    with claimed(work.parts.folder, out):
+        _clear(work)
 
 
-def _remove_files(files: list[Path]) -> None:
-    folder = files[0].parent
-    for file in files:
-        file.unlink(missing_ok=True)
+def _clear(work: _Work) -> None:
+    assert work.parts is not None
+    work.parts.remove(work.seeds)
+    folder = work.parts.folder
     if not any(path.name != SETTINGS_FILE for path in folder.iterdir()):  # else it holds other seeds
         (folder / SETTINGS_FILE).unlink(missing_ok=True)
         folder.rmdir()
