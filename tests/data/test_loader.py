@@ -6,11 +6,29 @@ import pytest
 import torch
 from PIL import Image
 
-from edm2.data import ArrayDataset, Batches, indices, open_dataset
+from edm2.data import (
+    ArrayDataset,
+    Batches,
+    PairedDataset,
+    Subset,
+    TransformedDataset,
+    indices,
+    open_dataset,
+)
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (23, 2, 4, 3), dtype=np.uint8)
 DATA = ArrayDataset(IMAGES, np.arange(23) % 5)
+
+
+class Slow(ArrayDataset):
+    """Images that take different times to read."""
+
+    decodes = True
+
+    def images(self, indices):
+        time.sleep(0.02 * (indices[0] % 3))
+        return super().images(indices)
 
 
 @pytest.fixture
@@ -40,13 +58,20 @@ def test_workers_do_not_change_what_comes_when(workers):
 
 
 def test_slow_reads_do_not_change_the_order():
-    class Slow(ArrayDataset):
-        def images(self, indices):
-            time.sleep(0.02 * (indices[0] % 3))
-            return super().images(indices)
-
     with Batches(Slow(IMAGES, np.arange(23) % 5), 4, seed=7, stop=80, workers=4) as batches:
         assert [position for position, _ in numbers(batches)] == list(range(0, 80, 4))
+
+
+@pytest.mark.parametrize(("file", "threads"), [("images.npy", 1), ("", 3)])
+def test_arrays_get_one_thread_and_pictures_all(folder, file, threads):
+    if file:
+        np.save(folder / file, IMAGES)
+    data = open_dataset(str(folder / file))
+    for one in (data, Subset(data, np.arange(20)), PairedDataset(DATA, data)):
+        with Batches(one, 4, seed=7, workers=3) as batches:
+            next(batches)
+            assert sum(t.name.startswith("edm2-loader") for t in threading.enumerate()) == threads
+    assert TransformedDataset(data, lambda image, condition, random: (image, condition), tag="x").decodes
 
 
 def test_a_later_start_continues_the_same_run():

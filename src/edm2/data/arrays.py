@@ -44,6 +44,8 @@ class NpyDataset(ImageDataset):
         ValueError: If the file is damaged, of another shape or type, or the labels do not fit.
     """
 
+    decodes = False
+
     def __init__(self, path: Path, *, labels: bool = True, missing: bool = False) -> None:
         self._path = path
         self._array: Any = None

@@ -41,7 +41,10 @@ class ImageDataset(ABC):
             of the same length with a shape and type of its own. None for a set without conditions.
         vector_dim: Length of each image's vector, such as the time of day; 0 for none.
         missing: Whether values of float images may be missing, which is NaN.
+        decodes: Whether reading an image is more than copying it, so that several threads are faster than one.
     """
+
+    decodes = True
 
     def __init__(
         self,
@@ -178,6 +181,8 @@ class ArrayDataset(ImageDataset):
         ValueError: If the shape or type is another, there are no images, values are not finite, or the labels do not
             fit.
     """
+
+    decodes = False
 
     def __init__(
         self,

@@ -76,7 +76,8 @@ class Batches:
         microbatch: Images at a time, a divisor of the share; default: the share.
         rank: Rank of this process, in [0, world_size).
         world_size: Number of processes, a divisor of batch_size.
-        workers: Number of background threads; 0 reads in this one.
+        workers: Number of background threads; 0 reads in this one. Arrays, which need no decoding, get at most one,
+            because more would only wait for each other.
         pin_memory: Whether tensors are page-locked, so that they are copied to a GPU in the background; default: if
             CUDA is available.
 
@@ -114,6 +115,8 @@ class Batches:
         self.wait_seconds = 0.0
         self._dataset, self._seed, self._size = dataset, seed, size
         self._pin = torch.cuda.is_available() if pin_memory is None else pin_memory
+        if not any(part.decodes for part in (dataset, dataset.conditions) if part is not None):
+            workers = min(workers, 1)
         self._positions = _positions(batch_size, start, stop, rank * share, share, size)
         self._pending: deque[Future[Batch]] = deque()
         # Two for each worker: one being read, one waiting.

@@ -29,6 +29,7 @@ class View(ImageDataset):
         self, dataset: ImageDataset, fingerprint: str, rows: np.ndarray | None = None, **changes: Any
     ) -> None:
         self._dataset = dataset
+        self.decodes = dataset.decodes
         self.rows = np.arange(len(dataset)) if rows is None else rows
         same: dict[str, Any] = {
             "name": dataset.name,
@@ -175,6 +176,7 @@ class TransformedDataset(View):
             )
         fingerprint = hashlib.sha256(f"changed {tag} {dataset.fingerprint}".encode()).hexdigest()
         super().__init__(dataset, fingerprint, **_kind_of(image, "image"))
+        self.decodes = True
         if source is not None:
             self.conditions = _Conditions(self, source, fingerprint, **_kind_of(condition, "condition"))
 
