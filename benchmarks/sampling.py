@@ -68,11 +68,15 @@ def compare_paths(arguments: argparse.Namespace, noise: torch.Tensor, flops: flo
     samples = {
         "plain": Sample(_denoiser(arguments), noise, steps),
         "channels last": Sample(_denoiser(arguments, fast=True), last, steps),
-        "... weights fixed": Sample(SamplingNetwork(_denoiser(arguments, fast=True)), last, steps),
+        "... weights fixed": Sample(
+            SamplingNetwork(_denoiser(arguments, fast=True), fold=False), last, steps
+        ),
+        "... ... fast form": Sample(SamplingNetwork(_denoiser(arguments, fast=True)), last, steps),
     }
     if arguments.bf16:
-        network = SamplingNetwork(_denoiser(arguments, fast=True, dtype=torch.bfloat16))
-        samples["... ... bf16"] = Sample(network, last, steps)
+        for fold, name in ((False, "... ... bf16"), (True, "... ... fast form, bf16")):
+            network = SamplingNetwork(_denoiser(arguments, fast=True, dtype=torch.bfloat16), fold=fold)
+            samples[name] = Sample(network, last, steps)
     if arguments.compile:
         network = SamplingNetwork(_denoiser(arguments, fast=True), compile=True)
         samples["... ... compile"] = Sample(network, last, steps)
@@ -115,8 +119,10 @@ def compare_samplers(arguments: argparse.Namespace, noise: torch.Tensor, flops: 
 
 def compare_together(arguments: argparse.Namespace, noise: torch.Tensor, flops: float) -> None:
     """One evaluation of main network and guide, with fixed weights: one after the other, and together."""
-    main, guide = (SamplingNetwork(_denoiser(arguments, fast=True, weak=weak)) for weak in (False, True))
-    modules = [network._copy for network in (main, guide)]
+    main, guide = (
+        SamplingNetwork(_denoiser(arguments, fast=True, weak=weak), fold=False) for weak in (False, True)
+    )
+    modules = [network.module for network in (main, guide)]
     parameters, buffers = stack_module_state(modules)
 
     def one(parameters: dict, buffers: dict, *inputs: torch.Tensor) -> torch.Tensor:

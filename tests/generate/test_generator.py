@@ -12,9 +12,10 @@ from torch import Tensor
 import edm2
 from edm2.data import PixelCoding
 from edm2.diffusion import WithoutLabels, save_model
-from edm2.generate import ImageGenerator
+from edm2.generate import ImageGenerator, fixed_weights
 from edm2.generate.fixed_weights import SamplingNetwork
-from edm2.nn import NormalizedConv
+from edm2.nn import NormalizedConv, use_channels_last
+from edm2.nn.fast import FoldedConv
 from edm2.train.coding import Coding
 
 
@@ -50,7 +51,7 @@ def test_default_labels() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fixed_weights_equal_the_plain_path_bit_for_bit(config: str, dtype: str) -> None:
     denoiser = small_denoiser(config=config, dtype=dtype)
-    fixed = SamplingNetwork(denoiser)
+    fixed = SamplingNetwork(denoiser, fold=False)
     x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 3.0]), torch.tensor([0, 2])
     assert torch.equal(fixed(x, sigma, labels), denoiser(x, sigma, labels))
     denoiser.load_state_dict(small_denoiser(7, config=config).state_dict())
@@ -59,19 +60,53 @@ def test_fixed_weights_equal_the_plain_path_bit_for_bit(config: str, dtype: str)
     assert torch.equal(fixed(x, sigma, labels), denoiser(x, sigma, labels))
 
 
-def test_weights_are_normalised_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted: list[int] = []
-    plain = NormalizedConv.effective_weight
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-6), ("bfloat16", 0.02)])
+def test_folded_constants_change_only_the_rounding(dtype: str, bound: float, last: bool) -> None:
+    options: dict[str, Any] = dict(
+        channel_mult=(1, 2), attn_resolutions=(4,), res_balance=0.4, attn_balance=0.2, clip_act=2.0
+    )
+    denoiser = small_denoiser(**options)
+    x, sigma, labels = torch.randn(5, 1, 8, 8), torch.tensor([0.01, 0.1, 0.5, 3.0, 50.0]), torch.arange(5) % 3
+    exact = denoiser(x, sigma, labels)
+    denoiser.dtype = getattr(torch, dtype)
+    if last:
+        use_channels_last(denoiser)
+        x = x.contiguous(memory_format=torch.channels_last)
+    given = x.clone()
+    fixed = SamplingNetwork(denoiser)
+    assert sum(type(layer) is FoldedConv for layer in fixed.module.modules()) > 20
+    for network in (fixed, denoiser):
+        assert float((network(x, sigma, labels) - exact).norm() / exact.norm()) < bound
+    assert torch.equal(x, given)
+    denoiser.load_state_dict(small_denoiser(7, **options).state_dict())
+    fixed.refresh()
+    torch.testing.assert_close(fixed(x, sigma, labels), denoiser(x, sigma, labels), rtol=bound, atol=bound)
 
-    def count(layer: NormalizedConv, gain: Any = 1.0) -> torch.Tensor:
-        counted.append(1)
-        return plain(layer, gain)
+
+def test_gradients_through_a_network_with_folded_constants() -> None:
+    denoiser = small_denoiser()
+    gradients = []
+    for network in (SamplingNetwork(denoiser), denoiser):
+        x = torch.ones(1, 1, 8, 8, requires_grad=True)
+        network(x, torch.ones(1), torch.tensor([1])).square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_normalised_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
+    original = fixed_weights._weight
+
+    def count(denoiser: Any, name: str, *, folded: bool) -> torch.Tensor:
+        counted.append(name)
+        return original(denoiser, name, folded=folded)
 
     generator = small_generator(fix_weights=True)
-    layers = sum(isinstance(layer, NormalizedConv) for layer in generator.denoiser.unet.modules())
-    monkeypatch.setattr(NormalizedConv, "effective_weight", count)
+    monkeypatch.setattr(fixed_weights, "_weight", count)
     generator.latents([0], num_steps=8)
-    assert len(counted) == layers
+    layers = [name for name, layer in generator.denoiser.named_modules() if isinstance(layer, NormalizedConv)]
+    assert counted == [name for name in layers if name.startswith("unet.")]
 
 
 def test_compile_is_given_the_network_with_fixed_weights(monkeypatch: pytest.MonkeyPatch) -> None:

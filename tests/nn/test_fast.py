@@ -1,4 +1,4 @@
-"""The fast form of a training step against the plain one: float64 to 1e-12, float32 to 1e-6, all gradients."""
+"""The fast form of the blocks against the plain one: float64 to 1e-12, float32 to 1e-6, all gradients."""
 
 from collections.abc import Callable
 from contextlib import nullcontext

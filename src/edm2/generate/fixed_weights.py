@@ -4,28 +4,15 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edm2.diffusion import Denoiser
 from edm2.nn import NormalizedConv, UNet
-from edm2.nn.layers import apply_weight
+from edm2.nn.blocks import Block
+from edm2.nn.fast import FixedConv, FoldedConv, can_fold, weight_of
 
 # Layers that are called with a gain -> parameter of the parent that holds the gain.
 _GAINS = {"emb_linear": "emb_gain", "out_conv": "out_gain"}
-
-
-class FixedConv(nn.Module):
-    """A `NormalizedConv` with a given effective weight, which includes the gain."""
-
-    weight: Tensor
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-
-    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        """As in `NormalizedConv`, bit for bit; the weight already includes the gain."""
-        return apply_weight(x, self.weight.to(x.dtype))
 
 
 class SamplingNetwork:
@@ -34,24 +21,26 @@ class SamplingNetwork:
     Args:
         denoiser: The original, which is not changed.
         compile: Whether to use torch.compile; the first evaluation then takes minutes.
+        fold: Whether blocks of config G take the fast form, see `edm2.nn.fast`, which is not for compilers and
+            exports. Otherwise values are equal to the original's bit for bit.
 
     Attributes:
         module: The copy.
     """
 
-    def __init__(self, denoiser: Denoiser, *, compile: bool = False) -> None:
+    def __init__(self, denoiser: Denoiser, *, compile: bool = False, fold: bool = True) -> None:
         self._original = denoiser
         self.module = copy.deepcopy(denoiser).eval().requires_grad_(False)
         self._fixed: dict[str, FixedConv] = {}
-        for name, layer in list(self.module.named_modules()):
-            if (
-                isinstance(layer, NormalizedConv)
-                and name.startswith("unet.")
-                and isinstance(denoiser.unet, UNet)
-            ):
-                parent, _, own = name.rpartition(".")
-                self._fixed[name] = FixedConv(_effective_weight(denoiser, name))
-                setattr(self.module.get_submodule(parent), own, self._fixed[name])
+        if isinstance(denoiser.unet, UNet):
+            for name, layer in denoiser.named_modules():
+                if isinstance(layer, NormalizedConv) and name.startswith("unet."):
+                    parent, _, own = name.rpartition(".")
+                    block = denoiser.get_submodule(parent)
+                    folded = fold and not compile and isinstance(block, Block) and can_fold(block)
+                    weight = _weight(denoiser, name, folded=folded)
+                    self._fixed[name] = FoldedConv(weight) if folded else FixedConv(weight)
+                    setattr(self.module.get_submodule(parent), own, self._fixed[name])
         self._forward: Any = torch.compile(self.module) if compile else self.module
 
     @torch.no_grad()
@@ -64,7 +53,8 @@ class SamplingNetwork:
             if layer not in self._fixed:
                 state[name].copy_(tensor)
                 continue
-            weight, fixed = _effective_weight(self._original, layer), self._fixed[layer]
+            fixed = self._fixed[layer]
+            weight = _weight(self._original, layer, folded=type(fixed) is FoldedConv)
             if fixed.weight.dtype == weight.dtype:
                 fixed.weight.copy_(weight)
             else:
@@ -80,9 +70,11 @@ class SamplingNetwork:
 
 
 @torch.no_grad()
-def _effective_weight(denoiser: Denoiser, name: str) -> Tensor:
-    layer = denoiser.get_submodule(name)
-    assert isinstance(layer, NormalizedConv)
+def _weight(denoiser: Denoiser, name: str, *, folded: bool) -> Tensor:
     parent, _, own = name.rpartition(".")
-    gain = getattr(denoiser.get_submodule(parent), _GAINS.get(own, ""), None)
-    return layer.effective_weight(1.0 if gain is None else gain).to(denoiser.dtype)
+    module: Any = denoiser.get_submodule(parent)
+    if folded:
+        return weight_of(module, own).to(denoiser.dtype)
+    gain = getattr(module, _GAINS.get(own, ""), None)
+    weight: Tensor = getattr(module, own).effective_weight(1.0 if gain is None else gain)
+    return weight.to(denoiser.dtype)

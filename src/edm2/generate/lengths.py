@@ -1,5 +1,6 @@
 """A run's models with several EMA lengths, one after the other in the same network; and without averaging."""
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,18 +40,21 @@ def generators(
         ValueError: As in `edm2.ema.reconstruct`, or if the snapshots do not fit the network that they describe.
     """
     coding = read_coding(snapshots, sigma_rels[0])  # checks what they say of their network
-    denoiser = None
+    model = None
     for result in reconstruct_many(snapshots, sigma_rels, t, warn_above=math.inf):
         assert result.metadata is not None
-        if denoiser is None:
+        info = {**result.metadata["info"], "sigma_rel": result.sigma_rel}
+        if model is None:
             denoiser = (
                 build_from(result.metadata["network"], device="cpu").to(device).eval().requires_grad_(False)
             )
             if faster_channels_last(denoiser):
                 use_channels_last(denoiser)
-        load_averages(denoiser, snapshots, result)
-        info = {**result.metadata["info"], "sigma_rel": result.sigma_rel}
-        yield ImageGenerator(denoiser, coding, info)
+            model = ImageGenerator(denoiser, coding, info, fix_weights=True)
+        load_averages(model.denoiser, snapshots, result)
+        model = copy.copy(model)
+        model.info = info
+        yield model
 
 
 def load_raw(run: Path) -> ImageGenerator:

@@ -110,7 +110,7 @@ class _Exportable(nn.Module):
 
     def __init__(self, generator: ImageGenerator) -> None:
         super().__init__()
-        fixed = SamplingNetwork(generator.denoiser)
+        fixed = SamplingNetwork(generator.denoiser, fold=False)
         # Channels-last weights, faster on some CPUs, are not what the file formats expect.
         denoiser: Any = fixed.module.float()
         self.denoiser: Denoiser = denoiser.to(memory_format=torch.contiguous_format)
