@@ -5,10 +5,10 @@
     PYTHONPATH=peers python benchmarks/ema_update_cost.py      # with ema-pytorch and nitrous-ema installed there
 
 The minimum is an in-place lerp of as many flat tensors of the same size: one pass over the same bytes. Methods take
-turns, and ratios are taken round by round, of CPU time where there is no GPU. In runs of more than 1,024 updates, and
-with a single average from the start, most updates go into a window, and only full windows into the averages; costs are
-means over whole windows. Other libraries
-are included if they are installed; each makes its own update of two averages on the model's device.
+turns, and ratios are taken round by round, of CPU time where there is no GPU. Most updates go into a window,
+and only full windows into the averages (the first 1,024 updates of three or more averages excepted); costs are means
+over whole windows. For a model in many tensors, a foreach lerp of the same tensors is a second reference. Other
+libraries are included if they are installed; each makes its own update of two averages on the model's device.
 pytorch-posthoc-ema moves the model to host memory and back, and is measured as it is.
 """
 
@@ -72,6 +72,18 @@ def flat(model: nn.Module, tracks: int):
     def update():
         for average in averages:
             average.lerp_(source, 0.001)
+
+    return update
+
+
+def foreach(model: nn.Module, tracks: int):
+    """The least for a model in many tensors."""
+    sources = [p.detach() for p in model.parameters()]
+    averages = [[p.clone() for p in sources] for _ in range(tracks)]
+
+    def update():
+        for tensors in averages:
+            torch._foreach_lerp_(tensors, sources, 0.001)
 
     return update
 
@@ -141,14 +153,16 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         methods = {
             "flat lerp (the least)": flat(model, arguments.tracks),
+            "foreach lerp": foreach(model, arguments.tracks),
         }
         for updates in (500, 10_000, 100_000):
             ema = PowerEMA(model, widths)
             ema.update(updates)
             window = math.ceil(updates / windows_per_run(ema.gammas))
-            if arguments.tracks == 1:
-                window = max(window, 16)
-            name = f"edm2 after {updates:,} updates" if rows else "edm2"
+            if arguments.tracks == 1 or (arguments.tracks == 2 and updates == 500):
+                window = 32  # each average has its own
+            window = min(window, 32)
+            name = "edm2" if updates == 500 else f"edm2 after {updates:,} updates"
             methods[name] = Counter(ema.update, updates, window)
             rows[name] = methods[name].in_a_row
         if arguments.tracks == 2 and arguments.peers:

@@ -125,13 +125,19 @@ def _plan_text(found: Plan, num_params: int, widths: FloatArray, *, mid_run: boo
             f"worst error     {error:.2g} of the profile, for lengths {widths[0]:g} to {widths[-1]:g};"
             f" about {error * MOVEMENT:.1g} of the parameters",
             f"memory          {size_text(found.memory_bytes(num_params))} for the running averages of {num_params:,}"
-            f" parameters; {size_text(found.memory_bytes(num_params, updates=WINDOWS_PER_RUN + 1))} in runs of more"
-            f" than {WINDOWS_PER_RUN:,} updates",
+            f" parameters{_in_long_runs(found, num_params)}",
             f"storage         {size_text(found.storage_bytes(num_params))}",
             f"in Python       PowerEMA(model, {_argument(found, tracks)})",
             f"in edm2 train   --ema.sigma-rels {tracks.replace(',', '')}",
         ]
     )
+
+
+def _in_long_runs(found: Plan, num_params: int) -> str:
+    later = found.memory_bytes(num_params, updates=WINDOWS_PER_RUN + 1)
+    if later == found.memory_bytes(num_params):
+        return ""
+    return f"; {size_text(later)} in runs of more than {WINDOWS_PER_RUN:,} updates"
 
 
 def _argument(found: Plan, tracks: str) -> str:

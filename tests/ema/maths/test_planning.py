@@ -103,6 +103,7 @@ def test_budgets_decide_tracks_and_times() -> None:
     assert (len(budget.sigma_rels), len(budget.times), budget.dtype) == (3, 2, "bf16")
     assert budget.memory_bytes(1000) == budget.memory_bytes(1000, updates=1024) == 14_000
     assert budget.memory_bytes(1000, updates=1025) == 18_000
+    assert [PLANS[x].memory_bytes(1000) for x in ("paper", "lean")] == [18_000, 18_000]
     assert budget.storage_bytes(1000) == 12_000
     assert len(edm2.ema.plan(num_params=10, storage_bytes=120).sigma_rels) == 3
     middle = edm2.ema.plan(mid_run=True)

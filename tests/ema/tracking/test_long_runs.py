@@ -1,6 +1,7 @@
 """Long runs, in which one update is less than float32's rounding: averages go on moving, by way of windows."""
 
 import copy
+import itertools
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,9 @@ from edm2.ema.tracking.averages import Averages, HostAverages, windows_per_run
 
 MANY = (0.02, 0.05, 0.1, 0.25, 0.28)
 WIDTHS = (0.03, 0.05, 0.1, 0.25)
-# Far into training, so that a window opens at the second update and holds five, or 29.
+# Far into training, so that a window opens at the second update and holds five, a plain mean, or 66, offsets.
 LATE = [90_000, *range(90_010, 90_260, 10)]
-LATER = [540_000, *range(540_010, 540_590, 10)]
+LATER = [5_400_000, *range(5_400_010, 5_400_670, 10)]
 
 
 def paths(steps: int, period: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -36,6 +37,8 @@ def paths(steps: int, period: int, size: int) -> tuple[np.ndarray, np.ndarray, n
     ("steps", "widths"),
     [
         (1000, MANY), (10_000, MANY), (50_000, MANY), (1000, (0.25,)), (4000, (0.05,)), (18_000, (0.1,)),
+        (40_000, (0.1,)), (2000, (0.05, 0.1)), (4000, (0.05, 0.25)),
+        pytest.param(200_000, (0.05, 0.1), marks=pytest.mark.slow),
         pytest.param(1_000_000, MANY, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
@@ -65,8 +68,9 @@ def test_averages_of_any_number_of_updates_are_accurate_to_a_millionth(
         assert np.all(error[1:] < 3 * np.array(rounding)[1:])
 
 
-def test_averages_of_a_random_walk_are_accurate_to_a_millionth() -> None:
-    steps, widths = 4000, MANY
+@pytest.mark.parametrize("widths", [MANY, (0.05, 0.1), (0.02,)])
+def test_averages_of_a_random_walk_are_accurate_to_a_millionth(widths: tuple[float, ...]) -> None:
+    steps = 4000
     generator = torch.Generator().manual_seed(0)
     model = nn.Linear(200, 1, bias=False)
     ema, exact = PowerEMA(model, widths), PowerEMA(model, widths, dtype=torch.float64)
@@ -269,33 +273,63 @@ def test_large_tensors_are_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch) 
             torch.testing.assert_close(pieces.average(sigma_rel)[name], tensor, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(("widths", "first"), [((0.05, 0.1), 1024), ((0.1,), 0)])
-def test_weights_at_rest_are_their_own_average_and_a_short_run_of_two_has_no_window(
-    widths: tuple[float, ...], first: int
+@pytest.mark.parametrize(
+    ("widths", "windows"),
+    [
+        ((0.1,), {10: ["window"], 2000: ["window"]}),
+        ((0.05, 0.1), {10: ["own_window"] * 2, 3050: ["own_window"] * 2, 3151: ["window"]}),
+        ((0.05, 0.1, 0.2), {10: [], 1023: [], 2001: ["window"]}),
+    ],
+)
+def test_weights_at_rest_are_their_own_average_whatever_windows_are_open(
+    widths: tuple[float, ...], windows: dict[int, list[str]]
 ) -> None:
     model = network()
     ema = PowerEMA(model, widths)
-    windows = []
-    for t in range(1, 3000):
+    for t in range(1, max(windows) + 1):
         ema.update(t)
-        windows.append("window.1.bias" in ema.state_dict())
-    assert not any(windows[:first])
-    assert any(windows[first:])
-    for sigma_rel in ema.sigma_rels:
-        for name, tensor in model.named_parameters():
-            assert torch.equal(ema.average(sigma_rel)[name], tensor)
+        if t in windows:
+            open_now = [key.partition(".")[0] for key in ema.state_dict() if key.endswith(".1.bias")]
+            assert [kind for kind in open_now if kind.endswith("window")] == windows[t]
+            for sigma_rel in ema.sigma_rels:
+                for name, tensor in model.named_parameters():
+                    assert torch.equal(ema.average(sigma_rel)[name], tensor)
 
 
 def test_a_state_of_the_second_format_is_loaded() -> None:
     """Its windows were offsets always, and it did not say so."""
     model = network()
     ema, other = PowerEMA(model, run_id="a"), PowerEMA(model, run_id="b")
-    for t in late(model, [540_000, 540_010, 540_020]):
+    for t in late(model, LATER[:3]):
         ema.update(t)
     state = {k: v for k, v in ema.state_dict().items() if k != "held"}
     assert any(k.startswith("window.") for k in state)
     other.load_state_dict({**state, "format": "edm2.ema.PowerEMA/2"})
     assert_equal_states(ema, other)
+
+
+def test_a_state_of_the_third_format_is_loaded() -> None:
+    """Its averages had one window always; it is filled before each has its own."""
+    model, twin = network(), network()
+    ema, exact = PowerEMA(model, run_id="a"), PowerEMA(model, dtype=torch.float64)
+    times = late(model, [19_990, *range(20_000, 21_000, 10)])
+    for t in itertools.islice(times, 5):
+        ema.update(t)
+        exact.update(t)
+    state = ema.state_dict()
+    assert sum(key.startswith("own_window.0.") for key in state) == 4
+    old = {key: x for key, x in state.items() if not key.startswith("own_window.")}
+    old |= {f"window.{name}": state[f"own_window.0.{name}"] for name in ema.names}
+    twin.load_state_dict(model.state_dict())
+    other = PowerEMA(twin)
+    other.load_state_dict({**old, "format": "edm2.ema.PowerEMA/3"})
+    for t in times:
+        twin.load_state_dict(model.state_dict())
+        exact.update(t)
+        other.update(t)
+    assert any(key.startswith("own_window.") for key in other.state_dict())
+    for name, truth in exact.average(0.1).items():
+        assert (other.average(0.1)[name] - truth).norm() < 3e-6 * truth.norm()
 
 
 def test_update_in_a_window_allocates_nothing_once_it_runs() -> None:

@@ -268,9 +268,11 @@ def test_averages_of_a_coarse_type_are_refused(dtype: torch.dtype) -> None:
 def test_update_allocates_nothing_once_it_runs() -> None:
     model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)], nn.Linear(64, 64).bfloat16())
     ema = PowerEMA(model)
-    ema.update(1)
+    for t in range(1, 5):
+        ema.update(t)
     with torch.profiler.profile(profile_memory=True) as profile:
-        ema.update(2)
+        for t in range(5, 70):
+            ema.update(t)
     assert sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages()) < 1024
 
 

@@ -35,8 +35,8 @@ def plan(
         times: Number of times at which they are stored. Default: as many as `storage_bytes` allows, up to 64;
             without that budget only the end, or 8 times with `mid_run`.
         num_params: Number of averaged parameters; needed for budgets.
-        memory_bytes: Room for the running averages, in float32. Their base and window take 1.5 times as much as one
-            average on top of that.
+        memory_bytes: Room for the running averages, in float32. Their base and windows take another 1.5 times as
+            much as one average, or 2.5 times with two averages.
         storage_bytes: Room for all snapshots.
         dtype: How they are stored: fp32, bf16 or fp16.
         mid_run: Whether every length is wanted at each stored time, not only at the end.

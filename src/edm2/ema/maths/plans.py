@@ -80,8 +80,12 @@ class Plan:
 
 
 def memory_bytes(num_params: int, num_tracks: int, *, updates: int) -> int:
-    """Bytes of averages in float32, their base in bfloat16, and the window that one track or 1,025 updates need."""
-    return num_params * (4 * (num_tracks + (num_tracks == 1 or updates > WINDOWS_PER_RUN)) + 2)
+    """Bytes at the most: averages in float32, their base in bfloat16, and windows.
+
+    One or two averages have a window each; more share one after 1,024 updates.
+    """
+    windows = num_tracks if num_tracks <= 2 else int(updates > WINDOWS_PER_RUN)
+    return num_params * (4 * (num_tracks + windows) + 2)
 
 
 def spread(sigma_range: tuple[float, float], count: int) -> FloatArray:

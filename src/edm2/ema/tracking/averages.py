@@ -9,12 +9,13 @@ float32 average freezes. Two things prevent this:
   of time, one window for all averages. A full window then goes into each average with its exact share. This also
   costs less: most updates write one buffer instead of one buffer per average.
 
-Within a window the weights count as in the narrowest average. With one average that is exact, so its windows hold 16
-updates from the start. The mean of up to 16 updates is accurate enough without the base, and then costs one pass.
+Within a window the weights count as in the narrowest average. With one average that is exact, so its windows hold 32
+updates from the start; so do those of two averages, which have a window each until a common one costs less. The mean
+of up to 32 updates is accurate enough without the base, and then costs one pass.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -28,7 +29,9 @@ Rule = Callable[[float, float], float]
 """Share of the latest `dt` of time in an average: called with the time since training started, and dt."""
 
 _EVENNESS = 64  # Within a window the averages' exact shares differ from one another by less than 1/64.
-_MOST_PLAIN = 16  # updates in the plain mean of a window; it lags behind a drift by up to 4 roundings
+_MOST_PLAIN = 32  # updates in the plain mean of a window; it lags behind a drift by up to 8 roundings
+_MOST_WINDOWS = 8192  # in the training so far: shares of more would be too small for an offset's rounding
+_COMMON_FROM = 3  # updates that a common window must hold to cost less than two of their own
 _GROWTH = 1.25  # of the training time, after which the base is renewed
 _CHECK_EVERY = 100  # updates between checks for NaN
 
@@ -36,6 +39,12 @@ _CHECK_EVERY = 100  # updates between checks for NaN
 def windows_per_run(gammas: Sequence[float]) -> float:
     """Number of windows in the training so far that keeps power-function averages accurate."""
     return max(WINDOWS_PER_RUN, _EVENNESS * (max(gammas) - min(gammas)))
+
+
+def open_windows(keys: Collection[str]) -> int:
+    """Number of open windows in a tracker's state or in `Averages.parts`, by their keys."""
+    kinds = {key.partition(".")[0] for key in keys}
+    return 2 if "own_window" in kinds else int("window" in kinds)
 
 
 class Averages:
@@ -64,6 +73,7 @@ class Averages:
         self._narrowest = max(rules, key=lambda rule: rule(2.0, 1.0))
         self._start = self._t = self._folded = self._based = start
         self._held = 0  # updates in the open window if it is a plain mean
+        self._num_windows = 1  # that are open together: one for all averages, or one for each
         self._updates, self._sound_until = 0, start
         self._pending: tuple[Tensor, Any, float] | None = None
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -88,17 +98,15 @@ class Averages:
                 for block in self._blocks:
                     block.rebase(tensors)
                 self._based = t
-            plain = self._windows is not None and _MOST_PLAIN * self._windows * dt >= elapsed
-            self._held = 1 if plain else 0
+            self._held = self._open(elapsed / dt)
         elif self._held:
             self._held += 1
-        full = self._windows is None or span * self._windows >= elapsed
-        if self._held and self._windows is not None:
-            full = self._held == _MOST_PLAIN or (full and len(self._rules) > 1)
-        shares = [rule(elapsed, span) for rule in self._rules] if full else None
-        share = 1.0 if span == dt else self._narrowest(elapsed, dt) / self._narrowest(elapsed, span)
+        rules = self._rules if len(self._rules) == self._num_windows else [self._narrowest]
+        full = self._is_full(elapsed, span, common=rules is not self._rules)
+        shares = [1.0 if span == dt else rule(elapsed, dt) / rule(elapsed, span) for rule in rules]
+        weights = [rule(elapsed, span) for rule in self._rules] if full else None
         for block in self._blocks:
-            block.update(tensors, share, shares, plain=self._held > 0)
+            block.update(tensors, shares, weights, plain=self._held > 0)
         self._t = t
         self._updates += 1
         if full:
@@ -106,12 +114,30 @@ class Averages:
         if self._updates % _CHECK_EVERY == 0:
             self._check_later()
 
+    def _open(self, updates: float) -> int:
+        """Open a window after so many updates; 1 if it is a plain mean, else 0."""
+        self._num_windows = len(self._rules) if self._are_apart(updates) else 1
+        return int(self._windows is not None and updates <= _MOST_PLAIN * _MOST_WINDOWS)
+
+    def _are_apart(self, updates: float) -> bool:
+        """Whether each average has its own window, in which updates count exactly."""
+        return len(self._rules) == 1 or (
+            len(self._rules) == 2 and self._windows is not None and updates < _COMMON_FROM * self._windows
+        )
+
+    def _is_full(self, elapsed: float, span: float, *, common: bool) -> bool:
+        if self._windows is None or self._held == _MOST_PLAIN or span >= 0.5 * elapsed:
+            return True
+        if self._held:
+            return common and span * self._windows >= elapsed
+        return span * max(self._windows, _MOST_WINDOWS) >= elapsed
+
     def mean_of(self, updates: int) -> int:
         """Updates in the plain mean of a window, after so many evenly spaced ones, on average over the run."""
         if self._windows is None:
             return 1
-        held = float(_MOST_PLAIN) if len(self._rules) == 1 else updates / self._windows
-        return math.ceil(min(held, _MOST_PLAIN, _MOST_PLAIN**2 * self._windows / updates))
+        held = _MOST_PLAIN if self._are_apart(updates) else updates / self._windows
+        return math.ceil(min(held, _MOST_PLAIN, _MOST_PLAIN**2 * _MOST_WINDOWS / updates))
 
     def read(self, track: int) -> Iterator[Tensor]:
         """One average with all updates so far: new tensors, in the order given at the start."""
@@ -123,7 +149,7 @@ class Averages:
             offset = place.of(block.offsets[track])
             base = place.of(block.base).to(offset.dtype)
             if share:
-                window = place.of(block.make_window())
+                window = place.of(block.windows[track if self._num_windows > 1 else 0])
                 offset = offset.lerp(base - window if self._held else window, share)
             yield base - offset
 
@@ -146,20 +172,23 @@ class Averages:
             " the last checkpoint with load_state_dict, or to the last snapshot with load_snapshot"
         )
 
-    def parts(self, *, window: bool | None = None) -> dict[str, list[Tensor]]:
-        """The running tensors that make up the averages: `base`, `offset.0`, ... and an open `window`.
+    def parts(self, *, windows: int | None = None) -> dict[str, list[Tensor]]:
+        """The running tensors that make up the averages: `base`, `offset.0`, ..., and an open `window`.
 
-        The window is the mean of the weights if `times` says that it holds some updates, else an offset.
+        A window is the mean of the weights if `times` says that it holds some updates, else an offset. Where each
+        average has its own, they are `own_window.0`, ...
 
         Args:
-            window: Whether the window is among them. Default: if it is open.
+            windows: Number of windows among them. Default: of those that are open.
         """
         flats = [
             {"base": b.base, **{f"offset.{i}": x for i, x in enumerate(b.offsets)}} for b in self._blocks
         ]
-        if self._folded < self._t if window is None else window:
-            for block, named in zip(self._blocks, flats, strict=True):
-                named["window"] = block.make_window()
+        if windows is None:
+            windows = self._num_windows if self._folded < self._t else 0
+        for block, named in zip(self._blocks, flats, strict=True):
+            for i, window in enumerate(block.make_windows(windows) if windows else ()):
+                named["window" if windows == 1 else f"own_window.{i}"] = window
         flat_of = dict(zip(map(id, self._blocks), flats, strict=True))
         ordered = [self._places[i] for i in range(len(self._places))]
         return {key: [place.of(flat_of[id(b)][key]) for b, place in ordered] for key in flats[0]}
@@ -171,12 +200,13 @@ class Averages:
     def set_times(self, start: float, t: float, *, folded: float, based: float, held: int = 0) -> None:
         """Say what times the content of `parts` belongs to, after it was overwritten."""
         self._start, self._t, self._folded, self._based, self._held = start, t, folded, based, held
+        self._num_windows = max(1, len(self._blocks[0].windows))
         self._sound_until, self._pending = start, None
 
     def take_over(self, other: "Averages") -> None:
         """Become a copy of other averages of the same tensors, which may be on another device."""
         theirs = other.parts()
-        for key, mine in self.parts(window="window" in theirs).items():
+        for key, mine in self.parts(windows=open_windows(theirs)).items():
             for to, x in zip(mine, theirs[key], strict=True):
                 to.copy_(x)
         self.set_times(other._start, other._t, **other.times())
@@ -193,7 +223,7 @@ class Averages:
         """Sums that are finite where the averages are: NaN and infinity stay in every average and in the window."""
         flats = [b.offsets[0] for b in self._blocks]
         if self._folded < self._t:
-            flats += [b.window for b in self._blocks if b.window is not None]
+            flats += [window for b in self._blocks for window in b.windows]
         return [x.sum() for x in flats]
 
     def _check_later(self) -> None:

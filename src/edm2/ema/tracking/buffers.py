@@ -63,61 +63,82 @@ class Block:
             size += tensors[i].numel()
         self.base = torch.empty(size, dtype=torch.bfloat16, device=device)
         self.offsets = [torch.zeros(size, dtype=dtype, device=device) for _ in range(num_tracks)]
-        self.window: Tensor | None = None
-        self._pieces = self._cut(_CACHED_ELEMENTS if device.type == "cpu" else _SCRATCH_ELEMENTS)
+        self.windows: list[Tensor] = []
+        limit = _CACHED_ELEMENTS if device.type == "cpu" else _SCRATCH_ELEMENTS
+        self._pieces = self._cut(limit)
+        self._runs = _runs([tensors[i].numel() for i in indices], limit)
         for i, place in self.places.items():
             x = tensors[i].detach()
             base = place.of(self.base).copy_(x)
             for offsets in self.offsets:
                 place.of(offsets).copy_(base).sub_(x)
 
-    def make_window(self) -> Tensor:
-        """The mean of the weights over the open window, plain or as an offset; made where there is none yet."""
-        if self.window is None:
-            self.window = torch.zeros_like(self.offsets[0])
-            self._window_views = [place.of(self.window) for place in self.places.values()]
-        return self.window
+    def make_windows(self, count: int) -> list[Tensor]:
+        """One window for all averages or one for each: made where they are missing, dropped where there are more."""
+        if len(self.windows) != count:
+            made = [torch.zeros_like(self.offsets[0]) for _ in range(count - len(self.windows))]
+            self.windows = [*self.windows[:count], *made]
+            self._window_views = [[p.of(window) for p in self.places.values()] for window in self.windows]
+        return self.windows
 
     def update(
-        self, tensors: Sequence[Tensor], share: float, weights: Sequence[float] | None, *, plain: bool
+        self,
+        tensors: Sequence[Tensor],
+        shares: Sequence[float],
+        weights: Sequence[float] | None,
+        *,
+        plain: bool,
     ) -> None:
-        """Take tensors into the averages or the window.
+        """Take tensors into the averages or the windows.
 
         Args:
             tensors: All tensors now.
-            share: Share of them in the window; 1 where they begin it.
+            shares: Share of them in each window; 1 where they begin it.
             weights: Share of the full window in each average; None where it stays open.
-            plain: Whether the window is a mean of weights, not of their offsets from the base.
+            plain: Whether windows are means of the weights, not of their offsets from the base.
         """
-        window = None if share == 1.0 and weights is not None else self.make_window()
-        if window is not None and plain:
-            self._add_plainly(tensors, share)
+        windows = [] if weights is not None and shares[0] == 1.0 else self.make_windows(len(shares))
+        plain = plain and bool(windows)
+        if plain:
+            self._add_plainly(tensors, shares)
             if weights is None:
                 return
         for piece in self._pieces:
-            new = piece.new.copy_(self.base[piece.span])
-            if window is not None and plain:
-                new.sub_(window[piece.span])
-            elif self._converts:
-                torch._foreach_copy_(piece.other_views, piece.gather(tensors))
-                new.sub_(piece.other)
-            else:
-                torch._foreach_sub_(piece.new_views, piece.gather(tensors))
-            if window is not None and not plain:
-                new = _move(window[piece.span], new, share)
-            for offsets, weight in zip(self.offsets, weights or (), strict=weights is not None):
+            if not plain:
+                new = self._subtract(piece, tensors)
+                if windows:
+                    new = _move(windows[0][piece.span], new, shares[0])
+            for track, (offsets, weight) in enumerate(
+                zip(self.offsets, weights or (), strict=weights is not None)
+            ):
+                if plain and track < len(windows):
+                    new = piece.new.copy_(self.base[piece.span]).sub_(windows[track][piece.span])
                 _move(offsets[piece.span], new, weight)
 
-    def _add_plainly(self, tensors: Sequence[Tensor], share: float) -> None:
-        window = self.make_window()
-        if share == 1.0:
-            torch._foreach_copy_(self._window_views, [tensors[i] for i in self.places])
+    def _subtract(self, piece: _Piece, tensors: Sequence[Tensor]) -> Tensor:
+        """The base minus the tensors, in a piece's scratch space."""
+        new = piece.new.copy_(self.base[piece.span])
+        if self._converts:
+            torch._foreach_copy_(piece.other_views, piece.gather(tensors))
+            return new.sub_(piece.other)
+        torch._foreach_sub_(piece.new_views, piece.gather(tensors))
+        return new
+
+    def _add_plainly(self, tensors: Sequence[Tensor], shares: Sequence[float]) -> None:
+        sources = [tensors[i] for i in self.places]
+        if shares[0] == 1.0:
+            for views in self._window_views:
+                torch._foreach_copy_(views, sources)
         elif not self._converts:
-            torch._foreach_lerp_(self._window_views, [tensors[i] for i in self.places], share)
+            # Several windows take turns, so that tensors are still in the cache.
+            for run in self._runs if len(shares) > 1 else [slice(None)]:
+                for views, share in zip(self._window_views, shares, strict=True):
+                    torch._foreach_lerp_(views[run], sources[run], share)
         else:
             for piece in self._pieces:
                 torch._foreach_copy_(piece.other_views, piece.gather(tensors))
-                window[piece.span].lerp_(piece.other, share)
+                for window, share in zip(self.windows, shares, strict=True):
+                    window[piece.span].lerp_(piece.other, share)
 
     def rebase(self, tensors: Sequence[Tensor]) -> None:
         """Take the tensors as the base; the averages stay what they are."""
@@ -163,6 +184,17 @@ class Block:
             )  # fmt: skip
             begin += size
         return pieces
+
+
+def _runs(sizes: Sequence[int], limit: int) -> list[slice]:
+    """Neighbours that together have no more elements than the limit, or one by itself."""
+    begins, room = [0], limit
+    for i, size in enumerate(sizes):
+        if size > room and i:
+            begins.append(i)
+            room = limit
+        room -= size
+    return [slice(a, b) for a, b in zip(begins, [*begins[1:], len(sizes)], strict=True)]
 
 
 def _move(to: Tensor, towards: Tensor, share: float) -> Tensor:

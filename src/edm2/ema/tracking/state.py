@@ -10,9 +10,11 @@ from torch import Tensor
 
 from edm2.ema.reconstruct import Reconstruction, reconstruct_many
 from edm2.ema.storage.manifest import RunInfo, read_manifest
+from edm2.ema.tracking.averages import open_windows
 from edm2.ema.tracking.sharding import is_sharded, local
 
-FORMAT = "edm2.ema.PowerEMA/3"
+FORMAT = "edm2.ema.PowerEMA/4"
+_THIRD_FORMAT = "edm2.ema.PowerEMA/3"  # one window for all averages
 _SECOND_FORMAT = "edm2.ema.PowerEMA/2"  # windows are offsets
 _FIRST_FORMAT = "edm2.ema.PowerEMA/1"  # averages as they are, and a window relative to the first of them
 _NUMBER = (int, float)
@@ -51,7 +53,7 @@ def check_state(state: Mapping[str, Any], settings: Mapping[str, Any], like: Map
         )
     broken = [k for k, kind in _VALUES.items() if not isinstance(state.get(k), kind)]
     broken += [k for k, x in like.items() if _sharded_otherwise(x, given[k])]
-    if broken or not _is_in_order(state, has_window=any(k.startswith("window.") for k in given)):
+    if broken or not _is_in_order(state, has_window=open_windows(given) > 0):
         raise ValueError(
             f"the state is not one that state_dict returned: {', '.join(broken) or 't'} is missing or wrong; load what"
             " this run's PowerEMA.state_dict() returned"
@@ -70,6 +72,8 @@ def _sharded_otherwise(tensor: Tensor, given: Tensor) -> bool:
 
 def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """A state in today's format: earlier ones held the averages themselves."""
+    if state.get("format") == _THIRD_FORMAT:
+        return {**state, "format": FORMAT}
     if state.get("format") == _SECOND_FORMAT:
         return {**state, "format": FORMAT, "held": 0}
     if state.get("format") != _FIRST_FORMAT:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edm2.ema.maths.plans import Plan, named_plan
 from edm2.ema.maths.profiles import sigma_rel_to_gamma, step_weight
-from edm2.ema.tracking.averages import Averages, HostAverages, windows_per_run
+from edm2.ema.tracking.averages import Averages, HostAverages, open_windows, windows_per_run
 from edm2.ema.tracking.sharding import like_shard, raise_together, shard_of
 from edm2.ema.tracking.state import FORMAT, check_state, stored_tracks, upgraded
 from edm2.ema.tracking.tensors import (
@@ -202,9 +202,9 @@ class TrackedAverages:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly: one flat dict of tensors and JSON values.
 
-        An average is stored as `base` minus its `offset`; weights that are not in the averages yet as `base` minus
-        `window`. Tensors are the running ones: copy what must not change. Where tensors are sharded, every process must
-        call it.
+        An average is stored as `base` minus its `offset`; weights that are not in the averages yet as one `window`, or
+        as a window for each average. Tensors are the running ones: copy what must not change. Where tensors are
+        sharded, every process must call it.
 
         Raises:
             FloatingPointError: If an average is not finite; the state saved before is the way back.
@@ -228,12 +228,12 @@ class TrackedAverages:
         live = None if self.live is None else asdict(self.live)
         return {"format": FORMAT, "clock": self.clock, "sigma_rels": list(self.sigma_rels), "live": live}
 
-    def _parts(self, *, window: bool | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+    def _parts(self, *, windows: int | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Local running tensors by key, each with the tensor of the model that it is about."""
         return {
             f"{prefix}{key}.{name}": (part, template)
             for prefix, averages in self._groups.items()
-            for key, parts in averages.parts(window=None if prefix else window).items()
+            for key, parts in averages.parts(windows=None if prefix else windows).items()
             for name, part, template in zip(self.names, parts, self._followed.templates, strict=True)
         }
 
@@ -251,7 +251,7 @@ class TrackedAverages:
         """
         state = upgraded(state)
         self._model_tensors()
-        parts = self._parts(window=any(key.startswith("window.") for key in state))
+        parts = self._parts(windows=open_windows(state))
         check_state(state, self._settings(), {key: template for key, (_, template) in parts.items()})
         for key, (part, template) in parts.items():
             part.copy_(shard_of(state[key], template))
