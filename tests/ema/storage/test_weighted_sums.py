@@ -32,16 +32,19 @@ def test_pieces_and_groups_of_files_change_nothing(
         torch.testing.assert_close(one.tensors, other.tensors, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16,), (torch.float32, torch.float16)])
 def test_sums_are_those_of_whole_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     monkeypatch.setattr(weighted_sums, "_PIECE", 8)
     generator = torch.Generator().manual_seed(0)
     coefficients = np.random.default_rng(0).standard_normal((19, 3))
     whole = [
-        {n: torch.randn(size, generator=generator).to(dtype) for n, size in (("a", 21), ("b", 8))}
-        for _ in range(19)
+        {
+            n: torch.randn(size, generator=generator).to(dtypes[i % len(dtypes)])
+            for n, size in (("a", 21), ("b", 8))
+        }
+        for i in range(19)
     ]
     scales = [{"a": 2.0**i} for i in range(19)]
     files = [read_header(save_tensors(tmp_path / f"{i}", tensors, {})) for i, tensors in enumerate(whole)]

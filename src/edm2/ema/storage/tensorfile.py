@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -23,9 +23,9 @@ from edm2.ema.storage.guarded_json import read_json
 from edm2.ema.storage.replacing import replacing
 
 ByteArray = npt.NDArray[np.uint8]
-_ROW = 256
+_ROW = 1024
 _MODULUS = 1 << 64
-_INDEX = np.arange(1 << 16, dtype=np.uint64)
+_COLUMNS, _INDEX = np.arange(_ROW, dtype=np.uint64), np.arange(1 << 16, dtype=np.uint64)
 
 
 class DataSum:
@@ -37,7 +37,7 @@ class DataSum:
     """
 
     def __init__(self) -> None:
-        self._plain = self._weighted = 0
+        self.plain = self.weighted = 0
 
     def add(self, data: ByteArray, *, tensor: int, begin: int = 0) -> None:
         """Add a piece of a tensor.
@@ -47,31 +47,46 @@ class DataSum:
             tensor: Place of the tensor in the file, in bytes.
             begin: Place of the piece in the tensor, in bytes; a multiple of eight.
         """
-        plain = weighted = 0
         words = data[: data.size // 8 * 8].view("<u8")
-        for first in range(0, words.size, _ROW * _INDEX.size):
-            part = words[first : first + _ROW * _INDEX.size]
-            table, rest = part[: part.size // _ROW * _ROW].reshape(-1, _ROW), part[part.size // _ROW * _ROW :]
-            rows, columns = table.sum(axis=1), table.sum(axis=0)
-            total = int(rows.sum())
-            weighted += _ROW * int(rows @ _INDEX[: rows.size]) + int(columns @ _INDEX[:_ROW])
-            if rest.size:
-                weighted += table.size * int(rest.sum()) + int(rest @ _INDEX[: rest.size])
-                total += int(rest.sum())
-            weighted += first * total
-            plain += total
-        if words.size * 8 < data.size:
-            last = int.from_bytes(data[words.size * 8 :].tobytes(), "little")
-            plain, weighted = plain + last, weighted + words.size * last
-        self._plain += plain
-        self._weighted += weighted + (tensor + begin // 8) * plain
+        last = data[words.size * 8 :]
+        if last.size:
+            words = np.append(words, np.uint64(int.from_bytes(last.tobytes(), "little")))
+        add_side_by_side([self], words[None], tensors=[tensor], begin=begin)
 
     def __str__(self) -> str:
-        return f"{self._plain % _MODULUS:016x}{self._weighted % _MODULUS:016x}"
+        return f"{self.plain % _MODULUS:016x}{self.weighted % _MODULUS:016x}"
 
     def matches(self, stored: str) -> bool:
         """Whether this is the stored sum; earlier versions stored the plain one alone."""
         return stored in (str(self), str(self)[:16])
+
+
+def add_side_by_side(
+    sums: Sequence[DataSum], words: npt.NDArray[np.uint64], *, tensors: Sequence[int], begin: int
+) -> None:
+    """Add a piece of a tensor in each of several files to the files' sums.
+
+    Args:
+        sums: One for each file.
+        words: The piece in each file, filled up with zeros to whole words [files, n].
+        tensors: Place of the tensor in each file, in bytes.
+        begin: Place of the piece in the tensor, in bytes; a multiple of eight.
+    """
+    plain, weighted = np.zeros((2, len(words)), np.uint64)
+    for first in range(0, words.shape[1], _ROW * _INDEX.size):
+        part = words[:, first : first + _ROW * _INDEX.size]
+        whole = part.shape[1] // _ROW * _ROW
+        table, rest = part[:, :whole].reshape(len(part), -1, _ROW), part[:, whole:]
+        # PyTorch adds up along rows faster, numpy along columns; int64 wraps around as uint64 does.
+        rows = torch.from_numpy(table.view(np.int64)).sum(2).numpy().view(np.uint64)
+        total = rows.sum(axis=1) + rest.sum(axis=1)
+        weighted += rows @ _INDEX[: rows.shape[1]] * np.uint64(_ROW) + table.sum(axis=1) @ _COLUMNS
+        weighted += rest.sum(axis=1) * np.uint64(whole) + rest @ _COLUMNS[: rest.shape[1]]
+        weighted += total * np.uint64(first)
+        plain += total
+    for data_sum, tensor, p, w in zip(sums, tensors, plain.tolist(), weighted.tolist(), strict=True):
+        data_sum.plain += p
+        data_sum.weighted += w + (tensor + begin // 8) * p
 
 
 DTYPES = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from edm2.ema.maths.profiles import FloatArray
-from edm2.ema.storage.tensorfile import DTYPES, ByteArray, DataSum, TensorFile
+from edm2.ema.storage.tensorfile import DTYPES, ByteArray, DataSum, TensorFile, add_side_by_side
 
 # Pieces of a few files stay in the processor's cache while they are checked and added to all sums.
 _PIECE, _FILES = 1 << 17, 8
@@ -67,33 +67,42 @@ class WeightedSums:
         weights = torch.zeros(max(len(sums), _ROWS), len(scales))
         weights[: len(sums)] = torch.from_numpy(self._coefficients * scales[:, None]).T
         numel = sums[0].numel()
-        rows = torch.empty(_FILES, min(numel, _PIECE))
+        room = torch.empty(_FILES * (min(numel, _PIECE) + 1), dtype=torch.float64).view(
+            torch.uint8
+        )  # for any type
         totals = torch.empty(len(weights), min(numel, _PIECE))
         order = list(handles)
         for begin in range(0, numel, _PIECE):
             pieces = [out[begin : begin + _PIECE] for out in sums]
             total = totals[:, : pieces[0].numel()].zero_()
             for first in range(0, len(order), _FILES):
-                group = order[first : first + _FILES]
-                part = rows[: len(group), : total.shape[1]]
-                for row, i in zip(part, group, strict=True):
-                    _read_into(row, handles[i], self._files[i], name, begin, self.data_sums[i])
-                total.addmm_(weights[:, group], part)
+                group = {i: handles[i] for i in order[first : first + _FILES]}
+                rows = self._read(name, begin, total.shape[1], group, room)
+                total.addmm_(weights[:, [*group]], rows)
             for piece, row in zip(pieces, total, strict=False):
                 piece.add_(row)
 
-
-def _read_into(
-    row: Tensor, handle: FileIO, file: TensorFile, name: str, begin: int, data_sum: DataSum
-) -> None:
-    """Read elements of a tensor into a float32 row, and add them to the file's checksum."""
-    dtype = file.specs[name].dtype
-    raw = row if dtype == torch.float32 else torch.empty(row.numel(), dtype=dtype)
-    data = raw.view(torch.uint8).numpy()
-    read_exactly(handle, file, file.offsets[name] + begin * dtype.itemsize, data)
-    data_sum.add(data, tensor=file.offsets[name], begin=begin * dtype.itemsize)
-    if raw is not row:
-        row.copy_(raw)
+    def _read(self, name: str, begin: int, count: int, handles: dict[int, FileIO], room: Tensor) -> Tensor:
+        """Elements of a tensor from some files as float32 [files, count]; adds them to the files' checksums."""
+        of_type: dict[torch.dtype, list[int]] = {}
+        for i in handles:
+            of_type.setdefault(self._files[i].specs[name].dtype, []).append(i)
+        found: dict[int, Tensor] = {}
+        for dtype, chosen in of_type.items():
+            size, start = count * dtype.itemsize, begin * dtype.itemsize
+            stride = -(-size // 8) * 8
+            data = room[: len(chosen) * stride].view(len(chosen), stride)
+            data[:, size:] = 0
+            offsets = [self._files[i].offsets[name] for i in chosen]
+            for i, offset, row in zip(chosen, offsets, data.numpy(), strict=True):
+                read_exactly(handles[i], self._files[i], offset + start, row[:size])
+            sums = [self.data_sums[i] for i in chosen]
+            add_side_by_side(sums, data.numpy().view(np.uint64), tensors=offsets, begin=start)
+            rows = data[:, :size].view(dtype).float()
+            if len(of_type) == 1:
+                return rows
+            found |= dict(zip(chosen, rows.clone(), strict=True))
+        return torch.stack([found[i] for i in handles])
 
 
 def read_exactly(handle: FileIO, file: TensorFile, position: int, out: ByteArray) -> None:
