@@ -53,6 +53,45 @@ def test_every_command_has_its_function() -> None:
         assert callable(getattr(module, word[0] if word else "run"))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "sample nowhere --out x",
+        "sample nowhere --out x --ema 0.1",
+        "forecast nowhere --start x.npz --steps 1 --members 1 --out y.npz",
+        "tune nowhere",
+        "distill nowhere --out x",
+        "probe nowhere",
+        "export nowhere --to onnx --out x",
+        "report nowhere",
+        "studio nowhere",
+        "info nowhere",
+        "suggest nowhere",
+        "ema list nowhere",
+        "ema verify nowhere",
+        "ema reconstruct nowhere --sigma-rel 0.1 --out x",
+        "ema profile nowhere --out x.png",
+        "metrics ensemble nowhere.npz",
+        "metrics compare nowhere x",
+        "metrics ref nowhere --out x.safetensors",
+        "data info nowhere",
+        "train --preset digits --init nowhere --out x",
+        "train --preset digits --residual nowhere --out x",
+        "train --settings nowhere --out x",
+        "train --settings nowhere.toml --out x",
+    ],
+)
+def test_a_path_that_does_not_exist(
+    words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, text = ends(words.split(), capsys)
+    assert re.search(
+        r"nowhere\S* (does not exist:|is neither an existing path)|no file or folder is called 'nowhere'", text
+    ), text
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("words", list(leaves()), ids=" ".join)
 def test_help_of_a_command(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     code, text = ends([*words, "--help"], capsys)

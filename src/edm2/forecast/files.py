@@ -117,6 +117,8 @@ def read_forecast(path: Path) -> Forecast:
     Raises:
         ValueError: If the file cannot be read, or holds no forecast.
     """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give what `edm2 forecast` or `edm2 sample --members` wrote")
     try:
         arrays, settings = _read_npz(path) if path.suffix.lower() == ".npz" else _read_xarray(path)
         if "members" not in arrays:

@@ -34,7 +34,7 @@ from edm2.report.style import SERIES
 from edm2.studio.cases import Cases
 from edm2.studio.choices import EVERYWHERE, Choice
 from edm2.train.build import open_run_data
-from edm2.train.run_folder import CONFIG_FILE, read_config
+from edm2.train.run_folder import read_config
 from edm2.tuning.page import knob_curves
 from edm2.tuning.result import read_tuned
 
@@ -82,8 +82,7 @@ class Workbench:
         device: torch.device | str = "cpu",
     ) -> None:
         self.run, self._device = Path(run), device
-        if not (self.run / CONFIG_FILE).is_file():
-            raise ValueError(f"{run} is not the folder of a run: give one that `edm2 train` wrote")
+        read_config(self.run)
         self.snapshots = snapshots_of(self.run)
         self._models: OrderedDict[tuple[float, float], ImageGenerator] = OrderedDict()
         self._lock = threading.RLock()

@@ -89,6 +89,8 @@ def run_settings(run: str | Path) -> TrainConfig:
 def _parse(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: give a text file with settings, or a run") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"the settings {path} cannot be read ({error}): give a text file, or a run"

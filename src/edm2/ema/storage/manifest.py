@@ -127,6 +127,8 @@ def read_manifest(folder: str | Path | ForeignSnapshots) -> Manifest:
     try:
         content = read_json(path, finite=False)  # earlier versions wrote an unknown distance as NaN
     except FileNotFoundError:
+        if not Path(folder).exists():
+            raise ValueError(f"{folder} does not exist: give a snapshot folder, or that of a run") from None
         raise ValueError(
             f"{folder} is not a snapshot folder: {MANIFEST} is missing; give the folder that snapshot() was called"
             " with, or that of a run"
