@@ -1,6 +1,8 @@
 """Roll-outs and what is written of them, with the exact model of the closed-form case."""
 
 import dataclasses
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from edm2.data import FloatCoding
 from edm2.forecast import Cases, Forecast, Torus, make_forecast, past_frames, read_cases, roll_out
 from edm2.forecast.page import write_forecast_page
 from edm2.generate import ImageGenerator
+from edm2.generate.checks import warn_of_strange
 from edm2.generate.members import member_seeds
 from edm2.metrics.ensemble import score_ensemble
+from edm2.train.coding import Coding
 
 TORUS = Torus()
 OPTIONS: dict[str, Any] = dict(num_steps=4, sampler="dpmpp-2m")
@@ -78,6 +82,18 @@ def test_what_the_model_was_not_trained_for_is_told(exact: ImageGenerator, tmp_p
     wanted = r"entry 0 of the vectors reaches 12, and in training it was 3 with a standard deviation of 1"
     with pytest.warns(UserWarning, match=wanted), pytest.raises(ValueError, match="vectors"):
         make_forecast(model, far, tmp_path / "f.npz", steps=2, members=1, quiet=True, **OPTIONS)
+    ranged = dataclasses.replace(coding, vector_range=((1.0,), (6.0,)))
+    model.coding = Coding.from_json(json.loads(json.dumps(ranged.to_json())))
+    beyond = dataclasses.replace(given, vectors=np.tile(np.array([1.0, 7.0])[:, None], (2, 1, 1)))
+    wanted = r"entry 0 of the vectors reaches 7, and in training it was between 1 and 6: the model was not trained"
+    with pytest.warns(UserWarning, match=wanted):
+        warn_of_strange(model, None, beyond.vectors)
+    warn_of_strange(model, None, np.array([[1.0], [6.0]]))
+    for low, high in (([1.0, 2.0], [6.0]), ([math.nan], [6.0]), ([6.0], [6.0])):
+        content = ranged.to_json()
+        content["vectors"] |= {"low": low, "high": high}
+        with pytest.raises(ValueError, match="must have 1 finite values each, low below high"):
+            Coding.from_json(content)
     with pytest.raises(
         ValueError, match=r"vectors for each step must be \[N, 3, 1\] with the starts; not \[2, 2, 1\]"
     ):

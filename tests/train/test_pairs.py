@@ -204,7 +204,7 @@ def test_the_command_line_trains_and_samples_pairs(
     np.savez(tmp_path / "late.npz", conditions=CONDITIONS, vectors=VECTORS + np.array([0, 9]))
     sample = f"sample {tmp_path}/run --seeds 0 --num-steps 2 --out {tmp_path}/late"
     main(f"{sample} --conditions {tmp_path}/late.npz".split())
-    assert "entry 1 of the vectors reaches 10.42, and in training it was -0.2245" in capsys.readouterr().err
+    assert "entry 1 of the vectors reaches 10.42, and in training it was between" in capsys.readouterr().err
     np.savez(
         tmp_path / "bad.npz", conditions=CONDITIONS, vectors=np.where(VECTORS > 2, np.nan, VECTORS)[::-1]
     )

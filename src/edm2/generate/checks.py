@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from edm2.generate.generator import ImageGenerator
 
 
-# Standard deviations in training beyond which an entry of a vector is strange, such as a longer lead time.
-_FAR = 4.0
+# Beyond the range of training by this share of it, an entry of a vector is strange, such as a longer lead time. Models
+# of earlier versions do not know the range: there it is 4 standard deviations on both sides.
+_BEYOND, _FAR = 1e-3, 4.0
 
 
 def check_inputs(
@@ -80,13 +81,20 @@ def warn_of_strange(
         return
     _check_finite(vectors)
     mean, std = np.asarray(coding.vectors.mean), np.asarray(coding.vectors.std)
+    low, high = coding.vector_range or (mean - _FAR * std, mean + _FAR * std)
+    low, high = np.asarray(low), np.asarray(high)
     entries = vectors.reshape(-1, len(mean))
-    far = np.abs(entries - mean) / std
-    row, entry = np.unravel_index(int(far.argmax()), far.shape)
-    if far[row, entry] > _FAR:
+    beyond = np.maximum(low - entries, entries - high) / (high - low)
+    row, entry = np.unravel_index(int(beyond.argmax()), beyond.shape)
+    if beyond[row, entry] > _BEYOND:
+        was = (
+            f"it was {mean[entry]:.4g} with a standard deviation of {std[entry]:.4g}"
+            if coding.vector_range is None
+            else f"it was between {low[entry]:.4g} and {high[entry]:.4g}"
+        )
         warnings.warn(
-            f"entry {entry} of the vectors reaches {entries[row, entry]:.4g}, and in training it was {mean[entry]:.4g} "
-            f"with a standard deviation of {std[entry]:.4g}: the model was not trained on such values",
+            f"entry {entry} of the vectors reaches {entries[row, entry]:.4g}, and in training {was}: the model was not "
+            "trained on such values",
             stacklevel=3,
         )
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -13,10 +13,11 @@ from torch.nn.functional import one_hot
 from edm2.data import FloatCoding, ImageDataset, PixelCoding, coding_warning, measure_coding
 from edm2.data.dataset import MAX_CLASSES
 from edm2.nn import keyed_normal
-from edm2.train.conditions import ConditionCoding, make_condition_coding, measure_vectors
+from edm2.train.conditions import ConditionCoding, VectorRange, make_condition_coding, measure_vectors
 from edm2.train.config import TrainConfig
 from edm2.train.config_groups import DataConfig
 
+_RANGE = ("low", "high")
 _LATENT_STREAM = 2  # of keyed random numbers; 0 and 1 are the noise level and the noise
 
 
@@ -32,6 +33,7 @@ class Coding:
         condition: Coding of the images given as a condition; None without any.
         vectors: Mean and standard deviation of the vectors given with images; None without any.
         num_classes: Number of classes that precede the vectors; 0 without vectors.
+        vector_range: Lowest and highest values of the vectors in training; None if earlier versions did not store them.
     """
 
     kind: Literal["pixels", "floats", "latents"]
@@ -41,6 +43,7 @@ class Coding:
     condition: ConditionCoding | None = None
     vectors: FloatCoding | None = None
     num_classes: int = 0
+    vector_range: VectorRange | None = field(default=None, compare=False)
 
     @property
     def label_dim(self) -> int:
@@ -99,6 +102,8 @@ class Coding:
             given["condition"] = self.condition.to_json()
         if self.vectors is not None:
             given["vectors"] = {"mean": list(self.vectors.mean), "std": list(self.vectors.std)}
+            if self.vector_range is not None:
+                given["vectors"] |= {k: list(v) for k, v in zip(_RANGE, self.vector_range, strict=True)}
             given["num_classes"] = self.num_classes
         return {"kind": self.kind, "num_channels": self.num_channels, **values, **given}
 
@@ -125,6 +130,8 @@ class Coding:
             if "vectors" in content:
                 moments = {key: tuple(content["vectors"][key]) for key in ("mean", "std")}
                 given["vectors"] = FloatCoding(**moments, sigma_data=1.0)
+                if _RANGE[0] in content["vectors"]:
+                    given["vector_range"] = _read_range(content["vectors"], len(moments["mean"]))
                 given["num_classes"] = content["num_classes"]
                 if type(given["num_classes"]) is not int or not 0 <= given["num_classes"] < MAX_CLASSES:
                     raise ValueError("num_classes must be a whole number of at least 0")
@@ -177,8 +184,17 @@ def _given(options: DataConfig, dataset: ImageDataset) -> dict[str, Any]:
         size = (dataset.image_shape[1], dataset.image_shape[2])
         given["condition"] = make_condition_coding(dataset.conditions, size, options.resample)
     if dataset.vector_dim:
-        given |= {"vectors": measure_vectors(dataset), "num_classes": dataset.num_classes}
+        vectors, vector_range = measure_vectors(dataset)
+        given |= {"vectors": vectors, "vector_range": vector_range, "num_classes": dataset.num_classes}
     return given
+
+
+def _read_range(content: dict[str, Any], length: int) -> VectorRange:
+    low, high = (tuple(content[key]) for key in _RANGE)
+    fits = len(low) == len(high) == length and all(map(math.isfinite, (*low, *high)))
+    if not (fits and all(a < b for a, b in zip(low, high, strict=True))):
+        raise ValueError(f"low and high of vectors must have {length} finite values each, low below high")
+    return low, high
 
 
 def _warn_if_far(dataset: ImageDataset, values: FloatCoding, *, latents: bool = False) -> None:

@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from edm2.data import FloatCoding, ImageDataset, PixelCoding, measure_coding
 
 Resampling = Literal["nearest", "bilinear", "bicubic"]
+VectorRange = tuple[tuple[float, ...], tuple[float, ...]]  # lowest and highest value of each entry
 _LARGEST_SIZE = 1 << 20  # of what a file may promise
 # How far the mean of conditions may lie from that of training, in its standard deviations, and the ratio of both
 # standard deviations, before a warning and before an error.
@@ -182,8 +183,11 @@ def make_condition_coding(
     )
 
 
-def measure_vectors(dataset: ImageDataset) -> FloatCoding:
+def measure_vectors(dataset: ImageDataset) -> tuple[FloatCoding, VectorRange]:
     """Measure the coding that gives every entry of a data set's vectors zero mean and unit standard deviation.
+
+    Returns:
+        The coding, and the lowest and highest value of each entry.
 
     Raises:
         ValueError: If an entry is the same for all images.
@@ -195,4 +199,5 @@ def measure_vectors(dataset: ImageDataset) -> FloatCoding:
         raise ValueError(
             f"entry {flat[0]} of the vectors of {dataset.name!r} is {mean[flat[0]]:.6g} for all images: leave it out"
         )
-    return FloatCoding(mean=tuple(mean.tolist()), std=tuple(std.tolist()), sigma_data=1.0)
+    coding = FloatCoding(mean=tuple(mean.tolist()), std=tuple(std.tolist()), sigma_data=1.0)
+    return coding, (tuple(vectors.min(0).tolist()), tuple(vectors.max(0).tolist()))
