@@ -17,8 +17,9 @@ from edm2.advice import Advice, check_pictures, scaling, suggest
 from edm2.advice.memory import activation_bytes, fitting_images, step_bytes
 from edm2.advice.structure import helpful_levels, measure_structure
 from edm2.cli import main
-from edm2.data import ArrayDataset, open_dataset
+from edm2.data import ArrayDataset, PairedDataset, open_dataset
 from edm2.diffusion import build_denoiser
+from edm2.forecast import Torus
 from edm2.nn import count_flops
 from edm2.presets import get_preset
 from edm2.train import TrainConfig
@@ -69,6 +70,47 @@ def test_structure_ignores_scale_and_missing_values() -> None:
     scaled = measure_structure(ArrayDataset(1000 * images + 7))
     assert scaled.center == pytest.approx(found.center, abs=1e-3)
     assert scaled.strongest == pytest.approx(found.strongest, rel=1e-3)
+
+
+def test_levels_for_pairs_are_those_of_what_the_condition_leaves() -> None:
+    torus = Torus()
+    films = torus.frames(torch.arange(600), 3, seed=0)
+    pairs = PairedDataset(ArrayDataset(films[:, 2:].numpy()), ArrayDataset(films[:, :2].numpy()))
+    found = measure_structure(pairs)
+    mean, std = torus.law(films[:, :2], 1)
+    assert found.explained == pytest.approx(1 - float(std[0]) ** 2, abs=0.01)
+    # The exact residuals, coded like the data, have these waves.
+    waves = torch.fft.fft2((films[:, 2:] - mean) * 0.5 / films[:, 2].std(), norm="ortho")
+    power = waves.abs().square().mean(0).numpy()
+    levels = np.log(power) / 2
+    assert found.center == pytest.approx(np.average(levels, weights=power), abs=0.05)
+    assert found.width > math.pi / math.sqrt(12)
+    exact = measure_structure(PairedDataset(pairs, ArrayDataset(films[:, 2:].numpy())))
+    assert exact.explained == pytest.approx(1, abs=1e-6)
+    assert exact.center == measure_structure(ArrayDataset(films[:, 2:].numpy())).center
+
+
+def test_pairs_of_two_sizes_are_resampled(
+    at_speed: Callable[[float], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_speed(1e10)
+    images = coloured_noise(16, 1.0, count=64)
+    targets, inputs = tmp_path / "targets.npy", tmp_path / "inputs.npy"
+    np.save(targets, images)
+    np.save(inputs, images[:, :, ::2, ::2])
+    out = tmp_path / "s.json"
+    words = ["--condition", str(inputs), "--hours", "0.1", "--device", "cpu", "--out", str(out)]
+    main(["suggest", str(targets), *words])
+    config = read_settings(out).apply(TrainConfig())
+    assert (config.condition, config.dataset.resample) == (str(inputs), "bicubic")
+    assert 1.2 <= config.loss.p_std <= 2
+    told = capsys.readouterr().out
+    assert "--dataset.resample bicubic\n    conditions are of another size than the images" in told
+    assert "a linear function of the condition explains" in told
+    advice = suggest(
+        open_dataset(targets, condition=inputs), data="x", condition="y", hours=0.1, device="cpu", quiet=True
+    )
+    assert 'condition = "y"' in advice.to_toml()
 
 
 def test_the_line_goes_through_both_runs_and_near_fashion_mnist() -> None:

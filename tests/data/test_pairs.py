@@ -123,10 +123,12 @@ def test_errors(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
         open_dataset(tmp_path / "x.npz")
 
 
-def test_padding_needs_conditions_of_the_images_size() -> None:
+def test_conditions_of_another_size_cannot_be_padded() -> None:
     data = PairedDataset(ArrayDataset(IMAGES), ArrayDataset(CONDITIONS[:, :, :2, :2]))
-    with pytest.raises(ValueError, match=r"pad_to 8 needs conditions of the images' size, 4x4; .* have 2x2"):
+    with pytest.raises(ValueError, match=r"pad_to 8 pads .*, 4x4, but cannot pad .* another size, 2x2, with them"):
         PaddedDataset(data, 8)
+    same = PaddedDataset(data, 4)  # as some presets ask for
+    assert same.conditions is data.conditions
 
 
 def write_folders(root: Path, targets: str, inputs: str) -> tuple[Path, Path]:

@@ -33,6 +33,8 @@ _AUGMENT, _DROPOUT = 0.12, 0.1
 # A linear denoiser sees spectra only; edges and shapes can be told from weaker noise.
 _BELOW_LINEAR = 0.3
 _P_STD_RANGE = (0.9, 2.0)
+# With conditions, the network also learns what noise hides from the condition alone, at all higher levels.
+_P_STD_RANGE_GIVEN = (1.2, 2.0)
 _ABOVE_STRONGEST = 4.5  # EDM's 80 is this many times the strongest pattern of photographs of 64x64
 _SNAPSHOTS, _LOG_LINES = 10, 100
 _CHECKPOINT_SECONDS = 600
@@ -42,6 +44,7 @@ def suggest(
     dataset: ImageDataset,
     *,
     data: str,
+    condition: str | None = None,
     hours: float | None = None,
     memory: float | None = None,
     device: str = "auto",
@@ -56,10 +59,11 @@ def suggest(
     Args:
         dataset: Training images, without padding.
         data: Their name for `TrainConfig.data`.
+        condition: Name of their conditions for `TrainConfig.condition`, if these are stored separately.
         hours: Time to train. Default: a quarter of an hour on a CPU, 2 hours on a GPU.
         memory: Bytes that a step may take. Default: what a GPU has free; no limit on a CPU.
         device: Where the run will be.
-        options: How images are read; padding is chosen here.
+        options: How images are read; padding, and resampling of conditions, are chosen here.
         quiet: Whether to show no progress.
 
     Raises:
@@ -75,7 +79,7 @@ def suggest(
     if memory is None and where.type == "cuda":
         memory = float(torch.cuda.mem_get_info(where)[0])
     with Progress("measuring", 4, "parts", quiet=quiet) as progress:
-        work = _Work(dataset, TrainConfig(data=data, device=device), options or DataConfig(), memory)
+        work = _Work(dataset, TrainConfig(data=data, condition=condition, device=device), options or DataConfig(), memory)
         progress.advance(1)
         shape, cost = work.choose(hours * 3600, progress)
         return work.advice(shape, cost, hours * 3600)
@@ -98,6 +102,9 @@ class _Work:
             dataset = PaddedDataset(dataset, pad_to)
             self.levels = scaling.levels_for(pad_to, pad_to)
         self.dataset, self.memory, self.structure = dataset, memory, measure_structure(dataset)
+        given = dataset.conditions
+        if given is not None and given.image_shape[1:] != dataset.image_shape[1:] and not options.resample:
+            options = dataclasses.replace(options, resample="bicubic")
         options = dataclasses.replace(options, pad_to=pad_to or None)
         self.base = dataclasses.replace(base, dataset=options, ema=EMAConfig(dtype="fp16"))
         on_gpu = pick_device(base.device).type == "cuda"
@@ -200,7 +207,8 @@ class _Work:
         images = _SNAPSHOTS * every
         passes = images / total
         structure, width = self.structure, shape[0]
-        low, high = _P_STD_RANGE
+        alone = structure.explained is None
+        low, high = _P_STD_RANGE if alone else _P_STD_RANGE_GIVEN
         config = self.with_microbatch(
             dataclasses.replace(
                 self.base,
@@ -224,7 +232,7 @@ class _Work:
                 ),
                 sigma_max=max(TrainConfig.sigma_max, float(f"{_ABOVE_STRONGEST * structure.strongest:.2g}")),
                 loss=LossConfig(
-                    p_mean=round(structure.center - _BELOW_LINEAR, 1),
+                    p_mean=round(structure.center - (_BELOW_LINEAR if alone else 0.0), 1),
                     p_std=round(min(max(structure.width, low), high), 1),
                 ),
             ),

@@ -77,6 +77,8 @@ class Advice:
     def to_toml(self) -> str:
         """Return a settings file for `edm2 train --settings`, with the reasons as comments."""
         lines = [f"data = {json.dumps(self.config.data)}"]
+        if self.config.condition is not None:
+            lines.append(f"condition = {json.dumps(self.config.condition)}")
         for names, why in self.reasons():
             lines += ["", f"# {why}"]
             lines += [f"{name} = {json.dumps(self._value(name))}" for name in names]
@@ -96,6 +98,8 @@ class Advice:
         )
         if self.config.dataset.pad_to:
             yield Reason(("dataset.pad_to",), "every level of the network halves the side")
+        if self.config.dataset.resample:
+            yield Reason(("dataset.resample",), "conditions are of another size than the images")
 
     def _length(self) -> Iterator[Reason]:
         config, cost, steps = self.config, self.cost, self.config.num_steps
@@ -127,10 +131,14 @@ class Advice:
 
     def _noise(self) -> Iterator[Reason]:
         found = self.structure
+        levels = f"ln sigma {found.center:.2f} +- {found.width:.2f}"
         yield Reason(
             ("loss.p_mean", "loss.p_std"),
-            f"the spectrum of {found.num_images:,} images helps a linear denoiser at ln sigma {found.center:.2f} +- "
-            f"{found.width:.2f}; shapes are finer, so 0.3 lower (EDM2: -0.8 +- 1.6 at 64x64)",
+            f"the spectrum of {found.num_images:,} images helps a linear denoiser at {levels}; shapes are finer, so 0.3 "
+            "lower (EDM2: -0.8 +- 1.6 at 64x64)"
+            if found.explained is None
+            else f"a linear function of the condition explains {100 * found.explained:.0f}% of the variance of "
+            f"{found.num_images:,} images; noise stops hiding the rest at {levels}",
         )
 
         if self.config.sigma_max != TrainConfig.sigma_max:

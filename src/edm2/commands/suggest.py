@@ -26,6 +26,8 @@ class _Suggest:
 
     data: Annotated[str, tyro.conf.Positional]
     """Training images, as for `edm2 train --data`."""
+    condition: str | None = None
+    """Conditions that are stored separately, as for `edm2 train --condition`."""
     hours: float | None = None
     """Hours to train. Default: 0.25 on a CPU, 2 on a GPU."""
     memory: float | None = None
@@ -56,10 +58,17 @@ def run(prog: str, words: Sequence[str]) -> None:
         if chosen.out.exists():
             raise ValueError(f"{chosen.out} exists already: choose another --out, or delete it")
     if not chosen.as_they_are:
-        check_pictures(chosen.data, labels=chosen.labels, device=chosen.device)
+        for source in filter(None, (chosen.data, chosen.condition)):
+            check_pictures(source, labels=chosen.labels, device=chosen.device)
     advice = suggest(
-        open_dataset(chosen.data, labels=chosen.labels, skip_damaged=chosen.skip_damaged),
+        open_dataset(
+            chosen.data,
+            labels=chosen.labels,
+            condition=chosen.condition,
+            skip_damaged=chosen.skip_damaged,
+        ),
         data=chosen.data,
+        condition=chosen.condition,
         hours=chosen.hours,
         memory=None if chosen.memory is None else chosen.memory * 1e9,
         device=chosen.device,
@@ -77,5 +86,6 @@ def run(prog: str, words: Sequence[str]) -> None:
     folder = run_for(chosen.data)
     if chosen.out is not None:
         return tell_next("train", "--settings", chosen.out, "--out", folder)
+    given = [] if chosen.condition is None else ["--condition", Path(chosen.condition)]
     hours = [] if chosen.hours is None else ["--hours", f"{chosen.hours:g}"]
-    tell_next("train", "--data", Path(chosen.data), "--out", folder, *hours)
+    tell_next("train", "--data", Path(chosen.data), *given, "--out", folder, *hours)

@@ -168,8 +168,8 @@ def _advice(prog: str, words: list[str]) -> Advice:
             "settings from the data are measured by one process: give a preset, or write them with `edm2 suggest` and "
             "give them with --settings"
         )
-    if config.data:
-        check_pictures(config.data, labels=config.dataset.labels, device=config.device)
+    for source in filter(None, (config.data, config.condition)):
+        check_pictures(source, labels=config.dataset.labels, device=config.device)
     # Every image is decoded when the run starts.
     options = config.dataset
     if options.crop is None:  # the advice pads
@@ -178,6 +178,7 @@ def _advice(prog: str, words: list[str]) -> Advice:
     advice = suggest(
         open_training_data(whole),
         data=config.data,
+        condition=config.condition,
         hours=given.hours,
         device=config.device,
         options=config.dataset,

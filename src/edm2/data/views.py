@@ -105,18 +105,21 @@ class PaddedDataset(View):
                 f"give at least {max(height, width)}, or None for no padding (--dataset.pad-to None)"
             )
         conditions = dataset.conditions
-        if conditions is not None and conditions.image_shape[1:] != (height, width):
-            raise ValueError(
-                f"pad_to {size} needs conditions of the images' size, {height}x{width}; those of {dataset.name!r} have "
-                f"{conditions.image_shape[1]}x{conditions.image_shape[2]}: pad both yourself, or leave pad_to out"
-            )
+        if conditions is not None and (height, width) != (size, size):
+            if conditions.image_shape[1:] != (height, width):
+                raise ValueError(
+                    f"pad_to {size} pads the images of {dataset.name!r}, {height}x{width}, but cannot pad conditions of "
+                    f"another size, {conditions.image_shape[1]}x{conditions.image_shape[2]}, with them: pad or resize "
+                    "both yourself, or leave pad_to out (--dataset.pad-to None)"
+                )
+            conditions = PaddedDataset(conditions, size)
         top, left = (size - height) // 2, (size - width) // 2
         self._margins = ((0, 0), (0, 0), (top, size - height - top), (left, size - width - left))
         super().__init__(
             dataset,
             hashlib.sha256(f"pad {size} {dataset.fingerprint}".encode()).hexdigest(),
             image_shape=(channels, size, size),
-            conditions=None if conditions is None else PaddedDataset(conditions, size),
+            conditions=conditions,
         )
 
     def _view(self, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
