@@ -86,7 +86,9 @@ def test_some_cases_other_truth_and_common_noise(model: Path, films: Path, tmp_p
     assert np.abs(independent[0] - independent[3]).max() > 0.1
     main([*words, "--cases", "3", "--truth", str(tmp_path / "truth.npy"), "--out", str(tmp_path / "one.npz")])
     one = read_forecast(tmp_path / "one.npz")
-    assert one.members.shape[0] == 1
+    np.testing.assert_allclose(one.members[0], independent[3], atol=1e-5)  # a case keeps its noise
+    main([*words, "--cases", "2", "--out", str(tmp_path / "two.npz")])
+    assert read_forecast(tmp_path / "two.npz").settings["cases"] != one.settings["cases"]
     assert not (tmp_path / "one.npz.scores.json").exists()  # nothing of the truth is known
 
 
@@ -106,7 +108,7 @@ def test_scores_end_where_the_truth_does(
 def test_bad_words(model: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "f.npz"
     words = ["forecast", model, "--out", out, *WORDS]
-    assert "does not hold starts" in fails(capsys, *words, "--start", tmp_path / "none.npz")
+    assert "none.npz does not exist: give starts" in fails(capsys, *words, "--start", tmp_path / "none.npz")
     assert "--cases 2-4: " in fails(capsys, *words, "--start", films, "--cases", "2-4")
     assert "needs a guide" in fails(capsys, *words, "--start", films, "--guidance", "2")
     assert "which model?" in fails(capsys, "forecast", "--start", films, "--out", out)
@@ -162,6 +164,11 @@ def test_sample_members(model: Path, films: Path, tmp_path: Path, capsys: pytest
     ]
     main(["forecast", str(model), *same, "--num-steps", "2", "--out", str(tmp_path / "f.npz")])
     np.testing.assert_allclose(read_forecast(tmp_path / "f.npz").members, made.members, atol=1e-5)
+    some = [*words, "--members", "3", "--seed", "1", "--cases", "3,1", "--out", str(tmp_path / "some.npz")]
+    main(some)
+    found = read_forecast(tmp_path / "some.npz")
+    np.testing.assert_allclose(found.members, made.members[[3, 1]], atol=1e-5)
+    np.testing.assert_array_equal(found.truth, frames[[3, 1], 2:3])
 
 
 def test_sample_members_refuses(
@@ -171,6 +178,9 @@ def test_sample_members_refuses(
     np.save(tmp_path / "t.npy", np.zeros((3, 1, 8, 8), np.float32))
     words = ["sample", model, "--members", "2", "--out"]
     assert "give --conditions" in fails(capsys, *words, tmp_path / "e.npz")
+    words = ["sample", model, "--conditions", tmp_path / "c.npy", "--out", tmp_path / "e.npz", "--cases"]
+    assert "--cases 1 is for ensembles: give --members too, or choose --seeds" in fails(capsys, *words, 1)
+    assert "holds 4 cases, numbered from 0" in fails(capsys, *words, "2-4", "--members", "2")
     words = ["sample", model, "--members", "2", "--conditions", tmp_path / "c.npy", "--out"]
     assert "must end in .npz, .nc, .zarr" in fails(capsys, *words, tmp_path / "folder")
     truth = ["--truth", tmp_path / "t.npy"]

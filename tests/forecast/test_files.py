@@ -60,7 +60,6 @@ def test_netcdf_is_named_for_other_programs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "No such file"),
         ({"x": np.zeros(3)}, "it holds nothing, but no 'members'"),
         ({"members": np.zeros((2, 3))}, r"members of float64 \[2, 3\] must be numbers \[case, member"),
         ({"members": np.array(["a"] * 64).reshape((2,) * 6)}, "must be numbers"),
@@ -68,8 +67,9 @@ def test_netcdf_is_named_for_other_programs(tmp_path: Path) -> None:
 )
 def test_what_is_not_a_forecast_is_refused(tmp_path: Path, content: Any, message: str) -> None:
     path = tmp_path / "f.npz"
-    if content is not None:
-        np.savez(path, **content)
+    with pytest.raises(ValueError, match="does not exist: give what"):
+        read_forecast(path)
+    np.savez(path, **content)
     with pytest.raises(ValueError, match=f"is not a forecast .*{message}"):
         read_forecast(path)
 

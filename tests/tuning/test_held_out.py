@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from edm2.cli import main
-from edm2.data import ArrayDataset, PairedDataset
+from edm2.commands.sampling import Sampling, with_saved
+from edm2.data import ArrayDataset, PairedDataset, open_dataset
 from edm2.forecast import Torus, read_forecast
 from edm2.generate.members import member_seeds
 from edm2.train import EMAConfig, NetworkConfig, TrainConfig, train
-from edm2.tuning import TuningPlan, read_tuned, save_tuned
+from edm2.tuning import TuningPlan, read_tuned, save_tuned, tune
 from edm2.tuning.held_out import EnsembleJudge
 from edm2.tuning.plan import HELD_OUT_SEED, SEARCH_SEED
+from edm2.tuning.result import tuned_settings
 
 PLAN = TuningPlan(samples=200, final_samples=80, repeats=2)
 MEMBERS = 5
@@ -177,6 +179,23 @@ def test_tuned_steps_and_churn_become_the_default(run: Path, capsys: pytest.Capt
     assert (sampler["num_steps"], sampler["s_churn"]) == (8, 5.0)
     with np.load(held_out) as pairs_:
         np.testing.assert_array_equal(read_forecast(out).truth[:, :1, 0], pairs_["images"])  # type: ignore[index]
+
+
+def test_the_schedule_is_found_and_told_whole(run: Path) -> None:
+    assert TuningPlan(sigma_max=20.0, rho=5.0).range == {"sigma_max": 20.0, "rho": 5.0}
+    plan = TuningPlan(
+        sigma_rels=(0.08, 0.1), guide_moments=(), guidances=(), highs=(), lows=(), samples=12, final_samples=12,
+        repeats=2, num_steps=3, sampler="dpmpp-2m", sigma_min=0.05, sigma_max=20.0, rho=5.0,
+    )  # fmt: skip
+    judge = EnsembleJudge(open_dataset(run.parent / "held-out.npz"), plan, members=2)
+    found = tune(run, judge, plan)
+    better = dataclasses.replace(found, held_out=[1.0, 1.01], baseline=[2.0, 2.02])
+    save_tuned(run, better)
+    schedule = {"sigma_min": 0.05, "sigma_max": 20.0, "rho": 5.0}
+    assert read_tuned(run) == better
+    assert schedule.items() <= tuned_settings(run)[0].items()
+    chosen, _ = with_saved(Sampling(source=run, rho=3.0), run)
+    assert (chosen.rho, chosen.sigma_max) == (3.0, 20.0)
 
 
 @pytest.mark.slow

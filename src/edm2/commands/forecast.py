@@ -6,13 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 
 from edm2.commands.metrics_ensemble import check_scores_file, read_array, report, scores_file
-from edm2.commands.sampling import Sampling, chosen_path, open_guide, sampler_options, with_saved
+from edm2.commands.sampling import (
+    Sampling,
+    chosen_cases,
+    chosen_path,
+    open_guide,
+    sampler_options,
+    with_saved,
+)
 from edm2.forecast import Cases, make_forecast, past_frames, read_cases
-from edm2.generate import ImageGenerator, parse_seeds
+from edm2.generate import ImageGenerator
 from edm2.train.world import join_world
 
 
@@ -82,7 +88,4 @@ def _cases(chosen: _Forecast, generator: ImageGenerator) -> Cases:
         cases = dataclasses.replace(cases, truth=read_array(chosen.truth))
     if chosen.cases is None:
         return cases
-    rows = np.array(parse_seeds(chosen.cases))
-    if rows.max() >= len(cases):
-        raise ValueError(f"--cases {chosen.cases}: {chosen.start} holds {len(cases)} cases, numbered from 0")
-    return cases.take(rows)
+    return cases.take(chosen_cases(chosen.cases, len(cases), chosen.start))

@@ -11,7 +11,14 @@ import tyro
 
 from edm2.commands.metrics_ensemble import report
 from edm2.commands.next_step import tell_next
-from edm2.commands.sampling import Sampling, chosen_path, open_guide, sampler_options, with_saved
+from edm2.commands.sampling import (
+    Sampling,
+    chosen_cases,
+    chosen_path,
+    open_guide,
+    sampler_options,
+    with_saved,
+)
 from edm2.data import LatentDecoder, read_given
 from edm2.data.autoencoder import RELEASED_AUTOENCODER, PixelRange
 from edm2.data.npy import open_array, read_arrays
@@ -62,6 +69,8 @@ class _Sample(Sampling):
     members: int | None = None
     """Sample an ensemble of this many members for each condition into one file, instead of one image per seed. Member
     m of case i depends only on --seed, i and m."""
+    cases: str | None = None
+    """Conditions to sample an ensemble for: 0-9 or 0,5,7. Default: all."""
     seed: int = 0
     """Seed of an ensemble."""
     truth: Path | None = None
@@ -77,6 +86,8 @@ def run(prog: str, words: Sequence[str]) -> None:
     options = sampler_options(chosen)
     if chosen.members is not None:
         return _ensemble(chosen, path, options)
+    if chosen.cases is not None:
+        raise ValueError(f"--cases {chosen.cases} is for ensembles: give --members too, or choose --seeds")
     seeds = parse_seeds(chosen.seeds)
     made = _sample(chosen, path, seeds, options)
     if made is not None:
@@ -118,12 +129,18 @@ def _ensemble(chosen: _Sample, path: Path, options: dict[str, Any]) -> None:
         given = _given(chosen, generator)
         if isinstance(given["labels"], int):
             given["labels"] = np.full(len(given["conditions"]), given["labels"])
+        given["truth"] = _truth(chosen)
+        if chosen.cases is not None:
+            count = len(given["conditions"])
+            rows = chosen_cases(chosen.cases, count, chosen.conditions)
+            # What is of another length is refused below, unless it belongs to these cases.
+            whole = {name for name, array in given.items() if array is not None and len(array) == count}
+            given |= {"numbers": rows, **{name: given[name][rows] for name in whole}}
         made = make_ensemble(
             generator,
             given.pop("conditions"),
             chosen.out,
             members=chosen.members,
-            truth=_truth(chosen),
             seed=chosen.seed,
             guide=open_guide(chosen, path, common, generator),
             batch_size=chosen.batch,

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
 import tyro
 
 from edm2.diffusion import SamplerName
-from edm2.generate import ImageGenerator, SamplerOptions
+from edm2.generate import ImageGenerator, SamplerOptions, parse_seeds
 from edm2.hub import Parts, find_parts
 from edm2.progress import tell
 from edm2.tuning.plan import SELF
@@ -90,6 +91,18 @@ def chosen_path(chosen: Sampling) -> Path:
     return path
 
 
+def chosen_cases(words: str, count: int, source: str | Path) -> np.ndarray:
+    """The cases that an option names, such as 0-9 or 0,5,7.
+
+    Raises:
+        ValueError: If the source has fewer.
+    """
+    rows = np.array(parse_seeds(words))
+    if rows.max() >= count:
+        raise ValueError(f"--cases {words}: {source} holds {count} cases, numbered from 0")
+    return rows
+
+
 def sampler_options(chosen: Sampling) -> dict[str, Any]:
     """The options that are fields of `SamplerOptions`."""
     return {name: getattr(chosen, name) for name in _OPTIONS if getattr(chosen, name) is not None}
@@ -110,7 +123,7 @@ def with_saved(chosen: _Chosen, path: Path) -> tuple[_Chosen, Path]:
         saved.pop("levels", None)  # they are those of the saved steps
     guidance = 1.0 if chosen.guidance is None else chosen.guidance
     changes: dict[str, Any] = {"guidance": guidance, **saved, **own}
-    for name in ("s_churn", "sigma_min", "sigma_max"):
+    for name in ("s_churn", "sigma_min", "sigma_max", "rho"):
         if getattr(chosen, name) != getattr(Sampling, name):
             changes.pop(name, None)
     if changes.get("sampler", "heun") != "heun":

@@ -26,19 +26,22 @@ class Cases:
         truth: `[N, leads, C, H, W]` what followed; None if it is not known.
         vectors: `[N, leads, V]` that the model takes at each step.
         labels: `[N]` class of each case.
+        numbers: `[N]` number of each case, which its noise depends on; None: 0, 1, 2 ...
     """
 
     start: np.ndarray
     truth: np.ndarray | None = None
     vectors: np.ndarray | None = None
     labels: np.ndarray | None = None
+    numbers: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.start)
 
     def take(self, rows: np.ndarray) -> "Cases":
-        """Some of the cases."""
-        given: dict[str, Any] = {name: None if v is None else v[rows] for name, v in vars(self).items()}
+        """Some of the cases, which keep their numbers."""
+        held = {**vars(self), "numbers": np.arange(len(self)) if self.numbers is None else self.numbers}
+        given: dict[str, Any] = {name: None if v is None else v[rows] for name, v in held.items()}
         return Cases(**given)
 
 
@@ -54,6 +57,8 @@ def read_cases(path: Path, *, frames: int, channels: int) -> Cases:
     Raises:
         ValueError: If the file cannot be read, or its arrays do not fit the model or each other.
     """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give starts of forecasts")
     try:
         arrays = _read(path)
         found = _films(arrays, frames, channels)

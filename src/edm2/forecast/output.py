@@ -78,13 +78,14 @@ def make_forecast(
     _check_vectors(generator, cases.vectors, steps)
     warn_of_strange(generator, cases.start.reshape(len(cases), -1, *shape[1:]), cases.vectors)
 
-    def make(rows: np.ndarray, numbers: np.ndarray, on_step: Callable[[], None]) -> np.ndarray:
+    def make(rows: np.ndarray, members: np.ndarray, on_step: Callable[[], None]) -> np.ndarray:
         some = cases.take(rows)
+        assert some.numbers is not None
         return roll_out(
             generator,
             some.start,
-            rows,
-            numbers,
+            some.numbers,
+            members,
             steps=steps,
             seed=seed,
             common=common,
@@ -106,7 +107,7 @@ def make_forecast(
         start=cases.start,
     )
     given = {"start": cases.start, "vectors": cases.vectors, "labels": cases.labels}
-    noise = {"seed": seed, "noise": "common" if common else "independent"}
+    noise = {"seed": seed, "noise": "common" if common else "independent", **_told(cases.numbers)}
     return job.run(_settings(job, generator, guide, given, SamplerOptions(**options), noise), world, quiet)
 
 
@@ -119,6 +120,7 @@ def make_ensemble(
     truth: np.ndarray | None = None,
     vectors: np.ndarray | None = None,
     labels: np.ndarray | None = None,
+    numbers: np.ndarray | None = None,
     seed: int = 0,
     guide: ImageGenerator | None = None,
     batch_size: int = 64,
@@ -136,6 +138,7 @@ def make_ensemble(
         truth: `[N, C, H, W]`, NaN where it is missing.
         vectors: `[N, V]`.
         labels: `[N]` classes; default: 0 for models with classes.
+        numbers: `[N]` number of each case; default: 0, 1, 2 ...
         seed: Member m of case i depends on (seed, i, m) and what it is given alone.
         guide: Model to guide with.
         batch_size: Images at a time.
@@ -158,9 +161,9 @@ def make_ensemble(
         raise ValueError(f"truth of shape {list(truth.shape)} must be {list(shape)}, one for each condition")
     warn_of_strange(generator, conditions, vectors)
 
-    def make(rows: np.ndarray, numbers: np.ndarray, on_step: Callable[[], None]) -> np.ndarray:
+    def make(rows: np.ndarray, members: np.ndarray, on_step: Callable[[], None]) -> np.ndarray:
         made = generator.images(
-            member_seeds(rows, numbers, seed=seed),
+            member_seeds(rows if numbers is None else numbers[rows], members, seed=seed),
             None if labels is None else labels[rows],
             conditions=conditions[rows],
             vectors=None if vectors is None else vectors[rows],
@@ -182,9 +185,14 @@ def make_ensemble(
         start=None,
     )
     given = {"conditions": conditions, "vectors": vectors, "labels": labels}
-    return job.run(
-        _settings(job, generator, guide, given, SamplerOptions(**options), {"seed": seed}), world, quiet
-    )
+    noise = {"seed": seed, **_told(numbers)}
+    return job.run(_settings(job, generator, guide, given, SamplerOptions(**options), noise), world, quiet)
+
+
+def _told(numbers: np.ndarray | None) -> dict[str, str]:
+    """Numbers of cases in a forecast's settings, if they are not the usual ones."""
+    usual = numbers is None or np.array_equal(numbers, np.arange(len(numbers)))
+    return {} if numbers is None or usual else {"cases": digest(numbers.astype(np.int64))}
 
 
 def _check_vectors(generator: ImageGenerator, given: np.ndarray | None, steps: int) -> None:

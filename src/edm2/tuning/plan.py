@@ -42,6 +42,7 @@ class TuningPlan:
             students.
         sigma_min: Lowest noise level.
         sigma_max: Highest noise level.
+        rho: Exponent of the schedule. Default: 10 for `dpmpp-3m`, 7 for the others.
 
     Raises:
         ValueError: If a value is out of range.
@@ -65,6 +66,7 @@ class TuningPlan:
     sampler: SamplerName = "heun"
     sigma_min: float = 0.002
     sigma_max: float = 80.0
+    rho: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 2), ("final_samples", 2), ("repeats", 2), ("num_steps", 1)):
@@ -90,7 +92,7 @@ class TuningPlan:
                 raise ValueError(f"{name} {values} must be positive and finite")
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {values} must be different values")
-        highest, lowest, _ = time_steps(2, self.sigma_min, self.sigma_max).tolist()
+        highest, lowest, _ = time_steps(2, self.sigma_min, self.sigma_max, 7.0 if self.rho is None else self.rho).tolist()
         if any(high < lowest for high in self.highs) or any(low >= highest for low in self.lows):
             raise ValueError(
                 f"highs {self.highs} and lows {self.lows} must be ends of intervals that hold some of the sampler's "
@@ -104,9 +106,9 @@ class TuningPlan:
 
     @property
     def range(self) -> dict[str, float]:
-        """The ends of the schedule, where they are not the usual ones, as options of a sampler."""
-        ends = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
-        return {name: value for name, value in ends.items() if value != getattr(TuningPlan, name)}
+        """Ends and exponent of the schedule, where they are not the usual ones, as options of a sampler."""
+        given = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "rho": self.rho}
+        return {name: value for name, value in given.items() if value not in (None, getattr(TuningPlan, name))}
 
     @classmethod
     def for_run(cls, run: Path) -> "TuningPlan":

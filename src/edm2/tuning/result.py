@@ -130,7 +130,7 @@ class Tuned:
         metric: What a score is, in words.
         features: What it is measured in, in words.
         num_images: Point of the run that was tuned, in training images; None if a file does not say it.
-        range: Ends of the schedule, sigma_min and sigma_max, where they were not the usual ones.
+        range: Ends and exponent of the schedule (sigma_min, sigma_max, rho) where they were not the usual ones.
     """
 
     best: Knobs
