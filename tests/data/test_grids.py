@@ -1,7 +1,9 @@
 """Fields in zarr groups and NetCDF files, as images, conditions and vectors."""
 
+import gc
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,26 @@ def test_files_without_images_or_that_are_damaged_are_refused(tmp_path: Path) ->
     (tmp_path / "bad.zarr").mkdir()
     with pytest.raises(ValueError, match=r"bad\.zarr cannot be read \(No group found"):
         open_dataset(tmp_path / "bad.zarr")
+
+
+@pytest.mark.skipif(ENGINE != "h5netcdf", reason="needs h5py")
+def test_a_damaged_file_leaves_nothing_that_complains_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complaints: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    path = tmp_path / "named.nc"
+    write_named(path)
+    whole, refused = path.read_bytes(), 0
+    for start in range(0, 1024, 64):
+        path.write_bytes(whole[:start] + bytes(64) + whole[start + 64 :])
+        try:
+            open_dataset(path)
+        except ValueError:
+            refused += 1
+    gc.collect()
+    assert refused > 3
+    assert not complaints
 
 
 def test_a_zarr_group_that_would_unpickle_is_not_opened(tmp_path: Path) -> None:

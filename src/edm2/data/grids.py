@@ -220,8 +220,8 @@ def _open(path: Path) -> dict[str, _Array]:
             import h5py  # noqa: F401
     with reading_fields(path):
         named: dict[str, Any]
+        check_fields(path)
         if is_zarr:
-            refuse_pickles(path)
             group = zarr.open_group(str(path), mode="r")
             arrays = dict(group.arrays())
             if not all(_has_dimensions(array) for array in arrays.values()):
@@ -238,11 +238,20 @@ def _is_netcdf3(path: Path) -> bool:
         return file.read(3) == b"CDF"
 
 
-def refuse_pickles(folder: Path) -> None:
-    """Raise ValueError if reading a zarr group would run code: a codec of it unpickles its data."""
-    for file in _metadata(folder):
+def check_fields(path: Path) -> None:
+    """Raise an error if reading a zarr group would run code, or if the outermost part of an HDF5 file is damaged.
+
+    A codec of a zarr group may unpickle its data. A damaged file leaves an h5netcdf.File half made, which complains on
+    standard error when it is collected.
+    """
+    for file in _metadata(path):
         if _names_pickle(read_json(file, finite=False)):
-            raise ValueError(f"{file.relative_to(folder)} asks for unpickling, which can run code")
+            raise ValueError(f"{file.relative_to(path)} asks for unpickling, which can run code")
+    if path.is_file() and not _is_netcdf3(path):
+        with needed(f"reading {path.name}"):
+            import h5py
+        with h5py.File(path) as content:
+            content.attrs.get("_nc3_strict")  # the first thing that h5netcdf reads
 
 
 def _metadata(folder: Path) -> Iterator[Path]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from edm2.data.grids import chunk_files, reading_fields, refuse_pickles
+from edm2.data.grids import chunk_files, reading_fields, check_fields
 from edm2.data.npy import check_promise, open_array, read_arrays
 from edm2.extras import needed
 
@@ -78,7 +78,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     with needed(f"reading {path.name}"):
         import xarray
     with reading_fields(path):
-        refuse_pickles(path)
+        check_fields(path)
         with xarray.open_dataset(path) as content:
             found = {name: content[name] for name in _NAMES if name in content}
             files = sum(map(chunk_files, found.values()))

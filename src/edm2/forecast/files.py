@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edm2.data.grids import chunk_files, reading_fields, refuse_pickles
+from edm2.data.grids import chunk_files, reading_fields, check_fields
 from edm2.data.npy import check_promise, read_arrays
 from edm2.extras import MissingExtra, needed
 from edm2.files import read_json, replacing, replacing_folder
@@ -154,7 +154,7 @@ def _read_xarray(path: Path) -> tuple[dict[str, np.ndarray], Any]:
 
     extra: dict[str, Any] = {"consolidated": False} if path.suffix.lower() == ".zarr" else {}
     with reading_fields(path):
-        refuse_pickles(path)
+        check_fields(path)
         with xarray.open_dataset(path, **extra) as content:
             found = [(name, content[name]) for name in _DIMENSIONS if name in content]
             files = sum(chunk_files(array) for _, array in found)
