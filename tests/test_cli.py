@@ -87,7 +87,8 @@ def test_a_path_that_does_not_exist(
     monkeypatch.chdir(tmp_path)
     _, text = ends(words.split(), capsys)
     assert re.search(
-        r"nowhere\S* (does not exist:|is neither an existing path)|no file or folder is called 'nowhere'", text
+        r"nowhere\S* (does not exist:|is neither an existing path)|no file or folder is called 'nowhere'",
+        text,
     ), text
     assert not list(tmp_path.iterdir())
 

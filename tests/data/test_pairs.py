@@ -125,7 +125,9 @@ def test_errors(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
 
 def test_conditions_of_another_size_cannot_be_padded() -> None:
     data = PairedDataset(ArrayDataset(IMAGES), ArrayDataset(CONDITIONS[:, :, :2, :2]))
-    with pytest.raises(ValueError, match=r"pad_to 8 pads .*, 4x4, but cannot pad .* another size, 2x2, with them"):
+    with pytest.raises(
+        ValueError, match=r"pad_to 8 pads .*, 4x4, but cannot pad .* another size, 2x2, with them"
+    ):
         PaddedDataset(data, 8)
     same = PaddedDataset(data, 4)  # as some presets ask for
     assert same.conditions is data.conditions

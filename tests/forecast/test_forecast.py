@@ -85,7 +85,9 @@ def test_what_the_model_was_not_trained_for_is_told(exact: ImageGenerator, tmp_p
     ranged = dataclasses.replace(coding, vector_range=((1.0,), (6.0,)))
     model.coding = Coding.from_json(json.loads(json.dumps(ranged.to_json())))
     beyond = dataclasses.replace(given, vectors=np.tile(np.array([1.0, 7.0])[:, None], (2, 1, 1)))
-    wanted = r"entry 0 of the vectors reaches 7, and in training it was between 1 and 6: the model was not trained"
+    wanted = (
+        r"entry 0 of the vectors reaches 7, and in training it was between 1 and 6: the model was not trained"
+    )
     with pytest.warns(UserWarning, match=wanted):
         warn_of_strange(model, None, beyond.vectors)
     warn_of_strange(model, None, np.array([[1.0], [6.0]]))

@@ -146,7 +146,7 @@ def test_a_run_under_way(digits_run, tmp_path):
 
 
 def test_what_is_no_run_is_refused(digits_run, bench, tmp_path):
-    with pytest.raises(ValueError, match="is not a training run: config.json is missing"):
+    with pytest.raises(ValueError, match=r"is not a training run: config\.json is missing"):
         Workbench(tmp_path)
     with pytest.raises(ValueError, match="no other model was given: start the studio with --guide"):
         Workbench(bench.run).images(choice(bench, guide="other", guidance=2.0))

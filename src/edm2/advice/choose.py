@@ -79,7 +79,12 @@ def suggest(
     if memory is None and where.type == "cuda":
         memory = float(torch.cuda.mem_get_info(where)[0])
     with Progress("measuring", 4, "parts", quiet=quiet) as progress:
-        work = _Work(dataset, TrainConfig(data=data, condition=condition, device=device), options or DataConfig(), memory)
+        work = _Work(
+            dataset,
+            TrainConfig(data=data, condition=condition, device=device),
+            options or DataConfig(),
+            memory,
+        )
         progress.advance(1)
         shape, cost = work.choose(hours * 3600, progress)
         return work.advice(shape, cost, hours * 3600)

@@ -134,8 +134,8 @@ class Advice:
         levels = f"ln sigma {found.center:.2f} +- {found.width:.2f}"
         yield Reason(
             ("loss.p_mean", "loss.p_std"),
-            f"the spectrum of {found.num_images:,} images helps a linear denoiser at {levels}; shapes are finer, so 0.3 "
-            "lower (EDM2: -0.8 +- 1.6 at 64x64)"
+            f"the spectrum of {found.num_images:,} images helps a linear denoiser at {levels}; shapes are finer, so "
+            "0.3 lower (EDM2: -0.8 +- 1.6 at 64x64)"
             if found.explained is None
             else f"a linear function of the condition explains {100 * found.explained:.0f}% of the variance of "
             f"{found.num_images:,} images; noise stops hiding the rest at {levels}",

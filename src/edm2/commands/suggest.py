@@ -86,6 +86,6 @@ def run(prog: str, words: Sequence[str]) -> None:
     folder = run_for(chosen.data)
     if chosen.out is not None:
         return tell_next("train", "--settings", chosen.out, "--out", folder)
-    given = [] if chosen.condition is None else ["--condition", Path(chosen.condition)]
+    given: list[str | Path] = [] if chosen.condition is None else ["--condition", Path(chosen.condition)]
     hours = [] if chosen.hours is None else ["--hours", f"{chosen.hours:g}"]
     tell_next("train", "--data", Path(chosen.data), *given, "--out", folder, *hours)

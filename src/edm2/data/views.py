@@ -108,9 +108,9 @@ class PaddedDataset(View):
         if conditions is not None and (height, width) != (size, size):
             if conditions.image_shape[1:] != (height, width):
                 raise ValueError(
-                    f"pad_to {size} pads the images of {dataset.name!r}, {height}x{width}, but cannot pad conditions of "
-                    f"another size, {conditions.image_shape[1]}x{conditions.image_shape[2]}, with them: pad or resize "
-                    "both yourself, or leave pad_to out (--dataset.pad-to None)"
+                    f"pad_to {size} pads the images of {dataset.name!r}, {height}x{width}, but cannot pad conditions "
+                    f"of another size, {conditions.image_shape[1]}x{conditions.image_shape[2]}, with them: pad or "
+                    "resize both yourself, or leave pad_to out (--dataset.pad-to None)"
                 )
             conditions = PaddedDataset(conditions, size)
         top, left = (size - height) // 2, (size - width) // 2

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from edm2.data.grids import chunk_files, reading_fields, check_fields
+from edm2.data.grids import check_fields, chunk_files, reading_fields
 from edm2.data.npy import check_promise, open_array, read_arrays
 from edm2.extras import needed
 

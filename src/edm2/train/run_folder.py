@@ -141,7 +141,9 @@ def read_config(out: Path) -> dict[str, Any]:
                 raise TypeError(f"{key} is not a {kind.__name__}")
     except FileNotFoundError:
         if not out.exists():
-            raise ValueError(f"{out} does not exist: give the folder that was the --out of `edm2 train`") from None
+            raise ValueError(
+                f"{out} does not exist: give the folder that was the --out of `edm2 train`"
+            ) from None
         raise ValueError(
             f"{out} is not a training run: {CONFIG_FILE} is missing. Give the folder that was the --out of `edm2 train`"
         ) from None

@@ -92,7 +92,9 @@ class TuningPlan:
                 raise ValueError(f"{name} {values} must be positive and finite")
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {values} must be different values")
-        highest, lowest, _ = time_steps(2, self.sigma_min, self.sigma_max, 7.0 if self.rho is None else self.rho).tolist()
+        highest, lowest, _ = time_steps(
+            2, self.sigma_min, self.sigma_max, 7.0 if self.rho is None else self.rho
+        ).tolist()
         if any(high < lowest for high in self.highs) or any(low >= highest for low in self.lows):
             raise ValueError(
                 f"highs {self.highs} and lows {self.lows} must be ends of intervals that hold some of the sampler's "
@@ -108,7 +110,9 @@ class TuningPlan:
     def range(self) -> dict[str, float]:
         """Ends and exponent of the schedule, where they are not the usual ones, as options of a sampler."""
         given = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "rho": self.rho}
-        return {name: value for name, value in given.items() if value not in (None, getattr(TuningPlan, name))}
+        return {
+            name: value for name, value in given.items() if value not in (None, getattr(TuningPlan, name))
+        }
 
     @classmethod
     def for_run(cls, run: Path) -> "TuningPlan":
