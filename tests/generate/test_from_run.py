@@ -171,5 +171,5 @@ def test_a_run_before_its_first_snapshot_says_when_it_comes(
         ImageGenerator.load(young, 0.1)
     (young / "config.json").write_text((run / "config.json").read_text())
     (young / "model.safetensors").touch()
-    with pytest.raises(ValueError, match=r"manifest\.json"):
+    with pytest.raises(ValueError, match=r"snapshots does not exist: give a snapshot folder"):
         ImageGenerator.load(young, 0.1)
