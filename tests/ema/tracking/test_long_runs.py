@@ -18,9 +18,9 @@ from edm2.ema.tracking.averages import Averages, HostAverages, windows_per_run
 
 MANY = (0.02, 0.05, 0.1, 0.25, 0.28)
 WIDTHS = (0.03, 0.05, 0.1, 0.25)
-# Far into training, so that a window opens at the second update and holds five, a plain mean, or 66, offsets.
+# Far into training, so that a window opens at the second update and holds five, a plain mean, or 132, offsets.
 LATE = [90_000, *range(90_010, 90_260, 10)]
-LATER = [5_400_000, *range(5_400_010, 5_400_670, 10)]
+LATER = [5_400_000, *range(5_400_010, 5_401_330, 10)]
 
 
 def paths(steps: int, period: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -30,7 +30,7 @@ Rule = Callable[[float, float], float]
 
 _EVENNESS = 64  # Within a window the averages' exact shares differ from one another by less than 1/64.
 _MOST_PLAIN = 32  # updates in the plain mean of a window; it lags behind a drift by up to 8 roundings
-_MOST_WINDOWS = 8192  # in the training so far: shares of more would be too small for an offset's rounding
+_MOST_WINDOWS = 4096  # in the training so far: shares of more would be too small for an offset's rounding
 _COMMON_FROM = 3  # updates that a common window must hold to cost less than two of their own
 _GROWTH = 1.25  # of the training time, after which the base is renewed
 _CHECK_EVERY = 100  # updates between checks for NaN
