@@ -45,7 +45,7 @@ class Constants:
 
 
 def state_bytes(num_params: float, tracks: int, updates: int = 10_000) -> float:
-    """Weights, Adam's moments, and averages with their base, and in long runs their window."""
+    """Weights, Adam's moments, and averages with their base and windows."""
     return 3 * 4 * num_params + memory_bytes(int(num_params), tracks, updates=updates)
 
 

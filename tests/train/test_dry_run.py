@@ -36,12 +36,11 @@ def test_measures_the_digits_preset(tmp_path, monkeypatch):
     cost = dry_run(config, steps=1)
     assert cost.num_params == 1_008_239
     assert cost.flops == pytest.approx(0.0292e9, rel=0.01)
-    # Weights, gradients, two moments, two averages and, for more than 1,024 updates, their window, in float32; the base
-    # of the averages in bfloat16.
-    assert cost.state_bytes == (7 * 4 + 2) * 1_008_239
+    # Weights, gradients, two moments, two averages and their windows in float32; the base of the averages in bfloat16.
+    assert cost.state_bytes == (8 * 4 + 2) * 1_008_239
     times = -(-config.num_images // config.snapshot_images)
     assert cost.snapshot_bytes == times * 2 * 4 * 1_008_239
-    assert cost.checkpoint_bytes == 2 * (6 * 4 + 2) * 1_008_239
+    assert cost.checkpoint_bytes == 2 * (7 * 4 + 2) * 1_008_239
     assert cost.peak_bytes > cost.state_bytes
     assert cost.seconds == pytest.approx(config.num_images / cost.images_per_second)
     assert not list(tmp_path.iterdir())

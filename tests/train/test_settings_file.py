@@ -121,7 +121,7 @@ def test_mistakes_are_named(tmp_path: Path, content: Any, told: str) -> None:
 
 
 def test_files_that_are_not_settings(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="does not exist: give a text file with settings, or a run"):
         read_settings(tmp_path / "none.json")
     for name in ("s.json", "s.toml", "s.yaml"):
         (tmp_path / name).write_text("{[")
