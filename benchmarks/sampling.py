@@ -7,9 +7,14 @@ Differences are root mean squares relative to the standard deviation of the imag
 path, samplers against Heun with four times the steps. The last tables evaluate main network and guide one
 after the other and together, for several batch sizes: two networks stacked by torch.vmap, and one network
 with and without labels in one batch.
+
+    python benchmarks/sampling.py --batches 16 64 250 1000 --threads 1 2    # batch sizes and threads instead
 """
 
 import argparse
+import functools
+import statistics
+import time
 
 import torch
 from common import convolution_peak, in_turns, machine, make_denoiser, options, table, timed
@@ -47,7 +52,7 @@ def main() -> None:
     arguments = options(
         __doc__,
         resolution=32, channels=1, model_channels=32, channel_mult=(1, 2, 2), num_blocks=2, attention=(8,),
-        batch=64, num_steps=8, rounds=5, compile=True, bf16=True, together=(1, 4, 64),
+        batch=64, num_steps=8, rounds=5, compile=True, bf16=True, together=(1, 4, 64), batches=(), threads=(),
         device="cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
     device = torch.device(arguments.device)
@@ -56,10 +61,37 @@ def main() -> None:
     with torch.device("meta"):
         flops = 2 * count_flops(make_denoiser(arguments).eval(), torch.zeros(1, *shape), torch.ones(1))
     print(f"batch {arguments.batch}; {machine(device)}")
+    if arguments.batches:
+        return compare_batches(arguments)
     compare_paths(arguments, noise, flops)
     compare_samplers(arguments, noise, flops)
     for batch in arguments.together:
         compare_together(arguments, noise[:batch], flops)
+
+
+def compare_batches(arguments: argparse.Namespace) -> None:
+    """One evaluation with each batch size and number of threads: images a second, and a processor second."""
+    device = torch.device(arguments.device)
+    shape = (arguments.channels, arguments.resolution, arguments.resolution)
+    whole, default = max(arguments.batches), torch.get_num_threads()
+    for dtype in (torch.float32, torch.bfloat16):
+        network = SamplingNetwork(_denoiser(arguments, fast=True, dtype=dtype))
+
+        def work(batch: int, threads: int, network: SamplingNetwork = network) -> None:
+            torch.set_num_threads(threads)
+            x = torch.zeros(batch, *shape, device=device).contiguous(memory_format=torch.channels_last)
+            for _ in range(whole // batch):
+                network(x, torch.ones((), device=device), torch.arange(batch, device=device) % 10)
+
+        cases = [(b, t) for t in arguments.threads or (default,) for b in arguments.batches]
+        runs = {str(case): functools.partial(work, *case) for case in cases}
+        for clock in (time.perf_counter, time.process_time):
+            times = in_turns(runs, device, arguments.rounds, clock)
+            rates = [
+                f"{b}: {whole // b * b / statistics.median(times[str((b, t))]):.0f} ({t} threads)"
+                for b, t in cases
+            ]
+            print(f"{dtype}, {clock.__name__}: images/s for batches of {', '.join(rates)}")
 
 
 def compare_paths(arguments: argparse.Namespace, noise: torch.Tensor, flops: float) -> None:
