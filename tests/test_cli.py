@@ -1,5 +1,6 @@
 """The command line: help at each level, exit codes, and what it says of a mistake."""
 
+import gc
 import importlib
 import keyword
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 import edm2
-from edm2.cli import COMMANDS, main
+from edm2.cli import COMMANDS, _imported, main
 from edm2.train import Stopped
 from edm2.train.world import FirstFailed
 
@@ -266,3 +267,12 @@ def test_output_in_an_encoding_without_the_character() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment)
     assert done.stdout.strip() == b"\\u03c3_rel"
+
+
+def test_garbage_is_collected_after_the_first_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(ModuleNotFoundError):
+        _imported("edm2.commands.nonsense")
+    assert gc.isenabled()
+    assert gc.get_freeze_count()
+    gc.unfreeze()
