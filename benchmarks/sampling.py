@@ -22,6 +22,7 @@ from torch.func import functional_call, stack_module_state
 
 from edm2.diffusion import SAMPLERS, Denoiser, DenoiserFn, WithoutLabels, guided, time_steps
 from edm2.generate.fixed_weights import SamplingNetwork
+from edm2.memory import keep_freed_memory
 from edm2.nn import count_flops, keyed_normal, use_channels_last
 
 
@@ -56,6 +57,7 @@ def main() -> None:
         device="cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
     device = torch.device(arguments.device)
+    keep_freed_memory()  # as the commands do
     shape = (arguments.channels, arguments.resolution, arguments.resolution)
     noise = keyed_normal(torch.arange(arguments.batch, device=device), shape)
     with torch.device("meta"):
@@ -191,7 +193,8 @@ def _report(
 ) -> None:
     """A table, whose GFLOP/s count the main network alone."""
     device = next(iter(samples.values())).noise.device
-    times = in_turns({**samples, "peak": convolution_peak(device)}, device, arguments.rounds)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    times = in_turns({**samples, "peak": convolution_peak(device)}, device, arguments.rounds, clock)
     truth = samples[reference].out if isinstance(reference, str) else reference
     notes = {name: sample.difference(truth) for name, sample in samples.items() if name != reference}
     flops_per_image = {name: flops * evaluations[name] for name in samples}
