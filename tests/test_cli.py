@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import edm2
-from edm2.cli import COMMANDS, _imported, main
+from edm2.cli import COMMANDS, _imported, _wait_asleep, main
 from edm2.train import Stopped
 from edm2.train.world import FirstFailed
 
@@ -276,3 +276,14 @@ def test_garbage_is_collected_after_the_first_import(monkeypatch: pytest.MonkeyP
     assert gc.isenabled()
     assert gc.get_freeze_count()
     gc.unfreeze()
+
+
+@pytest.mark.parametrize(
+    ("own", "found"), [({}, "3000"), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "5"}, "5")]
+)
+def test_threads_sleep_soon_unless_told_otherwise(
+    own: dict[str, str], found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(own))
+    _wait_asleep()
+    assert os.environ.get("GOMP_SPINCOUNT") == found

@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; returns when it is done, else ends the process with one of the exit codes above."""
     _prepare_streams()
     keep_freed_memory()
+    _wait_asleep()
     warnings.showwarning = _show_warning
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
@@ -99,6 +100,16 @@ def _prepare_streams() -> None:
             setattr(sys, name, stream)
         elif name != "stdin" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _wait_asleep() -> None:
+    """Let PyTorch's threads, which torch starts when it is imported, sleep soon while they wait for each other.
+
+    They would spin for milliseconds. Where other work needs the processors, too, that keeps the thread that is waited
+    for from running, hundreds of times an evaluation. The user's own settings of OpenMP have precedence.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def _run(words: list[str]) -> None:
