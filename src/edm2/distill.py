@@ -26,6 +26,8 @@ from edm2.train.settings_file import run_settings
 
 _BATCH = 128  # for a model file, which says nothing about its training
 _HIGHEST = 80.0  # noise level from which diffusion models make images
+# Of 1,000 levels drawn in training, 27 are below the lowest and 27 above the first level of the student.
+_LOWEST, _TAIL = 0.045, 1.93
 
 
 def open_teacher(path: str | Path, sigma_rel: float | None = None, *, guided: bool = True) -> Pretrained:
@@ -69,6 +71,7 @@ def student_settings(teacher: Pretrained, path: str | Path, *, num_images: int |
     base = run_settings(path) if is_run else _settings_of_file(teacher)
     seen = num_images or int(teacher.generator.info.get("num_images") or base.num_images)
     batch = base.batch_size
+    low, high = math.log(_LOWEST), math.log(first_level(teacher.generator.denoiser))
     images = max(seen - seen % batch, batch)
     rate = learning_rate(
         base.num_images,
@@ -86,7 +89,9 @@ def student_settings(teacher: Pretrained, path: str | Path, *, num_images: int |
         optimizer=dataclasses.replace(
             base.optimizer, ref_lr=rate / 2, decay="cosine", rampup_mimg=batch * 16 / 1e6
         ),
-        loss=dataclasses.replace(base.loss, p_mean=-0.4, p_std=1.4),
+        loss=dataclasses.replace(
+            base.loss, p_mean=round((low + high) / 2, 2), p_std=round((high - low) / (2 * _TAIL), 2)
+        ),
         ema=EMAConfig(),
         max_hours=None,
         init=None,
@@ -98,13 +103,13 @@ def student_settings(teacher: Pretrained, path: str | Path, *, num_images: int |
 
 
 def first_level(denoiser: Denoiser) -> float:
-    """The noise level from which a student makes images: 2.5 times the norm of an image, but 10 to 80.
+    """The noise level from which a student makes images: the norm of an image, but 10 to 80.
 
-    Noise of 80 hides images of any size, but training hardly ever draws levels that high, and between them and those
-    that hide a small image there is nothing to learn.
+    Noise of 80 hides images of any size, but a student learns the levels between those that hide a small image and 80
+    last and badly.
     """
     norm = denoiser.sigma_data * math.sqrt(math.prod(denoiser.img_shape))
-    return float(f"{min(max(2.5 * norm, 10.0), _HIGHEST):.3g}")
+    return float(f"{min(max(norm, 10.0), _HIGHEST):.3g}")
 
 
 def describe_teacher(teacher: Pretrained) -> str:
