@@ -195,8 +195,8 @@ def teacher_ways(run: Path, samplers: Sequence[str], levels: Sequence[int]) -> d
     if teacher.guide is not None:
         guided = {
             "guide": teacher.guide_for_sampling,
-            "guidance": chosen["guidance"],
-            "interval": tuple(chosen["interval"]),
+            "guidance": chosen.guidance,
+            "interval": chosen.interval,
         }
     model = ImageGenerator(teacher.model, teacher.coding, teacher.info, fix_weights=True)
     found: dict[Way, Images] = {}
