@@ -1,5 +1,6 @@
 """From a folder of pictures to a run without a preset, and back to the run from its folder."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ from edm2.advice import SUGGESTED
 from edm2.cli import main
 from edm2.generate.archive import SETTINGS_FILE
 from edm2.generate.own_guide import OwnGuide
+from edm2.presets import get_preset
 from edm2.train import TrainConfig, train
-from edm2.train.run_folder import read_config
+from edm2.train.run_folder import claim, read_config
 from edm2.train.settings_file import read_settings
 from edm2.tuning import TuningPlan
 
@@ -119,6 +121,21 @@ def test_settings_as_json_on_request(tmp_path: Path, capsys: pytest.CaptureFixtu
     path = tmp_path / "digits.json"
     path.write_text(capsys.readouterr().out)
     assert read_settings(path).values["batch_size"] == 32
+
+
+def test_weights_to_start_from_need_no_rampup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def rampup(*words: str) -> float:
+        main(["train", "--preset", "digits", "--print-settings", "--out", str(tmp_path / "run"), *words])
+        found: float = json.loads(capsys.readouterr().out)["optimizer"]["rampup_mimg"]
+        return found
+
+    assert rampup() == 0.002
+    assert rampup("--init", "x") == 0
+    assert rampup("--init", "x", "--optimizer.rampup-mimg", "0.01") == 0.01
+    # A run that began with a ramp-up continues by the same command.
+    config = dataclasses.replace(get_preset("digits"), init="x", num_images=64)
+    claim(tmp_path / "run", config.to_json(), {}, "id")
+    assert rampup("--init", "x") == 0.002
 
 
 def test_info_and_convert_name_the_next_command(

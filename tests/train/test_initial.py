@@ -148,13 +148,20 @@ def test_new_channels_of_a_condition_have_no_effect(config: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("config", "ABCDEFG")
-def test_new_classes_start_as_images_without_a_label(config: str, tmp_path: Path) -> None:
+def test_new_classes_start_at_random_and_leave_the_others_alone(config: str, tmp_path: Path) -> None:
     source, target = make(config=config), make(5, config=config)
-    taken(source, target, tmp_path, "entries of its labels, 2 more start without effect")
-    torch.testing.assert_close(output(target, torch.full((4,), 4)), output(source, None))
-    if config in "ABC":  # elsewhere the weights of a label have a fixed norm, which fewer of them now share
-        old = torch.tensor([0, 1, 2, 0])
-        torch.testing.assert_close(output(target, old), output(source, old))
+    fresh = target.state_dict()["unet.emb_label.weight"][:, 3:].clone()
+    taken(source, target, tmp_path, "entries of its labels, 2 more start at random")
+    old = torch.tensor([0, 1, 2, 0])
+    torch.testing.assert_close(output(target, old), output(source, old), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output(target, None), output(source, None))
+    first, second = (output(target, torch.full((4,), label)) for label in (3, 4))
+    assert (first - second).abs().max() > 1e-3
+    found, before = (d.state_dict()["unet.emb_label.weight"] for d in (target, source))
+    if config in "ABC":
+        assert torch.equal(found[:, 3:], fresh)
+    else:  # of the size of the others
+        torch.testing.assert_close(found.square().mean(1), before.square().mean(1))
 
 
 def test_entries_of_a_vector_start_without_effect(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from edm2.train.dry_run import DryRun, dry_run
 from edm2.train.loggers import open_loggers
 from edm2.train.logs import LOG_FILE
 from edm2.train.run_folder import CONFIG_FILE, SNAPSHOTS
-from edm2.train.settings_file import read_settings
+from edm2.train.settings_file import read_settings, run_settings
 from edm2.train.signals import under_torchrun
 from edm2.train.with_config import with_config
 
@@ -72,6 +72,7 @@ class _Train:
 def run(prog: str, words: Sequence[str]) -> None:
     """`edm2 train`."""
     name, settings, cost = _starting_point(prog, list(words))
+    settings = _without_rampup(settings, list(words))
     default: Any = _Train(preset=name, out=tyro.MISSING, config=settings)
     chosen = tyro.cli(_Train, prog=prog, args=list(words), default=default)
     if chosen.hours is not None and cost is None:
@@ -157,6 +158,22 @@ def _starting_point(prog: str, words: list[str]) -> tuple[Any, TrainConfig, DryR
         advice = _advice(prog, words)
         return SUGGESTED, advice.config if letter is None else with_config(advice.config, letter), advice.cost
     return *_stored(name, file, letter), None
+
+
+def _without_rampup(settings: TrainConfig, words: list[str]) -> TrainConfig:
+    """With --init, no ramp-up unless one is asked for: weights that are trained already need none.
+
+    A run that exists keeps the one that it began with.
+    """
+    asked = any(word.replace("_", "-").startswith("--optimizer.rampup-mimg") for word in words)
+    if asked or take_option("--init", words)[0] is None:
+        return settings
+    out, rampup = take_option("--out", words)[0], 0.0
+    if out is not None and (Path(out) / CONFIG_FILE).exists():
+        rampup = run_settings(Path(out)).optimizer.rampup_mimg
+    return dataclasses.replace(
+        settings, optimizer=dataclasses.replace(settings.optimizer, rampup_mimg=rampup)
+    )
 
 
 def _advice(prog: str, words: list[str]) -> Advice:

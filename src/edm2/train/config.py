@@ -55,7 +55,8 @@ class TrainConfig:
     docs/own_network.md. The options of --network are then ignored."""
     init: str | None = None
     """Start from the weights of a model instead of random ones: a finished run, a model file, or a folder with one. The
-    network must be the same, but may have more classes or condition channels, and another resolution."""
+    network must be the same, but may have more classes or condition channels, and another resolution. On the command
+    line, there is then no ramp-up of the learning rate, unless --optimizer.rampup-mimg is given."""
     objective: Literal["denoise", "mean"] = "denoise"
     """denoise: a diffusion model. mean: the same network as a regression, which predicts the image from its condition
     and label."""

@@ -57,8 +57,8 @@ def _identify(path: str, out: Path, setting: str) -> dict[str, Any]:
 def take_over(denoiser: Denoiser, path: str) -> None:
     """Give a new network the weights of a saved model.
 
-    A network of the same shape becomes bit-identical to it. Further channels of a condition and further classes start
-    without effect. Warns about all that is not taken over.
+    A network of the same shape becomes bit-identical to it. Further channels of a condition start without effect, and
+    further classes with random weights, as in a new network. Warns about all that is not taken over.
 
     Args:
         denoiser: The new network, on the CPU.
@@ -141,7 +141,10 @@ def _levels(unet: UNet) -> list[str]:
 def _widened(
     name: str, value: Tensor, target: Tensor, old: Denoiser, new: Denoiser
 ) -> tuple[Tensor | None, str]:
-    """The weights of a layer with other inputs: those that it lacks get zeros.
+    """The weights of a layer with other inputs: those that it lacks get zeros, classes their own of a new network.
+
+    A class whose weights start from zeros would need some 30 steps to reach the size of the others, since Adam moves
+    each weight by at most about the learning rate in a step.
 
     Returns:
         The weights, None if they cannot fit, and what changes, in words.
@@ -152,10 +155,11 @@ def _widened(
         or value.shape[2:] != target.shape[2:]
     ):
         return None, ""
-    before, after = value.shape[1], target.shape[1]
+    before, after, are_classes = value.shape[1], target.shape[1], False
     features, scale, last = new.unet.features, 1.0, 0
     if name == "unet.emb_label.weight":
         what, shared = "entries of its labels", min(before, after)
+        are_classes = not new.takes_vectors and after > before
         if features.weights == "plain" and features.unit_labels and not new.takes_vectors:
             scale = math.sqrt(before / after)  # one-hot labels are scaled by the root of their number
     elif name == f"unet.enc.{_levels(new.unet)[0]}_conv.weight":
@@ -163,16 +167,24 @@ def _widened(
         shared = min(before, after) - last
     else:
         return None, ""
-    if features.weights != "plain":
-        scale = math.sqrt(after / before)  # the RMS of each row stays what it was
     widened = torch.zeros_like(target)
+    if are_classes:
+        widened[:, shared:] = target[:, shared:]
+    if features.weights != "plain":  # the RMS of each row stays what it was, so that old inputs keep their effect
+        if are_classes:
+            widened[:, shared:] *= _rms(value) / _rms(target[:, shared:])
+        else:
+            scale = math.sqrt(after / before)
     widened[:, :shared] = scale * value[:, :shared]
     if last:
         widened[:, -last:] = scale * value[:, -last:]
-    change = (
-        f"{after - before} more start without effect" if after > before else f"{before - after} are left out"
-    )
+    start = "at random" if are_classes else "without effect"
+    change = f"{after - before} more start {start}" if after > before else f"{before - after} are left out"
     return widened, f"{name}: of the {what}, {change}"
+
+
+def _rms(rows: Tensor) -> Tensor:
+    return rows.square().mean(1, keepdim=True).sqrt()
 
 
 def _misfit(path: str, reason: str) -> ValueError:
