@@ -147,6 +147,8 @@ def draw(curves: Curves, images: int, path: Path) -> None:
         for i, curve in enumerate(curves[key]):
             axes.plot(moments, curve, color=colour, lw=1, marker=".", label=label if i == 0 else None)
     axes.set(xlabel="images of digits 5 to 9", ylabel="Frechet distance", yscale="log")
+    axes.set_yticks([2, 5, 10, 20, 40], labels=["2", "5", "10", "20", "40"])
+    axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
