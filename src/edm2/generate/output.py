@@ -136,7 +136,7 @@ class _Work(NamedTuple):
         """Which images are missing or damaged."""
         if self.parts is None:
             return missing_files(self.files, warn=warn)
-        found = self.parts.find(warn=warn)
+        found = self.parts.find(check=True, warn=warn)
         return [i for i, seed in enumerate(self.seeds) if seed not in found]
 
     def store(self, pool: ThreadPoolExecutor, part: list[int], images: np.ndarray) -> None:
