@@ -83,6 +83,7 @@ def student_settings(teacher: Pretrained, path: str | Path, *, num_images: int |
     return dataclasses.replace(
         base,
         num_images=images,
+        dtype="float32",  # bfloat16 rounds off what differs between the points of a close pair
         snapshot_images=None,
         checkpoint_images=max(images // 8, batch),
         log_images=max(images // 64, batch),

@@ -136,6 +136,17 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_students_compute_in_full_precision_and_draw_levels_up_to_their_first(teacher, monkeypatch):
+    opened, base = open_teacher(teacher), dataclasses.replace(run_settings(teacher), dtype="bfloat16")
+    monkeypatch.setattr("edm2.distill.run_settings", lambda _: base)
+    config = student_settings(opened, teacher)
+    assert (config.dtype, config.loss.p_mean, config.loss.p_std) == ("float32", -0.4, 1.4)
+    monkeypatch.setattr("edm2.distill.first_level", lambda _: 16.0)
+    loss = student_settings(opened, teacher).loss
+    assert loss.p_mean + 1.93 * loss.p_std == pytest.approx(math.log(16), abs=0.03)
+    assert loss.p_mean - 1.93 * loss.p_std == pytest.approx(-0.4 - 1.93 * 1.4, abs=0.03)
+
+
 def settings(teacher: Path, **changes: Any) -> TrainConfig:
     config = student_settings(open_teacher(teacher), teacher)
     short: dict[str, Any] = dict(num_images=96, batch_size=8, log_images=16, checkpoint_images=24)
