@@ -1,10 +1,10 @@
-"""Memory and time of a sharded run's checkpoints: what each process needs beyond its part of the state.
+"""Memory and time of a sharded run's snapshots and checkpoints: what a process needs beyond its part of the state.
 
     python benchmarks/checkpoint_memory.py --million 200 --processes 2 4
 
-Processes of gloo on this machine train one step with --sharding full, save, and resume. Peak memory is what a process
-holds at most while it saves or resumes beyond what it held before (Linux only), relative to its part of weights,
-moments and averages.
+Processes of gloo on this machine train one step with --sharding full, write a snapshot of the averages and a
+checkpoint, and resume. Peak memory is what a process holds at most meanwhile beyond what it held before (Linux only).
+Its part is that of weights, moments and averages.
 """
 
 import argparse
@@ -39,10 +39,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             found = measure(Path(name), size, arguments.million)
         for rank, process in enumerate(found):
+            mega = {key: value / 1e6 for key, value in process.items()}
             print(
-                f"process {rank + 1} of {size}: part {process['part'] / 1e6:.0f} MB of {process['all'] / 1e6:.0f}; "
-                f"saving +{process['save'] / process['part']:.2f} parts, {process['save_s']:.1f} s; resuming "
-                f"+{process['resume'] / process['part']:.2f} parts, {process['resume_s']:.1f} s"
+                f"process {rank + 1} of {size}: part {mega['part']:.0f} MB of {mega['all']:.0f}, largest tensor "
+                f"{mega['largest']:.1f} MB; snapshot +{mega['snapshot']:.1f} MB, {process['snapshot_s']:.1f} s; saving "
+                f"+{mega['save']:.1f} MB, {process['save_s']:.1f} s; resuming +{mega['resume']:.1f} MB, "
+                f"{process['resume_s']:.1f} s"
             )
 
 
@@ -71,7 +73,7 @@ def measure(folder: Path, size: int, million: int) -> list[dict[str, float]]:
 
 
 def work(folder: Path, world: World, million: int) -> None:
-    """Train a step, save and resume."""
+    """Train a step, write a snapshot, save and resume."""
     config = TrainConfig(
         num_images=1 << 20, batch_size=world.size, sharding="full", record_magnitudes=False, workers=0, device="cpu",
         network=NetworkConfig(model_channels=network_width(million), attn_resolutions=(), channels_per_head=16),
@@ -84,20 +86,21 @@ def work(folder: Path, world: World, million: int) -> None:
     for state in trainer.optimizer.state.values():
         tensors += state.values()
     part = sum(local(x).nbytes for x in tensors)
-    whole = sum(x.nbytes for x in tensors)
+    whole, largest = sum(x.nbytes for x in tensors), max(x.nbytes for x in tensors)
     del tensors, average
 
     def save() -> None:
         trainer.checkpoint()
         trainer._outputs.saver.wait()
 
+    snapshot_peak, snapshot_seconds = peak(trainer.snapshot)
     save_peak, save_seconds = peak(save)
     trainer.close()
     world.any(False)
     resumed = Trainer(config, data, folder / "run", world=world)
     resume_peak, resume_seconds = peak(resumed.resume)
-    content = dict(part=part, all=whole, save=save_peak, save_s=save_seconds, resume=resume_peak,
-                   resume_s=resume_seconds)  # fmt: skip
+    content = dict(part=part, all=whole, largest=largest, snapshot=snapshot_peak, snapshot_s=snapshot_seconds,
+                   save=save_peak, save_s=save_seconds, resume=resume_peak, resume_s=resume_seconds)  # fmt: skip
     (folder / f"{world.rank}.json").write_text(json.dumps(content))
 
 

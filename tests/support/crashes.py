@@ -32,7 +32,8 @@ def check_every_interruption(
 
     Args:
         tmp_path: Empty folder for the attempts.
-        work: Does the work below the folder that it is given; called in forked children.
+        work: Does the work below the folder that it is given; called in forked children. Processes that it forks are
+            not interrupted.
         kinds: Ways to interrupt.
         most: Interrupt at most so many operations, evenly spread, unless EDM2_EVERY_CRASH is set. Default: all.
         content: Reads what must be equal in a file.
@@ -81,15 +82,20 @@ def _in_child(
     root.mkdir(exist_ok=True)
     backups = root.with_name("backups")
     backups.mkdir()
+    alive, held = os.pipe()
     process = os.fork()
     if process:
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        os.close(held)
+        os.read(alive, 1)  # until processes that it forked have ended too
+        os.close(alive)
         shutil.rmtree(backups)
         return code
     code = 2
     try:
         disk = _Disk(root, backups, number, kind)
         disk.watch()
+        os.register_at_fork(after_in_child=lambda: setattr(disk, "active", False))
         work(root)
         disk.active = False
         if count_file is not None:
@@ -149,7 +155,7 @@ class _Disk:
             self._renamed(_path(args[0], args[2]), _path(args[1], args[3]))
 
     def _is_ours(self, path: str) -> bool:
-        return (self.active and path.startswith(f"{self.root}/")) or path == str(self.root)
+        return self.active and (path == str(self.root) or path.startswith(f"{self.root}/"))
 
     def _step(self, path: str, *, adds: bool = True) -> None:
         self.count += 1

@@ -17,6 +17,7 @@ import torch.distributed.fsdp
 from modes import in_processes
 from tiny_run import tiny_config, tiny_data, tiny_network
 
+import edm2.ema.storage.tensorfile
 import edm2.train.checkpoint
 import edm2.train.outputs
 from edm2.generate.live_samples import LiveSamples
@@ -50,12 +51,15 @@ def stop_on(rank: int, num_images: int) -> OnStep:
     return on_step
 
 
-def fails_while_saving(how: Callable[[], None]) -> OnStep:
-    """The second process fails in the middle of its part of the second checkpoint."""
+def fails_while_saving(what: str, how: Callable[[], None]) -> OnStep:
+    """The second process fails in the middle of its part of the second checkpoint, or of the snapshot after it."""
 
     def on_step(trainer: Trainer) -> None:
         if trainer.world.rank == 1 and trainer.num_images == 72:
-            edm2.train.checkpoint.write_json = lambda *_: how()  # type: ignore[assignment]
+            if what == "checkpoint":
+                edm2.train.checkpoint.write_json = lambda *_: how()  # type: ignore[assignment]
+            else:
+                edm2.ema.storage.tensorfile.DataSum.add = lambda *_, **__: how()  # type: ignore[method-assign]
 
     return on_step
 
@@ -74,12 +78,15 @@ def main(folder: Path) -> None:
             out = folder / f"{name}-then-{size}"
             assert group(2, out, config, stop_on(1, 56)) == [75, 75], name
             assert group(size, out, config) == [0] * size, name
-    assert group(2, folder / "fsdp-no-space", FULL, fails_while_saving(no_space)) == [1, 1]
-    assert len(list((folder / "fsdp-no-space" / "checkpoints").glob("0*"))) == 1
-    assert group(2, folder / "fsdp-no-space", FULL) == [0, 0]
-    kill = fails_while_saving(lambda: os.kill(os.getpid(), signal.SIGKILL))
-    assert group(2, folder / "fsdp-killed", FULL, kill) == [1, -signal.SIGKILL]
-    assert group(2, folder / "fsdp-killed", FULL) == [0, 0]
+    for what in ("checkpoint", "snapshot"):
+        out = folder / f"fsdp-no-space-{what}"
+        assert group(2, out, FULL, fails_while_saving(what, no_space)) == [1, 1]
+        assert len(list((out / "checkpoints").glob("0*"))) == 1
+        assert group(2, out, FULL) == [0, 0]
+        out = folder / f"fsdp-killed-{what}"
+        kill = fails_while_saving(what, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        assert group(2, out, FULL, kill) == [1, -signal.SIGKILL]
+        assert group(2, out, FULL) == [0, 0]
     live = LiveSamples(every=48, num_samples=3, num_steps=2)
     assert group(2, folder / "fsdp-seen", FULL, live) == [0, 0]
 

@@ -97,10 +97,12 @@ def test_each_process_stores_its_rows(runs: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", ["checkpoint", "snapshot"])
 @pytest.mark.parametrize("how", ["no-space", "killed"])
-def test_a_failure_of_one_process_while_saving_changes_no_byte(runs: Path, how: str) -> None:
-    assert files_of(runs / f"fsdp-{how}") == files_of(runs / "fsdp")
-    assert not list((runs / f"fsdp-{how}" / "checkpoints").glob(".*"))
+def test_a_failure_of_one_process_while_saving_changes_no_byte(runs: Path, how: str, what: str) -> None:
+    out = runs / f"fsdp-{how}-{what}"
+    assert files_of(out) == files_of(runs / "fsdp")
+    assert not list((out / "checkpoints").glob(".*")) + list((out / "snapshots").glob(".*"))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import safetensors.torch
 import torch
 
 from edm2.diffusion import save_model
-from edm2.ema.storage.encoding import Track
+from edm2.ema.storage.encoding import Track, largest_value
 from edm2.ema.storage.manifest import ForeignSnapshots, RunInfo, Snapshot, read_manifest, write_manifest
-from edm2.ema.storage.snapshots import write
+from edm2.ema.storage.snapshots import write, write_one
 from edm2.ema.storage.weighted_sums import read_tensors
 from edm2.files import claimed, sha256_of, sync_folder, write_atomic
 from edm2.interop.fetch import check_there, fetch
@@ -295,8 +296,9 @@ def _write_snapshots(source: ForeignSnapshots, run: RunInfo, aside: Path) -> Non
     snapshots = source.manifest.snapshots
     for t, group in groupby(snapshots, key=lambda s: s.t):
         at_once = list(group)
-        tracks = (_track(source, snapshot) for snapshot in at_once)
-        write(aside, run, t=t, layout=source.manifest.layout, tracks=tracks, dtype=at_once[0].dtype)
+        one = partial(write_one, aside, run, t=t, dtype=at_once[0].dtype)
+        make = partial(map, one, (_track(source, snapshot) for snapshot in at_once))
+        write(aside, run, t=t, layout=source.manifest.layout, make=make)
     _keep_rounding(aside, snapshots)
     write_notice(aside)
 
@@ -313,9 +315,12 @@ def _track(source: ForeignSnapshots, snapshot: Snapshot) -> Track:
     file = source.files[snapshot.file]
     copied = set(json.loads(file.metadata["copied"]))
     tensors = dict(read_tensors(file, list(file.specs)))
+    averaged = {name: x.float() for name, x in tensors.items() if name not in copied}
     return Track(
         sigma_rel=snapshot.sigma_rel,
-        averaged={name: x.float() for name, x in tensors.items() if name not in copied},
+        shapes={name: tuple(x.shape) for name, x in averaged.items()},
+        largest={name: largest_value(x) for name, x in averaged.items()},
+        read=averaged.__getitem__,
         copied={name: x for name, x in tensors.items() if name in copied},
         distance=snapshot.distance,
         updates=0,  # `_keep_rounding` puts the official files' own in its place

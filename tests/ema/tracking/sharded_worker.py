@@ -2,7 +2,9 @@
 
 import copy
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from edm2.ema import PowerEMA, reconstruct
+from edm2.ema.storage import snapshots
 from edm2.ema.storage.manifest import read_manifest
+from edm2.ema.tracking import writing
 
 
 def main(rank: int, folder: Path) -> None:
@@ -38,6 +43,8 @@ def main(rank: int, folder: Path) -> None:
     check_applied(ema, alone, model)
     check_state(ema, model)
     check_failed_write(ema, rank, folder)
+    check_shares(ema, rank, folder)
+    check_other_placements(rank, folder)
     check_ddp(rank, folder)
     if rank == 0:
         mine, other = (reconstruct(folder / name, sigma_rel=0.13) for name in ("sharded", "alone"))
@@ -91,9 +98,60 @@ def check_state(ema: PowerEMA, model: nn.Module) -> None:
 
 def check_failed_write(ema: PowerEMA, rank: int, folder: Path) -> None:
     (folder / "file").touch()
-    expected = (FileExistsError, "file") if rank == 0 else (RuntimeError, "first process could not write")
+    expected = (FileExistsError, "file") if rank == 0 else (RuntimeError, "another process could not write")
     with pytest.raises(expected[0], match=expected[1]):
         ema.snapshot(folder / "file")
+
+
+def check_shares(ema: PowerEMA, rank: int, folder: Path) -> None:
+    """Each process writes one of two tracks, holding one whole tensor; a folder that only one sees is filled by it."""
+    gather, held, most = writing.to_owners, weakref.WeakSet[torch.Tensor](), 0
+
+    def watched(*arguments: Any) -> Any:
+        nonlocal most
+        tensor = gather(*arguments)
+        if tensor is not None:
+            held.add(tensor)
+        most = max(most, len(held))
+        return tensor
+
+    before = sum(1 for _ in folder.rglob("t*.safetensors"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "to_owners", watched)
+        files: list[Path] = []
+        original = snapshots.write_one
+        patch.setattr(snapshots, "write_one", lambda *x, **y: files.append(x[0]) or original(*x, **y))
+        assert len(ema.snapshot(folder / "shared")) == (2 if rank == 0 else 0)
+        assert len(files) == 1
+        assert most <= 2, "this one, and the one before, which is being written"
+        assert len(ema.snapshot(folder / f"disk of {rank}", dtype="fp16")) == (2 if rank == 0 else 0)
+    assert len(files) == (3 if rank == 0 else 1)
+    assert not (folder / "disk of 1").exists()
+    dist.barrier()
+    assert sum(1 for _ in folder.rglob("t*.safetensors")) == before + 4
+
+
+def check_other_placements(rank: int, folder: Path) -> None:
+    """Tensors that are cut along another dimension, replicated, or whole; and a copied one that is cut."""
+    flat, grid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
+    values = {name: torch.randn(3, 4, generator=torch.Generator().manual_seed(7)) for name in "abcde"}
+    tree: dict[str, torch.Tensor] = {
+        "a": distribute_tensor(values["a"], flat, [Shard(1)]),
+        "b": distribute_tensor(values["b"], flat, [Replicate()]),
+        "c": distribute_tensor(values["c"], grid, [Replicate(), Shard(0)]),
+        "d": values["d"].clone(),
+        "e": distribute_tensor(values["e"], flat, [Shard(0)]),
+    }
+    trackers = [PowerEMA(x, run_id="run", copied=["e"]) for x in (tree, values)]
+    for tensor in (*tree.values(), *values.values()):
+        tensor.mul_(1.25)
+    for ema, name in zip(trackers, ("placed", "whole"), strict=True):
+        ema.update(1)
+        if name == "placed" or rank == 0:
+            ema.snapshot(folder / name, dtype="fp16")
+    dist.barrier()
+    for file in (folder / "whole").iterdir():
+        assert file.read_bytes() == (folder / "placed" / file.name).read_bytes(), file.name
 
 
 def check_ddp(rank: int, folder: Path) -> None:

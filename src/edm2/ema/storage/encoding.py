@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -35,7 +35,9 @@ class Track:
 
     Attributes:
         sigma_rel: EMA length of its profile.
-        averaged: The averaged tensors by name, whole, on the CPU.
+        shapes: Shape of each averaged tensor.
+        largest: Largest absolute value of each averaged tensor.
+        read: Gives an averaged tensor by name, whole, on the CPU; called once for each, in the order of the names.
         copied: The other tensors by name.
         distance: L2 distance of the average to the weights at that time.
         updates: Number of updates whose own rounding it holds; 0 where that is not counted.
@@ -45,7 +47,9 @@ class Track:
     """
 
     sigma_rel: float
-    averaged: dict[str, Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    largest: Mapping[str, float]
+    read: Callable[[str], Tensor]
     copied: dict[str, Tensor]
     distance: float
     updates: int = 0
@@ -97,7 +101,7 @@ def write_track(
     if dtype not in STORED:
         raise ValueError(f"dtype {dtype!r} is not known: choose fp32, bf16 or fp16")
     stored = STORED[dtype]
-    scales = {name: _scale(name, track.averaged[name], stored) for name in track.averaged}
+    scales = {name: _scale(name, largest, stored) for name, largest in track.largest.items()}
     scales = {name: scale for name, scale in scales.items() if scale != 1.0}
     if scales:
         metadata = {**metadata, "scales": json.dumps(scales, sort_keys=True)}
@@ -106,14 +110,14 @@ def write_track(
     def encoded(name: str) -> Tensor:
         if name in track.copied:
             return track.copied[name].detach().cpu()
-        exact = track.averaged[name]
+        exact = track.read(name)
         out = (exact / scales[name]).to(stored) if name in scales else exact.to(stored)
         squares["norm"] += _square(exact)
         if exact.dtype != stored:
             squares["rounding"] += _square(out.to(exact.dtype) * scales.get(name, 1.0) - exact)
         return out
 
-    specs = [TensorSpec(name=n, dtype=stored, shape=tuple(x.shape)) for n, x in track.averaged.items()]
+    specs = [TensorSpec(name=n, dtype=stored, shape=shape) for n, shape in track.shapes.items()]
     specs += [TensorSpec(name=n, dtype=x.dtype, shape=tuple(x.shape)) for n, x in track.copied.items()]
     metadata = {**metadata, "dtype": dtype, "copied": json.dumps(sorted(track.copied))}
     optional = {"complex": list(track.complex_names), "write_backs": list(track.write_backs)}
@@ -130,9 +134,13 @@ def write_track(
     }
 
 
-def _scale(name: str, tensor: Tensor, stored: torch.dtype) -> float:
+def largest_value(tensor: Tensor) -> float:
+    """Largest absolute value of a tensor; 0 if it is empty."""
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _scale(name: str, largest: float, stored: torch.dtype) -> float:
     """Power of two that brings a tensor near the top of float16's range; exact to multiply and divide by."""
-    largest = float(tensor.abs().max()) if tensor.numel() else 0.0
     if not math.isfinite(largest):
         raise FloatingPointError(
             f"the average of {name!r} is not finite: the weights diverged before this snapshot, which is not"

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -36,8 +36,7 @@ def write(
     *,
     t: float,
     layout: str,
-    tracks: Iterable[Track],
-    dtype: str,
+    make: Callable[[], Iterable[Snapshot]],
     keep: int | None = None,
     own_until: float = -math.inf,
 ) -> list[Path]:
@@ -49,6 +48,15 @@ def write(
     Every file is written aside, flushed and renamed, then the manifest is replaced in one step: a kill at any moment
     leaves a folder with all files that its manifest names. Thinned snapshots leave the manifest in the same step, and
     their files are deleted after it.
+
+    Args:
+        folder: The folder; made if missing.
+        run: What all of its snapshots have in common.
+        t: Time, in the clock's unit.
+        layout: Digest of the tensors' names and shapes.
+        make: Writes the averages with `write_one`, once the folder is held and fit for them.
+        keep: Maximum number of snapshots in the folder.
+        own_until: See above.
 
     Returns:
         The files of this time. None if `keep` thinned this time out of the folder before the run was restarted.
@@ -64,7 +72,7 @@ def write(
             _start_folder(folder, run, layout, own_until)
         remove_strays(folder, run, known)
         try:
-            new = [_write_one(folder, run, t=t, track=track, dtype=dtype) for track in tracks]
+            new = list(make())
             later = _later(folder, run, known, new, keep=keep, own_until=own_until)
             if later is None:
                 new, content = [], list(known)
@@ -82,11 +90,18 @@ def write(
 
 @contextmanager
 def _writing_to(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if missing, and let errors of writing say what it holds."""
-    try:
+    """Hold a folder, made if missing."""
+    with _explained(folder):
         make_folder(folder)
         with folder_lock(folder):
             yield
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Let errors of writing say what the folder holds."""
+    try:
+        yield
     except OSError as error:
         raise OSError(
             error.errno,
@@ -131,7 +146,8 @@ def _warn_of_missing(folder: Path, known: Sequence[Snapshot]) -> None:
         )
 
 
-def _write_one(folder: Path, run: RunInfo, *, t: float, track: Track, dtype: str) -> Snapshot:
+def write_one(folder: Path, run: RunInfo, track: Track, *, t: float, dtype: str) -> Snapshot:
+    """Write the file of one average; it counts once the manifest names it."""
     gamma = sigma_rel_to_gamma(track.sigma_rel)
     t = float(t) if isinstance(t, float) else int(t)  # numpy's numbers have another repr
     header = {"run_id": run.run_id, "clock": run.clock, "t": repr(t), "gamma": repr(gamma)}
@@ -141,7 +157,8 @@ def _write_one(folder: Path, run: RunInfo, *, t: float, track: Track, dtype: str
         return f"t{time}_s{track.sigma_rel:.4f}_{sums.sha256[:8]}.safetensors"
 
     aside = folder / f"writing-{track.sigma_rel!r}"
-    sums, facts = write_track(aside, track, dtype=dtype, metadata={"format": FORMAT, **header}, name=name)
+    with _explained(folder):
+        sums, facts = write_track(aside, track, dtype=dtype, metadata={"format": FORMAT, **header}, name=name)
     return Snapshot(
         file=name(sums), t=t, sigma_rel=track.sigma_rel, gamma=gamma, dtype=dtype, **asdict(sums), **facts
     )  # fmt: skip

@@ -139,12 +139,12 @@ class Averages:
         held = _MOST_PLAIN if self._are_apart(updates) else updates / self._windows
         return math.ceil(min(held, _MOST_PLAIN, _MOST_PLAIN**2 * _MOST_WINDOWS / updates))
 
-    def read(self, track: int) -> Iterator[Tensor]:
-        """One average with all updates so far: new tensors, in the order given at the start."""
+    def read(self, track: int, order: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """One average with all updates so far: new tensors, in this order, or the one given at the start."""
         share = 0.0
         if self._folded < self._t:
             share = self._rules[track](self._t - self._start, self._t - self._folded)
-        for i in range(len(self._places)):
+        for i in range(len(self._places)) if order is None else order:
             block, place = self._places[i]
             offset = place.of(block.offsets[track])
             base = place.of(block.base).to(offset.dtype)

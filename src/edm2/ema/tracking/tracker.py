@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 from edm2.ema.callbacks.optimizer import OptimizerHook
 from edm2.ema.maths.solve import solve_live
 from edm2.ema.storage import snapshots
-from edm2.ema.storage.encoding import Track
 from edm2.ema.storage.manifest import RunInfo, layout_digest
-from edm2.ema.tracking.sharding import distance, full, write_from_first
+from edm2.ema.tracking.sharding import full
 from edm2.ema.tracking.tensors import Tensors
 from edm2.ema.tracking.tracked import TrackedAverages, Width
 from edm2.ema.tracking.wrappers import is_other_replica, unwrapped
+from edm2.ema.tracking.writing import TracksToWrite
 
 
 class PowerEMA(TrackedAverages):
@@ -125,8 +126,9 @@ class PowerEMA(TrackedAverages):
     ) -> list[Path]:
         """Add the averages as they are now to a folder of snapshots.
 
-        Where tensors are sharded, every process must call it, and the first one writes. Of the processes of a
-        `DistributedDataParallel`, the first one writes, whether or not the others call it.
+        Where tensors are sharded, every process must call it. Each one that sees the folder writes some of the
+        averages. Of the processes of a `DistributedDataParallel`, the first one writes, whether or not the others
+        call it.
 
         Args:
             folder: Folder of this run's snapshots; made if missing.
@@ -136,7 +138,7 @@ class PowerEMA(TrackedAverages):
             keep: Maximum number of snapshots (files) in the folder; the least useful times are deleted. Default: all.
 
         Returns:
-            The files of this time, one per track; none on processes that do not write.
+            The files of this time, one per track; none on processes other than the first.
 
         Raises:
             ValueError: If there was no update yet, the model is no longer the one that is averaged, the folder
@@ -160,39 +162,27 @@ class PowerEMA(TrackedAverages):
             aliases=self._followed.aliases,
             metadata=metadata,
         )
-        weights, templates = self._read_weights(), self._followed.templates
+        self._read_weights()
         self._followed.check_unchanged()
         if isinstance(self._model, nn.Module) and is_other_replica(self._model):
             return []
         self._check()
-        copied = self._followed.copied()
-        shapes = {n: tuple(x.shape) for n, x in zip(self.names, templates, strict=True)}
-        tracks = (
-            Track(
-                sigma_rel=sigma_rel,
-                averaged={n: x.cpu() for n, x in self._whole(averages)},
-                copied=copied,
-                updates=self._updates,
-                mean_of=self._averages.mean_of(self._updates),
-                complex_names=self._followed.complex_names,
-                distance=distance(averages, weights, templates),
-                write_backs=self._write_backs,
-            )
-            for sigma_rel, averages in zip(
-                self.sigma_rels, (list(self._averages.read(i)) for i in range(len(self.gammas))), strict=True
-            )
+        tracks = TracksToWrite(
+            self._averages,
+            self.sigma_rels,
+            self._followed,
+            updates=self._updates,
+            write_backs=self._write_backs,
         )
-        layout = layout_digest({**shapes, **{n: tuple(x.shape) for n, x in copied.items()}})
+        averaged = zip(self.names, self._followed.templates, strict=True)
+        shapes = {n: tuple(x.shape) for n, x in (*averaged, *tracks.copied.items())}
         path = Path(folder).resolve()
         own_until = math.inf if self._resumed else self._written.get(path, -math.inf)
-
-        def write() -> list[Path]:
-            return snapshots.write(
-                Path(folder), run, layout=layout, t=self.t, tracks=tracks, dtype=dtype, keep=keep,
-                own_until=own_until,
-            )  # fmt: skip
-
-        paths = write_from_first(write, tracks, templates)
+        write_one = partial(snapshots.write_one, Path(folder), run, t=self.t, dtype=dtype)
+        write = partial(
+            snapshots.write, Path(folder), run, t=self.t, layout=layout_digest(shapes), keep=keep, own_until=own_until
+        )  # fmt: skip
+        paths = tracks.write(Path(folder), write_one, lambda make: write(make=make))
         self._written[path] = self.t
         return paths
 
