@@ -202,6 +202,8 @@ def _advice(prog: str, words: list[str]) -> Advice:
     )
     show(advice.headline())
     show(advice.describe())
+    if _without_rampup(advice.config, words) != advice.config:
+        show("note: --init starts from trained weights, so there is no ramp-up: --optimizer.rampup-mimg 0")
     return advice
 
 

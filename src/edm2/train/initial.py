@@ -170,9 +170,8 @@ def _widened(
     widened = torch.zeros_like(target)
     if are_classes:
         widened[:, shared:] = target[:, shared:]
-    if (
-        features.weights != "plain"
-    ):  # the RMS of each row stays what it was, so that old inputs keep their effect
+    if features.weights != "plain":
+        # The RMS of each row stays what it was, so that old inputs keep their effect.
         if are_classes:
             widened[:, shared:] *= _rms(value) / _rms(target[:, shared:])
         else:

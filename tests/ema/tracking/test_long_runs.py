@@ -237,6 +237,29 @@ def test_a_state_whose_window_is_lost_is_refused() -> None:
         PowerEMA(model).load_state_dict({**state, "folded": "3"})
 
 
+@pytest.mark.parametrize("widths", [(0.1,), (0.05, 0.1, 0.2)])
+def test_windows_that_averages_do_not_have_are_refused(widths: tuple[float, ...]) -> None:
+    model = network()
+    pair, other = PowerEMA(model), PowerEMA(model, widths)
+    for t in late(model, [*range(1, 8)]):
+        pair.update(t)
+        other.update(t)
+    own = {key: x for key, x in pair.state_dict().items() if key.startswith("own_window.")}
+    assert len(own) == 8
+    common = {key: x for key, x in pair.state_dict().items() if key not in own}
+    common |= {f"window.{name}": own[f"own_window.0.{name}"] for name in pair.names}
+    before = [tracker.average(0.1)["1.bias"] for tracker in (pair, other)]
+    with pytest.raises(
+        ValueError, match=r"the state is of another model: .* tensors are missing, new or of another"
+    ):
+        other.load_state_dict({**other.state_dict(), **own})
+    for state in (pair.state_dict(), common):
+        with pytest.raises(ValueError, match="not one that state_dict returned"):
+            pair.load_state_dict({**state, "held": -1})
+    for tracker, average in zip((pair, other), before, strict=True):  # nothing was lost
+        assert torch.equal(tracker.average(0.1)["1.bias"], average)
+
+
 def test_host_averages_equal_averages_beside_the_weights() -> None:
     tensors = [
         torch.randn(5, generator=torch.Generator().manual_seed(0)),

@@ -67,9 +67,8 @@ class WeightedSums:
         weights = torch.zeros(max(len(sums), _ROWS), len(scales))
         weights[: len(sums)] = torch.from_numpy(self._coefficients * scales[:, None]).T
         numel = sums[0].numel()
-        room = torch.empty(_FILES * (min(numel, _PIECE) + 1), dtype=torch.float64).view(
-            torch.uint8
-        )  # for any type
+        # In the widest type; the others need less.
+        room = torch.empty(_FILES * (min(numel, _PIECE) + 1), dtype=torch.float64).view(torch.uint8)
         totals = torch.empty(len(weights), min(numel, _PIECE))
         order = list(handles)
         for begin in range(0, numel, _PIECE):

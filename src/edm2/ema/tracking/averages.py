@@ -41,6 +41,11 @@ def windows_per_run(gammas: Sequence[float]) -> float:
     return max(WINDOWS_PER_RUN, _EVENNESS * (max(gammas) - min(gammas)))
 
 
+def window_kinds(windows: int) -> list[str]:
+    """What open windows are called in a state: one for all averages, or one for each."""
+    return ["window"] if windows == 1 else [f"own_window.{i}" for i in range(windows)]
+
+
 def open_windows(keys: Collection[str]) -> int:
     """Number of open windows in a tracker's state or in `Averages.parts`, by their keys."""
     kinds = {key.partition(".")[0] for key in keys}
@@ -126,7 +131,7 @@ class Averages:
         )
 
     def _is_full(self, elapsed: float, span: float, *, common: bool) -> bool:
-        if self._windows is None or self._held == _MOST_PLAIN or span >= 0.5 * elapsed:
+        if self._windows is None or self._held >= _MOST_PLAIN or span >= 0.5 * elapsed:
             return True
         if self._held:
             return common and span * self._windows >= elapsed
@@ -186,9 +191,9 @@ class Averages:
         ]
         if windows is None:
             windows = self._num_windows if self._folded < self._t else 0
-        for block, named in zip(self._blocks, flats, strict=True):
-            for i, window in enumerate(block.make_windows(windows) if windows else ()):
-                named["window" if windows == 1 else f"own_window.{i}"] = window
+        if windows:
+            for block, named in zip(self._blocks, flats, strict=True):
+                named |= zip(window_kinds(windows), block.make_windows(windows), strict=True)
         flat_of = dict(zip(map(id, self._blocks), flats, strict=True))
         ordered = [self._places[i] for i in range(len(self._places))]
         return {key: [place.of(flat_of[id(b)][key]) for b, place in ordered] for key in flats[0]}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edm2.ema.maths.plans import Plan, named_plan
 from edm2.ema.maths.profiles import sigma_rel_to_gamma, step_weight
-from edm2.ema.tracking.averages import Averages, HostAverages, open_windows, windows_per_run
+from edm2.ema.tracking.averages import Averages, HostAverages, open_windows, window_kinds, windows_per_run
 from edm2.ema.tracking.sharding import like_shard, raise_together, shard_of
 from edm2.ema.tracking.state import FORMAT, check_state, stored_tracks, upgraded
 from edm2.ema.tracking.tensors import (
@@ -251,8 +251,13 @@ class TrackedAverages:
         """
         state = upgraded(state)
         self._model_tensors()
-        parts = self._parts(windows=open_windows(state))
-        check_state(state, self._settings(), {key: template for key, (_, template) in parts.items()})
+        # Only two averages have windows of their own; a state that says otherwise has tensors too many.
+        windows = min(open_windows(state), 2 if len(self.sigma_rels) == 2 else 1)
+        like = {key: template for key, (_, template) in self._parts(windows=0).items()}
+        for kind in window_kinds(windows):
+            like |= {f"{kind}.{n}": x for n, x in zip(self.names, self._followed.templates, strict=True)}
+        check_state(state, self._settings(), like)
+        parts = self._parts(windows=windows)
         for key, (part, template) in parts.items():
             part.copy_(shard_of(state[key], template))
         keys = ("run_id", "start", "t", "steps", "updates", "write_backs")
