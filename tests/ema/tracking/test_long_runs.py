@@ -254,7 +254,7 @@ def test_windows_that_averages_do_not_have_are_refused(widths: tuple[float, ...]
     ):
         other.load_state_dict({**other.state_dict(), **own})
     for state in (pair.state_dict(), common):
-        with pytest.raises(ValueError, match="not one that state_dict returned"):
+        with pytest.raises(ValueError, match="not one that state_dict returned: held is missing or wrong"):
             pair.load_state_dict({**state, "held": -1})
     for tracker, average in zip((pair, other), before, strict=True):  # nothing was lost
         assert torch.equal(tracker.average(0.1)["1.bias"], average)

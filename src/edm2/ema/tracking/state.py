@@ -53,7 +53,9 @@ def check_state(state: Mapping[str, Any], settings: Mapping[str, Any], like: Map
         )
     broken = [k for k, kind in _VALUES.items() if not isinstance(state.get(k), kind)]
     broken += [k for k, x in like.items() if _sharded_otherwise(x, given[k])]
-    if broken or state["held"] < 0 or not _is_in_order(state, has_window=open_windows(given) > 0):
+    if not broken and state["held"] < 0:
+        broken = ["held"]
+    if broken or not _is_in_order(state, has_window=open_windows(given) > 0):
         raise ValueError(
             f"the state is not one that state_dict returned: {', '.join(broken) or 't'} is missing or wrong; load what"
             " this run's PowerEMA.state_dict() returned"
