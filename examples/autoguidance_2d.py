@@ -1,6 +1,7 @@
 """Why guidance by a weaker model works, in two dimensions with a known density, as one picture.
 
     python examples/autoguidance_2d.py --out runs/autoguidance.png     # about a minute on a CPU
+    python examples/autoguidance_2d.py --label 1 --width 128 --layers 6 --save runs/toy     # keeps the networks
 
 The data are points on a branching tree, a mixture of Gaussians in two classes. A small network is trained
 with this package's loss, preconditioning and averages, and sampled in three ways: as it is, with
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edm2.diffusion import draw_sigma, edm2_loss, guided, sample_heun, time_steps
@@ -200,14 +202,25 @@ def draw(tree: Tree, panels: dict[str, tuple[Tensor, str]], *, label: int) -> by
 
 
 def run(
-    out: Path, *, steps: int = 3000, num_points: int = 4000, label: int = 0
+    out: Path,
+    *,
+    steps: int = 3000,
+    num_points: int = 4000,
+    label: int = 0,
+    width: int = 64,
+    layers: int = 4,
+    save: Path | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Train, sample, judge and draw; returns (share of outliers, share of mass reached) by panel."""
     torch.manual_seed(0)
     tree = Tree()
-    main = train(tree, ToyDenoiser(64), steps=steps)
-    unconditional = train(tree, ToyDenoiser(64, label_dim=0), steps=steps)
-    weak = train(tree, ToyDenoiser(32), steps=steps // 4)
+    main = train(tree, ToyDenoiser(width, layers=layers), steps=steps)
+    unconditional = train(tree, ToyDenoiser(width, layers=layers, label_dim=0), steps=steps)
+    weak = train(tree, ToyDenoiser(width // 2, layers=layers), steps=steps // 4)
+    if save is not None:
+        save.mkdir(parents=True, exist_ok=True)
+        for name, net in (("main", main), ("unconditional", unconditional), ("weak", weak)):
+            save_file(net.state_dict(), save / f"{name}.safetensors")
     index = torch.arange(num_points)
     real, _ = tree.sample(index, seed=1, label=label)
     floor = float(tree.log_density(real, label).quantile(0.01))
@@ -234,8 +247,14 @@ if __name__ == "__main__":
     )
     parser.add_argument("--out", type=Path, default=Path("runs/autoguidance.png"), help="the picture")
     parser.add_argument("--steps", type=int, default=3000, help="training steps of the main network")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--label", type=int, choices=range(NUM_CLASSES), default=0, help="class that is drawn"
+    )
+    parser.add_argument("--width", type=int, default=64, help="of the main network; the weak one has half")
+    parser.add_argument("--layers", type=int, default=4, help="hidden layers of each network")
+    parser.add_argument("--save", type=Path, help="folder for the networks, as safetensors files")
+    options = vars(parser.parse_args())
     start = time.monotonic()
-    for panel, (outliers, mass) in run(options.out, steps=options.steps).items():
+    for panel, (outliers, mass) in run(**options).items():
         print(f"{panel:24} outliers {outliers:6.1%}   mass reached {mass:6.1%}")
-    print(f"{options.out}, {time.monotonic() - start:.0f} s")
+    print(f"{options['out']}, {time.monotonic() - start:.0f} s")

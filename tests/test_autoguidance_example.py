@@ -5,6 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +43,11 @@ def test_true_points_are_judged_as_such(example):
 
 @pytest.mark.slow
 def test_shows_what_guidance_does_even_after_a_short_training(example, tmp_path):
-    judged = example.run(tmp_path / "a" / "picture.png", steps=150, num_points=500)
+    judged = example.run(tmp_path / "a" / "picture.png", steps=150, num_points=500, save=tmp_path / "nets")
     _, (plain, reached), (_, kept), (auto, auto_reached) = judged.values()
     assert auto < 0.8 * plain  # a weaker model removes outliers
     assert auto_reached > 0.9 * reached  # and loses no branches,
     assert kept < 0.9 * reached  # as an unconditional one does
     assert np.asarray(PIL.Image.open(tmp_path / "a" / "picture.png").convert("RGB")).std() > 5
+    saved = example.ToyDenoiser(32)
+    saved.load_state_dict(load_file(tmp_path / "nets" / "weak.safetensors"))

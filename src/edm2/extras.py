@@ -36,6 +36,7 @@ EXTRAS = {
     "tensorboard": "log",
     "trackio": "log",
     "wandb": "log",
+    "pynvml": "log",
     "accelerate": "integrations",
     "lightning": "integrations",
     "peft": "integrations",
@@ -43,6 +44,7 @@ EXTRAS = {
 _CALLED = {
     "PIL": "pillow",
     "docstring_parser": "docstring-parser",
+    "pynvml": "nvidia-ml-py",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }

@@ -27,7 +27,7 @@ from edm2.train.build import ema_device, pick_device
 from edm2.train.checkpoint import Role, newest
 from edm2.train.config import TrainConfig
 from edm2.train.loggers import Logger
-from edm2.train.memory import size_text, used_bytes
+from edm2.train.memory import gpu_sensors, size_text, used_bytes
 from edm2.train.outputs import Outputs
 from edm2.train.parallel import whole
 from edm2.train.records import Records
@@ -251,7 +251,8 @@ class Trainer:
         assert self._stepper.norms is not None
         weight_norm, update_norm = self._stepper.norms.tolist()
         norms = {"weight_norm": weight_norm, "update_norm": update_norm}
-        record = {**sums, **norms, "learning_rate": self._stepper.learning_rate, **timing}
+        rate = {"learning_rate": self._stepper.learning_rate}
+        record = {**sums, **norms, **rate, **timing, **gpu_sensors(self.device)}
         self._records.progress(self.num_images, record)
         shown = {"loss": sums["loss"], "nonfinite_steps": sums["nonfinite_steps"]}
         memory = size_text(used_bytes(self.device))

@@ -1,4 +1,4 @@
-"""Memory use of a run."""
+"""Memory use of a run, and what the sensors of its GPU say."""
 
 import os
 import resource
@@ -27,6 +27,22 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def gpu_sensors(device: torch.device) -> dict[str, float]:
+    """Return the load (percent) and temperature (degrees Celsius) of a GPU.
+
+    Empty on a CPU, without the package nvidia-ml-py, and where the driver does not tell.
+    """
+    if device.type != "cuda":
+        return {}
+    try:
+        return {
+            "gpu_load": float(torch.cuda.utilization(device)),
+            "gpu_celsius": float(torch.cuda.temperature(device)),
+        }
+    except Exception:  # the driver's errors have no common class, and no sensor is worth a run
+        return {}
 
 
 def size_text(num_bytes: float) -> str:
