@@ -24,8 +24,8 @@ from ema_update_cost import Counter, flat, make_model, peers
 from train_step import Step
 
 from edm2.diffusion import Denoiser, build_denoiser, edm2_loss, sample_dpmpp_3m, sample_heun, time_steps
+from edm2.diffusion.fixed_weights import SamplingNetwork
 from edm2.ema import PowerEMA, plan, reconstruct_many
-from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.nn import ForcedWeightNorm, count_flops, keyed_normal, use_channels_last
 
 CHANNELS = {"xs": 128, "s": 192, "m": 256, "l": 320}

@@ -21,7 +21,7 @@ from common import convolution_peak, in_turns, machine, make_denoiser, options, 
 from torch.func import functional_call, stack_module_state
 
 from edm2.diffusion import SAMPLERS, Denoiser, DenoiserFn, WithoutLabels, guided, time_steps
-from edm2.generate.fixed_weights import SamplingNetwork
+from edm2.diffusion.fixed_weights import SamplingNetwork
 from edm2.memory import keep_freed_memory
 from edm2.nn import count_flops, keyed_normal, use_channels_last
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import edm2
 from edm2.data import PixelCoding
-from edm2.diffusion import WithoutLabels, save_model
-from edm2.generate import ImageGenerator, fixed_weights
-from edm2.generate.fixed_weights import SamplingNetwork
+from edm2.diffusion import WithoutLabels, fixed_weights, save_model
+from edm2.diffusion.fixed_weights import SamplingNetwork
+from edm2.generate import ImageGenerator
 from edm2.nn import NormalizedConv, use_channels_last
 from edm2.nn.fast import FoldedConv
 from edm2.train.coding import Coding

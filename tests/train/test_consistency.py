@@ -17,6 +17,7 @@ from edm2.diffusion import build_denoiser, load_model, read_model_header, save_m
 from edm2.distill import distill, first_level, open_teacher, student_settings
 from edm2.hub import Pretrained
 from edm2.hub.pretrained import Sampling
+from edm2.nn.fast import FoldedConv
 from edm2.train import ConsistencyConfig, OptimizerConfig, Stopped, TrainConfig, train
 from edm2.train.consistency import ConsistencyObjective, Teacher, lower_levels, pseudo_huber
 from edm2.train.objectives import TrainingBatch
@@ -259,14 +260,22 @@ def test_a_guided_teacher_is_kept_with_its_guide(teacher, tmp_path):
         guide=open_teacher(teacher, 0.05).generator,
         sampling=Sampling(guidance=1.5, interval=(0.1, math.inf)),
     )
+    used: list[Teacher] = []
     model = distill(
-        guided, tmp_path / "x", student_settings(guided, teacher), dataset=tiny_data(), quiet=True
-    )
+        guided, tmp_path / "x", student_settings(guided, teacher), dataset=tiny_data(), quiet=True,
+        on_step=lambda trainer: used.append(trainer._stepper.objective.teacher),
+    )  # fmt: skip
     made = read_config(tmp_path / "x")["settings"]["consistency"]
     assert (made["path"], made["guidance"], made["interval"]) == ("teacher", 1.5, [0.1, 80.0])
     assert " guided by " in read_model_header(model)[1]["info"]["consistency"]["teacher"]
     kept = Teacher.load(tmp_path / "x")
     assert kept.guide is not None
-    for ours, theirs in ((kept.model, guided.generator), (kept.guide, guided.guide)):
+    noisy, sigma, labels = torch.randn(3, 1, 4, 4), torch.tensor([0.1, 1.0, 80.0]), torch.arange(3)
+    for ours, theirs, fast in (
+        (kept.model, guided.generator, used[0].model),
+        (kept.guide, guided.guide, used[0].guide),
+    ):
         state = theirs.denoiser.state_dict()
         assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+        assert any(isinstance(layer, FoldedConv) for layer in fast.modules())
+        assert torch.allclose(fast(noisy, sigma, labels), ours(noisy, sigma, labels), atol=1e-5)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from edm2.data import LatentDecoder
 from edm2.diffusion import Denoiser, DenoiserFn, GivenDenoiser, WithoutLabels, load_model
+from edm2.diffusion.fixed_weights import SamplingNetwork
 from edm2.diffusion.samplers import Callback
 from edm2.generate.checks import check_decoder, check_guide, check_inputs
 from edm2.generate.features import block_names, image_features
-from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.generate.reconstructed import read_info, reconstruct_denoiser
 from edm2.generate.sampler_options import SamplerOptions, options_for
 from edm2.generate.seeds import batches

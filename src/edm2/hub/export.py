@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import edm2
 from edm2.diffusion import Denoiser
+from edm2.diffusion.fixed_weights import SamplingNetwork
 from edm2.extras import need
 from edm2.files import read_json, replacing_folder, write_atomic, write_json
 from edm2.generate import ImageGenerator, SamplerOptions
-from edm2.generate.fixed_weights import SamplingNetwork
 from edm2.generate.sampler_options import STUDENT_SAMPLER
 from edm2.hub.pretrained import Pretrained
 from edm2.nn import keyed_normal

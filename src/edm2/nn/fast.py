@@ -1,7 +1,7 @@
 """The blocks of config G in fewer passes over memory, equal to the plain form up to rounding.
 
-`Block.forward` is the form to read. It calls `block_forward` instead while gradients are recorded in training mode, and
-in copies for sampling, whose layers are `FoldedConv`:
+`Block.forward` is the form to read. It calls `block_forward` instead in training mode, and in copies for sampling, whose
+layers are `FoldedConv`:
 
 - The constants of `mp_silu` and `mp_sum` act on the weights of the next or previous convolution.
 - Normalisation of activations and weights is one function with its derivative in closed form.
@@ -65,7 +65,6 @@ def applies(block: "Block") -> bool:
     return type(block.conv_res0) is FoldedConv or (
         not torch.compiler.is_compiling()
         and block.training
-        and torch.is_grad_enabled()
         and _wanted.get()
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0

@@ -144,7 +144,7 @@ def add_teacher_and_student(page: Page, run: Run) -> None:
     tuned = run.tuned.best if run.tuned is not None and run.tuned.is_better else None
     length = run.sigma_rel if tuned is None else tuned.sigma_rel
     try:
-        teacher = Teacher.load(run.folder)
+        teacher = Teacher.load(run.folder).with_fixed_weights()
         guidance: dict[str, Any] = {}
         if teacher.guide is not None:
             guidance = {"guidance": options.guidance, "interval": options.interval}

@@ -98,6 +98,10 @@ def assemble(
         coding=coding,
         models=models,
         denoiser=denoiser,
-        objective=make_objective(config) if teacher is None else ConsistencyObjective(config, teacher),
+        objective=(
+            make_objective(config)
+            if teacher is None
+            else ConsistencyObjective(config, teacher.with_fixed_weights())
+        ),
         info=info,
     )

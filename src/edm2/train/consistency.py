@@ -9,7 +9,7 @@ Ref: consistency models (arXiv 2303.01469); Easy Consistency Tuning (arXiv 2406.
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from edm2.data import ImageDataset
 from edm2.diffusion import MODEL_FILE, Denoiser, DenoiserFn, WithoutLabels, load_model, save_model
+from edm2.diffusion.fixed_weights import SamplingNetwork
 from edm2.diffusion.loss import TrainableDenoiser, draw_sigma
 from edm2.nn import faster_channels_last, keyed_normal, use_channels_last
 from edm2.train.coding import Coding
@@ -75,6 +76,11 @@ class Teacher:
             parameter.data = parameter.data.contiguous()
         student.dtype = getattr(torch, dtype)
         return student
+
+    def with_fixed_weights(self) -> "Teacher":
+        """The same teacher for evaluation only, faster and equal up to rounding; its states have other values."""
+        guide = None if self.guide is None else SamplingNetwork(self.guide).module
+        return replace(self, model=SamplingNetwork(self.model).module, guide=guide)
 
     def save(self, run: Path) -> None:
         """Write what is missing of the folder `teacher` in a student's run.
