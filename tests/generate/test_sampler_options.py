@@ -89,6 +89,20 @@ def test_schedules_that_suit_the_samplers() -> None:
     assert torch.equal(SamplerOptions(num_steps=8, rho=7.0).sigmas(), time_steps(8))
 
 
+def test_few_levels_of_the_third_order_sampler_are_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    for levels in (
+        SamplerOptions(),
+        SamplerOptions(num_steps=30),
+        SamplerOptions(sampler="heun", num_steps=4),
+    ):
+        assert levels.num_steps
+    assert not recwarn.list
+    with pytest.warns(
+        match=r"dpmpp-3m with 12 noise levels makes worse .* dpmpp-2m: .* or at least 24 levels"
+    ):
+        SamplerOptions(num_steps=12)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -15,6 +15,7 @@ from edm2.data.views import rows_like
 from edm2.ema import sigma_rel_to_gamma
 from edm2.ema.maths.solve import solve_live
 from edm2.generate import ImageGenerator
+from edm2.generate.sampler_options import STUDENT_SAMPLER
 from edm2.report import case_grid, class_grid, save_png
 from edm2.report.grids import stacked
 from edm2.train import Trainer
@@ -83,7 +84,8 @@ class LiveSamples:
                 )
                 given, truth = _examples(trainer, self.num_samples)
                 seeds = range(self.num_samples if truth is None else len(truth))
-                images = generator.images(seeds, num_steps=self.num_steps, **given)
+                sampler = STUDENT_SAMPLER if generator.is_student else "dpmpp-2m"
+                images = generator.images(seeds, num_steps=self.num_steps, sampler=sampler, **given)
             except FloatingPointError as error:
                 return warnings.warn(f"no samples after {trainer.num_images:,} images: {error}", stacklevel=2)
             finally:

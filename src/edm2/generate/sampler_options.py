@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,12 +12,12 @@ from torch import Tensor
 from edm2.diffusion import Churn, DenoiserFn, clipped, consistency_steps, find_sampler, guided, time_steps
 from edm2.diffusion.samplers import Callback
 
-_SDE = "dpmpp-2m-sde"
+_SDE, _THIRD_ORDER = "dpmpp-2m-sde", "dpmpp-3m"
 STUDENT_SAMPLER: Final = "consistency"
 _ALWAYS_TOLD = ("num_steps", "sigma_min", "sigma_max", "rho", "guidance")
 # Noise levels and exponent of the schedule where they are not given: the published ones, and those with which
 # dpmpp-3m comes as close to the exact solution with 24 evaluations as Heun with 63 (docs/results/speed.md).
-_PUBLISHED, _STANDARD = (32, 7.0), {"dpmpp-3m": (24, 10.0)}
+_PUBLISHED, _STANDARD = (32, 7.0), {_THIRD_ORDER: (24, 10.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,12 @@ class SamplerOptions:
             steps, rho = _STANDARD.get(self.sampler, _PUBLISHED)
         object.__setattr__(self, "num_steps", steps if self.num_steps is None else self.num_steps)
         object.__setattr__(self, "rho", rho if self.rho is None else self.rho)
+        if self.sampler == _THIRD_ORDER and self.num_steps is not None and 0 < self.num_steps < steps:
+            warnings.warn(
+                f"{_THIRD_ORDER} with {self.num_steps} noise levels makes worse images than dpmpp-2m: choose that "
+                f"sampler, or at least {steps} levels",
+                stacklevel=1,
+            )
         levels = self.sigmas()[:-1].float()  # as samplers compare them with the interval
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance {self.guidance} must be finite")

@@ -1,7 +1,7 @@
 """The blocks of config G in fewer passes over memory, equal to the plain form up to rounding.
 
-`Block.forward` is the form to read. It calls `block_forward` instead in training mode, and in copies for sampling, whose
-layers are `FoldedConv`:
+`Block.forward` is the form to read. It calls `block_forward` instead in training mode, and in copies for sampling,
+whose layers are `FoldedConv`:
 
 - The constants of `mp_silu` and `mp_sum` act on the weights of the next or previous convolution.
 - Normalisation of activations and weights is one function with its derivative in closed form.
