@@ -1,10 +1,10 @@
-"""Memory and time of a sharded run's snapshots and checkpoints: what a process needs beyond its part of the state.
+"""Memory and time of a sharded run's snapshots, model and checkpoints: what a process needs beyond its part.
 
     python benchmarks/checkpoint_memory.py --million 200 --processes 2 4
 
-Processes of gloo on this machine train one step with --sharding full, write a snapshot of the averages and a
-checkpoint, and resume. Peak memory is what a process holds at most meanwhile beyond what it held before (Linux only).
-Its part is that of weights, moments and averages.
+Processes of gloo on this machine train one step with --sharding full, write a snapshot of the averages, the final
+model and a checkpoint, and resume. Peak memory is what a process holds at most meanwhile beyond what it held before
+(Linux only). Its part is that of weights, moments and averages.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def main() -> None:
             mega = {key: value / 1e6 for key, value in process.items()}
             print(
                 f"process {rank + 1} of {size}: part {mega['part']:.0f} MB of {mega['all']:.0f}, largest tensor "
-                f"{mega['largest']:.1f} MB; snapshot +{mega['snapshot']:.1f} MB, {process['snapshot_s']:.1f} s; saving "
+                f"{mega['largest']:.1f} MB; snapshot +{mega['snapshot']:.1f} MB, {process['snapshot_s']:.1f} s; model "
+                f"+{mega['model']:.1f} MB, {process['model_s']:.1f} s; saving "
                 f"+{mega['save']:.1f} MB, {process['save_s']:.1f} s; resuming +{mega['resume']:.1f} MB, "
                 f"{process['resume_s']:.1f} s"
             )
@@ -94,13 +95,15 @@ def work(folder: Path, world: World, million: int) -> None:
         trainer._outputs.saver.wait()
 
     snapshot_peak, snapshot_seconds = peak(trainer.snapshot)
+    model_peak, model_seconds = peak(trainer.finish)
     save_peak, save_seconds = peak(save)
     trainer.close()
     world.any(False)
     resumed = Trainer(config, data, folder / "run", world=world)
     resume_peak, resume_seconds = peak(resumed.resume)
     content = dict(part=part, all=whole, largest=largest, snapshot=snapshot_peak, snapshot_s=snapshot_seconds,
-                   save=save_peak, save_s=save_seconds, resume=resume_peak, resume_s=resume_seconds)  # fmt: skip
+                   model=model_peak, model_s=model_seconds, save=save_peak, save_s=save_seconds,
+                   resume=resume_peak, resume_s=resume_seconds)  # fmt: skip
     (folder / f"{world.rank}.json").write_text(json.dumps(content))
 
 

@@ -74,6 +74,9 @@ def test_equal_models_are_equal_bytes(tmp_path: Path, saved: Path) -> None:
         tmp_path / "again.safetensors", denoiser.options, denoiser.state_dict(), {"data": "test"}
     )
     assert again.read_bytes() == saved.read_bytes()
+    with safetensors.safe_open(saved, "pt") as file:
+        metadata = file.metadata()
+    assert safetensors.torch.save(denoiser.state_dict(), metadata) == saved.read_bytes()
 
 
 def test_nothing_is_overwritten_unasked(saved: Path) -> None:

@@ -17,6 +17,7 @@ import torch.distributed.fsdp
 from modes import in_processes
 from tiny_run import tiny_config, tiny_data, tiny_network
 
+import edm2.diffusion.model_file
 import edm2.ema.storage.tensorfile
 import edm2.train.checkpoint
 import edm2.train.outputs
@@ -52,10 +53,13 @@ def stop_on(rank: int, num_images: int) -> OnStep:
 
 
 def fails_while_saving(what: str, how: Callable[[], None]) -> OnStep:
-    """The second process fails in the middle of its part of the second checkpoint, or of the snapshot after it."""
+    """The second process fails in its part of the second checkpoint, or of the snapshot after it; the first while it
+    writes the model."""
 
     def on_step(trainer: Trainer) -> None:
-        if trainer.world.rank == 1 and trainer.num_images == 72:
+        if what == "model" and trainer.world.is_first:
+            edm2.diffusion.model_file.write_tensors = lambda *_: how()  # type: ignore[assignment]
+        elif what != "model" and trainer.world.rank == 1 and trainer.num_images == 72:
             if what == "checkpoint":
                 edm2.train.checkpoint.write_json = lambda *_: how()  # type: ignore[assignment]
             else:
@@ -87,6 +91,9 @@ def main(folder: Path) -> None:
         kill = fails_while_saving(what, lambda: os.kill(os.getpid(), signal.SIGKILL))
         assert group(2, out, FULL, kill) == [1, -signal.SIGKILL]
         assert group(2, out, FULL) == [0, 0]
+    out = folder / "fsdp-no-space-model"
+    assert group(2, out, FULL, fails_while_saving("model", no_space)) == [1, 1]
+    assert group(2, out, FULL) == [0, 0]
     live = LiveSamples(every=48, num_samples=3, num_steps=2)
     assert group(2, folder / "fsdp-seen", FULL, live) == [0, 0]
 

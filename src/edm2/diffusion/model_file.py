@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from edm2.diffusion.denoiser import Denoiser
 from edm2.diffusion.description import build_from, check_info
 from edm2.diffusion.own_network import UnregisteredNetworkError
-from edm2.files import check_seal, read_json, sealed, write_atomic
+from edm2.ema.storage.tensorfile import TensorSpec, file_order, write_tensors
+from edm2.files import check_seal, read_json, sealed
 from edm2.progress import clean
 
 MODEL_FILE = "model.safetensors"
@@ -49,17 +51,41 @@ def save_model(
     path = path if path.suffix == ".safetensors" else path / MODEL_FILE
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already: choose another name or move it away")
-    # One metadata key only: safetensors does not keep the order of several, and equal models are equal bytes.
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    specs = [TensorSpec(name=n, dtype=x.dtype, shape=tuple(x.shape)) for n, x in tensors.items()]
+    write_model(path, options, specs, (tensors[n].detach().cpu() for n in reading_order(specs)), info)
+    return path
+
+
+def reading_order(specs: Sequence[TensorSpec]) -> list[str]:
+    """Names in the order in which `write_model` takes the tensors: twice, for the checksum and for the file."""
+    return [*sorted(spec.name for spec in specs), *(spec.name for spec in file_order(specs))]
+
+
+def write_model(
+    path: Path,
+    options: dict[str, Any],
+    specs: Sequence[TensorSpec],
+    tensors: Iterator[Tensor],
+    info: dict[str, Any] | None = None,
+) -> None:
+    """Write a model tensor by tensor, in place of an existing file.
+
+    Args:
+        path: The file.
+        options: See `save_model`, as for `info`.
+        specs: Names, types and shapes of the state.
+        tensors: The state on the CPU, in `reading_order`.
+        info: See `save_model`.
+    """
+    names = reading_order(specs)[: len(specs)]
     description = {
         "format": f"{_KIND}/{_VERSION}",
         "network": options,
         "info": info or {},
-        "tensors_sha256": _digest(contiguous),
+        "tensors_sha256": _digest(zip(names, tensors, strict=False)),  # leaves the second half
     }
     header = json.dumps(sealed(description), sort_keys=True)
-    write_atomic(path, safetensors.torch.save(contiguous, metadata={_KEY: header}))
-    return path
+    write_tensors(path, specs, lambda _: next(tensors), {_KEY: header})
 
 
 def read_model_header(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -156,7 +182,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple
     file, denoiser, info = read_model(path)
     state = safetensors.torch.load_file(file, device=str(device))
     known = read_model_header(file)[1].get("tensors_sha256")
-    if known is not None and _digest(state) != known:
+    if known is not None and _digest(sorted(state.items())) != known:
         raise ValueError(
             f"{file} is damaged: its tensors are not those that were written; restore it from a copy"
         )
@@ -173,12 +199,13 @@ def model_checksum(path: str | Path) -> str:
     """The sha256 of a saved model's tensors, whatever else its file says; arguments and errors as `load_model`."""
     file, header = read_model_header(path)
     known: str | None = header.get("tensors_sha256")
-    return _digest(safetensors.torch.load_file(file)) if known is None else known
+    return _digest(sorted(safetensors.torch.load_file(file).items())) if known is None else known
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Checksum of tensors in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -29,7 +29,6 @@ from edm2.train.config import TrainConfig
 from edm2.train.loggers import Logger
 from edm2.train.memory import gpu_sensors, size_text, used_bytes
 from edm2.train.outputs import Outputs
-from edm2.train.parallel import whole
 from edm2.train.records import Records
 from edm2.train.residual import Residual, keep_residual
 from edm2.train.signals import Stopped, stop_requests
@@ -333,9 +332,7 @@ class Trainer:
         Raises:
             OSError: If snapshots were lost while the run went on; the model is written anyway.
         """
-        tensors = {name: whole(value) for name, value in self.denoiser.state_dict().items()}
-        tensors |= {} if self.ema is None else self.ema.average(max(self.config.ema.sigma_rels))
-        self.world.on_first(lambda: self._outputs.write_model(self.denoiser, tensors, self.num_images))
+        self._outputs.write_model(self.denoiser, self.ema, self.num_images, self.world)
         return self.out / MODEL_FILE
 
     def is_due(self, interval: int, num_images: int | None = None) -> bool:

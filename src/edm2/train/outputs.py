@@ -1,14 +1,17 @@
 """What a run writes in addition to its logs: snapshots of the averages, checkpoints, and the model at the end."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from torch import Tensor
+import torch
 
-from edm2.diffusion import MODEL_FILE, Denoiser, save_model
+from edm2.diffusion import MODEL_FILE, Denoiser
+from edm2.diffusion.model_file import reading_order, write_model
 from edm2.ema import PowerEMA
 from edm2.ema.storage.manifest import MANIFEST
+from edm2.ema.storage.tensorfile import TensorSpec
 from edm2.files import Range, from_json
 from edm2.train import run_folder
 from edm2.train.build import git_state, versions
@@ -142,18 +145,47 @@ class Outputs:
         self.snapshot_times = from_json(_Stored, {"snapshots": state["snapshots"]}).snapshots
         return tensors, state
 
-    def write_model(self, denoiser: Denoiser, tensors: dict[str, Tensor], num_images: int) -> None:
-        """Write the longest tracked average as the run's model.
+    def write_model(self, denoiser: Denoiser, ema: PowerEMA | None, num_images: int, world: World) -> None:
+        """Write the longest tracked average as the run's model; all processes call it.
+
+        Where the network is sharded, each process holds its part of one average and one whole tensor at a time.
+
+        Args:
+            denoiser: The network.
+            ema: Its averages, if this process has them.
+            num_images: Images seen.
+            world: The processes.
 
         Raises:
             OSError: If snapshots were lost while the run went on; the model is written anyway.
         """
         longest = max(self._config.ema.sigma_rels)
         info = {**self._info, "sigma_rel": longest, "num_images": num_images, "run_id": self._run_id}
-        save_model(self._out, denoiser.options, tensors, info, overwrite=True)
-        if problems := self.lost_snapshots():
-            raise OSError(
-                f"training is done and {self._out / MODEL_FILE} is written, but snapshots are lost, which other EMA "
-                f"lengths are made from: {'; '.join(problems)}. Restore them from a copy, then run the same "
-                "command again"
-            )
+        parameters = dict(denoiser.named_parameters(remove_duplicate=False))
+        averaged = {name for name, x in parameters.items() if x.is_floating_point()}
+        specs = [
+            TensorSpec(name=n, dtype=torch.float32 if n in averaged else x.dtype, shape=tuple(x.shape))
+            for n, x in denoiser.state_dict().items()
+        ]
+        tensors: Iterator[torch.Tensor | None] = iter(())
+        if ema is not None:
+            tensors = ema.average_on_first(longest, reading_order(specs))
+
+        def write() -> None:
+            whole = (x for x in tensors if x is not None)
+            try:
+                write_model(self._out / MODEL_FILE, denoiser.options, specs, whole, info)
+            finally:
+                for _ in tensors:  # the others send their parts until the end
+                    pass
+            if problems := self.lost_snapshots():
+                raise OSError(
+                    f"training is done and {self._out / MODEL_FILE} is written, but snapshots are lost, which other "
+                    f"EMA lengths are made from: {'; '.join(problems)}. Restore them from a copy, then run the same "
+                    "command again"
+                )
+
+        if not world.is_first:
+            for _ in tensors:
+                pass
+        world.on_first(write)

@@ -88,12 +88,6 @@ def average_whole_gradients(gradients: Sequence[Tensor], world: World) -> None:
         g.copy_(part.view_as(g))
 
 
-def whole(tensor: Any) -> Tensor:
-    """Return the full tensor; a collective call if it is sharded."""
-    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
-    return found
-
-
 def rows_of(tensor: Any) -> tuple[int, int] | None:
     """Return the first row and the end of this process's part of a tensor; None if it is not sharded."""
     if not is_sharded(tensor):

@@ -397,6 +397,8 @@ def test_names_are_clean_and_tied_tensors_are_stored_once(tmp_path: Path) -> Non
     ema = PowerEMA(nn.DataParallel(model), (0.1,))
     assert ema.names == ["embed.weight"]
     ema.update(1)
+    for whole in ema.average_on_first(0.1, ["head.weight", "embed.weight"]):
+        assert torch.equal(whole, ema.average(0.1)["embed.weight"])
     (path,) = ema.snapshot(tmp_path)
     with safe_open(path, framework="pt") as file:
         assert list(file.keys()) == ["embed.weight"]

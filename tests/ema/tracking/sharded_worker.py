@@ -39,6 +39,7 @@ def main(rank: int, folder: Path) -> None:
                 alone.snapshot(folder / "alone")
     for name, average in ema.average(0.1).items():
         assert torch.equal(average, alone.average(0.1)[name]), name
+    check_on_first(ema, alone, twin, rank)
     check_long_run(ema, alone, model, twin)
     check_applied(ema, alone, model)
     check_state(ema, model)
@@ -79,6 +80,12 @@ def check_long_run(ema: PowerEMA, alone: PowerEMA, model: nn.Module, twin: nn.Mo
     for other in (ema, fresh, whole):
         for name, average in other.average(0.1).items():
             assert torch.equal(average, alone.average(0.1)[name]), name
+
+
+def check_on_first(ema: PowerEMA, alone: PowerEMA, twin: nn.Module, rank: int) -> None:
+    state = twin.state_dict() | alone.average(0.08)
+    for name, tensor in zip(state, ema.average_on_first(0.08, state), strict=True):
+        assert torch.equal(tensor, state[name]) if rank == 0 else tensor is None, name
 
 
 def check_applied(ema: PowerEMA, alone: PowerEMA, model: nn.Module) -> None:

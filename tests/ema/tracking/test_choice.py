@@ -63,6 +63,7 @@ def test_complex_parameters_are_averaged(tmp_path: Path, dtype: str) -> None:
     tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype == "fp32" else {"rtol": 2e-3, "atol": 2e-3}
     assert ema.average(0.1)["phase"].dtype == torch.complex64
     torch.testing.assert_close(ema.average(0.1)["phase"], exact.to(torch.complex64), rtol=1e-6, atol=1e-6)
+    assert torch.equal(*ema.average_on_first(0.1, ["phase"]), ema.average(0.1)["phase"])
     ema.snapshot(tmp_path, dtype=dtype)
     stored = reconstruct(tmp_path, sigma_rel=0.1).tensors
     torch.testing.assert_close(stored["phase"], exact.to(torch.complex64), **tolerance)

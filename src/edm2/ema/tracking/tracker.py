@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from edm2.ema.callbacks.optimizer import OptimizerHook
 from edm2.ema.maths.solve import solve_live
 from edm2.ema.storage import snapshots
 from edm2.ema.storage.manifest import RunInfo, layout_digest
-from edm2.ema.tracking.sharding import full
+from edm2.ema.tracking.sharding import full, local, to_owners
 from edm2.ema.tracking.tensors import Tensors
 from edm2.ema.tracking.tracked import TrackedAverages, Width
 from edm2.ema.tracking.wrappers import is_other_replica, unwrapped
@@ -186,14 +186,11 @@ class PowerEMA(TrackedAverages):
         self._written[path] = self.t
         return paths
 
-    def _whole(self, averages: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors by name, gathered where they are sharded."""
-        for name, part, template in zip(self.names, averages, self._followed.templates, strict=True):
-            yield name, full(part, template)
-
     @torch.no_grad()
     def average(self, sigma_rel: Width) -> dict[str, Tensor]:
-        """An average as it is now, by name; whole tensors where the model is sharded.
+        """An average as it is now, by name; whole tensors on every process where the model is sharded.
+
+        `average_on_first` takes less memory then.
 
         Args:
             sigma_rel: A tracked EMA length, another one that the tracks together can express, or "live".
@@ -205,22 +202,58 @@ class PowerEMA(TrackedAverages):
             ValueError: If the tracks cannot express that length.
             FloatingPointError: If an average is not finite.
         """
-        values = self._local_average(sigma_rel)
-        return self._followed.named([x for _, x in self._whole(values)])
+        values = zip(list(self._local_average(sigma_rel)), self._followed.templates, strict=True)
+        return self._followed.named([full(part, template) for part, template in values])
 
-    def _local_average(self, sigma_rel: Width) -> list[Tensor]:
+    @torch.no_grad()
+    def average_on_first(self, sigma_rel: Width, names: Iterable[str]) -> Iterator[Tensor | None]:
+        """A state of the model with an average as its weights, one tensor at a time, such as for a file.
+
+        Where the model is sharded, all processes must ask for the same names and read to the end. Each then holds no
+        more than its part and one whole tensor.
+
+        Args:
+            sigma_rel: As in `average`.
+            names: Names in the model's `state_dict`; those of tensors that are not averaged give copies.
+
+        Returns:
+            Each tensor, whole and on the CPU; None on other processes than the first if the model is sharded.
+
+        Raises:
+            ValueError: If the tracks cannot express that length.
+            FloatingPointError: If an average is not finite.
+        """
+        followed, copied, names = self._followed, self._followed.copied(), list(names)
+        rank = torch.distributed.get_rank() if followed.is_sharded else 0
+        kept = [followed.aliases.get(name, name) for name in names]
+        places = {name: i for i, name in enumerate(followed.names)}
+        averaged = self._local_average(sigma_rel, [places[name] for name in kept if name in places])
+
+        def gathered() -> Iterator[Tensor | None]:
+            for name in kept:
+                if name in places:
+                    whole = to_owners([next(averaged)], followed.templates[places[name]], [0], rank)
+                else:
+                    whole = to_owners([local(copied[name])], copied[name].detach(), [0], rank)
+                if whole is not None and name in followed.complex_names:
+                    whole = torch.view_as_complex(whole.contiguous())
+                yield whole
+
+        return gathered()
+
+    def _local_average(self, sigma_rel: Width, order: Sequence[int] | None = None) -> Iterator[Tensor]:
         self._check()
         if sigma_rel == "live":
             if self.live is None:
                 raise ValueError("no live average is tracked: build PowerEMA with live=LiveEMA(beta=0.9999)")
-            return list(self._groups["live."].read(0))
+            return self._groups["live."].read(0, order)
         if sigma_rel in self.sigma_rels:
-            return list(self._averages.read(self.sigma_rels.index(sigma_rel)))
+            return self._averages.read(self.sigma_rels.index(sigma_rel), order)
         coefficients = torch.from_numpy(solve_live(self.sigma_rels, sigma_rel))
-        return [
+        return (
             torch.stack(parts).mul_(coefficients.to(parts[0]).view(-1, *[1] * parts[0].dim())).sum(0)
-            for parts in zip(*(self._averages.read(i) for i in range(len(self.gammas))), strict=True)
-        ]
+            for parts in zip(*(self._averages.read(i, order) for i in range(len(self.gammas))), strict=True)
+        )
 
     @contextmanager
     def applied(self, model: nn.Module | Tensors, sigma_rel: Width) -> Iterator[nn.Module | Tensors]:
@@ -237,7 +270,7 @@ class PowerEMA(TrackedAverages):
             ValueError: If the model has other tensors, or the tracks cannot express that length.
         """
         weights = self._model_tensors().weights_of(model)
-        values = self._local_average(sigma_rel)
+        values = list(self._local_average(sigma_rel))
         saved = [x.detach().clone() for x in weights]
         try:
             _copy(weights, values)
@@ -268,13 +301,13 @@ class PowerEMA(TrackedAverages):
                 " average()"
             )
         if sigma_rel not in self._modules:
-            values = self._local_average(sigma_rel)
+            values = list(self._local_average(sigma_rel))
             made = copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
             _copy(self._followed.weights_of(made), values)
             self._modules[sigma_rel] = made
         elif refresh:
             made = self._modules[sigma_rel]
-            _copy(self._followed.weights_of(made), self._local_average(sigma_rel))
+            _copy(self._followed.weights_of(made), list(self._local_average(sigma_rel)))
             for to, x in self._followed.copied_pairs(made):
                 to.copy_(x)
         return self._modules[sigma_rel]
