@@ -1,20 +1,27 @@
-"""Speed of metrics on given features: kernel distance beside the plain formula, running moments beside one np.cov.
+"""Speed of metrics on given features: kernel distance beside others, running moments beside one np.cov.
 
     python benchmarks/metrics.py
 
 The plain formula computes three whole kernel matrices for each subset, in the features' own precision and in float64.
-Ours is float64 throughout. The moments arrive in batches of 50, and are to be those of np.mean and np.cov on the whole
-float64 array.
+So does torch-fidelity, if it is installed. Ours is float64 throughout. The moments arrive in batches of 50, and are to
+be those of np.mean and np.cov on the whole float64 array.
 """
 
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from common import in_turns, machine, options
 
 from edm2.metrics import FeatureStatistics, kernel_distance
+
+try:
+    from torch_fidelity.metric_kid import kid_features_to_metric
+except ImportError:
+    kid_features_to_metric = None
 
 
 def main() -> None:
@@ -26,15 +33,20 @@ def main() -> None:
     many = rng.normal(size=(arguments.moments, arguments.features)).astype(np.float32)
     print(machine(torch.device("cpu")))
     size, count = arguments.subset, arguments.subsets
-    compare(
-        f"kernel distance, {count} subsets of {size} images, {arguments.features} features",
-        {
-            "edm2": lambda: kernel_distance(a, b, subset_size=size, num_subsets=count),
-            "plain formula, float32": lambda: plain_distance(a, b, size, count, np.float32),
-            "plain formula, float64": lambda: plain_distance(a, b, size, count, np.float64),
-        },
-        arguments.rounds,
-    )
+    kinds = {"float32": np.float32, "float64": np.float64}
+    ways: dict[str, Callable[[], object]] = {
+        "edm2": lambda: kernel_distance(a, b, subset_size=size, num_subsets=count)
+    }
+    for name, kind in kinds.items():
+        ways[f"plain formula, {name}"] = partial(plain_distance, a, b, size, count, kind)
+    if kid_features_to_metric is not None:
+        exact = kernel_distance(a[:size], b[:size], subset_size=size).value
+        for name, kind in kinds.items():
+            ways[f"torch-fidelity, {name}"] = partial(fidelity, a.astype(kind), b.astype(kind), size, count)
+            value = fidelity(a[:size].astype(kind), b[:size].astype(kind), size, 1)
+            print(f"{size} images, torch-fidelity, {name}: {value:.9g}, edm2: {exact:.9g}")
+    title = f"kernel distance, {count} subsets of {size} images, {arguments.features} features"
+    compare(title, ways, arguments.rounds)
     compare(
         f"mean and covariance of {arguments.moments} images, {arguments.features} features",
         {"edm2, batches of 50": lambda: running(many), "np.mean and np.cov": lambda: at_once(many)},
@@ -57,6 +69,13 @@ def plain_distance(a: np.ndarray, b: np.ndarray, size: int, count: int, dtype: t
         own = [(k.sum() - np.trace(k)) / (size * (size - 1)) for k in (kernel(x, x), kernel(y, y))]
         values.append(sum(own) - 2 * kernel(x, y).mean())
     return float(np.mean(values))
+
+
+def fidelity(a: np.ndarray, b: np.ndarray, size: int, count: int) -> float:
+    """The kernel distance of torch-fidelity."""
+    sets = map(torch.from_numpy, (a, b))
+    found = kid_features_to_metric(*sets, kid_subsets=count, kid_subset_size=size, verbose=False)
+    return found["kernel_inception_distance_mean"]
 
 
 def running(features: np.ndarray) -> FeatureStatistics:

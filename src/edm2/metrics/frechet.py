@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 # Far beyond float32, yet their sixth power, in a kernel distance, stays within float64.
 _LARGEST = 1e40
-_FOLDED = 1024  # features that are added to the moments at a time
+_FOLDED = 2048  # images whose features are added to the moments at a time
 _NEGATIVE = -1e-5  # eigenvalue over the largest: rounding of a covariance that was stored in float32
 
 
@@ -26,8 +26,8 @@ class FeatureStatistics:
         self._mean = np.zeros(size)
         # Sum of the outer products of deviations from the mean: (N - 1) times the covariance.
         self._scatter = np.zeros((size, size))
-        # Features that are counted in num_images and not yet in the moments.
-        self._waiting: list[np.ndarray] = []
+        # Features that are counted in num_images and not yet in the moments, and room for more and for one row.
+        self._waiting, self._rows = 0, np.empty((0, size))
 
     @classmethod
     def from_moments(cls, mean: np.ndarray, cov: np.ndarray, *, num_images: int) -> "FeatureStatistics":
@@ -82,24 +82,29 @@ class FeatureStatistics:
         if len(batch) == 0:
             return
         self._adopt(batch.shape[1])
-        self._waiting.append(np.array(batch))  # the caller may reuse its array
-        self.num_images += len(batch)
-        if sum(map(len, self._waiting)) >= _FOLDED:
-            self._fold()
+        if len(self._rows) == 0:
+            self._rows = np.empty((_FOLDED + 1, batch.shape[1]))
+        while len(batch):
+            part, batch = np.split(batch, [_FOLDED - self._waiting])
+            self._rows[self._waiting : self._waiting + len(part)] = part
+            self._waiting += len(part)
+            self.num_images += len(part)
+            if self._waiting == _FOLDED:
+                self._fold()
 
     def _fold(self) -> None:
-        """Add the batches that wait, with a single pass over the large matrix."""
+        """Add the features that wait, with a single pass over the large matrix."""
         if not self._waiting:
             return
-        batch = np.concatenate(self._waiting)
-        self._waiting = []
-        before = self.num_images - len(batch)
-        mean = batch.mean(axis=0)
+        rows, share = self._rows[: self._waiting + 1], self._waiting / self.num_images
+        mean = rows[:-1].mean(axis=0)
         shift = mean - self._mean
         # As in `merge`, with the means' own deviation as one more row.
-        rows = np.vstack([batch - mean, shift * np.sqrt(before * (len(batch) / self.num_images))])
+        rows[:-1] -= mean
+        rows[-1] = shift * np.sqrt((self.num_images - self._waiting) * share)
         self._scatter += rows.T @ rows
-        self._mean = self._mean + shift * (len(batch) / self.num_images)
+        self._mean = self._mean + shift * share
+        self._waiting = 0
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Add all of another's images, as if they had come here.
@@ -142,6 +147,7 @@ class FeatureStatistics:
             ValueError: Where processes saw different numbers of features.
         """
         self._fold()
+        self._rows = self._rows[:0].copy()
         total = FeatureStatistics()
         # One process at a time, so that memory does not grow with their number.
         for rank in range(dist.get_world_size()):
