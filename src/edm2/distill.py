@@ -104,13 +104,14 @@ def student_settings(teacher: Pretrained, path: str | Path, *, num_images: int |
 
 
 def first_level(denoiser: Denoiser) -> float:
-    """The noise level from which a student makes images: the norm of an image, but 10 to 80.
+    """The noise level from which a student makes images: 2.5 times the norm of an image, but 10 to 80.
 
-    Noise of 80 hides images of any size, but a student learns the levels between those that hide a small image and 80
-    last and badly.
+    Less noise leaves traces of an image's brightness and contrast: noise without an image has less variance there, and
+    images made from it have too little contrast. Noise of 80 hides images of any size, but a student learns the levels
+    between those that hide a small image and 80 last and badly.
     """
     norm = denoiser.sigma_data * math.sqrt(math.prod(denoiser.img_shape))
-    return float(f"{min(max(norm, 10.0), _HIGHEST):.3g}")
+    return float(f"{min(max(2.5 * norm, 10.0), _HIGHEST):.3g}")
 
 
 def describe_teacher(teacher: Pretrained) -> str:

@@ -48,8 +48,9 @@ def test_later_steps_start_from_fresh_noise_of_their_level():
 
 def test_standard_levels_are_even_in_the_logarithm():
     assert consistency_steps(1).tolist() == [80.0, 0.0]
-    assert consistency_steps(2).tolist() == pytest.approx([80.0, math.sqrt(3.0 * 0.2), 0.0])
-    logs = consistency_steps(5)[1:-1].log()
+    assert consistency_steps(2).tolist() == pytest.approx([80.0, math.sqrt(24.0 * 0.2), 0.0])
+    assert consistency_steps(2, sigma_max=10.0).tolist() == pytest.approx([10.0, math.sqrt(3.0 * 0.2), 0.0])
+    logs = consistency_steps(5, sigma_max=10.0)[1:-1].log()
     assert torch.allclose(logs.diff(), torch.tensor(math.log(0.2 / 3) / 4, dtype=torch.float64))
 
 

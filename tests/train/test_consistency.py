@@ -111,7 +111,7 @@ def test_a_step_of_the_teacher_follows_its_path_to_second_order():
 
 
 def test_students_start_from_noise_that_hides_their_images():
-    for size, level in ((4, 10.0), (16, 10.0), (32, 16.0), (128, 64.0), (256, 80.0)):
+    for size, level in ((4, 10.0), (8, 10.0), (16, 20.0), (32, 40.0), (128, 80.0)):
         assert first_level(build_denoiser(size, 1, **NETWORK)) == level
 
 

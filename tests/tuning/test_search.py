@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from edm2.cli import main
+from edm2.diffusion import consistency_steps
 from edm2.ema.storage.manifest import read_manifest, write_manifest
 from edm2.generate import ImageGenerator
 from edm2.presets import get_preset
@@ -476,7 +477,7 @@ def test_a_run_under_way_says_which_snapshot_is_tuned(fresh, capsys):
 def test_a_student_is_tuned_by_its_noise_levels(fresh, monkeypatch, tmp_path):
     manifest = read_manifest(fresh / "snapshots")
     metadata = manifest.run.metadata
-    metadata["info"]["consistency"] = {"teacher": "t", "sigma_max": 80.0}
+    metadata["info"]["consistency"] = {"teacher": "t", "sigma_max": 40.0}
     write_manifest(
         fresh / "snapshots",
         dataclasses.replace(manifest, run=dataclasses.replace(manifest.run, metadata=metadata)),
@@ -497,6 +498,8 @@ def test_a_student_is_tuned_by_its_noise_levels(fresh, monkeypatch, tmp_path):
     assert list(dict.fromkeys(t.stage for t in tuned.tried)) == [
         "EMA length", "noise levels", "each noise level", "EMA length once more",
     ]  # fmt: skip
+    tried = next(t.knobs.levels for t in tuned.tried if t.stage == "noise levels")
+    assert tried == pytest.approx((0.5 * consistency_steps(3, sigma_max=40.0)[1:-1]).tolist())
     assert tuned.best.sigma_rel == 0.08
     assert tuned.best.levels[0] > 8 * tuned.best.levels[1]
     assert "noise levels " in tuned.best.describe()

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from edm2.diffusion.guidance import DenoiserFn
 
-# Range of the noise levels at which a consistency model's images are mended.
-_HIGH, _LOW = 3.0, 0.2
+# Range of the noise levels at which a consistency model's images are mended; its upper end is relative to the first.
+_HIGH_SHARE, _LOW = 0.3, 0.2
 
 Callback = Callable[[int, Tensor, Tensor, Tensor], None]
 """Called at each step with its index, sigma, the noisy images `x` and the denoised ones."""
@@ -63,8 +63,8 @@ def consistency_steps(
 
     Args:
         num_steps: Number of levels above 0.
-        levels: The `num_steps - 1` levels in between, descending. Default: the middle of equal steps of ln sigma from
-            `HIGH` to `LOW`.
+        levels: The `num_steps - 1` levels in between, descending. Default: the middles of equal steps of ln sigma
+            from 0.3 times the highest level to 0.2.
         sigma_max: Highest level.
 
     Returns:
@@ -77,7 +77,8 @@ def consistency_steps(
         raise ValueError(f"num_steps {num_steps} must be at least 1")
     if levels is None:
         middle = (torch.arange(num_steps - 1, dtype=torch.float64) + 0.5) / max(num_steps - 1, 1)
-        levels = (_HIGH * (_LOW / _HIGH) ** middle).tolist()
+        high = _HIGH_SHARE * sigma_max
+        levels = (high * (_LOW / high) ** middle).tolist()
     if len(levels) != num_steps - 1:
         raise ValueError(
             f"{len(levels)} noise levels {tuple(levels)} for {num_steps} steps: give {num_steps - 1}, for all but "

@@ -180,7 +180,8 @@ class ConsistencyConfig:
     """Path to the lower noise level. data: towards the training image that the point was made from. teacher: by a
     step of the teacher's ODE, which a guided teacher needs; costs half more time, with a guide twice as much."""
     sigma_max: float | None = None
-    """Noise level from which the student makes images. Default: the norm of an image, but 10 to 80."""
+    """Noise level from which the student makes images. Default: 2.5 times the norm of an image, but 10 to
+    80."""
     halvings: int = 4
     """Number of times that the gap between the noise levels of a pair is halved."""
     halving_images: int | None = None

@@ -116,7 +116,7 @@ class TuningPlan:
 
     @classmethod
     def for_run(cls, run: Path) -> "TuningPlan":
-        """The default plan for a run, from its highest noise level; for a student's, two steps and their noise level.
+        """The default plan for a run, from its highest noise level; for a student's, two steps and their noise levels.
 
         Raises:
             ValueError: If the run has no snapshots, or is a regression.
@@ -128,7 +128,8 @@ class TuningPlan:
                 f"--residual {run}, and tune that"
             )
         if "consistency" in info:
-            return cls(num_steps=2, sampler=STUDENT_SAMPLER)
+            first = info["consistency"]["sigma_max"]
+            return cls(num_steps=2, sampler=STUDENT_SAMPLER, sigma_max=first)
         return cls(sigma_max=info.get("sigma_max", cls.sigma_max))
 
     @property

@@ -152,16 +152,20 @@ def _lows(tried: Sequence[Tried], plan: TuningPlan, _: Bench) -> Iterable[Knobs]
 
 
 def _levels(tried: Sequence[Tried], plan: TuningPlan, _: Bench) -> Iterable[Knobs]:
-    start, levels = _best(tried).knobs, consistency_steps(plan.num_steps)[1:-1].tolist()
+    start, levels = _best(tried).knobs, _default_levels(plan)
     for factor in plan.level_factors if levels else ():
         yield dataclasses.replace(start, levels=tuple(factor * level for level in levels))
+
+
+def _default_levels(plan: TuningPlan) -> tuple[float, ...]:
+    return tuple(consistency_steps(plan.num_steps, sigma_max=plan.sigma_max)[1:-1].tolist())
 
 
 def _each_level(tried: Sequence[Tried], plan: TuningPlan, _: Bench) -> Iterable[Knobs]:
     """From the lowest level to the highest, each from the best so far."""
     for i in reversed(range(plan.num_steps - 1 if plan.num_steps > 2 else 0)):
         start = _best(tried).knobs
-        levels = start.levels or tuple(consistency_steps(plan.num_steps)[1:-1].tolist())
+        levels = start.levels or _default_levels(plan)
         for factor in plan.level_factors:
             moved = (*levels[:i], factor * levels[i], *levels[i + 1 :])
             if list(moved) == sorted(moved, reverse=True):
