@@ -81,7 +81,7 @@ def main() -> None:
     rows = [teacher[_REFERENCE]] if _REFERENCE in teacher else []
     rows += [make for (_, count), make in sorted(students[0].items(), reverse=True) if count <= 4]
     pictures = np.concatenate([make(_SHOWN) for make in rows])
-    scale = max(48 // pictures.shape[-1], 1)
+    scale = math.ceil(48 / pictures.shape[-1])
     save_png(image_grid(pictures, columns=len(_SHOWN), scale=scale), arguments.out / "seeds.png")
 
 
