@@ -203,7 +203,7 @@ def _advice(prog: str, words: list[str]) -> Advice:
     show(advice.headline())
     show(advice.describe())
     if _without_rampup(advice.config, words) != advice.config:
-        show("note: --init starts from trained weights, so there is no ramp-up: --optimizer.rampup-mimg 0")
+        show("note: --init starts from trained weights, which need no ramp-up (--optimizer.rampup-mimg 0)")
     return advice
 
 
